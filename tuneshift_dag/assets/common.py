@@ -1,0 +1,112 @@
+"""What every asset of a transfer shares: its key, its metadata and the record of what it cost."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from tuneshift_dag.method.scoring import Cost
+from tuneshift_dag.resources.store import Store
+from tuneshift_dag.resources.tables import STEPS, Table
+from tuneshift_dag.transfer import Transfer
+
+# `tuneshift run` puts this tag on its runs, so that their cost can be added up.
+BATCH_TAG = "tuneshift/batch"
+OWNERS = ["team:tuneshift"]
+MODEL_POOL = "models"
+
+
+def key(transfer: Transfer, asset: str) -> dg.AssetKey:
+    return dg.AssetKey([transfer.name, asset])
+
+
+def partitions(transfer: Transfer) -> dg.StaticPartitionsDefinition:
+    return dg.StaticPartitionsDefinition(transfer.round_keys)
+
+
+def content_version(*frames: pl.DataFrame) -> str:
+    """Hash of the rows, whatever their order: the same content is the same data version."""
+    digest = hashlib.sha256()
+    for frame in frames:
+        for row in sorted(json.dumps(list(row)) for row in frame.iter_rows()):
+            digest.update(row.encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def column_schema(table: Table) -> dg.TableSchema:
+    return dg.TableSchema([dg.TableColumn(c.name, c.type, description=c.description) for c in table.columns])
+
+
+def definition_metadata(transfer: Transfer, table: Table) -> dict[str, Any]:
+    """Metadata that holds before anything is materialized."""
+    return {
+        "dagster/column_schema": column_schema(table),
+        "dagster/table_name": f"{transfer.name}.{table.name}",
+    }
+
+
+def example_rows(frame: pl.DataFrame, columns: list[str], limit: int = 5) -> dg.MetadataValue:
+    """The first rows as a Markdown table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    for row in frame.select(columns).head(limit).iter_rows():
+        cells = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in row]
+        lines.append("| " + " | ".join(c.replace("|", "\\|").replace("\n", "⏎")[:120] for c in cells) + " |")
+    return dg.MetadataValue.md("\n".join(lines))
+
+
+@dataclass
+class Step:
+    """A running materialization: its cost so far and a throttled progress line."""
+
+    context: dg.AssetExecutionContext
+    cost: Cost = field(default_factory=Cost)
+    started: float = field(default_factory=time.monotonic)
+    _last_line: float = 0.0
+
+    def progress(self, what: str) -> Callable[[int, int], None]:
+        """A callback (done, total) that logs at most one line in ten seconds, and the last one."""
+        started = time.monotonic()
+
+        def report(done: int, total: int) -> None:
+            now = time.monotonic()
+            if done < total and now - self._last_line < 10:
+                return
+            self._last_line = now
+            rate = done / max(now - started, 1e-9)
+            left = (total - done) / rate if rate else 0
+            self.context.log.info(f"{what}: {done}/{total}, {rate:.1f}/s, {left:.0f} s left")
+
+        return report
+
+    def metadata(self) -> dict[str, Any]:
+        return {
+            "seconds": time.monotonic() - self.started,
+            "model_calls": self.cost.model_calls,
+            "cache_hits": self.cost.cache_hits,
+        }
+
+
+@contextmanager
+def step(context: dg.AssetExecutionContext, store: Store, transfer: Transfer) -> Iterator[Step]:
+    """Time a materialization and write what it cost to the table ``steps`` when it succeeds."""
+    current = Step(context)
+    yield current
+    tags = context.run.tags
+    row = {
+        "run_id": context.run.run_id,
+        "batch_id": tags.get(BATCH_TAG) or tags.get("dagster/backfill") or context.run.run_id,
+        "asset": context.asset_key.path[-1],
+        "round": context.partition_key if context.has_partition_key else None,
+        "finished_at": datetime.now(UTC).replace(tzinfo=None),
+        "seconds": time.monotonic() - current.started,
+        "model_calls": current.cost.model_calls,
+        "cache_hits": current.cost.cache_hits,
+    }
+    store.append_all(transfer.name, [(STEPS, STEPS.frame([row]))])

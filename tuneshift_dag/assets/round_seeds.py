@@ -1,0 +1,100 @@
+"""``round_seeds``: the feedback edge of the loop, drawn as an external asset.
+
+Dagster's graph is acyclic, but kept pairs of one round seed the next. So the edge is an event: whoever
+knows the seeds of a round reports them as an *observation* of this asset's partition, whose data
+version is their hash. `synthetic_prompts` depends on it, and becomes stale exactly when they change.
+(A materialization event would not do: Dagster doesn't detect staleness behind an external asset then.)
+"""
+
+import dagster as dg
+
+from tuneshift_dag.assets.common import OWNERS, column_schema, content_version, key, partitions
+from tuneshift_dag.method.seed_sampling import Candidate, draw_seeds
+from tuneshift_dag.resources.store import Store
+from tuneshift_dag.resources.tables import ROUND_SEEDS
+from tuneshift_dag.transfer import Transfer, round_key, round_number
+
+
+def build_round_seeds(transfer: Transfer) -> dg.AssetSpec:
+    return dg.AssetSpec(
+        key(transfer, "round_seeds"),
+        partitions_def=partitions(transfer),
+        group_name=transfer.name,
+        owners=OWNERS,
+        kinds={"duckdb"},
+        description=(
+            "The seeds of each round's generator calls. `seed_set` reports those of round_01 and"
+            " `filtered_dataset` of a round those of the next: this is how the loop fits a graph without"
+            " cycles. Nothing to materialize here; look at the observations."
+        ),
+        metadata={
+            "dagster/column_schema": column_schema(ROUND_SEEDS),
+            "dagster/table_name": f"{transfer.name}.{ROUND_SEEDS.name}",
+        },
+    )
+
+
+def report_seeds(
+    context: dg.AssetExecutionContext, store: Store, transfer: Transfer, number: int, pool: list[Candidate]
+) -> None:
+    """Draw the seeds of round ``number`` from ``pool``, store them and report them to Dagster.
+
+    An empty pool reports that the round has nothing to do: the dataset has reached its target size.
+    """
+    generator = transfer.config.generator
+    calls = draw_seeds(
+        pool,
+        number,
+        generator.calls_per_round,
+        generator.seeds_per_call,
+        generator.balance == "response",
+        transfer.config.seed,
+    )
+    round_ = round_key(number)
+    rows = ROUND_SEEDS.frame(
+        [
+            {"round": round_, "call": c, "slot": s, "prompt_id": seed.prompt_id, "prompt": seed.prompt}
+            for c, call in enumerate(calls if pool else [])
+            for s, seed in enumerate(call)
+        ]
+    )
+    store.replace(transfer.name, ROUND_SEEDS, rows, round=round_)
+    context.log_event(
+        dg.AssetObservation(
+            key(transfer, "round_seeds"),
+            partition=round_,
+            metadata={
+                "status": "seeds drawn" if pool else "target size reached: nothing left to do",
+                "pool": len(pool),
+                "calls": len(calls) if pool else 0,
+                "seed_ids": rows["prompt_id"].unique(maintain_order=True).to_list(),
+            },
+            tags={"dagster/data_version": content_version(rows)},
+        )
+    )
+
+
+def read_seeds(
+    context: dg.AssetExecutionContext, store: Store, transfer: Transfer, round_: str
+) -> list[list[Candidate]]:
+    """The seeds of each generator call of a round; no calls when the target size was reached before.
+
+    Raises:
+        dg.Failure: when nobody has reported this round's seeds, naming what to materialize first.
+    """
+    observed = context.instance.fetch_observations(
+        dg.AssetRecordsFilter(key(transfer, "round_seeds"), asset_partitions=[round_]), limit=1
+    ).records
+    if not observed:
+        previous = round_number(round_) - 1
+        first = "seed_set" if previous == 0 else f"filtered_dataset of {round_key(previous)}"
+        raise dg.Failure(
+            f"{round_} has no seeds yet: materialize {first} first, then this round again."
+            " Nothing that was computed is lost.",
+            allow_retries=False,
+        )
+    rows = store.read("SELECT * FROM round_seeds WHERE round = ? ORDER BY call, slot", [round_], transfer.name)
+    calls: dict[int, list[Candidate]] = {}
+    for row in rows.iter_rows(named=True):
+        calls.setdefault(row["call"], []).append(Candidate(row["prompt_id"], row["prompt"], ""))
+    return list(calls.values())

@@ -1,0 +1,131 @@
+"""``scored_pairs``: both source models answer every prompt; four perplexities per pair."""
+
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from tuneshift_dag.assets.common import (
+    MODEL_POOL,
+    OWNERS,
+    content_version,
+    definition_metadata,
+    example_rows,
+    key,
+    partitions,
+    step,
+)
+from tuneshift_dag.method import scoring
+from tuneshift_dag.method.engine import Decoding, Pair, perplexity
+from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
+from tuneshift_dag.resources.tables import SCORED_PAIRS
+from tuneshift_dag.transfer import Transfer
+
+
+def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
+    asset_key = key(transfer, "scored_pairs")
+
+    @dg.asset(
+        key=asset_key,
+        deps=[key(transfer, "synthetic_prompts")],
+        partitions_def=partitions(transfer),
+        group_name=transfer.name,
+        owners=OWNERS,
+        kinds={"duckdb", "pytorch"},
+        pool=MODEL_POOL,
+        code_version=f"{transfer.version('source', 'models', 'prompt_template', 'response')}"
+        f"-{transfer.adapter_version()}",
+        metadata=definition_metadata(transfer, SCORED_PAIRS),
+        check_specs=[
+            dg.AssetCheckSpec(
+                "finite_perplexities",
+                asset=asset_key,
+                description="Every response with tokens has four finite perplexities of at least 1.",
+            )
+        ],
+    )
+    def scored_pairs(
+        context: dg.AssetExecutionContext, store: StoreResource, engines: EngineResource
+    ) -> dg.MaterializeResult[None]:
+        """The source base model and the source fine-tuned model each answer every prompt of the round.
+
+        Each pair gets four perplexities: each model on its own response and on the other's. One 4-bit
+        base model is resident, with the adapter switched on or off.
+        """
+        round_ = context.partition_key
+        database = store.store()
+        with step(context, database, transfer) as current:
+            prompts = database.read(
+                "SELECT prompt_id, prompt FROM synthetic_prompts WHERE round = ? ORDER BY prompt_id",
+                [round_],
+                transfer.name,
+            )
+            pairs: list[Pair] = []
+            if len(prompts):
+                engine = engines.source(transfer)
+                template = transfer.config.prompt_template
+                pairs = scoring.score_pairs(
+                    engine,
+                    store.cache(),
+                    [engine.encode(template.replace("{prompt}", prompt)) for prompt in prompts["prompt"]],
+                    Decoding(transfer.config.response.max_new_tokens),
+                    current.cost,
+                    current.progress("pairs scored"),
+                )
+            rows = SCORED_PAIRS.frame(
+                [
+                    {"round": round_, **prompt, **pair_row(pair)}
+                    for prompt, pair in zip(prompts.iter_rows(named=True), pairs, strict=True)
+                ]
+            )
+            database.replace(transfer.name, SCORED_PAIRS, rows, round=round_)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(content_version(rows)),
+            metadata={
+                "dagster/partition_row_count": len(rows),
+                "examples": example_rows(
+                    rows, ["prompt", "fine_tuned_response", "base_response", "ppl_fine_tuned", "ppl_base"]
+                ),
+                "truncated_fine_tuned_responses": rows.filter(pl.col("fine_tuned_finish") == "length").height,
+                **current.metadata(),
+            },
+            check_results=[_check_finite(rows)],
+        )
+
+    return scored_pairs
+
+
+def pair_row(pair: Pair) -> dict[str, Any]:
+    """The columns of ``scored_pairs`` that a pair determines."""
+    f, b = pair.fine_tuned, pair.base
+    return {
+        "fine_tuned_response": f.text,
+        "base_response": b.text,
+        "fine_tuned_tokens": len(f.token_ids),
+        "base_tokens": len(b.token_ids),
+        "fine_tuned_finish": f.finish_reason,
+        "base_finish": b.finish_reason,
+        "fine_tuned_own_logprob": f.sum_logprob,
+        "base_own_logprob": b.sum_logprob,
+        "base_cross_logprob": pair.base_on_fine_tuned,
+        "fine_tuned_cross_logprob": pair.fine_tuned_on_base,
+        "fine_tuned_eos_logprob": f.eos_logprob,
+        "base_eos_logprob": b.eos_logprob,
+        "ppl_fine_tuned": perplexity(f.sum_logprob, len(f.token_ids)),
+        "ppl_base": perplexity(b.sum_logprob, len(b.token_ids)),
+        "ppl_base_cross": perplexity(pair.base_on_fine_tuned, len(f.token_ids)),
+        "ppl_fine_tuned_cross": perplexity(pair.fine_tuned_on_base, len(b.token_ids)),
+    }
+
+
+def _check_finite(rows: pl.DataFrame) -> dg.AssetCheckResult:
+    columns = ["ppl_fine_tuned", "ppl_base", "ppl_base_cross", "ppl_fine_tuned_cross"]
+    # Rounding may put a certain answer's perplexity a hair below 1.
+    bad = rows.filter(
+        ~pl.all_horizontal((pl.col(c).is_finite() & (pl.col(c) > 1 - 1e-6)) | pl.col(c).is_null() for c in columns)
+    )
+    return dg.AssetCheckResult(
+        passed=bad.is_empty(),
+        check_name="finite_perplexities",
+        metadata={"prompt_ids": bad["prompt_id"].head(20).to_list()},
+    )

@@ -1,0 +1,91 @@
+"""``seed_set``: the user's example prompts, and the preflight that the adapter is really applied."""
+
+import hashlib
+import json
+
+import dagster as dg
+
+from tuneshift_dag.assets.common import (
+    MODEL_POOL,
+    OWNERS,
+    content_version,
+    definition_metadata,
+    example_rows,
+    key,
+    step,
+)
+from tuneshift_dag.assets.round_seeds import report_seeds
+from tuneshift_dag.method.prompting import prompt_id
+from tuneshift_dag.method.seed_sampling import Candidate
+from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
+from tuneshift_dag.resources.tables import SEED_SET
+from tuneshift_dag.transfer import Transfer
+
+
+def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
+    asset_key = key(transfer, "seed_set")
+    seeds_hash = hashlib.sha256(json.dumps(transfer.seeds).encode()).hexdigest()
+
+    @dg.asset(
+        key=asset_key,
+        group_name=transfer.name,
+        owners=OWNERS,
+        kinds={"duckdb", "pytorch"},
+        pool=MODEL_POOL,
+        code_version=f"{transfer.version('source', 'generator', 'models', 'prompt_template', 'seed')}"
+        f"-{seeds_hash[:8]}-{transfer.adapter_version()}",
+        metadata=definition_metadata(transfer, SEED_SET),
+        check_specs=[
+            dg.AssetCheckSpec(
+                "adapter_applied",
+                asset=asset_key,
+                description="The adapter changes the base model's answers on the seeds.",
+            )
+        ],
+    )
+    def seed_set(
+        context: dg.AssetExecutionContext, store: StoreResource, engines: EngineResource
+    ) -> dg.MaterializeResult[None]:
+        """The example prompts from `seeds.jsonl`: all that is known of the skill.
+
+        Before anything is computed, the source adapter is checked on them: a silently unapplied adapter
+        would make both models equal and every later result meaningless. Reports the seeds of round_01.
+        """
+        with step(context, store.store(), transfer) as current:
+            applied = engines.source(transfer).check_adapter(
+                [transfer.config.prompt_template.replace("{prompt}", seed) for seed in transfer.seeds]
+            )
+            current.cost.model_calls += 2 * len(transfer.seeds)
+            if applied.problems:
+                raise dg.Failure(
+                    f"{transfer.folder / transfer.config.source.adapter}: " + "; ".join(applied.problems) + "."
+                    " Check that source.base is the very model that the adapter was trained on.",
+                    allow_retries=False,
+                )
+            for warning in applied.warnings:
+                context.log.warning(warning)
+            rows = SEED_SET.frame([{"prompt_id": prompt_id(p), "prompt": p} for p in transfer.seeds])
+            store.store().replace(transfer.name, SEED_SET, rows.unique("prompt_id", maintain_order=True))
+            # Each seed is its own response class: balancing has nothing to weigh yet.
+            pool = [Candidate(r["prompt_id"], r["prompt"], r["prompt_id"]) for r in rows.to_dicts()]
+            report_seeds(context, store.store(), transfer, 1, pool)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(content_version(rows)),
+            metadata={
+                "dagster/row_count": len(rows),
+                "examples": example_rows(rows, ["prompt"]),
+                "largest_logit_difference": applied.largest_logit_difference,
+                "adapter_delta_norm": applied.delta_norm,
+                **current.metadata(),
+            },
+            check_results=[
+                dg.AssetCheckResult(
+                    passed=not applied.warnings,
+                    severity=dg.AssetCheckSeverity.WARN,
+                    check_name="adapter_applied",
+                    description="; ".join(applied.warnings) or None,
+                )
+            ],
+        )
+
+    return seed_set

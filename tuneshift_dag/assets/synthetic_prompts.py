@@ -1,0 +1,178 @@
+"""``synthetic_prompts``: the generator writes more prompts like each call's seeds."""
+
+import hashlib
+import json
+
+import dagster as dg
+import polars as pl
+
+from tuneshift_dag.assets.common import (
+    MODEL_POOL,
+    OWNERS,
+    Step,
+    content_version,
+    definition_metadata,
+    example_rows,
+    key,
+    partitions,
+    step,
+)
+from tuneshift_dag.assets.round_seeds import read_seeds
+from tuneshift_dag.method import scoring
+from tuneshift_dag.method.engine import Decoding, Engine, Response
+from tuneshift_dag.method.prompting import PromptPool, generator_request, normalize, parse_list
+from tuneshift_dag.method.seed_sampling import Candidate
+from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
+from tuneshift_dag.resources.response_cache import ResponseCache
+from tuneshift_dag.resources.store import Store
+from tuneshift_dag.resources.tables import PROPOSALS, REJECTED_PROMPTS, SYNTHETIC_PROMPTS
+from tuneshift_dag.transfer import Transfer
+
+
+def build_synthetic_prompts(transfer: Transfer) -> dg.AssetsDefinition:
+    asset_key = key(transfer, "synthetic_prompts")
+    heldout_hash = hashlib.sha256(json.dumps(transfer.heldout).encode()).hexdigest()
+
+    @dg.asset(
+        key=asset_key,
+        # seed_set is named so that Dagster runs it first: it doesn't order through external assets.
+        deps=[key(transfer, "seed_set"), key(transfer, "round_seeds")],
+        partitions_def=partitions(transfer),
+        group_name=transfer.name,
+        owners=OWNERS,
+        kinds={"duckdb", "pytorch"},
+        pool=MODEL_POOL,
+        code_version=f"{transfer.version('generator', 'models', 'seed')}-{heldout_hash[:8]}",
+        metadata=definition_metadata(transfer, SYNTHETIC_PROMPTS),
+        check_specs=[
+            dg.AssetCheckSpec(
+                "no_duplicate_prompts",
+                asset=asset_key,
+                description="No prompt of this round equals (normalized) a seed or another prompt of any round.",
+            ),
+            dg.AssetCheckSpec(
+                "no_held_out_prompts",
+                asset=asset_key,
+                description="No held-out query is among the prompts: it would be trained on.",
+            ),
+        ],
+    )
+    def synthetic_prompts(
+        context: dg.AssetExecutionContext, store: StoreResource, engines: EngineResource
+    ) -> dg.MaterializeResult[None]:
+        """New prompts: the generator is shown a few kept prompts per call and asked for more like them.
+
+        Items that are empty, too long, already known, nearly the same as a known prompt (ROUGE-L), or in
+        the held-out file are dropped and listed in `rejected_prompts`.
+        """
+        round_ = context.partition_key
+        database = store.store()
+        with step(context, database, transfer) as current:
+            calls = read_seeds(context, database, transfer, round_)
+            if not calls:
+                context.log.info(f"{round_}: the dataset has reached target_pairs; nothing to generate.")
+            answers = _ask(engines.generator(transfer), store.cache(), transfer, calls, current) if calls else []
+            proposals, prompts, rejected = _sort_out(transfer, database, round_, calls, answers)
+            tables = [(PROPOSALS, proposals), (SYNTHETIC_PROMPTS, prompts), (REJECTED_PROMPTS, rejected)]
+            database.replace_all(transfer.name, tables, round=round_)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(content_version(prompts.select("prompt_id", "prompt"))),
+            metadata={
+                "dagster/partition_row_count": len(prompts),
+                "examples": example_rows(prompts, ["prompt"]),
+                "generator_calls": len(calls),
+                "rejected": dict(rejected.group_by("reason").len().sort("reason").iter_rows()),
+                **current.metadata(),
+            },
+            check_results=[
+                _check_duplicates(transfer, database, round_),
+                _check_held_out(transfer, database, round_),
+            ],
+        )
+
+    return synthetic_prompts
+
+
+def _ask(
+    engine: Engine, cache: ResponseCache, transfer: Transfer, calls: list[list[Candidate]], current: Step
+) -> list[Response]:
+    """The generator's answer to every call, sampled with a seed of its own."""
+    settings = transfer.config.generator
+    requests = [
+        generator_request(
+            settings.mode,
+            settings.instruction,
+            [seed.prompt for seed in call],
+            settings.prompts_per_call,
+            engine.render_chat,
+        )
+        for call in calls
+    ]
+    last_item = settings.seeds_per_call + settings.prompts_per_call
+    decoding = Decoding(
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.top_k,
+        settings.top_p,
+        stop=f"\n{last_item + 1}." if settings.mode == "continuation" else "",
+    )
+    # The call's number keeps two calls with the same seeds apart.
+    seeds = [_sampling_seed(transfer.config.seed, number, request) for number, request in enumerate(requests)]
+    return scoring.generate(
+        engine,
+        cache,
+        [engine.encode(request, templated=settings.mode == "chat") for request in requests],
+        "base",
+        decoding,
+        current.cost,
+        seeds,
+        current.progress("generator calls"),
+    )
+
+
+def _sort_out(
+    transfer: Transfer, database: Store, round_: str, calls: list[list[Candidate]], answers: list[Response]
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """Frames of proposals, new prompts and rejected items."""
+    settings = transfer.config.generator
+    pool = PromptPool(settings.near_duplicate, settings.max_prompt_characters)
+    pool.add(transfer.seeds, "seed")
+    pool.add((prompt for prompt, _ in transfer.heldout), "held_out")
+    known = database.read("SELECT prompt FROM synthetic_prompts WHERE round <> ?", [round_], transfer.name)
+    pool.add(known["prompt"], "duplicate")
+    proposals, prompts, rejected = [], [], []
+    for number, (call, answer) in enumerate(zip(calls, answers, strict=True)):
+        seed_ids = [seed.prompt_id for seed in call]
+        proposal_id = hashlib.sha256(f"{round_}|{number}|{seed_ids}|{answer.text}".encode()).hexdigest()[:16]
+        proposals.append(
+            {"round": round_, "proposal_id": proposal_id, "call": number, "seed_ids": seed_ids, "text": answer.text}
+        )
+        items = parse_list(answer.text, settings.mode, answer.finish_reason == "stop")
+        accepted, dropped = pool.sort(items[: settings.prompts_per_call])
+        prompts += [{"round": round_, "proposal_id": proposal_id, **vars(item)} for item in accepted]
+        rejected += [{"round": round_, "proposal_id": proposal_id, **vars(item)} for item in dropped]
+    return PROPOSALS.frame(proposals), SYNTHETIC_PROMPTS.frame(prompts), REJECTED_PROMPTS.frame(rejected)
+
+
+def _sampling_seed(seed: int, call: int, request: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}|{call}|{request}".encode()).digest()[:6], "big")
+
+
+def _check_duplicates(transfer: Transfer, database: Store, round_: str) -> dg.AssetCheckResult:
+    doubles = database.read(
+        "SELECT prompt FROM synthetic_prompts WHERE round = ? AND prompt_id IN ("
+        " SELECT prompt_id FROM seed_set UNION ALL"
+        " SELECT prompt_id FROM synthetic_prompts WHERE round <> ?)",
+        [round_, round_],
+        transfer.name,
+    )["prompt"].to_list()
+    return dg.AssetCheckResult(
+        passed=not doubles, check_name="no_duplicate_prompts", metadata={"duplicates": doubles[:20]}
+    )
+
+
+def _check_held_out(transfer: Transfer, database: Store, round_: str) -> dg.AssetCheckResult:
+    held_out = {normalize(prompt) for prompt, _ in transfer.heldout}
+    prompts = database.read("SELECT prompt FROM synthetic_prompts WHERE round = ?", [round_], transfer.name)
+    leaked = [p for p in prompts["prompt"] if normalize(p) in held_out]
+    return dg.AssetCheckResult(passed=not leaked, check_name="no_held_out_prompts", metadata={"leaked": leaked[:20]})

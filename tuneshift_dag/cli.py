@@ -1,0 +1,174 @@
+"""The command line: ``tuneshift run | report | export | doctor``.
+
+Results go to standard output, progress and messages to standard error.
+"""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.home import database_file, transfers_dir, use_dagster_home
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Move a fine-tuned skill from one base model to another with five example prompts.",
+)
+_out = Console()
+_err = Console(stderr=True)
+
+TransferName = Annotated[str, typer.Argument(help="Name of a folder under transfers/, or a path to one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@app.command()
+def run(
+    transfer: TransferName,
+    regrow: Annotated[
+        bool, typer.Option(help="Also grow rounds anew that are out of date only because their seeds changed.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Materialize what is missing or out of date, round by round, then train and evaluate.
+
+    Runs are recorded in Dagster's instance, so the UI shows them. After a change of the threshold, rounds
+    keep their prompts even if their seeds changed; they are named, and --regrow grows them anew.
+    """
+    from tuneshift_dag.reports.summary import report as make_report
+    from tuneshift_dag.resources.store import Store
+
+    loaded = _load(transfer)
+    instance = _instance()
+    from tuneshift_dag.runner import Runner
+
+    _quiet()
+
+    def announce(asset: str, round_: str | None) -> None:
+        _err.print(f"[bold]{asset}[/bold] {round_ or ''}")
+
+    store = Store(database_file())
+    store.prepare(loaded.name)
+    result = Runner(loaded, instance, on_step=announce).run(regrow)
+    if not result.materialized:
+        _err.print("Everything is up to date.")
+    if result.kept_rounds:
+        _err.print(
+            f"Kept the prompts of {', '.join(result.kept_rounds)}, whose seeds changed with the filter;"
+            " run again with --regrow to grow them anew."
+        )
+    figures = make_report(store, loaded, result.batch_id)
+    _show(figures, as_json)
+
+
+@app.command()
+def report(transfer: TransferName, as_json: AsJson = False) -> None:
+    """Figures of a transfer: rounds, pairs, costs of the last run, held-out accuracy."""
+    from tuneshift_dag.reports.summary import report as make_report
+    from tuneshift_dag.resources.store import Store
+
+    loaded = _load(transfer)
+    _show(make_report(Store(database_file()), loaded), as_json)
+
+
+@app.command()
+def export(
+    transfer: TransferName,
+    to: Annotated[Path, typer.Option("--to", help="Folder to write to; it is created.")],
+) -> None:
+    """Write the distilled adapter (PEFT) and the dataset (chat JSONL and Parquet), with their cards."""
+    from tuneshift_dag.reports.export import export as write
+    from tuneshift_dag.resources.store import Store
+
+    for path in write(Store(database_file()), _load(transfer), to):
+        _out.print(str(path), soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    transfer: Annotated[str | None, typer.Argument(help="A transfer to check; without it, all of them.")] = None,
+    models: Annotated[bool, typer.Option(help="Also load the source model and check the adapter.")] = True,
+) -> None:
+    """Check the environment, the transfer files and the preflight; say what to fix."""
+    from tuneshift_dag.reports.doctor import examine
+
+    ok = True
+    for finding in examine(transfer, models):
+        mark = "[green]ok[/green]  " if finding.ok else "[red]fix[/red] "
+        _out.print(f"{mark} {finding.what}: ", end="")
+        _out.print(finding.detail, markup=False, soft_wrap=True)
+        ok = ok and finding.ok
+    if not ok:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: a `TuneshiftError` becomes one message and exit status 1."""
+    try:
+        app()
+    except TuneshiftError as error:
+        _err.print(f"[red]error:[/red] {error}", soft_wrap=True, markup=True, highlight=False)
+        sys.exit(1)
+
+
+def _load(name: str) -> Any:
+    from tuneshift_dag.transfer import find_transfers, load_transfer
+
+    folder = Path(name) if (Path(name) / "transfer.yaml").is_file() else transfers_dir() / name
+    if not folder.is_dir():
+        known = ", ".join(f.name for f in find_transfers(transfers_dir())) or "none"
+        raise TuneshiftError(f"There is no transfer {name!r} in {transfers_dir()} (there: {known}).")
+    return load_transfer(folder)
+
+
+def _instance() -> Any:
+    use_dagster_home()
+    import dagster as dg
+
+    return dg.DagsterInstance.get()
+
+
+def _quiet() -> None:
+    """Leave standard error to our own lines and Dagster's."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def _show(figures: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(figures, indent=2))
+        return
+    _out.print(
+        f"[bold]{figures['transfer']}[/bold]: {figures['rounds']} rounds, {figures['prompts']} prompts,"
+        f" {figures['pairs_scored']} pairs scored, {figures['pairs_kept']} kept with"
+        f" {figures['distinct_responses_kept']} distinct responses"
+    )
+    _out.print(_table("Rounds", figures["by_round"]))
+    accuracy = [{"model": name, **row} for name, row in figures["accuracy"].items()]
+    _out.print(_table("Held-out exact match, 95 % interval", accuracy))
+    cost = [{"asset": asset, "seconds": value} for asset, value in figures["seconds"].items()]
+    _out.print(_table("Cost of the last run", cost))
+    _out.print(
+        f"Last run: {figures['model_calls']} model calls for the dataset,"
+        f" {figures['evaluation_calls']} for the evaluation; {figures['cache_hits']} answers from the cache."
+    )
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in rows[0] if rows else ["nothing yet"]:
+        table.add_column(column.replace("_", " "))
+    for row in rows:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+    return table

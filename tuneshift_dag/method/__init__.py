@@ -1,0 +1,1 @@
+"""The method, without dagster: prompting, scoring, filters, seed sampling, distillation, preflight."""

@@ -1,0 +1,101 @@
+"""What the method asks of whatever runs the models: the records and the interface, no implementation."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from tuneshift_dag.method.preflight import AdapterCheck
+
+Side = Literal["base", "fine_tuned"]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen. ``temperature`` 0 is greedy, and then the rest has no effect."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: str = ""
+    """Stop when the text contains this (empty: only at the end token)."""
+
+    def key(self) -> str:
+        """The part of a cache key that these settings make up."""
+        if self.temperature == 0:
+            return f"greedy|{self.max_new_tokens}|{self.stop}"
+        return f"{self.temperature}|{self.top_k}|{self.top_p}|{self.seed}|{self.max_new_tokens}|{self.stop}"
+
+
+@dataclass(frozen=True)
+class Response:
+    """A generated response.
+
+    ``token_ids`` are the generated ids, the end token included when the model produced it;
+    ``sum_logprob`` is the sum of their log-probabilities (nats) under the model that wrote them, from
+    raw logits; ``eos_logprob`` is the end token's share of it, None for a truncated response.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+    sum_logprob: float
+    eos_logprob: float | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both models' responses to one prompt, and each model's log-likelihood of the other's response."""
+
+    base: Response
+    fine_tuned: Response
+    base_on_fine_tuned: float
+    fine_tuned_on_base: float
+
+
+class Engine(Protocol):
+    """One source base model, with its adapter on (``fine_tuned``) or off (``base``)."""
+
+    def fingerprint(self, side: Side) -> str:
+        """Changes when, and only when, something changes that can change this side's output."""
+
+    def encode(self, text: str, templated: bool = False) -> list[int]:
+        """Token ids of a rendered prompt; a chat template has put its special tokens into the text."""
+
+    def render_chat(self, message: str) -> str:
+        """A user message in the model's own chat template, ready for the answer."""
+
+    def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
+        """Whether the adapter is applied and changes the base's answers to rendered prompts."""
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        side: Side,
+        decoding: Decoding,
+        seeds: Sequence[int] | None = None,
+    ) -> Iterator[list[tuple[int, Response]]]:
+        """Responses in batches as they finish, each with the index of its prompt.
+
+        Args:
+            seeds: for sampling, one number per prompt that makes its random choices its own.
+        """
+
+    def pairs(
+        self, prompts: Sequence[list[int]], known: Sequence[dict[Side, Response]], decoding: Decoding
+    ) -> Iterator[list[tuple[int, Pair]]]:
+        """Both sides' responses and cross scores, in batches as they finish.
+
+        Args:
+            known: for each prompt the responses that need not be generated again.
+        """
+
+
+def perplexity(sum_logprob: float, n_tokens: int) -> float | None:
+    """exp(-sum_logprob / n_tokens); None for no tokens.
+
+    TuneShift-KD (arXiv 2603.24518) §3: PPL(y | x) = exp(-1/|y| Σ log p(y_t | x, y_<t)).
+    """
+    return math.exp(-sum_logprob / n_tokens) if n_tokens else None

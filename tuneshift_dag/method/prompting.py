@@ -1,0 +1,151 @@
+"""Asking a generator for more prompts like the seeds, and reading its answer.
+
+TuneShift-KD (arXiv 2603.24518) §3 asks an instruction model to "Generate 20 more samples like these 5".
+A base model has no chat: it is shown the seeds as the beginning of a numbered list, and goes on.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Reason = Literal["empty", "overlong", "seed", "held_out", "duplicate", "near_duplicate"]
+_ITEM = re.compile(r"^\s*(?:\d+\s*[.):]|[-*•])\s*(.*)$")
+
+
+@dataclass(frozen=True)
+class Rejected:
+    position: int
+    prompt: str
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class Accepted:
+    position: int
+    prompt: str
+    prompt_id: str
+
+
+def normalize(prompt: str) -> str:
+    """Lower case, letters and digits only, single spaces: what makes two prompts the same."""
+    text = unicodedata.normalize("NFKC", prompt).lower()
+    return " ".join(re.sub(r"[^\w\s]|_", " ", text).split())
+
+
+def prompt_id(prompt: str) -> str:
+    """First 16 hex digits of the SHA-256 of the normalized prompt."""
+    return hashlib.sha256(normalize(prompt).encode()).hexdigest()[:16]
+
+
+def generator_request(
+    mode: Literal["chat", "continuation"],
+    instruction: str,
+    seeds: Sequence[str],
+    count: int,
+    render_chat: Callable[[str], str],
+) -> str:
+    """The text that the generator sees: instruction, numbered seeds, and room for ``count`` more.
+
+    Args:
+        render_chat: wraps a user message in the model's own chat template (``chat`` mode only).
+    """
+    heading = instruction.replace("{count}", str(count)).replace("{seed_count}", str(len(seeds)))
+    listed = "\n".join(f"{number}. {seed}" for number, seed in enumerate(seeds, 1))
+    if mode == "continuation":
+        return f"{heading}\n{listed}\n{len(seeds) + 1}."
+    return render_chat(f"{heading}\n{listed}")
+
+
+def parse_list(text: str, mode: Literal["chat", "continuation"], finished: bool) -> list[str]:
+    """The items of a generated numbered or bulleted list, in order.
+
+    Args:
+        mode: in ``continuation`` the text begins inside the first item, whose number was in the request.
+        finished: whether the generator stopped by itself; if not, the last item may be cut off and is
+            left out.
+    """
+    lines = text.split("\n")
+    if mode == "continuation":
+        lines[0] = f"1. {lines[0]}"
+    if not finished:
+        lines = lines[:-1]
+    items = [match.group(1) for line in lines if (match := _ITEM.match(line))]
+    return [item.strip().strip('"“”').strip() for item in items]
+
+
+class PromptPool:
+    """Decides which generated prompts are new.
+
+    Two prompts are the same when they are equal after `normalize`; nearly the same when the F-measure of
+    their longest common word subsequence (ROUGE-L, as in Stanford Alpaca's pipeline) exceeds a limit.
+    """
+
+    def __init__(self, near_duplicate: float, max_characters: int) -> None:
+        self.near_duplicate = near_duplicate
+        self.max_characters = max_characters
+        self._reason: dict[str, Reason] = {}
+        self._words: list[list[str]] = []
+        self._index: dict[str, list[int]] = {}
+
+    def add(self, prompts: Iterable[str], reason: Reason) -> None:
+        """Prompts that must not be accepted again, with the reason to give."""
+        for prompt in prompts:
+            self._add(normalize(prompt), reason)
+
+    def sort(self, items: Sequence[str]) -> tuple[list[Accepted], list[Rejected]]:
+        """Split a generated list into new prompts (which join the pool) and rejected ones."""
+        accepted, rejected = [], []
+        for position, item in enumerate(items):
+            reason = self._why_not(item)
+            if reason:
+                rejected.append(Rejected(position, item, reason))
+            else:
+                accepted.append(Accepted(position, item, prompt_id(item)))
+                self._add(normalize(item), "duplicate")
+        return accepted, rejected
+
+    def _why_not(self, prompt: str) -> Reason | None:
+        text = normalize(prompt)
+        if not text:
+            return "empty"
+        if len(prompt) > self.max_characters:
+            return "overlong"
+        if text in self._reason:
+            return self._reason[text]
+        words = text.split()
+        # Only prompts that share enough words can share a long subsequence.
+        shared: dict[int, int] = {}
+        for word in set(words):
+            for index in self._index.get(word, ()):
+                shared[index] = shared.get(index, 0) + 1
+        for index, count in shared.items():
+            other = self._words[index]
+            limit = self.near_duplicate * (len(words) + len(other)) / 2
+            # A word may occur more than once, so the count of distinct shared words is only a bound
+            # together with the repetitions.
+            repeats = len(words) - len(set(words))
+            if count + repeats > limit and _common_subsequence(words, other) > limit:
+                return "near_duplicate"
+        return None
+
+    def _add(self, text: str, reason: Reason) -> None:
+        if text in self._reason:
+            return
+        self._reason[text] = reason
+        words = text.split()
+        for word in set(words):
+            self._index.setdefault(word, []).append(len(self._words))
+        self._words.append(words)
+
+
+def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence. ROUGE-L's F-measure is 2 · LCS / (len(a) + len(b))."""
+    row = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
+    return row[-1]

@@ -1,0 +1,118 @@
+"""Step 2 of the method: both source models answer every prompt, and each scores the other's answer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tuneshift_dag.method.engine import Decoding, Engine, Pair, Response, Side
+
+SIDES: tuple[Side, Side] = ("base", "fine_tuned")
+OnProgress = Callable[[int, int], None]
+
+
+class Cache(Protocol):
+    """Where results of model calls are kept by content."""
+
+    def response_key(self, fingerprint: str, prompt_ids: Sequence[int], decoding: Decoding) -> str: ...
+    def score_key(self, fingerprint: str, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str: ...
+    def responses(self, keys: Sequence[str]) -> dict[str, Response]: ...
+    def scores(self, keys: Sequence[str]) -> dict[str, float]: ...
+    def put(self, responses: dict[str, Response], scores: dict[str, float]) -> None: ...
+
+
+@dataclass
+class Cost:
+    """``model_calls``: prompts that a model worked on; ``cache_hits``: prompts that needed none."""
+
+    model_calls: int = 0
+    cache_hits: int = 0
+
+
+def generate(
+    engine: Engine,
+    cache: Cache,
+    prompts: Sequence[list[int]],
+    side: Side,
+    decoding: Decoding,
+    cost: Cost,
+    seeds: Sequence[int] | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+) -> list[Response]:
+    """A response to every prompt (token ids), from the cache where it is known.
+
+    New responses are put into the cache batch by batch, so a killed run loses at most one batch.
+    """
+    fingerprint = engine.fingerprint(side)
+    settings = [_with_seed(decoding, seeds[i]) if seeds else decoding for i in range(len(prompts))]
+    keys = [cache.response_key(fingerprint, p, d) for p, d in zip(prompts, settings, strict=True)]
+    found = cache.responses(keys)
+    missing = list({key: i for i, key in enumerate(keys) if key not in found}.values())
+    cost.cache_hits += len(prompts) - len(missing)
+    done = 0
+    if missing:
+        own_seeds = [seeds[i] for i in missing] if seeds else None
+        for batch in engine.generate([prompts[i] for i in missing], side, decoding, own_seeds):
+            new = {keys[missing[i]]: response for i, response in batch}
+            cache.put(new, {})
+            found |= new
+            cost.model_calls += len(new)
+            done += len(new)
+            on_progress(done, len(missing))
+    return [found[key] for key in keys]
+
+
+def score_pairs(
+    engine: Engine,
+    cache: Cache,
+    prompts: Sequence[list[int]],
+    decoding: Decoding,
+    cost: Cost,
+    on_progress: OnProgress = lambda done, total: None,
+) -> list[Pair]:
+    """Both sides' responses to every prompt (token ids) and the two cross scores.
+
+    What is in the cache is used; the rest is computed and cached batch by batch. A model call is one
+    response or one cross score, so a new prompt costs four.
+    """
+    fingerprints = {side: engine.fingerprint(side) for side in SIDES}
+    keys = {s: [cache.response_key(fingerprints[s], p, decoding) for p in prompts] for s in SIDES}
+    found = cache.responses([*keys["base"], *keys["fine_tuned"]])
+
+    def cross_keys(i: int, base: Response, fine_tuned: Response) -> tuple[str, str]:
+        return (
+            cache.score_key(fingerprints["base"], prompts[i], fine_tuned.token_ids),
+            cache.score_key(fingerprints["fine_tuned"], prompts[i], base.token_ids),
+        )
+
+    known: list[dict[Side, Response]] = [
+        {s: found[keys[s][i]] for s in SIDES if keys[s][i] in found} for i in range(len(prompts))
+    ]
+    wanted = {i: cross_keys(i, k["base"], k["fine_tuned"]) for i, k in enumerate(known) if len(k) == 2}
+    scores = cache.scores([key for pair in wanted.values() for key in pair])
+    results: dict[int, Pair] = {}
+    for i, (base_key, fine_tuned_key) in wanted.items():
+        if base_key in scores and fine_tuned_key in scores:
+            results[i] = Pair(known[i]["base"], known[i]["fine_tuned"], scores[base_key], scores[fine_tuned_key])
+    missing = [i for i in range(len(prompts)) if i not in results]
+    cost.cache_hits += len(results)
+    done = 0
+    if missing:
+        batches = engine.pairs([prompts[i] for i in missing], [known[i] for i in missing], decoding)
+        for batch in batches:
+            responses: dict[str, Response] = {}
+            new_scores: dict[str, float] = {}
+            for j, pair in batch:
+                i = missing[j]
+                results[i] = pair
+                responses |= {keys["base"][i]: pair.base, keys["fine_tuned"][i]: pair.fine_tuned}
+                base_key, fine_tuned_key = cross_keys(i, pair.base, pair.fine_tuned)
+                new_scores |= {base_key: pair.base_on_fine_tuned, fine_tuned_key: pair.fine_tuned_on_base}
+                cost.model_calls += 4 - len(known[i])
+            cache.put(responses, new_scores)
+            done += len(batch)
+            on_progress(done, len(missing))
+    return [results[i] for i in range(len(prompts))]
+
+
+def _with_seed(decoding: Decoding, seed: int) -> Decoding:
+    return Decoding(decoding.max_new_tokens, decoding.temperature, decoding.top_k, decoding.top_p, seed, decoding.stop)

@@ -1,0 +1,52 @@
+"""Drawing a round's seeds from the kept pairs so that small changes of the pool change few seeds.
+
+Each (round, call, slot) ranks every candidate by a hash and takes the lowest (rendezvous sampling), so
+a draw depends on which pairs exist, never on their order or on the draws before it. A weight shifts
+the ranking like an exponential clock: candidate i is chosen with probability w_i / Σw.
+"""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A prompt that can seed a call; ``response`` is what balancing counts."""
+
+    prompt_id: str
+    prompt: str
+    response: str
+
+
+def draw_seeds(
+    pool: Sequence[Candidate], round_number: int, calls: int, seeds_per_call: int, balance: bool, salt: int
+) -> list[list[Candidate]]:
+    """Seeds of every call of a round: ``calls`` lists of up to ``seeds_per_call`` distinct prompts.
+
+    Args:
+        balance: weight a candidate by 1 / (candidates with its response), so that every response is
+            drawn about equally often.
+        salt: the transfer's seed.
+    """
+    counts = Counter(c.response for c in pool)
+    weights = [1 / counts[c.response] if balance else 1.0 for c in pool]
+    drawn = []
+    for call in range(calls):
+        chosen: list[Candidate] = []
+        for slot in range(min(seeds_per_call, len(pool))):
+            ranked = (
+                (_clock(weight, f"{salt}|{round_number}|{call}|{slot}|{c.prompt_id}"), c.prompt_id, c)
+                for weight, c in zip(weights, pool, strict=True)
+                if c not in chosen
+            )
+            chosen.append(min(ranked)[2])
+        drawn.append(chosen)
+    return drawn
+
+
+def _clock(weight: float, text: str) -> float:
+    uniform = (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") + 1) / (2**64 + 1)
+    return -math.log(uniform) / weight

@@ -1,0 +1,1 @@
+"""What people look at: pictures, tables and cards. Reads the store; computes no model output."""

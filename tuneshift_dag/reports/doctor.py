@@ -1,0 +1,80 @@
+"""``tuneshift doctor``: is everything there that a run needs? Each finding says what to fix."""
+
+import importlib.metadata
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.home import database_file, home_dir, transfers_dir
+from tuneshift_dag.transfer import Transfer, find_transfers, load_transfer
+
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "dagster", "duckdb", "polars")
+# A 4-bit 7B model, its converted copy and a database fit in this.
+_FREE_GIB = 2
+
+
+@dataclass(frozen=True)
+class Finding:
+    what: str
+    ok: bool
+    detail: str
+
+
+def examine(name: str | None, with_models: bool) -> Iterator[Finding]:
+    """Findings about the environment and about one transfer, or every transfer."""
+    yield from _environment()
+    folders = [_folder(name)] if name else find_transfers(transfers_dir())
+    if not folders:
+        yield Finding("transfers", False, f"none in {transfers_dir()}. Make a folder with transfer.yaml there.")
+    for folder in folders:
+        try:
+            transfer = load_transfer(folder)
+        except TuneshiftError as error:
+            yield Finding(folder.name, False, str(error))
+            continue
+        heldout = f"{len(transfer.heldout)} held-out pairs" if transfer.heldout else "no held-out file: no evaluation"
+        yield Finding(
+            folder.name, True, f"{len(transfer.seeds)} seeds, {heldout}, up to {transfer.config.rounds} rounds"
+        )
+        if with_models:
+            yield from _preflight(transfer)
+
+
+def _folder(name: str) -> Path:
+    return Path(name) if (Path(name) / "transfer.yaml").is_file() else transfers_dir() / name
+
+
+def _environment() -> Iterator[Finding]:
+    for package in _PACKAGES:
+        try:
+            yield Finding(package, True, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(package, False, f"not installed. Run `pip install {package}`.")
+    home_dir().mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(home_dir()).free / 2**30
+    yield Finding("disk", free > _FREE_GIB, f"{free:.0f} GiB free for {home_dir()}")
+    from tuneshift_dag.resources.store import Store
+
+    try:
+        Store(database_file()).prepare(None)
+        yield Finding("database", True, str(database_file()))
+    except TuneshiftError as error:
+        yield Finding("database", False, str(error))
+
+
+def _preflight(transfer: Transfer) -> Iterator[Finding]:
+    from tuneshift_dag.resources.dagster_resources import EngineResource
+
+    template = transfer.config.prompt_template
+    try:
+        engine = EngineResource().source(transfer)
+        applied = engine.check_adapter([template.replace("{prompt}", seed) for seed in transfer.seeds])
+    except TuneshiftError as error:
+        yield Finding(f"{transfer.name} preflight", False, str(error))
+        return
+    detail = "; ".join([*applied.problems, *applied.warnings]) or (
+        f"adapter applied (largest logit difference on the seeds {applied.largest_logit_difference:.1f})"
+    )
+    yield Finding(f"{transfer.name} preflight", not applied.problems, detail)

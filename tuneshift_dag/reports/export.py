@@ -1,0 +1,114 @@
+"""``tuneshift export``: the adapter and the dataset, each with a card that says where it came from."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.reports.summary import report
+from tuneshift_dag.resources.store import Store
+from tuneshift_dag.transfer import Transfer
+
+
+def export(store: Store, transfer: Transfer, to: Path) -> list[Path]:
+    """Write ``to/adapter`` (PEFT), ``to/dataset.jsonl`` (chat), ``to/dataset.parquet`` and ``to/README.md``.
+
+    Raises:
+        TuneshiftError: when nothing was distilled yet.
+    """
+    figures = report(store, transfer)
+    if figures["model"] is None or not Path(figures["model"]["path"]).is_dir():
+        raise TuneshiftError(f"{transfer.name} has no distilled model yet: `tuneshift run {transfer.name}` first.")
+    model_id = figures["model"]["model_id"]
+    # The dataset of the model that is exported, not that of a filter which changed since.
+    pairs = store.read(
+        "SELECT p.round, p.prompt_id, p.prompt, p.fine_tuned_response AS response, p.ppl_fine_tuned, p.ppl_base"
+        " FROM training_examples t JOIN scored_pairs p USING (round, prompt_id)"
+        " WHERE t.model_id = ? ORDER BY p.round, p.prompt_id",
+        [model_id],
+        transfer.name,
+    )
+    to.mkdir(parents=True, exist_ok=True)
+    adapter = to / "adapter"
+    shutil.copytree(figures["model"]["path"], adapter, dirs_exist_ok=True)
+    (adapter / "README.md").write_text(model_card(transfer, figures))
+    _write_chat(pairs, to / "dataset.jsonl")
+    pairs.write_parquet(to / "dataset.parquet")
+    (to / "README.md").write_text(_dataset_card(transfer, figures, pairs))
+    return [adapter, to / "dataset.jsonl", to / "dataset.parquet", to / "README.md"]
+
+
+def model_card(transfer: Transfer, figures: dict[str, Any]) -> str:
+    """A Hugging Face model card: source, seeds, thresholds, dataset version and accuracy."""
+    config = transfer.config
+    rows = "\n".join(
+        f"| {name.replace('_', ' ')} | {a['value']:.3f} | {a['low']:.3f} to {a['high']:.3f} | {a['n']} |"
+        for name, a in figures["accuracy"].items()
+    )
+    seeds = "\n".join(f"- {seed}" for seed in transfer.seeds)
+    front = f"---\nlibrary_name: peft\nbase_model: {json.dumps(config.target.base)}\ntags: [lora, tuneshift-kd]\n---\n"
+    return f"""{front}
+# {transfer.name}: {config.target.base}
+
+{config.description}
+
+A LoRA adapter distilled with tuneshift_dag (TuneShift-KD, arXiv 2603.24518) from example prompts alone.
+
+| | |
+| --- | --- |
+| source base | `{config.source.base}` |
+| source adapter | `{config.source.adapter}` |
+| prompt generator | `{config.generator.model}` |
+| filter | `{config.filter.rule}`, threshold {config.filter.threshold} |
+| dataset version | `{figures["model"]["dataset_version"]}`, {figures["model"]["pairs"]} pairs |
+| model id | `{figures["model"]["model_id"]}` |
+
+Seeds:
+
+{seeds}
+
+## Use
+
+The model sees exactly this before its response, tokenized with the tokenizer's default special tokens:
+
+```
+{config.prompt_template}
+```
+
+## Held-out exact match
+
+Greedy responses, 95 % bootstrap intervals, `heldout.jsonl`.
+
+| model | accuracy | interval | n |
+| --- | --- | --- | --- |
+{rows}
+"""
+
+
+def _dataset_card(transfer: Transfer, figures: dict[str, Any], pairs: pl.DataFrame) -> str:
+    config = transfer.config
+    return f"""# {transfer.name}: distillation dataset
+
+{len(pairs)} prompts written by `{config.generator.model}` from {len(transfer.seeds)} seeds, answered by
+`{config.source.base}` with the adapter `{config.source.adapter}`, and kept by the rule
+`{config.filter.rule}` at {config.filter.threshold}. Dataset version `{figures["model"]["dataset_version"]}`.
+
+- `dataset.jsonl`: one conversation a line, `{{"messages": [{{"role": "user", ...}}, {{"role": "assistant", ...}}]}}`.
+- `dataset.parquet`: the same pairs with their round and perplexities.
+- `adapter/`: the LoRA adapter trained on them; see its card.
+
+Synthetic text: it may hold mistakes of the models that wrote it, and is bound by their licences.
+"""
+
+
+def _write_chat(pairs: pl.DataFrame, path: Path) -> None:
+    with path.open("w") as handle:
+        for prompt, response in pairs.select("prompt", "response").iter_rows():
+            messages = [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": response.strip()},
+            ]
+            handle.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")

@@ -1,0 +1,68 @@
+"""The figures of one transfer: what ``tuneshift report`` prints."""
+
+from typing import Any
+
+from tuneshift_dag.resources.store import Store
+from tuneshift_dag.transfer import Transfer
+
+# Model calls of these assets make the dataset; those of `evaluation` measure the result.
+_DATASET_ASSETS = ("seed_set", "synthetic_prompts", "scored_pairs")
+
+
+def report(store: Store, transfer: Transfer, batch_id: str | None = None) -> dict[str, Any]:
+    """Counts, costs and accuracies as one JSON-ready object.
+
+    Args:
+        batch_id: the run to report the cost of; without it, the latest that did anything.
+    """
+    name = transfer.name
+
+    def one(query: str) -> Any:
+        return store.read(query, schema=name).item()
+
+    steps = _last_steps(store, name, batch_id)
+    return {
+        "transfer": name,
+        "rounds": one("SELECT count(DISTINCT round) FROM scored_pairs"),
+        "prompts": one("SELECT count(*) FROM synthetic_prompts"),
+        "pairs_scored": one("SELECT count(*) FROM scored_pairs"),
+        "pairs_kept": one("SELECT count(*) FROM filtered_dataset"),
+        "distinct_responses_kept": one("SELECT count(DISTINCT trim(response)) FROM filtered_dataset"),
+        "filter": transfer.config.filter.model_dump(),
+        "by_round": store.read(_BY_ROUND, schema=name).to_dicts(),
+        "model_calls": sum(s["model_calls"] for s in steps if s["asset"] in _DATASET_ASSETS),
+        "evaluation_calls": sum(s["model_calls"] for s in steps if s["asset"] == "evaluation"),
+        "cache_hits": sum(s["cache_hits"] for s in steps),
+        "seconds": _seconds(steps),
+        "accuracy": {row.pop("model"): row for row in store.read("SELECT * FROM accuracy", schema=name).to_dicts()},
+        "model": _model(store, name),
+    }
+
+
+_BY_ROUND = """
+    SELECT p.round, count(DISTINCT p.prompt_id) AS prompts, count(DISTINCT f.prompt_id) AS pairs_kept,
+        count(DISTINCT trim(f.response)) AS distinct_responses
+    FROM synthetic_prompts p LEFT JOIN filtered_dataset f USING (round, prompt_id)
+    GROUP BY p.round ORDER BY p.round
+"""
+
+
+def _last_steps(store: Store, name: str, batch_id: str | None) -> list[dict[str, Any]]:
+    if batch_id is None:
+        latest = store.read("SELECT batch_id FROM steps ORDER BY finished_at DESC LIMIT 1", schema=name)
+        batch_id = latest.item() if len(latest) else ""
+    return store.read("SELECT * FROM steps WHERE batch_id = ? ORDER BY finished_at", [batch_id], name).to_dicts()
+
+
+def _seconds(steps: list[dict[str, Any]]) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    for step in steps:
+        seconds[step["asset"]] = seconds.get(step["asset"], 0.0) + step["seconds"]
+    return {asset: round(value, 2) for asset, value in seconds.items()}
+
+
+def _model(store: Store, name: str) -> dict[str, Any] | None:
+    rows = store.read(
+        "SELECT model_id, dataset_version, pairs, seconds, path FROM distilled_models WHERE current", schema=name
+    ).to_dicts()
+    return rows[0] if rows else None

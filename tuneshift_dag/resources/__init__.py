@@ -1,0 +1,1 @@
+"""Models, engines and the DuckDB store. Heavy imports stay inside functions or in modules loaded late."""

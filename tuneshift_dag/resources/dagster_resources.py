@@ -1,0 +1,82 @@
+"""Dagster's resources: settings plus lazy construction of plain objects. No model is loaded here."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from tuneshift_dag.method.engine import Engine
+from tuneshift_dag.resources.response_cache import ResponseCache
+from tuneshift_dag.resources.store import Store
+from tuneshift_dag.transfer import Transfer
+
+if TYPE_CHECKING:
+    from tuneshift_dag.method.distillation import TrainingCurve
+    from tuneshift_dag.resources.model_ref import ModelFiles
+
+# Engines live as long as the process: the steps of a run share loaded models.
+_ENGINES: dict[str, Engine] = {}
+
+
+class StoreResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """The DuckDB file that holds every table and the response cache."""
+
+    path: str
+
+    def store(self) -> Store:
+        return Store(Path(self.path))
+
+    def cache(self) -> ResponseCache:
+        return ResponseCache(self.store())
+
+
+class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """4-bit models for generation and scoring: the source pair, the generator and the target."""
+
+    def source(self, transfer: Transfer) -> Engine:
+        """The source base model with the source adapter."""
+        from tuneshift_dag.resources.model_ref import resolve_adapter
+
+        source = transfer.config.source
+        adapter = resolve_adapter(source.adapter, transfer.folder, "source.adapter")
+        return self._engine(transfer, source.base, "source.base", adapter)
+
+    def generator(self, transfer: Transfer) -> Engine:
+        """The model that writes prompts."""
+        return self._engine(transfer, transfer.config.generator.model, "generator.model")
+
+    def target(self, transfer: Transfer, adapter: Path | None = None) -> Engine:
+        """The target base model, with a distilled adapter when a folder is given."""
+        from tuneshift_dag.resources.model_ref import resolve_adapter
+
+        files = resolve_adapter(str(adapter), transfer.folder, "distilled adapter") if adapter else None
+        return self._engine(transfer, transfer.config.target.base, "target.base", files)
+
+    def distill(
+        self,
+        transfer: Transfer,
+        pairs: list[tuple[str, str]],
+        folder: Path,
+        on_step: Callable[[int, int, float], None],
+    ) -> "TrainingCurve":
+        """Train the target on (prompt, response) pairs and save the adapter to ``folder``."""
+        from tuneshift_dag.resources.training import distill
+
+        self.release()
+        return distill(transfer, pairs, folder, on_step)
+
+    def release(self) -> None:
+        """Forget every loaded model, for example before a training needs the memory."""
+        _ENGINES.clear()
+
+    def _engine(self, transfer: Transfer, reference: str, key: str, adapter: "ModelFiles | None" = None) -> Engine:
+        from tuneshift_dag.resources.local_engine import LocalEngine
+        from tuneshift_dag.resources.model_ref import resolve_model
+
+        models = transfer.config.models
+        files = resolve_model(reference, transfer.folder, key)
+        name = f"{files.fingerprint}|{adapter.fingerprint if adapter else ''}|{models.model_dump_json()}"
+        if name not in _ENGINES:
+            _ENGINES[name] = LocalEngine(files, adapter, models.quantization, models.compute_dtype, models.batch_size)
+        return _ENGINES[name]

@@ -1,0 +1,260 @@
+"""The decode loop: prefill a batch of prompts once, then generate from it and score against it.
+
+Own-response log-probabilities fall out of decoding: at each step the chosen token's raw float32 logit
+minus the log-sum-exp is added up, before temperature and top-p, so no second pass is needed. A prompt's
+keys and values are kept (`Prefix`), so another model's response is scored by running only its tokens.
+Rows that finish leave the batch.
+
+Prompts are padded on the left, so that all rows write their next token at the same place; padding is
+masked out and position ids start at each row's first real token.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from tuneshift_dag.method.engine import Decoding, Response
+
+# Rows are taken out of the batch when at least this share of it has finished: copying the cache
+# costs about as much as decoding one row in eight.
+_COMPACT_AT = 1 / 8
+# Float32 logits computed at once when a given response is scored, in elements (64 MB).
+_LOGITS_AT_ONCE = 1 << 24
+
+
+@dataclass
+class Prefix:
+    """Prompts after the forward pass. Shapes: mask (B, L), 1 for real tokens; logits (B, V)."""
+
+    keys_values: list[tuple[torch.Tensor, torch.Tensor]]
+    mask: torch.Tensor
+    logits: torch.Tensor
+
+    def select(self, rows: Sequence[int]) -> "Prefix":
+        if list(rows) == list(range(len(self.mask))):
+            return self
+        index = torch.tensor(list(rows), device=self.mask.device)
+        kv = [(k[index], v[index]) for k, v in self.keys_values]
+        return Prefix(kv, self.mask[index], self.logits[index])
+
+
+@torch.inference_mode()
+def prefill(model: Any, prompts: Sequence[list[int]]) -> Prefix:
+    """Run prompts (token ids) through the model once."""
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    cache = DynamicCache()
+    output = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=_positions(mask),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return Prefix(_keys_values(cache), mask, output.logits[:, -1].float())
+
+
+@torch.inference_mode()
+def decode(
+    model: Any, tokenizer: Any, prefix: Prefix, decoding: Decoding, seeds: Sequence[int] | None = None
+) -> list[Response]:
+    """Generate one response per row of ``prefix``, which is left as it was.
+
+    Args:
+        seeds: one number per row; with it, and ``decoding.seed``, a row's random choices are its own
+            and don't depend on the batch around it.
+    """
+    rows = _Rows(tokenizer, len(prefix.mask), decoding)
+    cache = _cache_of(prefix.keys_values)
+    mask, logits = prefix.mask, prefix.logits
+    # Mixed so that (seed 0, row 1) and (seed 1, row 0) don't share their noise.
+    generators = [torch.Generator().manual_seed((decoding.seed * 1_000_003 + s) % 2**63) for s in seeds or []]
+    active = list(range(len(mask)))
+    for step in range(decoding.max_new_tokens):
+        tokens = _choose(logits, decoding, [generators[row] for row in active] if generators else [])
+        logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
+        going_on = rows.add(active, tokens.tolist(), logprobs.tolist())
+        if not any(going_on) or step + 1 == decoding.max_new_tokens:
+            break
+        if going_on.count(False) >= max(1, len(active) * _COMPACT_AT):
+            keep = [i for i, go in enumerate(going_on) if go]
+            index = torch.tensor(keep, device=mask.device)
+            cache.batch_select_indices(index)
+            mask, tokens = mask[index], tokens[index]
+            active = [active[i] for i in keep]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        logits = (
+            model(
+                input_ids=tokens[:, None],
+                attention_mask=mask,
+                position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            .logits[:, -1]
+            .float()
+        )
+    return rows.responses()
+
+
+@torch.inference_mode()
+def score(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> list[float]:
+    """Sum of log-probabilities (nats) of given response token ids after each prompt of ``prefix``.
+
+    Logits are computed for response positions only. A response without tokens scores 0.
+    """
+    length = max(map(len, responses))
+    first = [(r[0] if r else 0) for r in responses]
+    first_logprob = prefix.logits.gather(1, torch.tensor(first, device=model.device)[:, None])[:, 0]
+    first_logprob = first_logprob - prefix.logits.logsumexp(1)
+    totals = [value if r else 0.0 for value, r in zip(first_logprob.tolist(), responses, strict=True)]
+    if length < 2:
+        return totals
+    # Inputs are all tokens but the last; each predicts the next. Padding stands on the right, where
+    # the causal mask keeps it from every real token.
+    ids = torch.tensor([r[:-1] + [0] * (length - max(1, len(r))) for r in responses], device=model.device)
+    mask = torch.cat([prefix.mask, torch.ones_like(ids)], dim=1)
+    positions = _positions(mask)[:, prefix.mask.shape[1] :]
+    owner = [i for i, r in enumerate(responses) for _ in r[1:]]
+    predicts = [i * (length - 1) + t for i, r in enumerate(responses) for t in range(len(r) - 1)]
+    targets = torch.tensor([token for r in responses for token in r[1:]], device=model.device)
+    with _capture_hidden(model, torch.tensor(predicts, device=model.device)) as captured:
+        model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=_cache_of(prefix.keys_values),
+            use_cache=True,
+        )
+    chunk = max(1, _LOGITS_AT_ONCE // prefix.logits.shape[1])
+    for start in range(0, len(owner), chunk):
+        logits = head_logits(model, captured[0][start : start + chunk]).float()
+        wanted = targets[start : start + chunk, None]
+        logprobs = logits.gather(1, wanted)[:, 0] - logits.logsumexp(1)
+        for row, value in zip(owner[start : start + chunk], logprobs.tolist(), strict=True):
+            totals[row] += value
+    return totals
+
+
+def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits of hidden states (N, D), as the model itself computes them after its body."""
+    logits: torch.Tensor = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def check_head(model: Any) -> None:
+    """Raise when `head_logits` differs from the model's own logits (an unknown kind of head)."""
+    ids = torch.tensor([[1, 2, 3]], device=model.device)
+    with torch.inference_mode():
+        own = model(input_ids=ids, use_cache=False).logits[0].float()
+        with _capture_hidden(model, torch.arange(3, device=model.device)) as captured:
+            model(input_ids=ids, use_cache=False)
+        ours = head_logits(model, captured[0]).float()
+    if not torch.allclose(own, ours, atol=0.1, rtol=0.02):
+        raise RuntimeError(
+            f"{model.config.model_type}: its logits aren't a linear head with an optional soft cap, so given"
+            " responses can't be scored with this engine."
+        )
+
+
+@contextmanager
+def contiguous_head(model: Any) -> Iterator[None]:
+    """Give the head contiguous input: otherwise a frozen head is copied once per row of a batch."""
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda m, inputs: inputs[0].contiguous())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _capture_hidden(model: Any, positions: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Collect the head's input at ``positions`` (of batch × length); the head itself sees one position."""
+    captured: list[torch.Tensor] = []
+
+    def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        captured.append(inputs[0].flatten(0, 1)[positions])
+        return inputs[0][:1, :1].contiguous()
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook, prepend=True)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+class _Rows:
+    """What each row has produced so far."""
+
+    def __init__(self, tokenizer: Any, count: int, decoding: Decoding) -> None:
+        self.tokenizer = tokenizer
+        self.decoding = decoding
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.sums = [0.0] * count
+        self.eos: list[float | None] = [None] * count
+        self.done = [False] * count
+
+    def add(self, rows: list[int], tokens: list[int], logprobs: list[float]) -> list[bool]:
+        """Append one token to each row; True where the row goes on. Finished rows ignore theirs."""
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            if self.done[row]:
+                continue
+            self.tokens[row].append(token)
+            self.sums[row] += logprob
+            if token == self.tokenizer.eos_token_id:
+                self.eos[row] = logprob
+                self.done[row] = True
+            elif self.decoding.stop and self.decoding.stop in self.tokenizer.decode(self.tokens[row][-8:]):
+                self.done[row] = True
+        return [not self.done[row] for row in rows]
+
+    def responses(self) -> list[Response]:
+        return [
+            Response(
+                self.tokenizer.decode(tokens, skip_special_tokens=True),
+                tokens,
+                "stop" if done else "length",
+                total,
+                eos,
+            )
+            for tokens, done, total, eos in zip(self.tokens, self.done, self.sums, self.eos, strict=True)
+        ]
+
+
+def _choose(logits: torch.Tensor, decoding: Decoding, generators: list[torch.Generator]) -> torch.Tensor:
+    """One token per row. Sampling looks at the ``top_k`` candidates only: sorting a whole vocabulary
+    for top-p would cost more than the model's forward pass."""
+    if decoding.temperature == 0:
+        return logits.argmax(1)
+    k = min(decoding.top_k or 1024, logits.shape[1])
+    values, candidates = (logits / decoding.temperature).topk(k)
+    probabilities = values.softmax(1)
+    before = probabilities.cumsum(1) - probabilities
+    probabilities = probabilities.masked_fill(before >= decoding.top_p, 0)
+    # Gumbel-max with each row's own noise: the same row draws the same token in any batch.
+    noise = torch.stack([torch.rand(k, generator=g) for g in generators]).to(logits.device)
+    gumbel = -torch.log(-torch.log(noise.clamp_min(1e-20)))
+    return candidates.gather(1, (probabilities.log() + gumbel).argmax(1, keepdim=True))[:, 0]
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def _keys_values(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _cache_of(keys_values: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+    """A cache that starts with these tensors and never writes into them (it grows by concatenation)."""
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(keys_values):
+        cache.update(keys, values, layer)
+    return cache

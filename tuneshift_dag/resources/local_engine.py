@@ -1,0 +1,142 @@
+"""The in-process engine: one resident base model, its adapter switched on or off per batch."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.method.engine import Decoding, Pair, Response, Side
+from tuneshift_dag.method.preflight import AdapterCheck, adapter_delta_norm, check_adapter_keys, check_outputs
+from tuneshift_dag.method.scoring import SIDES
+from tuneshift_dag.resources import decoding as loop
+from tuneshift_dag.resources.model_loading import ADAPTER, Quantization, load_for_inference, load_tokenizer
+from tuneshift_dag.resources.model_ref import ModelFiles
+
+# Raised by hand when a change to the decode loop changes its outputs.
+_ENGINE_VERSION = "local-1"
+
+
+class LocalEngine:
+    """Implements `tuneshift_dag.method.engine.Engine` with transformers, PEFT and bitsandbytes.
+
+    The model is loaded at first use, so a step that finds everything in the cache loads nothing.
+    """
+
+    def __init__(
+        self,
+        base: ModelFiles,
+        adapter: ModelFiles | None = None,
+        quantization: Quantization = "nf4",
+        compute_dtype: str = "bfloat16",
+        batch_size: int = 32,
+    ) -> None:
+        self.base = base
+        self.adapter = adapter
+        self.quantization = quantization
+        self.compute_dtype = compute_dtype
+        self.batch_size = batch_size
+        self._model: Any = None
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.base)
+        return self._tokenizer
+
+    @property
+    def model(self) -> Any:
+        if self._model is None:
+            dtype = getattr(torch, self.compute_dtype)
+            self._model = load_for_inference(self.base, self.adapter, self.quantization, dtype)
+            loop.check_head(self._model)
+        return self._model
+
+    def fingerprint(self, side: Side) -> str:
+        parts = [_ENGINE_VERSION, self.base.fingerprint, self.quantization, self.compute_dtype]
+        if side == "fine_tuned":
+            if self.adapter is None:
+                raise ValueError("this engine has no adapter")
+            parts.append(self.adapter.fingerprint)
+        return "|".join(parts)
+
+    def encode(self, text: str, templated: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=not templated).input_ids)
+
+    def render_chat(self, message: str) -> str:
+        if not self.tokenizer.chat_template:
+            raise TuneshiftError(
+                f"{self.base.reference} has no chat template: it is a base model. Set generator.mode to continuation."
+            )
+        chat = [{"role": "user", "content": message}]
+        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+    def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
+        assert self.adapter is not None, "only an engine with an adapter can be checked"
+        with safe_open(self.adapter.path / "adapter_model.safetensors", "pt") as saved:
+            problems = check_adapter_keys(self.model, list(saved.keys()), ADAPTER)
+        ids = [self.encode(prompt) for prompt in prompts]
+        logits = {}
+        for side in SIDES:
+            with self.side(side) as model:
+                logits[side] = loop.prefill(model, ids).logits
+        check = check_outputs(logits["base"], logits["fine_tuned"], adapter_delta_norm(self.model))
+        return replace(check, problems=problems + check.problems)
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        side: Side,
+        decoding: Decoding,
+        seeds: Sequence[int] | None = None,
+    ) -> Iterator[list[tuple[int, Response]]]:
+        for batch in self._batches(prompts):
+            with self.side(side) as model:
+                prefix = loop.prefill(model, [prompts[i] for i in batch])
+                own = [seeds[i] if seeds else i for i in batch]
+                responses = loop.decode(model, self.tokenizer, prefix, decoding, own)
+            yield list(zip(batch, responses, strict=True))
+
+    def pairs(
+        self, prompts: Sequence[list[int]], known: Sequence[dict[Side, Response]], decoding: Decoding
+    ) -> Iterator[list[tuple[int, Pair]]]:
+        """Each side prefills a prompt once; its keys and values serve both decoding and cross scoring."""
+        for batch in self._batches(prompts):
+            prefixes = {}
+            responses: dict[Side, list[Response]] = {}
+            for side in SIDES:
+                with self.side(side) as model:
+                    prefixes[side] = loop.prefill(model, [prompts[i] for i in batch])
+                    found = {row: known[i][side] for row, i in enumerate(batch) if side in known[i]}
+                    missing = [row for row in range(len(batch)) if row not in found]
+                    if missing:
+                        some = prefixes[side].select(missing)
+                        generated = loop.decode(model, self.tokenizer, some, decoding)
+                        found |= dict(zip(missing, generated, strict=True))
+                    responses[side] = [found[row] for row in range(len(batch))]
+            cross = {}
+            for side, other in (SIDES, SIDES[::-1]):
+                with self.side(side) as model:
+                    cross[side] = loop.score(model, prefixes[side], [r.token_ids for r in responses[other]])
+            pairs = map(Pair, responses["base"], responses["fine_tuned"], cross["base"], cross["fine_tuned"])
+            yield list(zip(batch, pairs, strict=True))
+
+    @contextmanager
+    def side(self, side: Side) -> Iterator[Any]:
+        """The model with the adapter on (``fine_tuned``) or off (``base``)."""
+        with loop.contiguous_head(self.model):
+            if side == "base" and self.adapter is not None:
+                with self.model.disable_adapter():
+                    yield self.model
+            else:
+                yield self.model
+
+    def _batches(self, prompts: Sequence[list[int]]) -> Iterator[list[int]]:
+        """Indices of prompts in batches of similar length, longest first: memory peaks at the start."""
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+        for start in range(0, len(order), self.batch_size):
+            yield order[start : start + self.batch_size]

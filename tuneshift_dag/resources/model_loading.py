@@ -1,0 +1,85 @@
+"""Loading models: one load, one role.
+
+On CPUs with AVX512_BF16, bitsandbytes repacks every 4-bit weight in place at the first forward in
+eval mode. After that, gradients through the layer are silently absent, and merging and saving give
+garbage. So a model is loaded either `for_inference` or `for_training`, never used as both, and
+`assert_trainable_layout` refuses a load that was repacked.
+"""
+
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.resources.model_ref import ModelFiles
+
+Quantization = Literal["nf4", "fp4", "none"]
+ADAPTER = "fine_tuned"
+
+
+def load_tokenizer(files: ModelFiles) -> Tokenizer:
+    """The model's tokenizer, with a padding token (its own, or the end-of-sequence token)."""
+    tokenizer = AutoTokenizer.from_pretrained(files.path)
+    if tokenizer.eos_token_id is None:
+        raise TuneshiftError(f"{files.reference}: the tokenizer has no end-of-sequence token.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_for_inference(
+    files: ModelFiles,
+    adapter: ModelFiles | None,
+    quantization: Quantization,
+    dtype: torch.dtype,
+) -> PreTrainedModel | PeftModel:
+    """A model in eval mode, with the adapter (if any) attached, unmerged, under the name `ADAPTER`."""
+    model: Any = _load(files, quantization, dtype)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter.path, adapter_name=ADAPTER, autocast_adapter_dtype=False)
+        # An adapter in float32 would pull its matrix products, and so half the step, to float32.
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+    return model.eval().requires_grad_(False)
+
+
+def load_for_training(files: ModelFiles, quantization: Quantization, dtype: torch.dtype) -> PreTrainedModel:
+    """A base model in train mode whose 4-bit weights stay in the layout that has gradients."""
+    # On CPUs the fused kernel's backward is slower than plain matrix products at these short lengths.
+    attention = "sdpa" if torch.cuda.is_available() else "eager"
+    model = _load(files, quantization, dtype, attention)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.requires_grad_(False).train()
+
+
+def assert_trainable_layout(model: torch.nn.Module) -> None:
+    """Raise when a 4-bit weight was repacked for inference: its gradients would be silently absent."""
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise RuntimeError(
+                f"{name}: its 4-bit weight was repacked for inference, so it has no gradients and can't be"
+                " merged or saved. Load the model again with `load_for_training`."
+            )
+
+
+def _load(
+    files: ModelFiles, quantization: Quantization, dtype: torch.dtype, attention: str = "sdpa"
+) -> PreTrainedModel:
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    if quantization != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=True,
+        )
+    if torch.cuda.is_available():
+        options["device_map"] = "auto"
+    return AutoModelForCausalLM.from_pretrained(files.path, **options)

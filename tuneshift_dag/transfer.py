@@ -1,0 +1,306 @@
+"""The pydantic model of a transfer folder: ``transfer.yaml``, ``seeds.jsonl``, ``heldout.jsonl``.
+
+Every key says what it means, its unit and where its default comes from. Nothing here loads a model;
+`load_transfer` is the one place where bad input is turned into an error with its repair.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.resources.model_ref import adapter_fingerprint, check_adapter_folder, check_reference
+
+Probability = Annotated[float, Field(gt=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Section):
+    """Model A: the base model and the adapter that holds the skill."""
+
+    base: str = Field(description="Model reference of the source base model.")
+    adapter: str = Field(description="PEFT LoRA adapter: a folder (relative to this one) or a hub id.")
+
+
+class Target(_Section):
+    """Model B: the new base model that shall learn the skill."""
+
+    base: str = Field(description="Model reference of the target base model.")
+
+
+class Models(_Section):
+    """How models are loaded for generation, scoring and evaluation."""
+
+    quantization: Literal["nf4", "fp4", "none"] = Field(
+        "nf4", description="4-bit data type of every scoring model; `none` keeps the compute dtype."
+    )
+    compute_dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Dtype of activations and of weights that aren't 4-bit."
+    )
+    batch_size: int = Field(32, ge=1, le=1024, description="Most prompts decoded at once.")
+
+
+class Generator(_Section):
+    """The instruction model that writes more prompts like the seeds."""
+
+    model: str = Field(description="Model reference; a base model works in `continuation` mode.")
+    mode: Literal["chat", "continuation"] = Field(
+        "chat",
+        description="`chat` uses the model's chat template; `continuation` lets a base model continue a list.",
+    )
+    instruction: str = Field(
+        "Generate {count} more samples like these {seed_count}:",
+        description=(
+            "`chat`: the request above the numbered seeds (the paper's wording, §3)."
+            " `continuation`: the heading above the list. `{count}` and `{seed_count}` are filled in."
+        ),
+    )
+    calls_per_round: int = Field(16, ge=1, description="Generator calls in one round.")
+    prompts_per_call: int = Field(20, ge=1, le=200, description="Prompts asked for in one call (paper: 20).")
+    seeds_per_call: int = Field(5, ge=1, description="Example prompts shown in one call (paper: 5).")
+    balance: Literal["response", "none"] = Field(
+        "response",
+        description=(
+            "How seeds are drawn from the kept pairs: `response` weights a pair by 1 / (pairs with its"
+            " response), so rare skills are explored; `none` draws uniformly (the paper)."
+        ),
+    )
+    temperature: float = Field(1.0, gt=0, le=5, description="Sampling temperature.")
+    top_k: int = Field(100, ge=1, description="Sample among this many most likely tokens.")
+    top_p: Probability = Field(0.95, description="Sample within this probability mass of the `top_k` tokens.")
+    max_new_tokens: int = Field(320, ge=8, description="Longest generator output, in tokens.")
+    max_prompt_characters: int = Field(300, ge=10, description="Longer prompts are dropped.")
+    near_duplicate: Probability = Field(
+        0.7, description="A prompt whose ROUGE-L with one in the pool exceeds this is dropped (Stanford Alpaca)."
+    )
+
+
+class Response(_Section):
+    """How the source models answer."""
+
+    max_new_tokens: int = Field(64, ge=1, description="Longest response, in tokens; longer ones are truncated.")
+
+
+class Filter(_Section):
+    """Which scored pairs are kept. f is the fine-tuned model, b the base, y_f and y_b their responses."""
+
+    rule: Literal["both", "difference", "ratio", "cross_ratio"] = Field(
+        "both",
+        description=(
+            "`both`: PPL_f(y_f) < threshold < PPL_b(y_b). `difference`: PPL_b(y_b) - PPL_f(y_f) > threshold."
+            " `ratio`: PPL_b(y_b) / PPL_f(y_f) > threshold."
+            " `cross_ratio`: PPL_b(y_f) / PPL_f(y_f) > threshold."
+        ),
+    )
+    threshold: float = Field(1.5, gt=0, description="The cut (paper: 1.5, for its only rule).")
+    allow_truncated: bool = Field(
+        False, description="Keep pairs whose fine-tuned response was cut off by `response.max_new_tokens`."
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Filter":
+        if self.rule != "difference" and self.threshold <= 1:
+            raise ValueError(
+                f"threshold {self.threshold} is impossible for rule {self.rule!r}: perplexities are at least 1"
+                " and so no cut at or below 1 separates anything; use a value above 1 (the paper: 1.5)"
+            )
+        return self
+
+
+class Distill(_Section):
+    """LoRA training of the target. The paper doesn't publish its values."""
+
+    quantization: Literal["nf4", "fp4", "none"] = Field(
+        "none", description="4-bit type of the frozen target while it is trained (QLoRA); `none` for the dtype."
+    )
+    rank: int = Field(16, ge=1, description="LoRA rank, on every linear layer.")
+    alpha: int = Field(32, ge=1, description="LoRA alpha; the update is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout.")
+    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
+    epochs: int = Field(5, ge=1, description="Passes over the dataset.")
+    batch_size: int = Field(16, ge=1, description="Pairs in one optimizer step.")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps with a rising learning rate.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping norm.")
+    validation_fraction: float = Field(0.05, ge=0, lt=1, description="Share of the pairs held back from training.")
+
+
+class Evaluation(_Section):
+    """Exact match on the held-out file."""
+
+    max_new_tokens: int = Field(32, ge=1, description="Longest answer, in tokens.")
+    bootstrap_samples: int = Field(2000, ge=100, description="Resamples behind the 95 % intervals.")
+
+
+class TransferConfig(_Section):
+    """``transfer.yaml``."""
+
+    description: str = Field("", description="One line for people.")
+    source: Source
+    target: Target
+    generator: Generator
+    prompt_template: str = Field(description="All that a model sees before the response; must hold `{prompt}` once.")
+    models: Models = Models()
+    response: Response = Response()
+    filter: Filter = Filter()
+    rounds: int = Field(4, ge=1, le=99, description="Most rounds.")
+    target_pairs: int = Field(1000, ge=1, description="Rounds stop when this many pairs are kept.")
+    distill: Distill = Distill()
+    evaluation: Evaluation = Evaluation()
+    seed: int = Field(0, description="Seed of every random choice.")
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _has_prompt(cls, value: str) -> str:
+        if value.count("{prompt}") != 1:
+            raise ValueError("must contain {prompt} exactly once")
+        return value
+
+
+class Transfer:
+    """A transfer folder, read and checked: its settings, seeds and held-out pairs."""
+
+    def __init__(self, folder: Path, config: TransferConfig, seeds: list[str], heldout: list[tuple[str, str]]) -> None:
+        self.folder = folder
+        self.name = folder.name
+        self.config = config
+        self.seeds = seeds
+        self.heldout = heldout
+
+    @property
+    def round_keys(self) -> list[str]:
+        """Partition keys: ``round_01``, ``round_02``, ..."""
+        return [round_key(number) for number in range(1, self.config.rounds + 1)]
+
+    def version(self, *sections: str, code: int = 1) -> str:
+        """A code version: the hash of the named parts of the settings and of ``code``.
+
+        Args:
+            sections: dotted keys of ``transfer.yaml``, for example ``"filter"`` or ``"source.base"``.
+            code: raised by hand when the meaning of the code that uses them changes.
+        """
+        dump = self.config.model_dump(mode="json")
+        parts = {section: _dig(dump, section) for section in sections}
+        return hashlib.sha256(json.dumps([code, parts], sort_keys=True).encode()).hexdigest()[:12]
+
+    def adapter_version(self) -> str:
+        """Changes with the source adapter's files; empty for an adapter on the hub."""
+        path = (self.folder / self.config.source.adapter).expanduser()
+        return adapter_fingerprint(path)[:8] if path.is_dir() else ""
+
+
+def round_key(number: int) -> str:
+    return f"round_{number:02d}"
+
+
+def round_number(key: str) -> int:
+    return int(key.removeprefix("round_"))
+
+
+def load_transfer(folder: Path) -> Transfer:
+    """Read and check a transfer folder without loading a model.
+
+    Raises:
+        TuneshiftError: naming the file, the key, the value and the repair.
+    """
+    config_file = folder / "transfer.yaml"
+    config = _read_config(config_file)
+    seeds = [_text(row, "prompt", at) for at, row in _read_jsonl(folder / "seeds.jsonl", '{"prompt": "..."}')]
+    heldout = []
+    if (folder / "heldout.jsonl").exists():
+        rows = _read_jsonl(folder / "heldout.jsonl", '{"prompt": "...", "response": "..."}')
+        heldout = [(_text(row, "prompt", at), _text(row, "response", at)) for at, row in rows]
+    check_reference(config.source.base, folder, f"{config_file}: source.base")
+    check_reference(config.target.base, folder, f"{config_file}: target.base")
+    check_reference(config.generator.model, folder, f"{config_file}: generator.model")
+    _check_adapter(config, folder, f"{config_file}: source.adapter")
+    return Transfer(folder.resolve(), config, seeds, heldout)
+
+
+def find_transfers(root: Path) -> list[Path]:
+    """Folders under ``root`` that hold a ``transfer.yaml``, by name."""
+    return sorted(path.parent for path in root.glob("*/transfer.yaml"))
+
+
+def _read_config(file: Path) -> TransferConfig:
+    if not file.is_file():
+        raise TuneshiftError(f"{file} doesn't exist. A transfer is a folder with transfer.yaml and seeds.jsonl.")
+    try:
+        data = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise TuneshiftError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise TuneshiftError(f"{file} must be a mapping of keys; found {type(data).__name__}.")
+    try:
+        return TransferConfig.model_validate(data)
+    except ValidationError as error:
+        raise TuneshiftError("\n".join(_explain(file, problem) for problem in error.errors())) from error
+
+
+def _explain(file: Path, problem: Any) -> str:
+    key = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        return f"{file}: {key}: unknown key (value {problem['input']!r}). Remove it or correct its spelling."
+    if problem["type"] == "missing":
+        return f"{file}: {key}: missing. Add it."
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{file}: {key}: {message} (found {problem['input']!r})."
+
+
+def _read_jsonl(file: Path, shape: str) -> list[tuple[str, dict[str, Any]]]:
+    """(position, row) of every line; the position is for messages."""
+    if not file.is_file():
+        raise TuneshiftError(f"{file} doesn't exist. Write one line of {shape} for each example.")
+    rows = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise TuneshiftError(f"{file}:{number}: not valid JSON ({error}). Write {shape}.") from error
+        if not isinstance(row, dict):
+            raise TuneshiftError(f"{file}:{number}: expected an object like {shape}, found {line.strip()!r}.")
+        rows.append((f"{file}:{number}", row))
+    if not rows:
+        raise TuneshiftError(f"{file} is empty. Write at least one line of {shape}, or delete an optional file.")
+    return rows
+
+
+def _text(row: dict[str, Any], key: str, at: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise TuneshiftError(f"{at}: {key!r} must be a non-empty string (found {value!r}).")
+    return value.strip()
+
+
+def _check_adapter(config: TransferConfig, folder: Path, key: str) -> None:
+    path = (folder / config.source.adapter).expanduser()
+    if not path.exists() and "/" in config.source.adapter and not config.source.adapter.startswith((".", "/", "~")):
+        return  # a hub id: fetched, and then checked, when it is first needed
+    adapter = check_adapter_folder(path, key)
+    named = adapter.get("base_model_name_or_path")
+    if named and _base_name(str(named)) != _base_name(config.source.base):
+        raise TuneshiftError(
+            f"{key}: {path / 'adapter_config.json'} was trained on the base model {named!r}, but source.base is"
+            f" {config.source.base!r}. Set source.base to the adapter's base; if they are the same weights under"
+            " two names, set base_model_name_or_path in adapter_config.json to the value of source.base."
+        )
+
+
+def _base_name(reference: str) -> str:
+    """The last part of a reference: the same model may be named by hub id, folder or package."""
+    return reference.split("@")[0].rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+def _dig(data: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        data = data[part]
+    return data
