@@ -6,6 +6,7 @@ Every key says what it means, its unit and where its default comes from. Nothing
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.resources.model_ref import adapter_fingerprint, check_adapter_folder, check_reference
 
 Probability = Annotated[float, Field(gt=0, le=1)]
@@ -211,12 +213,18 @@ def load_transfer(folder: Path) -> Transfer:
         TuneshiftError: naming the file, the key, the value and the repair.
     """
     config_file = folder / "transfer.yaml"
+    if not re.fullmatch(r"[A-Za-z0-9_]+", folder.resolve().name):
+        raise TuneshiftError(f"{folder}: rename the folder to letters, digits and underscores only.")
     config = _read_config(config_file)
-    seeds = [_text(row, "prompt", at) for at, row in _read_jsonl(folder / "seeds.jsonl", '{"prompt": "..."}')]
+    seed_rows = _read_jsonl(folder / "seeds.jsonl", '{"prompt": "..."}')
+    seeds = [_text(row, "prompt", at) for at, row in seed_rows]
+    _refuse_doubles([at for at, _ in seed_rows], seeds)
     heldout = []
     if (folder / "heldout.jsonl").exists():
         rows = _read_jsonl(folder / "heldout.jsonl", '{"prompt": "...", "response": "..."}')
         heldout = [(_text(row, "prompt", at), _text(row, "response", at)) for at, row in rows]
+        _refuse_doubles([at for at, _ in rows], [prompt for prompt, _ in heldout])
+        _refuse_seeds_in_heldout(seeds, [(at, prompt) for (at, _), (prompt, _) in zip(rows, heldout, strict=True)])
     check_reference(config.source.base, folder, f"{config_file}: source.base")
     check_reference(config.target.base, folder, f"{config_file}: target.base")
     check_reference(config.generator.model, folder, f"{config_file}: generator.model")
@@ -233,7 +241,7 @@ def _read_config(file: Path) -> TransferConfig:
     if not file.is_file():
         raise TuneshiftError(f"{file} doesn't exist. A transfer is a folder with transfer.yaml and seeds.jsonl.")
     try:
-        data = yaml.safe_load(file.read_text())
+        data = yaml.safe_load(_read_text(file))
     except yaml.YAMLError as error:
         raise TuneshiftError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
@@ -254,12 +262,19 @@ def _explain(file: Path, problem: Any) -> str:
     return f"{file}: {key}: {message} (found {problem['input']!r})."
 
 
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise TuneshiftError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+
+
 def _read_jsonl(file: Path, shape: str) -> list[tuple[str, dict[str, Any]]]:
     """(position, row) of every line; the position is for messages."""
     if not file.is_file():
         raise TuneshiftError(f"{file} doesn't exist. Write one line of {shape} for each example.")
     rows = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(_read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -279,6 +294,20 @@ def _text(row: dict[str, Any], key: str, at: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise TuneshiftError(f"{at}: {key!r} must be a non-empty string (found {value!r}).")
     return value.strip()
+
+
+def _refuse_seeds_in_heldout(seeds: list[str], heldout: list[tuple[str, str]]) -> None:
+    known = {prompt_id(seed) for seed in seeds}
+    for at, prompt in heldout:
+        if prompt_id(prompt) in known:
+            raise TuneshiftError(f"{at}: {prompt!r} is also a seed, so it would be trained on. Remove one of them.")
+
+
+def _refuse_doubles(places: list[str], prompts: list[str]) -> None:
+    first: dict[str, str] = {}
+    for at, prompt in zip(places, prompts, strict=True):
+        if first.setdefault(prompt_id(prompt), at) != at:
+            raise TuneshiftError(f"{at}: {prompt!r} is the prompt of {first[prompt_id(prompt)]} again. Remove one.")
 
 
 def _check_adapter(config: TransferConfig, folder: Path, key: str) -> None:

@@ -106,6 +106,7 @@ def step(context: dg.AssetExecutionContext, store: Store, transfer: Transfer) ->
         "round": context.partition_key if context.has_partition_key else None,
         "finished_at": datetime.now(UTC).replace(tzinfo=None),
         "seconds": time.monotonic() - current.started,
+        "model_seconds": current.cost.model_seconds,
         "model_calls": current.cost.model_calls,
         "cache_hits": current.cost.cache_hits,
     }

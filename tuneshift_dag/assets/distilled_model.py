@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import polars as pl
 from tuneshift_dag.assets.common import (
     MODEL_POOL,
     OWNERS,
+    Step,
     content_version,
     definition_metadata,
     key,
@@ -20,7 +22,7 @@ from tuneshift_dag.assets.common import (
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.reports import plots
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
-from tuneshift_dag.resources.store import Store
+from tuneshift_dag.resources.store import Store, insert
 from tuneshift_dag.resources.tables import DISTILLED_MODELS, TRAINING_EXAMPLES
 from tuneshift_dag.transfer import Transfer
 
@@ -47,7 +49,7 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
     )
     def distilled_model(
         context: dg.AssetExecutionContext, store: StoreResource, engines: EngineResource
-    ) -> dg.MaterializeResult[None]:
+    ) -> dg.MaterializeResult:
         """A LoRA adapter for the target model, trained on (prompt, fine-tuned response) of every kept pair.
 
         The loss is on the response tokens only. Adapters are kept by the hash of dataset, target and
@@ -66,7 +68,7 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
             model_id = _model_id(transfer, dataset_version, sections)
             known = _find(database, transfer, model_id)
             if known is None:
-                known = _train(context, engines, transfer, pairs, dataset_version, model_id)
+                known = _train(current, engines, transfer, pairs, dataset_version, model_id)
             else:
                 context.log.info(f"model {model_id} is already trained: nothing to do")
             _make_current(database, transfer, known, pairs)
@@ -121,7 +123,7 @@ def _find(database: Store, transfer: Transfer, model_id: str) -> dict[str, Any] 
 
 
 def _train(
-    context: dg.AssetExecutionContext,
+    current: Step,
     engines: EngineResource,
     transfer: Transfer,
     pairs: pl.DataFrame,
@@ -134,9 +136,11 @@ def _train(
 
     def on_step(number: int, total: int, loss: float) -> None:
         if number % every == 0 or number == total:
-            context.log.info(f"training: step {number}/{total}, loss {loss:.3f} nats per token")
+            current.context.log.info(f"training: step {number}/{total}, loss {loss:.3f} nats per token")
 
+    started = time.monotonic()
     curve = engines.distill(transfer, pairs.select("prompt", "response").rows(), folder, on_step)
+    current.cost.model_seconds += time.monotonic() - started
     return {
         "model_id": model_id,
         "dataset_version": dataset_version,
@@ -156,6 +160,6 @@ def _make_current(database: Store, transfer: Transfer, row: dict[str, Any], pair
     rows = DISTILLED_MODELS.frame([{**row, "current": True}])
     with database.transaction(transfer.name) as connection:
         connection.execute("UPDATE distilled_models SET current = FALSE")
-    database.replace_all(
-        transfer.name, [(DISTILLED_MODELS, rows), (TRAINING_EXAMPLES, examples)], model_id=row["model_id"]
-    )
+        for table, frame in ((DISTILLED_MODELS, rows), (TRAINING_EXAMPLES, examples)):
+            connection.execute(f"DELETE FROM {table.name} WHERE model_id = ?", [row["model_id"]])
+            insert(connection, table, frame)

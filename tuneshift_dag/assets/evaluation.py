@@ -46,7 +46,7 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
     )
     def evaluation(
         context: dg.AssetExecutionContext, store: StoreResource, engines: EngineResource
-    ) -> dg.MaterializeResult[None]:
+    ) -> dg.MaterializeResult:
         """Exact match on `heldout.jsonl` for four models: source base and fine-tuned, target before and after.
 
         Greedy responses, with 95 % bootstrap intervals. The held-out file is used here and nowhere else.

@@ -46,7 +46,7 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
     )
     def scored_pairs(
         context: dg.AssetExecutionContext, store: StoreResource, engines: EngineResource
-    ) -> dg.MaterializeResult[None]:
+    ) -> dg.MaterializeResult:
         """The source base model and the source fine-tuned model each answer every prompt of the round.
 
         Each pair gets four perplexities: each model on its own response and on the other's. One 4-bit

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 
 import dagster as dg
 
@@ -45,16 +46,18 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
     )
     def seed_set(
         context: dg.AssetExecutionContext, store: StoreResource, engines: EngineResource
-    ) -> dg.MaterializeResult[None]:
+    ) -> dg.MaterializeResult:
         """The example prompts from `seeds.jsonl`: all that is known of the skill.
 
         Before anything is computed, the source adapter is checked on them: a silently unapplied adapter
         would make both models equal and every later result meaningless. Reports the seeds of round_01.
         """
         with step(context, store.store(), transfer) as current:
+            started = time.monotonic()
             applied = engines.source(transfer).check_adapter(
                 [transfer.config.prompt_template.replace("{prompt}", seed) for seed in transfer.seeds]
             )
+            current.cost.model_seconds += time.monotonic() - started
             current.cost.model_calls += 2 * len(transfer.seeds)
             if applied.problems:
                 raise dg.Failure(

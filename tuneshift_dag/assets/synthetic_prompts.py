@@ -59,7 +59,7 @@ def build_synthetic_prompts(transfer: Transfer) -> dg.AssetsDefinition:
     )
     def synthetic_prompts(
         context: dg.AssetExecutionContext, store: StoreResource, engines: EngineResource
-    ) -> dg.MaterializeResult[None]:
+    ) -> dg.MaterializeResult:
         """New prompts: the generator is shown a few kept prompts per call and asked for more like them.
 
         Items that are empty, too long, already known, nearly the same as a known prompt (ROUGE-L), or in

@@ -19,6 +19,7 @@ class Decoding:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    """The one prompt's sampling seed; `Engine.generate` takes one for each prompt instead."""
     stop: str = ""
     """Stop when the text contains this (empty: only at the end token)."""
 
@@ -98,4 +99,9 @@ def perplexity(sum_logprob: float, n_tokens: int) -> float | None:
 
     TuneShift-KD (arXiv 2603.24518) §3: PPL(y | x) = exp(-1/|y| Σ log p(y_t | x, y_<t)).
     """
-    return math.exp(-sum_logprob / n_tokens) if n_tokens else None
+    if not n_tokens:
+        return None
+    try:
+        return math.exp(-sum_logprob / n_tokens)
+    except OverflowError:
+        return math.inf

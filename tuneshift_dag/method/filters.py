@@ -25,12 +25,13 @@ def verdict_sql(rule: Rule, allow_truncated: bool) -> str:
     ``$t`` is the threshold. Reads ``scored_pairs``.
     """
     truncated = "FALSE" if allow_truncated else "fine_tuned_finish = 'length'"
+    unsure = "ppl_base_cross" if rule == "cross_ratio" else "ppl_base"
     return f"""
         SELECT *, {MARGIN[rule]} AS margin,
             CASE
-                WHEN trim(fine_tuned_response) = '' THEN 'empty_response'
+                WHEN regexp_full_match(fine_tuned_response, '\\s*') THEN 'empty_response'
                 WHEN {truncated} THEN 'truncated_response'
-                WHEN margin IS NULL OR NOT isfinite(margin) THEN 'no_perplexity'
+                WHEN NOT coalesce(isfinite(ppl_fine_tuned) AND isfinite({unsure}), FALSE) THEN 'no_perplexity'
                 {_reasons(rule)}
             END AS reason
         FROM scored_pairs

@@ -40,7 +40,7 @@ def adapter_delta_norm(model: Any) -> float:
     total = 0.0
     for module in model.modules():
         for name in getattr(module, "lora_A", {}):
-            a, b = module.lora_A[name].weight.float(), module.lora_B[name].weight.float()
+            a, b = (part[name].weight.detach().float() for part in (module.lora_A, module.lora_B))
             total += float((b @ a).norm()) * abs(module.scaling[name])
     return total
 

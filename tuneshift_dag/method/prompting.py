@@ -73,7 +73,13 @@ def parse_list(text: str, mode: Literal["chat", "continuation"], finished: bool)
     if not finished:
         lines = lines[:-1]
     items = [match.group(1) for line in lines if (match := _ITEM.match(line))]
-    return [item.strip().strip('"“”').strip() for item in items]
+    return [_unquote(item.strip()) for item in items]
+
+
+def _unquote(item: str) -> str:
+    """An item without the quotation marks around the whole of it."""
+    match = re.fullmatch(r'"([^"]*)"|“([^”]*)”', item)
+    return (match.group(1) or match.group(2) or "").strip() if match else item
 
 
 class PromptPool:

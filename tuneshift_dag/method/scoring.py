@@ -1,12 +1,14 @@
 """Step 2 of the method: both source models answer every prompt, and each scores the other's answer."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 from tuneshift_dag.method.engine import Decoding, Engine, Pair, Response, Side
 
 SIDES: tuple[Side, Side] = ("base", "fine_tuned")
+T = TypeVar("T")
 OnProgress = Callable[[int, int], None]
 
 
@@ -22,10 +24,22 @@ class Cache(Protocol):
 
 @dataclass
 class Cost:
-    """``model_calls``: prompts that a model worked on; ``cache_hits``: prompts that needed none."""
+    """``model_calls``: prompts that a model worked on, in ``model_seconds`` of wall time (loading included);
+    ``cache_hits``: prompts that needed none."""
 
     model_calls: int = 0
     cache_hits: int = 0
+    model_seconds: float = 0.0
+
+    def timed(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches; the time it takes to compute them is added to ``model_seconds``."""
+        while True:
+            started = time.monotonic()
+            batch = next(batches, None)
+            self.model_seconds += time.monotonic() - started
+            if batch is None:
+                return
+            yield batch
 
 
 def generate(
@@ -42,8 +56,10 @@ def generate(
 
     New responses are put into the cache batch by batch, so a killed run loses at most one batch.
     """
+    if decoding.temperature and seeds is None:
+        raise ValueError("sampling needs one seed per prompt: without it a response can't be cached honestly")
     fingerprint = engine.fingerprint(side)
-    settings = [_with_seed(decoding, seeds[i]) if seeds else decoding for i in range(len(prompts))]
+    settings = [replace(decoding, seed=seeds[i]) if seeds else decoding for i in range(len(prompts))]
     keys = [cache.response_key(fingerprint, p, d) for p, d in zip(prompts, settings, strict=True)]
     found = cache.responses(keys)
     missing = list({key: i for i, key in enumerate(keys) if key not in found}.values())
@@ -51,7 +67,8 @@ def generate(
     done = 0
     if missing:
         own_seeds = [seeds[i] for i in missing] if seeds else None
-        for batch in engine.generate([prompts[i] for i in missing], side, decoding, own_seeds):
+        batches = engine.generate([prompts[i] for i in missing], side, decoding, own_seeds)
+        for batch in cost.timed(batches):
             new = {keys[missing[i]]: response for i, response in batch}
             cache.put(new, {})
             found |= new
@@ -93,12 +110,16 @@ def score_pairs(
     for i, (base_key, fine_tuned_key) in wanted.items():
         if base_key in scores and fine_tuned_key in scores:
             results[i] = Pair(known[i]["base"], known[i]["fine_tuned"], scores[base_key], scores[fine_tuned_key])
-    missing = [i for i in range(len(prompts)) if i not in results]
-    cost.cache_hits += len(results)
+    # Equal prompts are computed once.
+    first: dict[str, int] = {}
+    for i, key in enumerate(keys["base"]):
+        first.setdefault(key, i)
+    missing = [i for i in first.values() if i not in results]
+    cost.cache_hits += len(prompts) - len(missing)
     done = 0
     if missing:
         batches = engine.pairs([prompts[i] for i in missing], [known[i] for i in missing], decoding)
-        for batch in batches:
+        for batch in cost.timed(batches):
             responses: dict[str, Response] = {}
             new_scores: dict[str, float] = {}
             for j, pair in batch:
@@ -111,7 +132,7 @@ def score_pairs(
             cache.put(responses, new_scores)
             done += len(batch)
             on_progress(done, len(missing))
-    return [results[i] for i in range(len(prompts))]
+    return [results[first[key]] for key in keys["base"]]
 
 
 def _with_seed(decoding: Decoding, seed: int) -> Decoding:

@@ -34,6 +34,7 @@ def report(store: Store, transfer: Transfer, batch_id: str | None = None) -> dic
         "evaluation_calls": sum(s["model_calls"] for s in steps if s["asset"] == "evaluation"),
         "cache_hits": sum(s["cache_hits"] for s in steps),
         "seconds": _seconds(steps),
+        "model_seconds": round(sum(s["model_seconds"] for s in steps), 2),
         "accuracy": {row.pop("model"): row for row in store.read("SELECT * FROM accuracy", schema=name).to_dicts()},
         "model": _model(store, name),
     }

@@ -67,14 +67,13 @@ def decode(
     """Generate one response per row of ``prefix``, which is left as it was.
 
     Args:
-        seeds: one number per row; with it, and ``decoding.seed``, a row's random choices are its own
-            and don't depend on the batch around it.
+        seeds: for sampling: one number per row, which makes its random choices its own, whatever the
+            batch around it.
     """
     rows = _Rows(tokenizer, len(prefix.mask), decoding)
     cache = _cache_of(prefix.keys_values)
     mask, logits = prefix.mask, prefix.logits
-    # Mixed so that (seed 0, row 1) and (seed 1, row 0) don't share their noise.
-    generators = [torch.Generator().manual_seed((decoding.seed * 1_000_003 + s) % 2**63) for s in seeds or []]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or []]
     active = list(range(len(mask)))
     for step in range(decoding.max_new_tokens):
         tokens = _choose(logits, decoding, [generators[row] for row in active] if generators else [])

@@ -97,8 +97,8 @@ class LocalEngine:
         for batch in self._batches(prompts):
             with self.side(side) as model:
                 prefix = loop.prefill(model, [prompts[i] for i in batch])
-                own = [seeds[i] if seeds else i for i in batch]
-                responses = loop.decode(model, self.tokenizer, prefix, decoding, own)
+                own_seeds = [seeds[i] for i in batch] if seeds else None
+                responses = loop.decode(model, self.tokenizer, prefix, decoding, own_seeds)
             yield list(zip(batch, responses, strict=True))
 
     def pairs(

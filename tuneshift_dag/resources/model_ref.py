@@ -29,7 +29,8 @@ import platformdirs
 from tuneshift_dag.errors import TuneshiftError
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,16 @@ def check_reference(reference: str, folder: Path, key: str) -> None:
         _package_file(reference, key)
         return
     path = (folder / reference).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise TuneshiftError(
+                f"{key}: {reference!r} is a file but no .gguf file. Name a model folder or a .gguf file."
+            )
         return
     if path.is_dir():
         _check_model_folder(path, key)
         return
-    if not _HUB_ID.match(reference) or reference.startswith((".", "/", "~")):
+    if not _HUB_ID.match(reference) or reference.startswith((".", "/", "~")) or path.suffix == ".gguf":
         raise TuneshiftError(
             f"{key}: {reference!r} is no model: {path} doesn't exist, and it isn't a hub id"
             " ('org/name' or 'org/name@revision') nor 'package://<package>/<file.gguf>'."
@@ -123,10 +128,9 @@ def check_adapter_folder(path: Path, key: str) -> dict[str, object]:
         config: dict[str, object] = json.loads(config_file.read_text())
     except json.JSONDecodeError as error:
         raise TuneshiftError(f"{key}: {config_file} is not valid JSON: {error}.") from error
-    if config.get("peft_type") != "LORA":
-        raise TuneshiftError(
-            f"{key}: {config_file} says peft_type {config.get('peft_type')!r}; only LORA adapters can be used."
-        )
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise TuneshiftError(f"{key}: {config_file} says peft_type {kind!r}; only LORA adapters can be used.")
     return config
 
 
@@ -194,6 +198,8 @@ def _package_file(reference: str, key: str) -> Path | None:
             f"{key}: {reference!r} holds several GGUF files; name one: "
             + ", ".join(f"package://{package}/{f.relative_to(root)}" for f in files)
         )
+    if not files and not hasattr(importlib.import_module(package), "assemble"):
+        raise TuneshiftError(f"{key}: {reference!r}: the package {package!r} carries no GGUF file.")
     return files[0] if files else None
 
 

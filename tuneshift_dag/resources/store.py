@@ -34,8 +34,8 @@ class Store:
         with self._connection(read_only=True) as connection:
             if schema:
                 connection.execute(f"SET schema = '{schema}'")
-            rows: pl.DataFrame = connection.execute(query, parameters or None).pl()
-            return rows
+            rows: pl.DataFrame = connection.sql(query, params=parameters or None).pl()
+        return rows
 
     def replace(self, schema: str, table: Table, rows: pl.DataFrame, **where: str) -> None:
         """Replace a table's rows, or those where the given columns have the given values.
@@ -50,13 +50,13 @@ class Store:
         with self.transaction(schema) as connection:
             for table, rows in frames:
                 connection.execute(f"DELETE FROM {table.name} WHERE {condition}", list(where.values()))
-                _insert(connection, table, rows)
+                insert(connection, table, rows)
 
     def append_all(self, schema: str, frames: Sequence[tuple[Table, pl.DataFrame]]) -> None:
         """Add rows in one transaction; a row whose key is there already is left out."""
         with self.transaction(schema) as connection:
             for table, rows in frames:
-                _insert(connection, table, rows, or_ignore=bool(table.key))
+                insert(connection, table, rows, or_ignore=bool(table.key))
 
     @contextmanager
     def transaction(self, schema: str) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -120,8 +120,8 @@ class Store:
                 # Another thread of this process holds a connection of the other kind for a moment.
                 if time.monotonic() > give_up:
                     raise
-            except duckdb.IOException as error:
-                if "lock" not in str(error).lower():
+            except duckdb.Error as error:
+                if "Could not set lock" not in str(error):
                     raise TuneshiftError(f"{self.path} can't be opened as a DuckDB file: {error}") from error
                 if time.monotonic() > give_up:
                     raise TuneshiftError(
@@ -132,7 +132,8 @@ class Store:
             pause = min(0.5, pause * 2)
 
 
-def _insert(connection: duckdb.DuckDBPyConnection, table: Table, rows: pl.DataFrame, or_ignore: bool = False) -> None:
+def insert(connection: duckdb.DuckDBPyConnection, table: Table, rows: pl.DataFrame, or_ignore: bool = False) -> None:
+    """Add rows to a table, by column name."""
     if rows.is_empty():
         return
     unknown = set(rows.columns) ^ {c.name for c in table.columns}

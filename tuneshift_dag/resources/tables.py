@@ -206,6 +206,7 @@ STEPS = Table(
         Column("round", "VARCHAR", "Round, or NULL."),
         Column("finished_at", "TIMESTAMP", "When it finished (UTC)."),
         Column("seconds", "DOUBLE", "Wall time of the step."),
+        Column("model_seconds", "DOUBLE", "Part of it spent loading, running or training models."),
         Column("model_calls", "INTEGER", "Prompts that a model answered, scored or continued."),
         Column("cache_hits", "INTEGER", "Prompts whose result came from the cache."),
     ),

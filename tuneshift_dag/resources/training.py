@@ -42,7 +42,8 @@ def distill(
     model.peft_config["default"].base_model_name_or_path = config.target.base
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    model.save_pretrained(partial)
+    # The embeddings aren't trained; looking for changed ones would need the base's config from a hub.
+    model.save_pretrained(partial, save_embedding_layers=False)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     del model, base

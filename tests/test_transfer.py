@@ -1,0 +1,193 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tuneshift_dag.method
+from tests.conftest import write_jsonl
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.transfer import find_transfers, load_transfer
+
+
+def test_a_valid_folder_loads(transfer_folder):
+    transfer = load_transfer(transfer_folder)
+    assert transfer.name == "banking"
+    assert transfer.seeds == ["Where is my card?", "Why was I charged twice?"]
+    assert transfer.heldout == [("Is my transfer late?", "intent_1")]
+    assert transfer.round_keys == ["round_01", "round_02"]
+    assert (transfer.config.filter.rule, transfer.config.filter.threshold) == ("both", 1.5)
+
+
+def test_the_held_out_file_is_optional(transfer_folder):
+    (transfer_folder / "heldout.jsonl").unlink()
+    assert load_transfer(transfer_folder).heldout == []
+
+
+def test_transfers_are_the_folders_with_a_transfer_yaml(transfer_folder):
+    (transfer_folder.parent / "notes").mkdir()
+    assert find_transfers(transfer_folder.parent) == [transfer_folder]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("filter.treshold", 1.5, ["filter.treshold", "1.5", "correct its spelling"]),
+        ("rounds", "many", ["rounds", "'many'", "valid integer"]),
+        ("rounds", 0, ["rounds", "found 0", "greater than or equal to 1"]),
+        ("models.quantization", "int8", ["models.quantization", "'int8'", "'nf4', 'fp4' or 'none'"]),
+        ("filter", {"threshold": 0.9}, ["filter", "threshold 0.9", "'both'", "above 1"]),
+        ("filter", {"threshold": 1, "rule": "ratio"}, ["filter", "threshold 1.0", "'ratio'", "above 1"]),
+        ("prompt_template", "Query:", ["prompt_template", "'Query:'", "must contain {prompt}"]),
+        ("prompt_template", "{prompt} {prompt}", ["prompt_template", "exactly once"]),
+        ("source", {"base": "models/tiny-base"}, ["source.adapter", "missing", "Add it"]),
+        ("source.base", "models/tiny base", ["source.base", "'models/tiny base'", "doesn't exist"]),
+        ("target.base", "./nowhere", ["target.base", "'./nowhere'", "hub id"]),
+        ("generator.model", "package://no_such_package", ["generator.model", "pip install no-such-package"]),
+        ("source.adapter", "./nowhere", ["source.adapter", "nowhere", "Put the PEFT adapter there"]),
+    ],
+)
+def test_a_bad_setting_names_file_key_value_and_repair(transfer_folder, edit_config, key, value, words):
+    edit_config(key, value)
+    with pytest.raises(TuneshiftError) as error:
+        load_transfer(transfer_folder)
+    for word in [str(transfer_folder / "transfer.yaml"), *words]:
+        assert word in str(error.value)
+
+
+def test_every_bad_setting_is_named_at_once(transfer_folder, edit_config):
+    edit_config("rounds", 0)
+    edit_config("distill.rank", "high")
+    with pytest.raises(TuneshiftError, match=r"(?s)rounds: .*\n.*distill\.rank: "):
+        load_transfer(transfer_folder)
+
+
+def test_the_difference_rule_allows_a_threshold_below_one(transfer_folder, edit_config):
+    edit_config("filter", {"rule": "difference", "threshold": 0.5})
+    assert load_transfer(transfer_folder).config.filter.threshold == 0.5
+
+
+def test_a_missing_transfer_yaml_says_what_a_transfer_is(tmp_path):
+    with pytest.raises(TuneshiftError, match=r"transfer\.yaml doesn't exist.*seeds\.jsonl"):
+        load_transfer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"source: [", "not valid YAML.*line 1"),
+        (b"- a list", "must be a mapping of keys; found list"),
+        (b"", "must be a mapping"),
+        (b"description: caf\xe9", "UTF-8"),
+    ],
+)
+def test_a_transfer_yaml_that_is_no_mapping_is_refused(transfer_folder, content, complaint):
+    (transfer_folder / "transfer.yaml").write_bytes(content)
+    with pytest.raises(TuneshiftError, match=rf"(?s)transfer\.yaml.*{complaint}"):
+        load_transfer(transfer_folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("seeds.jsonl", b"", r"is empty\. Write at least one line of .*prompt"),
+        ("seeds.jsonl", b'{"prompt": "a"}\n\n{"text": "b"}\n', r":3: 'prompt' must be a non-empty string"),
+        ("seeds.jsonl", b'{"prompt": " "}\n', r":1: 'prompt' must be a non-empty string \(found ' '\)"),
+        ("seeds.jsonl", b'{"prompt": "a"}\n{"prompt": \n', r":2: not valid JSON.*Write .*prompt"),
+        ("seeds.jsonl", b'"a"\n', r":1: expected an object like .* found '\"a\"'"),
+        ("seeds.jsonl", b'{"prompt": "caf\xe9"}\n', r"UTF-8"),
+        ("heldout.jsonl", b"\n", r"is empty\..*delete an optional file"),
+        ("heldout.jsonl", b'{"prompt": "a"}\n', r":1: 'response' must be a non-empty string \(found None\)"),
+        ("heldout.jsonl", b'{"prompt": "a", "response": 3}\n', r":1: 'response' must be .*\(found 3\)"),
+    ],
+)
+def test_a_bad_example_file_names_its_line_and_repair(transfer_folder, name, content, complaint):
+    (transfer_folder / name).write_bytes(content)
+    with pytest.raises(TuneshiftError, match=rf"(?s){name}.*{complaint}"):
+        load_transfer(transfer_folder)
+
+
+def test_a_missing_seeds_file_says_how_to_write_one(transfer_folder):
+    (transfer_folder / "seeds.jsonl").unlink()
+    with pytest.raises(TuneshiftError, match=r"seeds\.jsonl doesn't exist\. Write one line of"):
+        load_transfer(transfer_folder)
+
+
+def test_a_line_ends_at_a_line_feed_only(transfer_folder):
+    prompt = "first\u2028second\x85third"
+    (transfer_folder / "seeds.jsonl").write_text(json.dumps({"prompt": prompt}, ensure_ascii=False), "utf-8")
+    assert load_transfer(transfer_folder).seeds == [prompt]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("seeds.jsonl", [{"prompt": "Where is it?"}, {"prompt": "where is it"}]),
+        ("heldout.jsonl", [{"prompt": p, "response": "x"} for p in ("Where is it?", "where is it")]),
+    ],
+)
+def test_two_examples_with_the_same_prompt_are_refused(transfer_folder, name, rows):
+    write_jsonl(transfer_folder / name, rows)
+    with pytest.raises(TuneshiftError, match=rf"{name}:2"):
+        load_transfer(transfer_folder)
+
+
+@pytest.mark.parametrize("name", ["my transfer", "my-transfer"])
+def test_a_folder_name_that_cannot_name_an_asset_group_is_refused(transfer_folder, name):
+    folder = transfer_folder.rename(transfer_folder.with_name(name))
+    with pytest.raises(TuneshiftError, match=name):
+        load_transfer(folder)
+
+
+def test_an_adapter_of_another_base_is_refused(transfer_folder):
+    file = transfer_folder / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "someone/other-base"}))
+    with pytest.raises(TuneshiftError, match=r"source\.adapter: .*'someone/other-base'.*models/tiny-base.*Set source"):
+        load_transfer(transfer_folder)
+
+
+def test_a_pickle_adapter_is_refused(transfer_folder):
+    (transfer_folder / "adapter" / "adapter_model.safetensors").rename(transfer_folder / "adapter" / "weights.bin")
+    with pytest.raises(TuneshiftError, match=r"transfer\.yaml: source\.adapter: .*weights\.bin"):
+        load_transfer(transfer_folder)
+
+
+def test_a_version_changes_with_its_sections_alone(transfer_folder, edit_config):
+    before = load_transfer(transfer_folder)
+    edit_config("filter.threshold", 2.0)
+    after = load_transfer(transfer_folder)
+    assert after.version("filter") != before.version("filter")
+    assert after.version("generator", "source.base") == before.version("generator", "source.base")
+    assert before.version("filter", code=2) != before.version("filter")
+
+
+def test_the_adapter_version_changes_with_its_weights(transfer_folder):
+    transfer = load_transfer(transfer_folder)
+    before = transfer.adapter_version()
+    with (transfer_folder / "adapter" / "adapter_model.safetensors").open("ab") as handle:
+        handle.write(b"\0")
+    assert transfer.adapter_version() != before != ""
+
+
+def test_loading_a_transfer_imports_no_torch(transfer_folder):
+    code = "from tuneshift_dag.transfer import load_transfer; load_transfer(Path(sys.argv[1]))"
+    assert _is_imported("torch", code, str(transfer_folder)) is False
+
+
+def test_importing_the_definitions_imports_no_torch():
+    assert _is_imported("torch", "import tuneshift_dag.definitions") is False
+
+
+def test_the_method_imports_no_dagster():
+    names = [file.stem for file in Path(tuneshift_dag.method.__path__[0]).glob("*.py")]
+    assert "scoring" in names
+    imports = "\n".join(f"import tuneshift_dag.method.{name}" for name in names if name != "__init__")
+    assert _is_imported("dagster", imports) is False
+
+
+def _is_imported(module: str, code: str, *arguments: str) -> bool:
+    """Whether running ``code`` in a fresh process imports ``module``."""
+    script = f"import sys\nfrom pathlib import Path\n{code}\nprint({module!r} in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    return output.stdout.strip() == "True"
