@@ -6,16 +6,29 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import save_file
 
+from tests.fakes import FakeModels
+from tuneshift_dag.home import database_file
 from tuneshift_dag.resources.store import Store
+from tuneshift_dag.runner import Runner, RunResult
+from tuneshift_dag.transfer import Transfer, load_transfer
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read from or written to the user's transfers, outputs or Dagster instance."""
+    monkeypatch.setenv("TUNESHIFT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TUNESHIFT_TRANSFERS", str(tmp_path / "transfers"))
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home" / "dagster"))
 
 
 @pytest.fixture
@@ -25,8 +38,12 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def transfer_folder(tmp_path: Path) -> Path:
+    return make_transfer_folder(tmp_path)
+
+
+def make_transfer_folder(root: Path, name: str = "banking") -> Path:
     """A minimal valid transfer folder. Its models have the right files and meaningless weights."""
-    folder = tmp_path / "transfers" / "banking"
+    folder = root / "transfers" / name
     _write_weights(folder / "models" / "tiny-base" / "model.safetensors", "config.json", {"model_type": "llama"})
     _write_weights(
         folder / "adapter" / "adapter_model.safetensors",
@@ -41,6 +58,8 @@ def transfer_folder(tmp_path: Path) -> Path:
                 "generator": {"model": "models/tiny-base", "calls_per_round": 3, "seeds_per_call": 2},
                 "prompt_template": "Query: {prompt}\nIntent:",
                 "rounds": 2,
+                # It would load a sentence encoder; tests/resources/test_encoder.py does.
+                "diversity_map": False,
             }
         )
     )
@@ -64,6 +83,63 @@ def edit_config(transfer_folder: Path) -> Callable[[str, Any], None]:
         file.write_text(yaml.safe_dump(config))
 
     return edit
+
+
+class Project:
+    """A transfer folder with a Dagster instance and fake models: what `tuneshift run` works on."""
+
+    result: RunResult
+    """What the whole run of a shared project did."""
+
+    def __init__(self, folder: Path, instance: dg.DagsterInstance) -> None:
+        self.folder = folder
+        self.instance = instance
+        self.models = FakeModels()
+        self.store = Store(database_file())
+
+    @property
+    def transfer(self) -> Transfer:
+        """The folder as it is now."""
+        return load_transfer(self.folder)
+
+    def runner(self) -> Runner:
+        return Runner(self.transfer, self.instance, self.models.resource())
+
+    def run(self, regrow: bool = False) -> RunResult:
+        return self.runner().run(regrow)
+
+    def materialize(self, *assets: str, round: str | None = None) -> dg.ExecuteInProcessResult:
+        """Materialize assets as the UI does, in one run; a failure is in the result."""
+        return self.runner().job.execute_in_process(
+            instance=self.instance,
+            asset_selection=[self.key(asset) for asset in assets],
+            partition_key=round,
+            raise_on_error=False,
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+        )
+
+    def key(self, asset: str) -> dg.AssetKey:
+        return dg.AssetKey([self.folder.name, asset])
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        return self.store.read(query, schema=self.folder.name).rows()
+
+
+@pytest.fixture
+def project(transfer_folder: Path) -> Iterator[Project]:
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield Project(transfer_folder, instance)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """A project whose graph was run once. Tests only look at it."""
+    root = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch, dg.DagsterInstance.ephemeral() as instance:
+        patch.setenv("TUNESHIFT_HOME", str(root / "home"))
+        project = Project(make_transfer_folder(root), instance)
+        project.result = project.run()
+        yield project
 
 
 def write_jsonl(file: Path, rows: list[dict[str, str]]) -> None:

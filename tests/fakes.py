@@ -1,4 +1,5 @@
-"""A deterministic engine without a model, for tests of everything above the engine.
+"""A deterministic engine without a model, for tests of everything above the engine; and the resource that
+gives it to the asset graph.
 
 A token is a character code and the end token is 0. What a prompt is answered follows from a hash of its
 text, so the same prompt always gets the same answer, whatever the batch. Sampling is what the generator
@@ -7,10 +8,15 @@ does, so a sampled answer is a list of new prompts; a greedy one is an intent.
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from tuneshift_dag.method.engine import Decoding, Pair, Response, Side
 from tuneshift_dag.method.preflight import AdapterCheck
+from tuneshift_dag.resources.dagster_resources import EngineResource
+from tuneshift_dag.transfer import Transfer
 
 EOS = 0
 _SYLLABLES = ["ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "zu"]
@@ -30,17 +36,20 @@ class FakeEngine:
         items: int = 5,
         fail_after: int | None = None,
         check: AdapterCheck | None = None,
+        on_batch: Callable[[int], None] = lambda number: None,
     ) -> None:
         """
         Args:
             items: prompts in one generated list; the second repeats the first.
             fail_after: raise instead of giving batch number ``fail_after`` (from 0).
             check: what `check_adapter` finds; by default nothing wrong.
+            on_batch: called with the number of a batch (from 0 in every call) before it is computed.
         """
         self.name = name
         self.batch_size = batch_size
         self.items = items
         self.fail_after = fail_after
+        self.on_batch = on_batch
         self.check = check or AdapterCheck([], [], largest_logit_difference=1.0, delta_norm=1.0)
         self.answered: list[tuple[Side, str]] = []
         self.scored: list[tuple[Side, str]] = []
@@ -75,6 +84,7 @@ class FakeEngine:
         for number, start in enumerate(range(0, len(order), self.batch_size)):
             if number == self.fail_after:
                 raise RuntimeError("the engine was killed")
+            self.on_batch(number)
             yield order[start : start + self.batch_size]
 
     def _pair(self, ids: list[int], known: dict[Side, Response], decoding: Decoding) -> Pair:
@@ -126,6 +136,52 @@ class FakeEngine:
         self.scored.append((side, prompt))
         logprob = -3.0 if side == "base" else -4.0
         return (logprob - _number("score", prompt) % 100 / 1000) * len(response.token_ids)
+
+
+class FakeModels:
+    """The engines of one transfer, without models, and a record of what was trained.
+
+    `resource` is what the asset graph takes; it stands for the same engines however often Dagster copies it.
+    """
+
+    def __init__(self, source: FakeEngine | None = None, generator: FakeEngine | None = None) -> None:
+        self.source = source or FakeEngine("source")
+        self.generator = generator or FakeEngine("generator")
+        self.targets: dict[str, FakeEngine] = {}
+        self.trained: list[list[tuple[str, str]]] = []
+
+    def calls(self) -> int:
+        """Responses generated and scored, by all engines."""
+        engines = [self.source, self.generator, *self.targets.values()]
+        return sum(len(engine.answered) + len(engine.scored) for engine in engines)
+
+    def resource(self) -> EngineResource:
+        models = self
+
+        class FakeEngines(EngineResource):
+            def source(self, transfer: Transfer) -> FakeEngine:
+                return models.source
+
+            def generator(self, transfer: Transfer) -> FakeEngine:
+                return models.generator
+
+            def target(self, transfer: Transfer, adapter: Path | None = None) -> FakeEngine:
+                name = f"target|{adapter.name if adapter else ''}"
+                return models.targets.setdefault(name, FakeEngine(name))
+
+            def distill(self, transfer: Transfer, pairs: list[tuple[str, str]], folder: Path, on_step: Any) -> Any:
+                models.trained.append(pairs)
+                folder.mkdir(parents=True)
+                (folder / "adapter_model.safetensors").write_bytes(b"weights")
+                (folder / "adapter_config.json").write_text("{}")
+                on_step(1, 1, 0.5)
+                return SimpleNamespace(
+                    steps=[{"step": 1, "loss": 0.5, "learning_rate": 5e-4}],
+                    epochs=[{"epoch": 1, "train_loss": 0.5, "validation_loss": 0.4}],
+                    seconds=0.1,
+                )
+
+        return FakeEngines()
 
 
 def _number(*parts: object) -> int:

@@ -1,4 +1,4 @@
-"""The command line: ``tuneshift run | report | export | doctor``.
+"""The command line: ``tuneshift run | report | sweep | lineage | export | doctor``.
 
 Results go to standard output, progress and messages to standard error.
 """
@@ -8,15 +8,21 @@ import logging
 import os
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
 
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file, transfers_dir, use_dagster_home
+
+if TYPE_CHECKING:
+    from tuneshift_dag.reports.lineage import Prompt
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -80,6 +86,57 @@ def report(transfer: TransferName, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def sweep(
+    transfer: TransferName,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option("--rule", help="both, difference, ratio or cross_ratio; may be repeated. Without it, all."),
+    ] = None,
+    grid: Annotated[
+        str, typer.Option("--grid", help="1.1,1.2,1.5 or start:stop:step; without it, chosen from the data.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list of cells and nothing else.")] = False,
+) -> None:
+    """Show what each filter rule would keep at each threshold; loads no model and changes nothing."""
+    from tuneshift_dag.reports import sweep as sweeps
+    from tuneshift_dag.resources.store import Store
+
+    loaded = _load(transfer)
+    thresholds = sweeps.parse_grid(grid) if grid else []
+    cells = sweeps.sweep(Store(database_file()), loaded, rule or [], thresholds)
+    if as_json:
+        print(json.dumps(cells, indent=2))
+        return
+    _out.print(_sweep_table(cells))
+    if not any(cell["pairs_kept"] for cell in cells):
+        _err.print(f"Nothing is kept. If there are no scored pairs yet: tuneshift run {loaded.name}")
+
+
+@app.command()
+def lineage(
+    transfer: TransferName,
+    prompt_id: Annotated[str, typer.Argument(help="A prompt's id, the beginning of one, or the prompt's whole text.")],
+    up: Annotated[
+        bool, typer.Option("--up/--down", help="Back to the seeds it came from, or forward to all that it led to.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Show which generator calls and seeds a prompt came from, or which prompts it led to and their fate."""
+    from tuneshift_dag.reports import lineage as trees
+    from tuneshift_dag.resources.store import Store
+
+    loaded = _load(transfer)
+    root = (trees.up if up else trees.down)(Store(database_file()), loaded, prompt_id)
+    if as_json:
+        direction = "up" if up else "down"
+        print(json.dumps({"transfer": loaded.name, "direction": direction, "root": asdict(root)}, indent=2))
+        return
+    tree = Tree(_prompt_line(root))
+    _add_calls(tree, root)
+    _out.print(tree)
+
+
+@app.command()
 def export(
     transfer: TransferName,
     to: Annotated[Path, typer.Option("--to", help="Folder to write to; it is created.")],
@@ -115,7 +172,9 @@ def main() -> None:
     try:
         app()
     except TuneshiftError as error:
-        _err.print(f"[red]error:[/red] {error}", soft_wrap=True, markup=True, highlight=False)
+        _err.print("[red]error:[/red] ", end="")
+        # A message may hold square brackets, such as a template's [/INST].
+        _err.print(str(error), soft_wrap=True, markup=False, highlight=False)
         sys.exit(1)
 
 
@@ -163,6 +222,56 @@ def _show(figures: dict[str, Any], as_json: bool) -> None:
         f"Last run: {figures['model_calls']} model calls for the dataset,"
         f" {figures['evaluation_calls']} for the evaluation; {figures['cache_hits']} answers from the cache."
     )
+
+
+def _add_calls(tree: Tree, prompt: "Prompt") -> None:
+    """Hang a prompt's calls, and their prompts, on its branch."""
+    for call in prompt.calls:
+        line = Text(f"generator call {call.number} of {call.round}", "bold")
+        line.append(f" (new prompts: {call.written}, dropped: {call.dropped})", "not bold")
+        branch = tree.add(_and_elsewhere(line, call.repeated))
+        for child in call.prompts:
+            _add_calls(branch.add(_prompt_line(child)), child)
+
+
+def _prompt_line(prompt: "Prompt") -> Text:
+    """One line of a lineage tree; prompts and responses are data and never markup."""
+    place = "seed set" if prompt.fate == "seed" else f"{prompt.round or 'a former round'}, {prompt.fate}"
+    place += f": {prompt.reason}" if prompt.reason else ""
+    place += ", trained on" if prompt.trained_on else ""
+    line = Text.assemble((prompt.prompt_id, "dim"), " ", prompt.prompt or "(text no longer stored)")
+    line.append(f" [{place}]", "cyan")
+    if prompt.response is not None:
+        line.append(f" → {prompt.response.strip()}", "green")
+    return _and_elsewhere(line, prompt.repeated)
+
+
+def _and_elsewhere(line: Text, repeated: bool) -> Text:
+    return line.append(" (continued elsewhere in this tree)", "dim") if repeated else line
+
+
+def _sweep_table(cells: list[dict[str, Any]]) -> Table:
+    table = Table(title="Pairs kept; * is the current filter", title_justify="left")
+    table.add_column("rule", no_wrap=True)
+    # In a narrow window rounds are left out rather than every number cut; --json has them.
+    rounds = [round_ for round_ in cells[0]["by_round"] if _out.width >= 75 + 8 * len(cells[0]["by_round"])]
+    for column in ("threshold", "kept", "share", "distinct responses", "mean margin", *rounds):
+        table.add_column(column.replace("_", " "), justify="right", no_wrap=column in ("threshold", "kept", "share"))
+    for place, cell in enumerate(cells):
+        if place and cell["rule"] != cells[place - 1]["rule"]:
+            table.add_section()
+        margin = cell["mean_margin"]
+        table.add_row(
+            cell["rule"],
+            f"{'* ' if cell['current'] else ''}{cell['threshold']:g}",
+            str(cell["pairs_kept"]),
+            f"{cell['kept_share']:.1%}",
+            str(cell["distinct_responses"]),
+            "-" if margin is None else f"{margin:.4g}",
+            *(str(cell["by_round"][round_]) for round_ in rounds),
+            style="bold" if cell["current"] else None,
+        )
+    return table
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:

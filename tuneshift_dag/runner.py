@@ -56,6 +56,7 @@ class Runner:
         self.instance = instance
         self.defs = build_definitions([transfer], database_file(), engines)
         self.job = self.defs.resolve_implicit_global_asset_job_def()
+        self._assets = self.defs.resolve_asset_graph().get_all_asset_keys()
         self.on_step = on_step
         self.result = RunResult(batch_id=f"cli-{uuid.uuid4().hex[:12]}")
 
@@ -73,8 +74,9 @@ class Runner:
             self._materialize(["seed_set"], None)
         for round_ in self.transfer.round_keys:
             self._run_round(round_, regrow)
-        for asset in ("distilled_model", "evaluation"):
-            if asset == "evaluation" and not self.transfer.heldout:
+        # The report comes before the training: it is cheap, and says what to do when too little was kept.
+        for asset in ("threshold_report", "distilled_model", "evaluation", "diversity_map"):
+            if key(self.transfer, asset) not in self._assets:
                 continue
             if self._causes(asset, None) != []:
                 self._materialize([asset], None)

@@ -156,6 +156,9 @@ class TransferConfig(_Section):
     target_pairs: int = Field(1000, ge=1, description="Rounds stop when this many pairs are kept.")
     distill: Distill = Distill()
     evaluation: Evaluation = Evaluation()
+    diversity_map: bool = Field(
+        True, description="Draw the prompts on a map of meaning: some seconds on the CPU, with the extra `encoder`."
+    )
     seed: int = Field(0, description="Seed of every random choice.")
 
     @field_validator("prompt_template")

@@ -10,12 +10,14 @@ from tuneshift_dag.method.prompting import PromptPool, generator_request, normal
     ("prompt", "expected"),
     [
         ("  Where is\tmy CARD?\n", "where is my card"),
-        ("snake_case, twice", "snake case twice"),
+        ("snake_case, twice", "snake_case twice"),
+        ("3+4?", "3+4"),
+        ("Can’t I?", "cant i"),
         ("ﬁne ①", "fine 1"),
         ("?!…", ""),
     ],
 )
-def test_normalize_keeps_lower_case_letters_and_digits(prompt, expected):
+def test_normalize_drops_case_and_punctuation_only(prompt, expected):
     assert normalize(prompt) == expected
 
 

@@ -2,26 +2,32 @@
 
 import dagster as dg
 
+from tuneshift_dag.assets.common import with_code_references
 from tuneshift_dag.assets.distilled_model import build_distilled_model
+from tuneshift_dag.assets.diversity_map import build_diversity_map
 from tuneshift_dag.assets.evaluation import build_evaluation
 from tuneshift_dag.assets.filtered_dataset import build_filtered_dataset
 from tuneshift_dag.assets.round_seeds import build_round_seeds
 from tuneshift_dag.assets.scored_pairs import build_scored_pairs
 from tuneshift_dag.assets.seed_set import build_seed_set
 from tuneshift_dag.assets.synthetic_prompts import build_synthetic_prompts
+from tuneshift_dag.assets.threshold_report import build_threshold_report
 from tuneshift_dag.transfer import Transfer
 
 
 def build_assets(transfer: Transfer) -> list[dg.AssetsDefinition | dg.AssetSpec]:
-    """All assets of a transfer; without a held-out file there is no ``evaluation``."""
+    """All assets of a transfer; ``evaluation`` needs a held-out file, ``diversity_map`` its switch."""
     assets: list[dg.AssetsDefinition | dg.AssetSpec] = [
         build_seed_set(transfer),
         build_round_seeds(transfer),
         build_synthetic_prompts(transfer),
         build_scored_pairs(transfer),
         build_filtered_dataset(transfer),
+        build_threshold_report(transfer),
         build_distilled_model(transfer),
     ]
     if transfer.heldout:
         assets.append(build_evaluation(transfer))
-    return assets
+    if transfer.config.diversity_map:
+        assets.append(build_diversity_map(transfer))
+    return with_code_references(assets, transfer)

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -14,7 +16,7 @@ import polars as pl
 
 from tuneshift_dag.method.scoring import Cost
 from tuneshift_dag.resources.store import Store
-from tuneshift_dag.resources.tables import STEPS, Table
+from tuneshift_dag.resources.tables import COLUMN_SOURCES, STEPS, Table
 from tuneshift_dag.transfer import Transfer
 
 # `tuneshift run` puts this tag on its runs, so that their cost can be added up.
@@ -50,6 +52,40 @@ def definition_metadata(transfer: Transfer, table: Table) -> dict[str, Any]:
         "dagster/column_schema": column_schema(table),
         "dagster/table_name": f"{transfer.name}.{table.name}",
     }
+
+
+def column_lineage(transfer: Transfer, table: Table) -> dg.TableColumnLineage:
+    """What each column is made from, for the metadata ``dagster/column_lineage`` of a materialization."""
+    return dg.TableColumnLineage(
+        {
+            column: [dg.TableColumnDep(key(transfer, source), name) for source, name in sources]
+            for column, sources in COLUMN_SOURCES[table.name].items()
+        }
+    )
+
+
+def with_code_references(
+    assets: Sequence[dg.AssetsDefinition | dg.AssetSpec], transfer: Transfer
+) -> list[dg.AssetsDefinition | dg.AssetSpec]:
+    """The assets, each with links to its code and to its ``transfer.yaml`` (``dagster/code_references``)."""
+    with warnings.catch_warnings():
+        # Beta in Dagster 1.13, and it would warn at every start.
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        settings = dg.LocalFileCodeReference(file_path=str(transfer.folder / "transfer.yaml"), label="transfer.yaml")
+
+        def with_settings(spec: dg.AssetSpec, *code: dg.LocalFileCodeReference) -> dg.AssetSpec:
+            references = dg.CodeReferencesMetadataValue(code_references=[*code, settings])
+            return spec.merge_attributes(metadata={"dagster/code_references": references})
+
+        linked: list[dg.AssetsDefinition | dg.AssetSpec] = []
+        for asset in assets:
+            if isinstance(asset, dg.AssetSpec):
+                # Without a function of its own, so Dagster can't find the file; it is named like the asset.
+                file = Path(__file__).with_name(f"{asset.key.path[-1]}.py")
+                linked.append(with_settings(asset, dg.LocalFileCodeReference(file_path=str(file))))
+            else:
+                linked += dg.with_source_code_references([asset.map_asset_specs(with_settings)])  # type: ignore[arg-type]
+        return linked
 
 
 def example_rows(frame: pl.DataFrame, columns: list[str], limit: int = 5) -> dg.MetadataValue:

@@ -58,6 +58,7 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
         database = store.store()
         with step(context, database, transfer) as current:
             _refuse_missing_rounds(context, transfer)
+            trained_on = _materializations(context, transfer)
             pairs = database.read(
                 "SELECT prompt_id, round, prompt, response FROM filtered_dataset ORDER BY round, prompt_id",
                 schema=transfer.name,
@@ -78,8 +79,11 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
         return dg.MaterializeResult(
             data_version=dg.DataVersion(model_id),
             metadata={
+                "dataset": dg.MetadataValue.asset(key(transfer, "filtered_dataset")),
                 "dataset_version": dataset_version,
+                "dataset_materializations": trained_on,
                 "pairs": len(pairs),
+                "pairs_by_round": dict(pairs.group_by("round").len().sort("round").iter_rows()),
                 "distinct_responses": pairs["response"].n_unique(),
                 "path": dg.MetadataValue.path(known["path"]),
                 "training_seconds": known["seconds"],
@@ -107,6 +111,20 @@ def _refuse_missing_rounds(context: dg.AssetExecutionContext, transfer: Transfer
             f"filtered_dataset has no {', '.join(missing)}: materialize these rounds first, then distilled_model.",
             allow_retries=False,
         )
+
+
+def _materializations(context: dg.AssetExecutionContext, transfer: Transfer) -> dg.MetadataValue:
+    """A table of each round's present data version and of the run that made it: later runs may replace them."""
+    records = []
+    for round_ in transfer.round_keys:
+        found = context.instance.fetch_materializations(
+            dg.AssetRecordsFilter(key(transfer, "filtered_dataset"), asset_partitions=[round_]), limit=1
+        ).records
+        for event in found:
+            tags = event.asset_materialization.tags or {} if event.asset_materialization else {}
+            version = tags.get("dagster/data_version", "")
+            records.append(dg.TableRecord({"round": round_, "data_version": version, "run_id": event.run_id}))
+    return dg.MetadataValue.table(records)
 
 
 def _model_id(transfer: Transfer, dataset_version: str, sections: tuple[str, ...]) -> str:

@@ -4,6 +4,7 @@ import dagster as dg
 
 from tuneshift_dag.assets.common import (
     OWNERS,
+    column_lineage,
     definition_metadata,
     example_rows,
     key,
@@ -62,13 +63,6 @@ def build_filtered_dataset(transfer: Transfer) -> dg.AssetsDefinition:
             kept = reasons.pop("kept", 0)
             pool = _kept_until(database, transfer, round_)
             done = len(pool) >= transfer.config.target_pairs
-            if not pool:
-                raise dg.Failure(
-                    f"No pair was kept up to {round_}, so nothing can seed the next round ({reasons} here)."
-                    f" Loosen filter.threshold (now {transfer.config.filter.threshold}) in"
-                    f" {transfer.folder / 'transfer.yaml'}, or write seeds that are closer to the task.",
-                    allow_retries=False,
-                )
             report_seeds(context, database, transfer, round_number(round_) + 1, [] if done else pool)
             examples = database.read(
                 "SELECT * FROM filtered_dataset WHERE round = ? ORDER BY prompt_id LIMIT 5", [round_], transfer.name
@@ -77,6 +71,7 @@ def build_filtered_dataset(transfer: Transfer) -> dg.AssetsDefinition:
             data_version=dg.DataVersion(version),
             metadata={
                 "dagster/partition_row_count": kept,
+                "dagster/column_lineage": column_lineage(transfer, FILTERED_DATASET),
                 "kept_share": kept / max(1, kept + sum(reasons.values())),
                 "kept_so_far": len(pool),
                 "target_reached": done,
@@ -102,6 +97,10 @@ def refilter(database: Store, transfer: Transfer, round_: str, threshold: float)
 
     All of it happens inside DuckDB, in one transaction: a million pairs take about a second. The version
     is a hash of the kept prompts and responses, whatever the rule and threshold that kept them.
+
+    Raises:
+        dg.Failure: when no pair is kept up to this round. The rows that were there stay: for Dagster this
+            materialization never was, so a threshold moved back would count them as fresh.
     """
     settings = transfer.config.filter
     verdict = verdict_sql(settings.rule, settings.allow_truncated)
@@ -121,6 +120,15 @@ def refilter(database: Store, transfer: Transfer, round_: str, threshold: float)
             "SELECT sha256(coalesce(string_agg(sha256(prompt_id || fine_tuned_response), '' ORDER BY prompt_id), ''))"
             " FROM judged WHERE reason IS NULL"
         ).fetchone()
+        pool = connection.execute("SELECT count(*) FROM filtered_dataset WHERE round <= ?", [round_]).fetchone()
+        reasons = connection.execute("SELECT reason, count(*) FROM judged GROUP BY reason ORDER BY reason").fetchall()
+        if pool == (0,):
+            raise dg.Failure(
+                f"No pair was kept up to {round_}, so nothing can seed the next round ({dict(reasons)} here)."
+                f" Loosen filter.threshold (now {threshold}) in {transfer.folder / 'transfer.yaml'}, or write"
+                " seeds that are closer to the task.",
+                allow_retries=False,
+            )
         connection.execute("DROP TABLE judged")
     assert row is not None
     return str(row[0])[:16]

@@ -74,6 +74,11 @@ def report_seeds(
     )
 
 
+def reporter(number: int) -> tuple[str, str | None]:
+    """The asset, and its round, that reports the seeds of round ``number``."""
+    return ("seed_set", None) if number == 1 else ("filtered_dataset", round_key(number - 1))
+
+
 def read_seeds(
     context: dg.AssetExecutionContext, store: Store, transfer: Transfer, round_: str
 ) -> list[list[Candidate]]:
@@ -86,8 +91,8 @@ def read_seeds(
         dg.AssetRecordsFilter(key(transfer, "round_seeds"), asset_partitions=[round_]), limit=1
     ).records
     if not observed:
-        previous = round_number(round_) - 1
-        first = "seed_set" if previous == 0 else f"filtered_dataset of {round_key(previous)}"
+        asset, previous = reporter(round_number(round_))
+        first = f"{asset} of {previous}" if previous else asset
         raise dg.Failure(
             f"{round_} has no seeds yet: materialize {first} first, then this round again."
             " Nothing that was computed is lost.",

@@ -8,6 +8,7 @@ import polars as pl
 from tuneshift_dag.assets.common import (
     MODEL_POOL,
     OWNERS,
+    column_lineage,
     content_version,
     definition_metadata,
     example_rows,
@@ -83,6 +84,7 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
             data_version=dg.DataVersion(content_version(rows)),
             metadata={
                 "dagster/partition_row_count": len(rows),
+                "dagster/column_lineage": column_lineage(transfer, SCORED_PAIRS),
                 "examples": example_rows(
                     rows, ["prompt", "fine_tuned_response", "base_response", "ppl_fine_tuned", "ppl_base"]
                 ),

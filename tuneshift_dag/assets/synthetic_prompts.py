@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from typing import Any
 
 import dagster as dg
 import polars as pl
@@ -10,6 +11,7 @@ from tuneshift_dag.assets.common import (
     MODEL_POOL,
     OWNERS,
     Step,
+    column_lineage,
     content_version,
     definition_metadata,
     example_rows,
@@ -17,7 +19,7 @@ from tuneshift_dag.assets.common import (
     partitions,
     step,
 )
-from tuneshift_dag.assets.round_seeds import read_seeds
+from tuneshift_dag.assets.round_seeds import read_seeds, reporter
 from tuneshift_dag.method import scoring
 from tuneshift_dag.method.engine import Decoding, Engine, Response
 from tuneshift_dag.method.prompting import PromptPool, generator_request, normalize, parse_list
@@ -26,7 +28,7 @@ from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResou
 from tuneshift_dag.resources.response_cache import ResponseCache
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.resources.tables import PROPOSALS, REJECTED_PROMPTS, SYNTHETIC_PROMPTS
-from tuneshift_dag.transfer import Transfer
+from tuneshift_dag.transfer import Transfer, round_number
 
 
 def build_synthetic_prompts(transfer: Transfer) -> dg.AssetsDefinition:
@@ -79,7 +81,9 @@ def build_synthetic_prompts(transfer: Transfer) -> dg.AssetsDefinition:
             data_version=dg.DataVersion(content_version(prompts.select("prompt_id", "prompt"))),
             metadata={
                 "dagster/partition_row_count": len(prompts),
+                "dagster/column_lineage": column_lineage(transfer, SYNTHETIC_PROMPTS),
                 "examples": example_rows(prompts, ["prompt"]),
+                **_seeded_by(transfer, database, round_),
                 "generator_calls": len(calls),
                 "rejected": dict(rejected.group_by("reason").len().sort("reason").iter_rows()),
                 **current.metadata(),
@@ -152,6 +156,22 @@ def _sort_out(
         prompts += [{"round": round_, "proposal_id": proposal_id, **vars(item)} for item in accepted]
         rejected += [{"round": round_, "proposal_id": proposal_id, **vars(item)} for item in dropped]
     return PROPOSALS.frame(proposals), SYNTHETIC_PROMPTS.frame(prompts), REJECTED_PROMPTS.frame(rejected)
+
+
+def _seeded_by(transfer: Transfer, database: Store, round_: str) -> dict[str, Any]:
+    """Who reported the round's seeds, and from which rounds these prompts are: the pool is all that was kept so far."""
+    asset, partition = reporter(round_number(round_))
+    origins = database.read(
+        "SELECT coalesce(p.round, 'seed_set') AS origin, count(DISTINCT s.prompt_id) AS seeds FROM round_seeds s"
+        " LEFT JOIN synthetic_prompts p USING (prompt_id) WHERE s.round = ? GROUP BY origin ORDER BY origin",
+        [round_],
+        transfer.name,
+    )
+    return {
+        "seeded_by": dg.MetadataValue.asset(key(transfer, asset)),
+        **({"seeded_by_partition": partition} if partition else {}),
+        "seeds_from": dict(origins.iter_rows()),
+    }
 
 
 def _sampling_seed(seed: int, call: int, request: str) -> int:

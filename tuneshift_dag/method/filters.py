@@ -10,37 +10,38 @@ from typing import Literal
 
 Rule = Literal["both", "difference", "ratio", "cross_ratio"]
 
-# By how much a pair passes: above 0 it is kept. $t is the threshold.
+# By how much a pair passes: above 0 it is kept. {t} is the threshold.
 MARGIN: dict[Rule, str] = {
-    "both": "least($t - ppl_fine_tuned, ppl_base - $t)",
-    "difference": "ppl_base - ppl_fine_tuned - $t",
-    "ratio": "ppl_base / ppl_fine_tuned - $t",
-    "cross_ratio": "ppl_base_cross / ppl_fine_tuned - $t",
+    "both": "least({t} - ppl_fine_tuned, ppl_base - {t})",
+    "difference": "ppl_base - ppl_fine_tuned - {t}",
+    "ratio": "ppl_base / ppl_fine_tuned - {t}",
+    "cross_ratio": "ppl_base_cross / ppl_fine_tuned - {t}",
 }
 
 
-def verdict_sql(rule: Rule, allow_truncated: bool) -> str:
-    """SELECT of every scored pair with its ``margin`` and ``reason`` (NULL when kept).
+def verdict_sql(rule: Rule, allow_truncated: bool, threshold: str = "$t") -> str:
+    """SELECT of every scored pair with its ``margin`` and ``reason`` (NULL when kept). Reads ``scored_pairs``.
 
-    ``$t`` is the threshold. Reads ``scored_pairs``.
+    Args:
+        threshold: SQL of the threshold: a parameter, or a column when the SELECT is joined laterally.
     """
     truncated = "FALSE" if allow_truncated else "fine_tuned_finish = 'length'"
     unsure = "ppl_base_cross" if rule == "cross_ratio" else "ppl_base"
     return f"""
-        SELECT *, {MARGIN[rule]} AS margin,
+        SELECT *, {MARGIN[rule].format(t=threshold)} AS margin,
             CASE
                 WHEN regexp_full_match(fine_tuned_response, '\\s*') THEN 'empty_response'
                 WHEN {truncated} THEN 'truncated_response'
                 WHEN NOT coalesce(isfinite(ppl_fine_tuned) AND isfinite({unsure}), FALSE) THEN 'no_perplexity'
-                {_reasons(rule)}
+                {_reasons(rule, threshold)}
             END AS reason
         FROM scored_pairs
     """
 
 
-def _reasons(rule: Rule) -> str:
+def _reasons(rule: Rule, threshold: str) -> str:
     if rule == "both":
-        return """
-                WHEN ppl_fine_tuned >= $t THEN 'fine_tuned_not_confident'
-                WHEN ppl_base <= $t THEN 'base_already_confident'"""
+        return f"""
+                WHEN ppl_fine_tuned >= {threshold} THEN 'fine_tuned_not_confident'
+                WHEN ppl_base <= {threshold} THEN 'base_already_confident'"""
     return "WHEN margin <= 0 THEN 'below_threshold'"

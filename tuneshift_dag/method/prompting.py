@@ -30,9 +30,12 @@ class Accepted:
 
 
 def normalize(prompt: str) -> str:
-    """Lower case, letters and digits only, single spaces: what makes two prompts the same."""
-    text = unicodedata.normalize("NFKC", prompt).lower()
-    return " ".join(re.sub(r"[^\w\s]|_", " ", text).split())
+    """Lower case, no punctuation marks, single spaces: what makes two prompts the same.
+
+    Other symbols stay: "3+4" and "3-4" are different questions.
+    """
+    text = re.sub(r"['’]", "", unicodedata.normalize("NFKC", prompt).lower())
+    return " ".join(re.sub(r"[.,;:!?\"“”‘…()\[\]]", " ", text).split())
 
 
 def prompt_id(prompt: str) -> str:

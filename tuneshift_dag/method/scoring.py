@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 from tuneshift_dag.method.engine import Decoding, Engine, Pair, Response, Side
@@ -29,7 +29,7 @@ class Cost:
 
     model_calls: int = 0
     cache_hits: int = 0
-    model_seconds: float = 0.0
+    model_seconds: float = field(default=0.0, compare=False)
 
     def timed(self, batches: Iterator[T]) -> Iterator[T]:
         """The same batches; the time it takes to compute them is added to ``model_seconds``."""

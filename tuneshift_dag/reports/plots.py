@@ -1,16 +1,38 @@
 """Pictures, readable on a light and on a dark page: mid-tone colours on a transparent ground."""
 
 import base64
+import colorsys
 import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import numpy as np
+import polars as pl
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from numpy.typing import NDArray
 
 _TEXT = "#7d8590"
 _COLORS = ["#4493f8", "#e0823d", "#3fb950", "#ab7df8", "#db61a2", "#c69026"]
+_KEPT, _DROPPED = "#3fb950", "#e0823d"
+# One colour for a reason in every picture; reasons that no rule has yet come last.
+_VERDICTS = {
+    "kept": _KEPT,
+    "fine_tuned_not_confident": _DROPPED,
+    "base_already_confident": "#ab7df8",
+    "below_threshold": _DROPPED,
+    "truncated_response": "#db61a2",
+    "empty_response": "#c69026",
+    "no_perplexity": _TEXT,
+}
+_RULE_AXIS = {
+    "both": "Threshold on each perplexity",
+    "difference": "Threshold on PPL base − fine-tuned",
+    "ratio": "Threshold on PPL base / fine-tuned",
+    "cross_ratio": "Threshold on PPL base / fine-tuned,\nboth of the fine-tuned response",
+}
 
 
 class Picture:
@@ -57,18 +79,270 @@ def accuracy_bars(rows: Sequence[dict[str, Any]]) -> Picture:
     return Picture(figure)
 
 
-def _axes(x: str, y: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(6.4, 3.2))
+def perplexity_histograms(pairs: pl.DataFrame, rule: str, threshold: float) -> Picture:
+    """How sure each model is of its own response (paper, figure 3), with the cut where it is one of them.
+
+    Args:
+        pairs: columns ppl_fine_tuned and ppl_base, finite.
+    """
+    figure, axes = _axes("Perplexity of the model's own response", "Share of pairs")
+    columns = {"fine-tuned model": "ppl_fine_tuned", "base model": "ppl_base"}
+    if pairs.is_empty():
+        return _nothing(figure, axes)
+    values = np.concatenate([pairs[column].to_numpy() for column in columns.values()])
+    # The last percent would stretch the axis over bars that nobody can see; it goes into the last bar.
+    low, high = _span(np.array([values.min(), np.quantile(values, 0.99), *([threshold] if rule == "both" else [])]))
+    bins = np.geomspace(low, high, min(40, 6 + int(2 * len(pairs) ** 0.5)) + 1)
+    for (name, column), color in zip(columns.items(), _COLORS, strict=False):
+        shown = np.clip(pairs[column].to_numpy(), low, high)
+        axes.hist(shown, bins, weights=np.full(len(shown), 1 / len(shown)), color=color, alpha=0.55, label=name)
+    _log_axis(axes.xaxis, low, high)
+    if rule == "both":
+        axes.axvline(threshold, color=_TEXT, linestyle="--", label=f"cut at {threshold:g}")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+    _legend_beside(axes)
+    return Picture(figure)
+
+
+def perplexity_scatter(pairs: pl.DataFrame, rule: str, threshold: float) -> Picture:
+    """The fine-tuned model's perplexity against the base's, kept and dropped (paper, figure 4), with the cut.
+
+    Args:
+        pairs: columns ppl_fine_tuned, ppl_base, ppl_base_cross (finite) and kept.
+    """
+    cross = rule == "cross_ratio"
+    figure, axes = _axes(
+        "PPL of the fine-tuned model", f"PPL of the base model,\n{'fine-tuned' if cross else 'own'} response", (7, 4.2)
+    )
+    if pairs.is_empty():
+        return _nothing(figure, axes)
+    x, y = pairs["ppl_fine_tuned"].to_numpy(), pairs["ppl_base_cross" if cross else "ppl_base"].to_numpy()
+    kept = pairs["kept"].to_numpy()
+    # Two shapes as well as two colours, for eyes that don't tell green from orange.
+    size = 22 if len(x) < 500 else 10
+    axes.scatter(
+        x[~kept], y[~kept], size, _DROPPED, "x", alpha=0.8, linewidths=1, label=f"dropped ({(~kept).mean():.0%})"
+    )
+    axes.scatter(x[kept], y[kept], size, _KEPT, "o", alpha=0.8, linewidths=0, label=f"kept ({kept.mean():.0%})")
+    both = [threshold] if rule == "both" else []
+    x_low, x_high = _span(np.array([*x, *both]))
+    y_low, y_high = _span(np.array([*y, *both]))
+    if rule == "both":
+        axes.axvline(threshold, color=_TEXT, linestyle="--", label=f"cut at {threshold:g}")
+        axes.axhline(threshold, color=_TEXT, linestyle="--")
+    else:
+        line = np.geomspace(x_low, x_high, 200)
+        cut = line + threshold if rule == "difference" else line * threshold
+        axes.plot(line, cut, color=_TEXT, linestyle="--", label=f"cut at {rule.replace('_', ' ')} {threshold:g}")
+    _log_axis(axes.xaxis, x_low, x_high)
+    _log_axis(axes.yaxis, y_low, y_high)
+    _legend_beside(axes)
+    return Picture(figure)
+
+
+def kept_by_threshold(cells: Sequence[dict[str, Any]]) -> Picture:
+    """Pairs that each rule keeps at each threshold of `tuneshift_dag.reports.sweep.sweep`, one panel a rule."""
+    rules = list(dict.fromkeys(cell["rule"] for cell in cells))
+    if not rules:
+        return _nothing(*_axes("Threshold", "Pairs kept"))
+    columns = min(2, len(rules))
+    lines = -(-len(rules) // columns)
+    figure = Figure(figsize=(3.9 * columns, 2.9 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    for panel in panels.flat[len(rules) :]:
+        panel.set_visible(False)
+    for number, (rule, axes) in enumerate(zip(rules, panels.flat, strict=False)):
+        mine = [cell for cell in cells if cell["rule"] == rule]
+        thresholds = [cell["threshold"] for cell in mine]
+        _dress(axes, _RULE_AXIS[rule], "Pairs" if number % columns == 0 else "")
+        axes.set_title(rule.replace("_", " "), color=_TEXT, loc="left", fontsize=11)
+        axes.plot(thresholds, [c["pairs_kept"] for c in mine], "o-", color=_KEPT, markersize=4, label="kept")
+        axes.plot(
+            thresholds, [c["distinct_responses"] for c in mine], "s:", color=_COLORS[0], markersize=3,
+            label="distinct responses",
+        )  # fmt: skip
+        for cell in mine:
+            if cell["current"]:
+                axes.axvline(cell["threshold"], color=_TEXT, linestyle="--", zorder=1)
+                axes.plot(cell["threshold"], cell["pairs_kept"], "*", color=_DROPPED, markersize=14, label="current")
+        _log_axis(axes.xaxis, *_span(np.array(thresholds)))
+        axes.set_ylim(0, 1.08 * max(1, *(cell["pairs_kept"] for cell in cells)))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    seen: dict[str, Any] = {}
+    for axes in panels.flat:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            seen.setdefault(label, handle)
+    figure.legend(
+        seen.values(), seen.keys(), loc="outside upper center", ncols=3, frameon=False, labelcolor=_TEXT, fontsize=10
+    )
+    return Picture(figure)
+
+
+def acceptance_by_round(verdicts: Sequence[dict[str, Any]]) -> Picture:
+    """Pairs of each round, kept or dropped by reason.
+
+    Args:
+        verdicts: ``{round, reason, pairs}``; the kept ones have the reason ``kept``.
+    """
+    figure, axes = _axes("", "Scored pairs")
+    if not verdicts:
+        return _nothing(figure, axes)
+    rounds = sorted({row["round"] for row in verdicts})
+    pairs = {(row["round"], row["reason"]): row["pairs"] for row in verdicts}
+    totals = [sum(row["pairs"] for row in verdicts if row["round"] == round_) for round_ in rounds]
+    floor = np.zeros(len(rounds))
+    for reason in [*_VERDICTS, *sorted({row["reason"] for row in verdicts} - set(_VERDICTS))]:
+        heights = np.array([pairs.get((round_, reason), 0) for round_ in rounds])
+        if heights.any():
+            axes.bar(
+                range(len(rounds)), heights, 0.7, floor, color=_VERDICTS.get(reason, _TEXT), alpha=0.85,
+                label=reason.replace("fine_tuned", "fine-tuned").replace("_", " "),
+            )  # fmt: skip
+            floor += heights
+    shares = [pairs.get((round_, "kept"), 0) / max(1, total) for round_, total in zip(rounds, totals, strict=True)]
+    _label_bars(axes, totals, [f"{share:.0%}\nkept" if len(rounds) <= 10 else f"{share:.0%}" for share in shares])
+    axes.set_xticks(range(len(rounds)), [round_.replace("_", " ") for round_ in rounds])
+    if len(rounds) > 5:
+        axes.set_xticks(range(len(rounds)), [round_.removeprefix("round_") for round_ in rounds])
+        axes.set_xlabel("Round", color=_TEXT)
+    _legend_beside(axes)
+    return Picture(figure)
+
+
+def response_lengths(buckets: Sequence[dict[str, Any]]) -> Picture:
+    """Pairs by length of the fine-tuned response, and the share that is kept of each length.
+
+    Args:
+        buckets: ``{low, high, kept, dropped}``, lengths in tokens with both ends included.
+    """
+    figure, axes = _axes("Fine-tuned response (tokens)", "Scored pairs")
+    if not buckets:
+        return _nothing(figure, axes)
+    kept, dropped = [row["kept"] for row in buckets], [row["dropped"] for row in buckets]
+    places = range(len(buckets))
+    axes.bar(places, kept, 0.8, color=_KEPT, alpha=0.85, label="kept")
+    axes.bar(places, dropped, 0.8, kept, color=_DROPPED, alpha=0.85, label="dropped")
+    totals = [k + d for k, d in zip(kept, dropped, strict=True)]
+    _label_bars(axes, totals, [f"{k / max(1, n):.0%}" for k, n in zip(kept, totals, strict=True)])
+    names = [f"{row['low']}" if row["low"] == row["high"] else f"{row['low']}–{row['high']}" for row in buckets]
+    crowded = sum(map(len, names)) > 40
+    axes.set_xticks(places, names, rotation=45 if crowded else 0, ha="right" if crowded else "center")
+    _legend_beside(axes, "share kept\nabove the bar")
+    return Picture(figure)
+
+
+def diversity_map(points: pl.DataFrame) -> Picture:
+    """Prompts as points near others of like meaning, coloured by round (paper, figure 2); seeds are stars.
+
+    Args:
+        points: columns x, y, round (NULL for a seed) and kept.
+    """
+    figure, axes = _axes("", "", (7.5, 5))
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if points.is_empty():
+        return _nothing(figure, axes)
+    rounds = points["round"].drop_nulls().unique().sort().to_list()
+    size = 30 if len(points) < 500 else 14
+    for number, round_ in enumerate(rounds):
+        color = _round_color(number, len(rounds))
+        mine = points.filter(pl.col("round") == round_)
+        for kept in (False, True):
+            part = mine.filter(pl.col("kept") == kept)
+            face = color if kept else "none"
+            axes.scatter(
+                part["x"], part["y"], size, facecolors=face, edgecolors=color, linewidths=0.8,
+                alpha=0.9 if kept else 0.8, zorder=3 if kept else 2,
+            )  # fmt: skip
+        # With many rounds the legend names some of them: the colours run in order.
+        if number % -(-len(rounds) // 10) == 0 or number == len(rounds) - 1:
+            axes.scatter([], [], 40, color=color, label=round_.replace("_", " "))
+    axes.scatter([], [], 40, facecolors=_TEXT, edgecolors=_TEXT, label="kept")
+    axes.scatter([], [], 40, facecolors="none", edgecolors=_TEXT, label="dropped")
+    seeds = points.filter(pl.col("round").is_null())
+    axes.scatter(seeds["x"], seeds["y"], 260, "#e5484d", "*", edgecolors="white", linewidths=0.8, zorder=4)
+    axes.scatter([], [], 90, "#e5484d", "*", label="seed")
+    _legend_beside(axes)
+    return Picture(figure)
+
+
+def _round_color(number: int, count: int) -> Any:
+    if count <= len(_COLORS):
+        return _COLORS[number]
+    # Hues from blue over green to orange at one lightness: a colormap's ends vanish on white or on black.
+    return colorsys.hls_to_rgb(0.62 - 0.55 * number / (count - 1), 0.48, 0.7)
+
+
+def _label_bars(axes: Any, tops: Sequence[int], labels: Sequence[str]) -> None:
+    """A text above each bar, with room for it."""
+    for place, (top, label) in enumerate(zip(tops, labels, strict=True)):
+        axes.annotate(
+            label, (place, top), (0, 3), textcoords="offset points", ha="center", va="bottom", color=_TEXT, fontsize=9
+        )
+    axes.set_ylim(0, max(tops) * 1.2)
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.grid(axis="x", visible=False)
+
+
+def _span(values: NDArray[np.float64]) -> tuple[float, float]:
+    """The ends of a logarithmic axis, a little beyond the values."""
+    low, high = float(values.min()), float(values.max())
+    margin = max((high / low) ** 0.04, 1.002)
+    return low / margin, high * margin
+
+
+def _log_axis(axis: Any, low: float, high: float) -> None:
+    """A logarithmic axis with plain numbers at readable places: Matplotlib's own write 2 × 10⁰ below 10."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
+    if high / low > 1000:
+        leading: Sequence[float] = (1,)
+    elif high / low > 20:
+        leading = (1, 2, 5)
+    else:
+        leading = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    ticks = [round(lead * 10.0**decade, 12) for decade in decades for lead in leading]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    if len(ticks) < 3:
+        ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value:.0e}"))
+
+
+def _nothing(figure: Figure, axes: Any) -> Picture:
+    """A picture that says that there are no rows, rather than an empty frame."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.text(0.5, 0.5, "No scored pairs yet", transform=axes.transAxes, ha="center", va="center", color=_TEXT)
+    return Picture(figure)
+
+
+def _axes(x: str, y: str, size: tuple[float, float] = (6.4, 3.2)) -> tuple[Figure, Any]:
+    figure = Figure(figsize=size)
     axes = figure.add_subplot()
+    _dress(axes, x, y)
+    return figure, axes
+
+
+def _dress(axes: Any, x: str, y: str) -> None:
     axes.set_xlabel(x, color=_TEXT)
     axes.set_ylabel(y, color=_TEXT)
     axes.tick_params(colors=_TEXT, which="both")
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(_TEXT)
+    axes.set_axisbelow(True)
     axes.grid(alpha=0.25, color=_TEXT)
-    return figure, axes
 
 
 def _legend(axes: Any) -> None:
     axes.legend(frameon=False, labelcolor=_TEXT)
+
+
+def _legend_beside(axes: Any, title: str | None = None) -> None:
+    """The legend right of the axes, where it covers no data."""
+    legend = axes.legend(frameon=False, labelcolor=_TEXT, loc="upper left", bbox_to_anchor=(1.01, 1), title=title)
+    legend.get_title().set_color(_TEXT)

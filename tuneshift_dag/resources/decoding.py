@@ -1,7 +1,7 @@
 """The decode loop: prefill a batch of prompts once, then generate from it and score against it.
 
-Own-response log-probabilities fall out of decoding: at each step the chosen token's raw float32 logit
-minus the log-sum-exp is added up, before temperature and top-p, so no second pass is needed. A prompt's
+Own-response log-probabilities fall out of decoding: at each step the chosen token's raw logit minus
+the float32 log-sum-exp is added up, before temperature and top-p, so no second pass is needed. A prompt's
 keys and values are kept (`Prefix`), so another model's response is scored by running only its tokens.
 Rows that finish leave the batch.
 
@@ -22,8 +22,10 @@ from tuneshift_dag.method.engine import Decoding, Response
 # Rows are taken out of the batch when at least this share of it has finished: copying the cache
 # costs about as much as decoding one row in eight.
 _COMPACT_AT = 1 / 8
-# Float32 logits computed at once when a given response is scored, in elements (64 MB).
+# Logits computed at once when a given response is scored, in elements (32 MB in bfloat16).
 _LOGITS_AT_ONCE = 1 << 24
+# Logits turned into float32 at once, in elements: 2 MB stay in a core's cache.
+_FLOAT_AT_ONCE = 1 << 19
 
 
 @dataclass
@@ -57,7 +59,7 @@ def prefill(model: Any, prompts: Sequence[list[int]]) -> Prefix:
         use_cache=True,
         logits_to_keep=1,
     )
-    return Prefix(_keys_values(cache), mask, output.logits[:, -1].float())
+    return Prefix(_keys_values(cache), mask, output.logits[:, -1])
 
 
 @torch.inference_mode()
@@ -77,7 +79,7 @@ def decode(
     active = list(range(len(mask)))
     for step in range(decoding.max_new_tokens):
         tokens = _choose(logits, decoding, [generators[row] for row in active] if generators else [])
-        logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)
+        logprobs = _logprobs(logits, tokens)
         going_on = rows.add(active, tokens.tolist(), logprobs.tolist())
         if not any(going_on) or step + 1 == decoding.max_new_tokens:
             break
@@ -110,8 +112,7 @@ def score(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> list[fl
     """
     length = max(map(len, responses))
     first = [(r[0] if r else 0) for r in responses]
-    first_logprob = prefix.logits.gather(1, torch.tensor(first, device=model.device)[:, None])[:, 0]
-    first_logprob = first_logprob - prefix.logits.logsumexp(1)
+    first_logprob = _logprobs(prefix.logits, torch.tensor(first, device=model.device))
     totals = [value if r else 0.0 for value, r in zip(first_logprob.tolist(), responses, strict=True)]
     if length < 2:
         return totals
@@ -133,9 +134,8 @@ def score(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> list[fl
         )
     chunk = max(1, _LOGITS_AT_ONCE // prefix.logits.shape[1])
     for start in range(0, len(owner), chunk):
-        logits = head_logits(model, captured[0][start : start + chunk]).float()
-        wanted = targets[start : start + chunk, None]
-        logprobs = logits.gather(1, wanted)[:, 0] - logits.logsumexp(1)
+        logits = head_logits(model, captured[0][start : start + chunk])
+        logprobs = _logprobs(logits, targets[start : start + chunk])
         for row, value in zip(owner[start : start + chunk], logprobs.tolist(), strict=True):
             totals[row] += value
     return totals
@@ -233,14 +233,21 @@ def _choose(logits: torch.Tensor, decoding: Decoding, generators: list[torch.Gen
     if decoding.temperature == 0:
         return logits.argmax(1)
     k = min(decoding.top_k or 1024, logits.shape[1])
-    values, candidates = (logits / decoding.temperature).topk(k)
-    probabilities = values.softmax(1)
+    values, candidates = logits.topk(k)
+    probabilities = (values.float() / decoding.temperature).softmax(1)
     before = probabilities.cumsum(1) - probabilities
     probabilities = probabilities.masked_fill(before >= decoding.top_p, 0)
     # Gumbel-max with each row's own noise: the same row draws the same token in any batch.
     noise = torch.stack([torch.rand(k, generator=g) for g in generators]).to(logits.device)
     gumbel = -torch.log(-torch.log(noise.clamp_min(1e-20)))
     return candidates.gather(1, (probabilities.log() + gumbel).argmax(1, keepdim=True))[:, 0]
+
+
+def _logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Float32 log-probability of one token per row (N, V). A few rows at a time, never a float32 copy."""
+    step = max(1, _FLOAT_AT_ONCE // logits.shape[1])
+    totals = torch.cat([logits[i : i + step].float().logsumexp(1) for i in range(0, len(logits), step)])
+    return logits.gather(1, tokens[:, None])[:, 0].float() - totals
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.resources import attention
 from tuneshift_dag.resources.model_ref import ModelFiles
 
 Quantization = Literal["nf4", "fp4", "none"]
@@ -49,9 +50,7 @@ def load_for_inference(
 
 def load_for_training(files: ModelFiles, quantization: Quantization, dtype: torch.dtype) -> PreTrainedModel:
     """A base model in train mode whose 4-bit weights stay in the layout that has gradients."""
-    # On CPUs the fused kernel's backward is slower than plain matrix products at these short lengths.
-    attention = "sdpa" if torch.cuda.is_available() else "eager"
-    model = _load(files, quantization, dtype, attention)
+    model = _load(files, quantization, dtype)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -69,10 +68,8 @@ def assert_trainable_layout(model: torch.nn.Module) -> None:
             )
 
 
-def _load(
-    files: ModelFiles, quantization: Quantization, dtype: torch.dtype, attention: str = "sdpa"
-) -> PreTrainedModel:
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype) -> PreTrainedModel:
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": _attention(files)}
     if quantization != "none":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -83,3 +80,11 @@ def _load(
     if torch.cuda.is_available():
         options["device_map"] = "auto"
     return AutoModelForCausalLM.from_pretrained(files.path, **options)
+
+
+def _attention(files: ModelFiles) -> str:
+    """The fused kernel, but on a CPU plain products where the family allows them."""
+    if torch.cuda.is_available():
+        return "sdpa"
+    family = AutoConfig.from_pretrained(files.path).model_type
+    return attention.NAME if family in attention.MODEL_TYPES else "sdpa"

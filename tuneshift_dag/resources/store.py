@@ -4,6 +4,10 @@ DuckDB lets one process write at a time, and a writer shuts out readers. So a co
 for one transaction or one read, and never while a model runs; a held lock is waited for.
 """
 
+# Annotations stay text: as objects, those that name a DuckDB class keep its module alive to the end of the
+# process, and DuckDB then prints pages of "nanobind: leaked … instances".
+from __future__ import annotations
+
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +18,14 @@ import duckdb
 import polars as pl
 
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.resources.tables import CACHE, CACHE_TABLES, SCHEMA_VERSION, TRANSFER_TABLES, Table
+from tuneshift_dag.resources.tables import (
+    CACHE,
+    CACHE_TABLES,
+    SCHEMA_VERSION,
+    TRANSFER_TABLES,
+    TRANSFER_VIEWS,
+    Table,
+)
 
 _LOCK_WAIT_SECONDS = 60.0
 
@@ -73,7 +84,7 @@ class Store:
             connection.execute("COMMIT")
 
     def prepare(self, schema: str | None) -> None:
-        """Create the file, the schema and its tables when they aren't there yet."""
+        """Create the file, the schema and its tables when they aren't there yet, and the views when they differ."""
         name = schema or CACHE
         if name in self._ready and self.path.exists():
             return
@@ -86,6 +97,7 @@ class Store:
                 if known == CACHE or name != CACHE:
                     for table in tables:
                         connection.execute(table.ddl(known))
+            _replace_views(connection, name)
             connection.execute("COMMIT")
         self._ready.add(name)
 
@@ -130,6 +142,16 @@ class Store:
                     ) from error
             time.sleep(pause)
             pause = min(0.5, pause * 2)
+
+
+def _replace_views(connection: duckdb.DuckDBPyConnection, schema: str) -> None:
+    """Make the views of a transfer those of this code; nothing is written when they are already."""
+    connection.execute(f"SET schema = '{schema}'")
+    there = connection.execute("SELECT view_name, comment FROM duckdb_views() WHERE schema_name = ?", [schema])
+    comments = dict(there.fetchall())
+    for view in TRANSFER_VIEWS:
+        if comments.get(view.name) != view.comment:
+            connection.execute(view.ddl())
 
 
 def insert(connection: duckdb.DuckDBPyConnection, table: Table, rows: pl.DataFrame, or_ignore: bool = False) -> None:

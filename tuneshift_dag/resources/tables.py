@@ -1,5 +1,6 @@
-"""Every table and column, declared once: the DDL, Dagster's schemas and the docs come from here."""
+"""Every table, view and column, declared once: the DDL, Dagster's schemas and the docs come from here."""
 
+import hashlib
 from dataclasses import dataclass
 
 import polars as pl
@@ -33,6 +34,26 @@ class Table:
     def frame(self, rows: list[dict[str, object]]) -> pl.DataFrame:
         """Rows as a frame with exactly this table's columns, also for no rows."""
         return pl.DataFrame(rows, schema=self.empty().schema, orient="row")
+
+
+@dataclass(frozen=True)
+class View:
+    """A query that people can read like a table; it follows the code and holds no rows of its own."""
+
+    name: str
+    description: str
+    columns: tuple[Column, ...]
+    query: str
+
+    @property
+    def comment(self) -> str:
+        """What the database shows beside the view; it changes with the query."""
+        return f"{self.description} [{hashlib.sha256(self.query.encode()).hexdigest()[:8]}]"
+
+    def ddl(self) -> str:
+        """For a connection whose schema is the transfer's: the query doesn't name the schema of its tables."""
+        comment = self.comment.replace("'", "''")
+        return f"CREATE OR REPLACE VIEW {self.name} AS {self.query}; COMMENT ON VIEW {self.name} IS '{comment}'"
 
 
 _POLARS: dict[str, pl.DataType | type[pl.DataType]] = {
@@ -149,6 +170,31 @@ REJECTED_PAIRS = Table(
     (_ROUND, _PROMPT_ID, Column("reason", "VARCHAR", "Why the filter drops the pair.")),
     ("round", "prompt_id"),
 )
+THRESHOLD_REPORT = Table(
+    "threshold_report",
+    "How many pairs each rule would keep at each threshold of a grid.",
+    (
+        Column("rule", "VARCHAR", "Filter rule: both, difference, ratio or cross_ratio."),
+        Column("threshold", "DOUBLE", "The cut."),
+        Column("pairs_kept", "BIGINT", "Scored pairs that pass."),
+        Column("kept_share", "DOUBLE", "Their share of all scored pairs."),
+        Column("distinct_responses", "BIGINT", "Different responses among them, outer spaces aside."),
+        Column("mean_margin", "DOUBLE", "Mean of by how much they pass the rule; NULL when none does."),
+        Column("by_round", "VARCHAR", "Pairs kept in each round, as JSON."),
+        Column("current", "BOOLEAN", "Whether these are the rule and threshold of transfer.yaml."),
+    ),
+    ("rule", "threshold"),
+)
+DIVERSITY_MAP = Table(
+    "diversity_map",
+    "Seeds and prompts as points: near each other when they mean nearly the same.",
+    (
+        _PROMPT_ID,
+        Column("x", "DOUBLE", "Place on the map; only distances within one map mean anything."),
+        Column("y", "DOUBLE", "Place on the map."),
+    ),
+    ("prompt_id",),
+)
 DISTILLED_MODELS = Table(
     "distilled_models",
     "Trained target adapters; an adapter is identified by its dataset, base model and settings.",
@@ -214,8 +260,179 @@ STEPS = Table(
 
 TRANSFER_TABLES = (
     SEED_SET, ROUND_SEEDS, PROPOSALS, SYNTHETIC_PROMPTS, REJECTED_PROMPTS, SCORED_PAIRS, FILTERED_DATASET,
-    REJECTED_PAIRS, DISTILLED_MODELS, TRAINING_EXAMPLES, EVALUATIONS, ACCURACY, STEPS,
+    REJECTED_PAIRS, THRESHOLD_REPORT, DIVERSITY_MAP, DISTILLED_MODELS, TRAINING_EXAMPLES, EVALUATIONS, ACCURACY, STEPS,
 )  # fmt: skip
+
+# Recursion is over generator calls, not prompts: prompts of one call share their ancestors, so there are
+# some hundred times fewer of them. USING KEY keeps the nearest way to each call and ends when no new call
+# is met, also where a round that was grown anew is seeded by prompts that it led to (a cycle).
+LINEAGE = View(
+    "lineage",
+    "Where a prompt came from: step by step back through generator calls and their seeds to the seed set.",
+    (
+        Column("root_prompt_id", "VARCHAR", "The prompt whose origin this is: generated, or of the seed set."),
+        Column("depth", "INTEGER", "Generator calls between the step and the root, the step's own included."),
+        Column(
+            "kind",
+            "VARCHAR",
+            "prompt (generated), call (of the generator), seed (of the seed set) or gone (a seed that no table"
+            " holds any more, because its round was grown anew).",
+        ),
+        Column("id", "VARCHAR", "prompt_id or, of a call, proposal_id."),
+        Column(
+            "led_to", "VARCHAR", "The step that this one led to: a seed's call, a call's prompt; NULL for the root."
+        ),
+        Column("round", "VARCHAR", "Round of the prompt or call; NULL for the seed set."),
+        Column("text", "VARCHAR", "The prompt, or all that the call wrote."),
+    ),
+    """
+    WITH RECURSIVE shown AS (
+        SELECT proposal_id, unnest(seed_ids) AS prompt_id FROM proposals
+    ),
+    calls (root_call, proposal_id, depth) USING KEY (root_call, proposal_id) AS (
+        SELECT DISTINCT proposal_id, proposal_id, 1 FROM proposals
+        UNION
+        SELECT near.root_call, writer.proposal_id, min(near.depth) + 1
+        FROM calls near
+        JOIN shown ON shown.proposal_id = near.proposal_id
+        JOIN synthetic_prompts writer ON writer.prompt_id = shown.prompt_id
+        LEFT JOIN recurring.calls known
+            ON known.root_call = near.root_call AND known.proposal_id = writer.proposal_id
+        WHERE known.root_call IS NULL
+        GROUP BY near.root_call, writer.proposal_id
+    ),
+    seeds AS (
+        SELECT DISTINCT root.prompt_id AS root_prompt_id, root.proposal_id AS root_call, calls.depth,
+            shown.prompt_id, calls.proposal_id
+        FROM synthetic_prompts root
+        JOIN calls ON calls.root_call = root.proposal_id
+        JOIN shown ON shown.proposal_id = calls.proposal_id
+    )
+    SELECT prompt_id AS root_prompt_id, 0 AS depth, 'seed' AS kind, prompt_id AS id, NULL::VARCHAR AS led_to,
+        NULL::VARCHAR AS round, prompt AS text
+    FROM seed_set
+    UNION ALL
+    SELECT prompt_id, 0, 'prompt', prompt_id, NULL, round, prompt FROM synthetic_prompts
+    UNION ALL
+    SELECT root.prompt_id, 1, 'call', proposal_id, root.prompt_id, proposals.round, proposals.text
+    FROM synthetic_prompts root JOIN proposals USING (proposal_id)
+    UNION ALL
+    SELECT seeds.root_prompt_id, seeds.depth,
+        CASE WHEN s.prompt_id IS NOT NULL THEN 'seed' WHEN p.prompt_id IS NOT NULL THEN 'prompt' ELSE 'gone' END,
+        seeds.prompt_id, seeds.proposal_id, CASE WHEN s.prompt_id IS NULL THEN p.round END,
+        coalesce(s.prompt, p.prompt)
+    FROM seeds
+    LEFT JOIN seed_set s ON s.prompt_id = seeds.prompt_id
+    LEFT JOIN synthetic_prompts p ON p.prompt_id = seeds.prompt_id
+    UNION ALL
+    SELECT DISTINCT seeds.root_prompt_id, calls.depth, 'call', calls.proposal_id, seeds.prompt_id, proposals.round,
+        proposals.text
+    FROM seeds
+    JOIN synthetic_prompts p ON p.prompt_id = seeds.prompt_id
+    JOIN calls ON calls.root_call = seeds.root_call AND calls.proposal_id = p.proposal_id
+    JOIN proposals ON proposals.proposal_id = p.proposal_id
+    WHERE seeds.prompt_id <> seeds.root_prompt_id
+    """,
+)
+ROUND_SUMMARY = View(
+    "round_summary",
+    "What each round did and brought.",
+    (
+        _ROUND,
+        Column("generator_calls", "BIGINT", "Generator calls; 0 when the dataset had reached its target size."),
+        Column("prompts", "BIGINT", "New prompts."),
+        Column("rejected_prompts", "BIGINT", "List items dropped before scoring."),
+        Column("scored", "BIGINT", "Pairs scored."),
+        Column("kept", "BIGINT", "Pairs that the filter keeps."),
+        Column("kept_share", "DOUBLE", "kept / scored; NULL when nothing was scored."),
+        Column("distinct_responses", "BIGINT", "Distinct responses among the kept pairs, outer spaces aside."),
+        Column("new_responses", "BIGINT", "Those of them that no earlier round kept."),
+        Column("mean_ppl_fine_tuned", "DOUBLE", "Geometric mean of PPL_f(y_f) over the scored pairs."),
+        Column("mean_ppl_base", "DOUBLE", "Geometric mean of PPL_b(y_b) over the scored pairs."),
+    ),
+    # `steps` knows the rounds that ran and had nothing to do. A geometric mean, because a few confused
+    # answers have perplexities of thousands; it is exp of the mean loss.
+    """
+    WITH rounds AS (
+        SELECT round FROM steps WHERE round IS NOT NULL UNION SELECT round FROM proposals
+        UNION SELECT round FROM synthetic_prompts UNION SELECT round FROM scored_pairs
+    ),
+    calls AS (SELECT round, count(*) AS n FROM proposals GROUP BY round),
+    prompts AS (SELECT round, count(*) AS n FROM synthetic_prompts GROUP BY round),
+    dropped AS (SELECT round, count(*) AS n FROM rejected_prompts GROUP BY round),
+    scored AS (
+        SELECT round, count(*) AS n,
+            exp(avg(ln(ppl_fine_tuned)) FILTER (isfinite(ppl_fine_tuned))) AS fine_tuned,
+            exp(avg(ln(ppl_base)) FILTER (isfinite(ppl_base))) AS base
+        FROM scored_pairs GROUP BY round
+    ),
+    kept AS (
+        SELECT round, count(*) AS n, count(DISTINCT trim(response)) AS responses FROM filtered_dataset GROUP BY round
+    ),
+    fresh AS (
+        SELECT round, count(*) AS n
+        FROM (SELECT min(round) AS round FROM filtered_dataset GROUP BY trim(response)) GROUP BY round
+    )
+    SELECT round, coalesce(calls.n, 0) AS generator_calls, coalesce(prompts.n, 0) AS prompts,
+        coalesce(dropped.n, 0) AS rejected_prompts, coalesce(scored.n, 0) AS scored, coalesce(kept.n, 0) AS kept,
+        coalesce(kept.n, 0) / scored.n AS kept_share, coalesce(kept.responses, 0) AS distinct_responses,
+        coalesce(fresh.n, 0) AS new_responses, scored.fine_tuned AS mean_ppl_fine_tuned, scored.base AS mean_ppl_base
+    FROM rounds LEFT JOIN calls USING (round) LEFT JOIN prompts USING (round) LEFT JOIN dropped USING (round)
+        LEFT JOIN scored USING (round) LEFT JOIN kept USING (round) LEFT JOIN fresh USING (round)
+    ORDER BY round
+    """,
+)
+REJECTIONS = View(
+    "rejections",
+    "Everything that was dropped, one row each, with its reason.",
+    (
+        _ROUND,
+        Column("stage", "VARCHAR", "prompt (a list item, dropped before scoring) or pair (dropped by the filter)."),
+        Column("reason", "VARCHAR", "Why: see rejected_prompts and rejected_pairs."),
+        Column("prompt_id", "VARCHAR", "The pair's prompt; NULL for a list item, which never became a prompt."),
+        Column("proposal_id", "VARCHAR", "The generator call that wrote it."),
+        Column("prompt", "VARCHAR", "The prompt or list item."),
+        Column("fine_tuned_response", "VARCHAR", "y_f of a pair."),
+        Column("base_response", "VARCHAR", "y_b of a pair."),
+        Column("ppl_fine_tuned", "DOUBLE", "PPL_f(y_f) of a pair."),
+        Column("ppl_base", "DOUBLE", "PPL_b(y_b) of a pair."),
+        Column("ppl_base_cross", "DOUBLE", "PPL_b(y_f) of a pair."),
+    ),
+    """
+    SELECT round, 'prompt' AS stage, reason, NULL::VARCHAR AS prompt_id, proposal_id, prompt,
+        NULL::VARCHAR AS fine_tuned_response, NULL::VARCHAR AS base_response, NULL::DOUBLE AS ppl_fine_tuned,
+        NULL::DOUBLE AS ppl_base, NULL::DOUBLE AS ppl_base_cross
+    FROM rejected_prompts
+    UNION ALL
+    SELECT r.round, 'pair', r.reason, r.prompt_id, p.proposal_id, coalesce(s.prompt, p.prompt), s.fine_tuned_response,
+        s.base_response, s.ppl_fine_tuned, s.ppl_base, s.ppl_base_cross
+    FROM rejected_pairs r
+    LEFT JOIN scored_pairs s ON s.round = r.round AND s.prompt_id = r.prompt_id
+    LEFT JOIN synthetic_prompts p ON p.round = r.round AND p.prompt_id = r.prompt_id
+    """,
+)
+TRANSFER_VIEWS = (LINEAGE, ROUND_SUMMARY, REJECTIONS)
+
+# What each column is made from, as (table, column): Dagster draws it from column to column.
+COLUMN_SOURCES: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
+    SYNTHETIC_PROMPTS.name: {
+        "round": (("round_seeds", "round"),),
+        "prompt_id": (("round_seeds", "prompt"),),
+        "prompt": (("round_seeds", "prompt"),),
+        "proposal_id": (("round_seeds", "call"), ("round_seeds", "prompt_id"), ("round_seeds", "prompt")),
+        "position": (("round_seeds", "prompt"),),
+    },
+    SCORED_PAIRS.name: {
+        column.name: (("synthetic_prompts", column.name if column.name in ("round", "prompt_id") else "prompt"),)
+        for column in SCORED_PAIRS.columns
+    },
+    FILTERED_DATASET.name: {
+        **{c: (("scored_pairs", c),) for c in ("round", "prompt_id", "prompt", "ppl_fine_tuned", "ppl_base")},
+        "response": (("scored_pairs", "fine_tuned_response"),),
+        # The rule decides which two of them.
+        "margin": tuple(("scored_pairs", c) for c in ("ppl_fine_tuned", "ppl_base", "ppl_base_cross")),
+    },
+}
 
 CACHE = "cache"
 CACHED_RESPONSES = Table(

@@ -1,0 +1,434 @@
+"""The asset graph, run with fake models through a real Dagster instance."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+import pytest
+from dagster._core.asset_graph_view.asset_graph_view import AssetGraphView
+from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
+
+from tests import conftest
+from tests.conftest import Project
+from tests.fakes import FakeEngine
+from tuneshift_dag.assets.filtered_dataset import _check_seeds
+from tuneshift_dag.assets.scored_pairs import _check_finite
+from tuneshift_dag.assets.synthetic_prompts import _check_duplicates, _check_held_out
+from tuneshift_dag.definitions import build_definitions
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.method.preflight import AdapterCheck
+from tuneshift_dag.resources.tables import FILTERED_DATASET, SCORED_PAIRS, SYNTHETIC_PROMPTS
+
+ROUND_ASSETS = ["synthetic_prompts", "scored_pairs", "filtered_dataset"]
+WHOLE_RUN = [
+    ("seed_set", None),
+    *((asset, round_) for round_ in ("round_01", "round_02") for asset in ROUND_ASSETS),
+    ("threshold_report", None),
+    ("distilled_model", None),
+    ("evaluation", None),
+]
+Edit = Callable[[str, Any], None]
+
+# With the fake models these thresholds keep: the usual pairs, the same pairs, and more pairs.
+USUAL, SAME, LOOSER = 1.5, 1.6, 1.08
+# Below this no fake answer is confident enough.
+IMPOSSIBLE = 1.01
+
+
+class TestWholeRun:
+    def test_materializes_every_asset_once_in_order(self, finished: Project) -> None:
+        assert finished.result.materialized == WHOLE_RUN
+        assert finished.result.kept_rounds == []
+
+    def test_a_round_starts_after_the_round_before_it_has_ended(self, finished: Project) -> None:
+        first_ends = materializations(finished, "filtered_dataset", "round_01")[0].timestamp
+        second_starts = step_start(finished, "synthetic_prompts", "round_02")
+        assert first_ends <= second_starts
+
+    def test_seeds_of_every_round_are_observed(self, finished: Project) -> None:
+        for round_ in ("round_01", "round_02"):
+            observed = observation(finished, round_)
+            drawn = [row[0] for row in finished.rows(f"SELECT prompt_id FROM round_seeds WHERE round = '{round_}'")]
+            assert set(observed.metadata["seed_ids"].value) == set(drawn) != set()
+            assert observed.tags["dagster/data_version"]
+        assert len({observation(finished, r).tags["dagster/data_version"] for r in ("round_01", "round_02")}) == 2
+
+    def test_later_rounds_are_seeded_by_pairs_that_were_kept(self, finished: Project) -> None:
+        seeds = finished.rows("SELECT DISTINCT prompt_id FROM round_seeds WHERE round = 'round_02'")
+        kept = finished.rows("SELECT prompt_id FROM filtered_dataset WHERE round = 'round_01'")
+        assert set(seeds) <= set(kept)
+
+    def test_the_distilled_model_is_trained_on_all_kept_pairs(self, finished: Project) -> None:
+        kept = finished.rows("SELECT prompt, response FROM filtered_dataset ORDER BY round, prompt_id")
+        assert finished.models.trained == [kept]
+        assert len(kept) > 10
+
+    def test_every_check_passes(self, finished: Project) -> None:
+        assert check_results(finished) == {
+            "adapter_applied": {True},
+            "no_duplicate_prompts": {True},
+            "no_held_out_prompts": {True},
+            "finite_perplexities": {True},
+            "seeds_still_kept": {True},
+            "dataset_not_empty": {True},
+            "every_round_read": {True},
+        }
+
+    def test_a_second_run_does_nothing(self, finished: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TUNESHIFT_HOME", str(finished.store.path.parent))
+        calls = finished.models.calls()
+        assert finished.run().materialized == []
+        assert finished.models.calls() == calls
+        assert len(finished.models.trained) == 1
+
+    def test_a_materialization_without_a_model_call_says_so(self, finished: Project) -> None:
+        (record,) = materializations(finished, "filtered_dataset", "round_01")
+        metadata = record.asset_materialization.metadata
+        assert metadata["model_calls"].value == 0
+        (kept,) = finished.rows("SELECT count(*) FROM filtered_dataset WHERE round = 'round_01'")
+        assert metadata["dagster/partition_row_count"].value == kept[0]
+
+
+class TestDefinitions:
+    @pytest.fixture
+    def graph(self, project: Project) -> Any:
+        return build_definitions([project.transfer], project.store.path).resolve_asset_graph()
+
+    def test_keys(self, graph: Any) -> None:
+        assert {key.to_user_string() for key in graph.get_all_asset_keys()} == {
+            "banking/seed_set",
+            "banking/round_seeds",
+            "banking/synthetic_prompts",
+            "banking/scored_pairs",
+            "banking/filtered_dataset",
+            "banking/threshold_report",
+            "banking/distilled_model",
+            "banking/evaluation",
+        }
+
+    def test_without_a_held_out_file_there_is_no_evaluation(self, project: Project) -> None:
+        (project.folder / "heldout.jsonl").unlink()
+        definitions = build_definitions([project.transfer], project.store.path)
+        assert project.key("evaluation") not in definitions.resolve_asset_graph().get_all_asset_keys()
+
+    def test_the_diversity_map_has_a_switch(self, project: Project, edit_config: Edit) -> None:
+        edit_config("diversity_map", True)
+        definitions = build_definitions([project.transfer], project.store.path)
+        assert project.key("diversity_map") in definitions.resolve_asset_graph().get_all_asset_keys()
+
+    def test_every_asset_is_described(self, graph: Any) -> None:
+        for key in graph.get_all_asset_keys():
+            node = graph.get(key)
+            assert node.description, key
+            assert node.group_name == "banking"
+            assert node.owners == ["team:tuneshift"]
+            assert node.kinds, key
+            columns = node.metadata["dagster/column_schema"].columns
+            assert columns and all(column.description and column.type for column in columns), key
+            assert node.metadata["dagster/table_name"].startswith("banking."), key
+            assert node.code_version or key.path[-1] == "round_seeds"
+
+    def test_steps_that_use_a_model_share_a_pool(self, graph: Any) -> None:
+        pools = {key.path[-1]: graph.get(key).pools for key in graph.get_all_asset_keys()}
+        assert {asset for asset, pool in pools.items() if not pool} == {
+            "round_seeds",
+            "filtered_dataset",
+            "threshold_report",
+        }
+        assert {pool for names in pools.values() for pool in names or ()} == {"models"}
+
+    def test_two_transfers_live_in_one_deployment(self, project: Project, tmp_path: Path) -> None:
+        other = conftest.make_transfer_folder(tmp_path, "cards")
+        definitions = build_definitions([project.transfer, conftest.load_transfer(other)], project.store.path)
+        assert len(definitions.resolve_asset_graph().get_all_asset_keys()) == 16
+
+
+class TestThresholdChange:
+    def test_reruns_only_what_it_can_change(self, project: Project, edit_config: Edit) -> None:
+        """One run, then the threshold moves: the same pairs, more pairs, back, and once more with --regrow."""
+        filters = [("filtered_dataset", "round_01"), ("filtered_dataset", "round_02")]
+        after = [("threshold_report", None), ("distilled_model", None), ("evaluation", None)]
+        current = "SELECT model_id FROM distilled_models WHERE current"
+        project.run()
+        source, generator = work(project.models.source), work(project.models.generator)
+        seeds, model = seeds_by_round(project), project.rows(current)
+
+        edit_config("filter.threshold", SAME)
+        result = project.run()
+        assert result.materialized == [*filters, ("threshold_report", None)]
+        assert result.kept_rounds == []
+        assert len(project.models.trained) == 1
+
+        edit_config("filter.threshold", LOOSER)
+        result = project.run()
+        assert result.materialized == [*filters, *after]
+        # Rounds whose seeds changed keep their prompts, and the result names them.
+        changed = [r for r in project.transfer.round_keys if seeds_by_round(project)[r] != seeds[r]]
+        assert result.kept_rounds == changed == ["round_02"]
+        assert len(project.models.trained) == 2
+        assert project.rows(current) != model
+        assert (work(project.models.source), work(project.models.generator)) == (source, generator)
+
+        # Back: the adapter is there, and so are its held-out answers.
+        edit_config("filter.threshold", USUAL)
+        calls = project.models.calls()
+        result = project.run()
+        assert result.materialized == [*filters, *after]
+        assert result.kept_rounds == []
+        assert project.rows(current) == model
+        assert len(project.models.trained) == 2
+        assert project.models.calls() == calls
+
+        edit_config("filter.threshold", LOOSER)
+        result = project.run(regrow=True)
+        assert result.materialized[:4] == [filters[0], *((asset, "round_02") for asset in ROUND_ASSETS)]
+        assert result.kept_rounds == []
+        assert work(project.models.generator) > generator
+        result = project.run()
+        assert result.materialized == result.kept_rounds == []
+
+    def test_that_would_keep_nothing_leaves_the_dataset_as_it_was(self, project: Project, edit_config: Edit) -> None:
+        """Back at the old threshold the round counts as fresh, so nothing would bring lost rows back."""
+        project.materialize("seed_set")
+        project.materialize(*ROUND_ASSETS, round="round_01")
+        kept = project.rows("SELECT * FROM filtered_dataset ORDER BY ALL")
+        rejected = project.rows("SELECT * FROM rejected_pairs ORDER BY ALL")
+        edit_config("filter.threshold", IMPOSSIBLE)
+        assert "filter.threshold" in failure(project.materialize("filtered_dataset", round="round_01"))
+        edit_config("filter.threshold", USUAL)
+        assert project.runner()._causes("filtered_dataset", "round_01") == []
+        assert project.rows("SELECT * FROM filtered_dataset ORDER BY ALL") == kept != []
+        assert project.rows("SELECT * FROM rejected_pairs ORDER BY ALL") == rejected
+
+    def test_makes_exactly_the_rounds_stale_whose_seeds_changed(self, project: Project, edit_config: Edit) -> None:
+        edit_config("rounds", 3)
+        edit_config("generator.calls_per_round", 1)
+        edit_config("seed", 4)
+        project.materialize("seed_set")
+        for round_ in project.transfer.round_keys:
+            assert project.materialize(*ROUND_ASSETS, round=round_).success
+        seeds = seeds_by_round(project)
+        assert stale_causes(project, "synthetic_prompts") == {key: [] for key in project.transfer.round_keys}
+        edit_config("filter.threshold", LOOSER)
+        assert stale_causes(project, "filtered_dataset") == {
+            key: ["has a new code version"] for key in project.transfer.round_keys
+        }
+        for round_ in project.transfer.round_keys:
+            assert project.materialize("filtered_dataset", round=round_).success
+        changed = {r for r in project.transfer.round_keys if seeds_by_round(project)[r] != seeds[r]}
+        assert changed == {"round_03"}
+        assert stale_causes(project, "synthetic_prompts") == {
+            r: ["has a new dependency data version"] if r in changed else [] for r in project.transfer.round_keys
+        }
+        assert set(map(str, stale_causes(project, "scored_pairs").values())) == {"[]"}
+
+
+class TestTargetPairs:
+    def test_rounds_after_the_target_is_reached_are_empty_and_say_so(self, project: Project, edit_config: Edit) -> None:
+        edit_config("target_pairs", 3)
+        project.run()
+        assert project.rows("SELECT DISTINCT round FROM synthetic_prompts") == [("round_01",)]
+        assert observation(project, "round_02").metadata["status"].value == "target size reached: nothing left to do"
+        for asset in ROUND_ASSETS:
+            (record,) = materializations(project, asset, "round_02")
+            assert record.asset_materialization.metadata["dagster/partition_row_count"].value == 0
+        assert project.models.trained[0] != []
+        assert all(passed == {True} for passed in check_results(project).values())
+
+
+class TestErrors:
+    def test_a_round_without_seeds_names_what_to_materialize_first(self, project: Project) -> None:
+        assert failure(project.materialize("synthetic_prompts", round="round_02")) == (
+            "round_02 has no seeds yet: materialize filtered_dataset of round_01 first, then this round again."
+            " Nothing that was computed is lost."
+        )
+        assert "materialize seed_set first" in failure(project.materialize("synthetic_prompts", round="round_01"))
+
+    def test_a_model_without_all_rounds_names_the_missing_ones(self, project: Project, edit_config: Edit) -> None:
+        edit_config("rounds", 3)
+        project.materialize("seed_set")
+        project.materialize(*ROUND_ASSETS, round="round_01")
+        assert "filtered_dataset has no round_02, round_03:" in failure(project.materialize("distilled_model"))
+        assert project.models.trained == []
+
+    def test_an_evaluation_without_a_model_says_so(self, project: Project) -> None:
+        assert "materialize distilled_model first" in failure(project.materialize("evaluation"))
+
+    def test_a_filter_that_keeps_nothing_names_the_threshold_and_loses_no_scores(
+        self, project: Project, edit_config: Edit
+    ) -> None:
+        edit_config("filter.threshold", IMPOSSIBLE)
+        with pytest.raises(TuneshiftError) as error:
+            project.run()
+        message = str(error.value)
+        assert message.startswith("filtered_dataset of round_01 failed: No pair was kept up to round_01")
+        assert f"filter.threshold (now {IMPOSSIBLE}) in {project.folder / 'transfer.yaml'}" in message
+        prompts = project.rows("SELECT count(*) FROM synthetic_prompts")
+        assert project.rows("SELECT count(*) FROM scored_pairs") == prompts != [(0,)]
+        calls = project.models.calls()
+        edit_config("filter.threshold", USUAL)
+        assert project.materialize("filtered_dataset", round="round_01").success
+        assert project.rows("SELECT count(*) FROM filtered_dataset") != [(0,)]
+        assert project.models.calls() == calls
+
+    def test_an_unapplied_adapter_fails_before_anything_is_generated(self, project: Project) -> None:
+        problem = AdapterCheck(["the adapter's weights are zero: it changes nothing"], [], 0.0, 0.0)
+        project.models.source = FakeEngine("source", check=problem)
+        with pytest.raises(TuneshiftError, match=r"seed_set failed: .*adapter: the adapter's weights are zero"):
+            project.run()
+        assert project.models.calls() == 0
+        assert project.rows("SELECT * FROM seed_set") == []
+
+    def test_a_failure_while_scoring_keeps_the_finished_batches(self, project: Project) -> None:
+        project.models.source = FakeEngine("source", fail_after=2)
+        with pytest.raises(TuneshiftError, match=r"scored_pairs of round_01 failed: .*the engine was killed"):
+            project.run()
+        finished = {prompt for _, prompt in project.models.source.answered}
+        assert len(finished) == 2 * project.models.source.batch_size
+        project.models.source = FakeEngine("source")
+        assert project.runner()._causes("synthetic_prompts", "round_01") == []
+        assert project.materialize("scored_pairs", round="round_01").success
+        assert finished.isdisjoint(prompt for _, prompt in project.models.source.answered)
+
+    def test_a_failed_rerun_leaves_the_rows_of_the_last_success(self, project: Project, edit_config: Edit) -> None:
+        project.materialize("seed_set")
+        project.materialize(*ROUND_ASSETS, round="round_01")
+        before = project.rows("SELECT * FROM scored_pairs ORDER BY prompt_id")
+        edit_config("response.max_new_tokens", 63)
+        project.models.source = FakeEngine("source", fail_after=1)
+        assert failure(project.materialize("scored_pairs", round="round_01")) == "the engine was killed"
+        assert project.rows("SELECT * FROM scored_pairs ORDER BY prompt_id") == before
+
+
+class TestChecks:
+    def test_adapter_applied_warns(self, project: Project) -> None:
+        doubtful = AdapterCheck([], ["the fine-tuned model isn't more confident"], 1.0, 1.0)
+        project.models.source = FakeEngine("source", check=doubtful)
+        result = project.materialize("seed_set")
+        assert result.success
+        (evaluation,) = result.get_asset_check_evaluations()
+        assert (evaluation.check_name, evaluation.passed) == ("adapter_applied", False)
+        assert evaluation.severity == dg.AssetCheckSeverity.WARN
+        assert evaluation.description == "the fine-tuned model isn't more confident"
+
+    def test_no_duplicate_prompts(self, project: Project) -> None:
+        add_prompts(project, "round_01", "a first")
+        add_prompts(project, "round_02", "a second")
+        assert _check_duplicates(project.transfer, project.store, "round_02").passed
+        add_prompts(project, "round_02", "A first!")
+        result = _check_duplicates(project.transfer, project.store, "round_02")
+        assert not result.passed
+        assert result.metadata["duplicates"].value == ["A first!"]
+
+    def test_no_held_out_prompts(self, project: Project) -> None:
+        add_prompts(project, "round_01", "Is my card late?")
+        assert _check_held_out(project.transfer, project.store, "round_01").passed
+        add_prompts(project, "round_01", "is my transfer late")
+        result = _check_held_out(project.transfer, project.store, "round_01")
+        assert not result.passed
+        assert result.metadata["leaked"].value == ["is my transfer late"]
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.5])
+    @pytest.mark.parametrize("column", ["ppl_fine_tuned", "ppl_base", "ppl_base_cross", "ppl_fine_tuned_cross"])
+    def test_finite_perplexities(self, finished: Project, column: str, value: float) -> None:
+        rows = finished.store.read("SELECT * FROM scored_pairs", schema="banking")
+        assert _check_finite(rows).passed
+        bad = rows["prompt_id"][3]
+        broken = rows.with_columns(pl.when(pl.col("prompt_id") == bad).then(value).otherwise(column).alias(column))
+        result = _check_finite(broken)
+        assert not result.passed
+        assert result.metadata["prompt_ids"].value == [bad]
+
+    def test_a_response_without_tokens_has_no_perplexity_to_check(self, finished: Project) -> None:
+        rows = finished.store.read("SELECT * FROM scored_pairs", schema="banking")
+        assert _check_finite(rows.with_columns(pl.lit(None, pl.Float64).alias("ppl_base"))).passed
+        assert _check_finite(SCORED_PAIRS.empty()).passed
+
+    def test_seeds_still_kept(self, project: Project, edit_config: Edit) -> None:
+        project.materialize("seed_set")
+        for round_ in project.transfer.round_keys:
+            project.materialize(*ROUND_ASSETS, round=round_)
+        assert _check_seeds(project.store, project.transfer, "round_02").passed
+        gone = project.rows("SELECT seed_ids[1] FROM proposals WHERE round = 'round_02' AND call = 0")[0][0]
+        kept = project.store.read("SELECT * FROM filtered_dataset WHERE prompt_id <> ?", [gone], "banking")
+        project.store.replace("banking", FILTERED_DATASET, kept)
+        result = _check_seeds(project.store, project.transfer, "round_02")
+        assert not result.passed
+        assert result.severity == dg.AssetCheckSeverity.WARN
+        assert result.metadata["prompt_ids"].value == [gone]
+        assert _check_seeds(project.store, project.transfer, "round_01").passed
+
+
+def materializations(project: Project, asset: str, round_: str | None = None) -> list[Any]:
+    """Newest first."""
+    filter_ = dg.AssetRecordsFilter(project.key(asset), asset_partitions=[round_] if round_ else None)
+    return list(project.instance.fetch_materializations(filter_, limit=10).records)
+
+
+def step_start(project: Project, asset: str, round_: str) -> float:
+    (record,) = materializations(project, asset, round_)
+    events = project.instance.all_logs(record.run_id, of_type=dg.DagsterEventType.STEP_START)
+    (start,) = [e for e in events if e.dagster_event and e.dagster_event.step_key == f"banking__{asset}"]
+    return start.timestamp
+
+
+def observation(project: Project, round_: str) -> dg.AssetObservation:
+    """The latest one of the seeds of a round."""
+    filter_ = dg.AssetRecordsFilter(project.key("round_seeds"), asset_partitions=[round_])
+    observed = project.instance.fetch_observations(filter_, limit=1).records[0].asset_observation
+    assert observed
+    return observed
+
+
+def check_results(project: Project) -> dict[str, set[bool]]:
+    """Outcomes of every check in all runs."""
+    outcomes: dict[str, set[bool]] = {}
+    for run in project.instance.get_runs():
+        for entry in project.instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION):
+            evaluation = entry.get_dagster_event().asset_check_evaluation_data
+            outcomes.setdefault(evaluation.check_name, set()).add(evaluation.passed)
+    return outcomes
+
+
+def failure(result: dg.ExecuteInProcessResult) -> str:
+    """What the failed step of a run says."""
+    assert not result.success
+    (event,) = [event for event in result.all_events if event.is_step_failure]
+    data = event.step_failure_data
+    if data.user_failure_data and data.user_failure_data.description:
+        return data.user_failure_data.description
+    error = data.error
+    while error.cause:
+        error = error.cause
+    return error.message.strip().removeprefix("RuntimeError: ")
+
+
+def stale_causes(project: Project, asset: str) -> dict[str, list[str]]:
+    """Why Dagster calls each round of an asset out of date; nothing when it is fresh."""
+    view = AssetGraphView.for_test(project.runner().defs, project.instance)
+    resolver = CachingStaleStatusResolver(project.instance, view.asset_graph, view)
+    causes = {}
+    for round_ in project.transfer.round_keys:
+        assert resolver.get_status(project.key(asset), round_) != StaleStatus.MISSING
+        causes[round_] = [cause.reason for cause in resolver.get_stale_causes(project.key(asset), round_)]
+    return causes
+
+
+def seeds_by_round(project: Project) -> dict[str, list[Any]]:
+    rows = project.rows("SELECT round, call, slot, prompt_id FROM round_seeds ORDER BY ALL")
+    return {round_: [row for row in rows if row[0] == round_] for round_ in project.transfer.round_keys}
+
+
+def work(engine: FakeEngine) -> int:
+    return len(engine.answered) + len(engine.scored)
+
+
+def add_prompts(project: Project, round_: str, *prompts: str) -> None:
+    from tuneshift_dag.method.prompting import prompt_id
+
+    rows = [
+        {"round": round_, "prompt_id": prompt_id(p), "prompt": p, "proposal_id": "x", "position": 0} for p in prompts
+    ]
+    project.store.append_all("banking", [(SYNTHETIC_PROMPTS, SYNTHETIC_PROMPTS.frame(rows))])

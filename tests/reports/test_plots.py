@@ -1,0 +1,138 @@
+import io
+from collections.abc import Callable
+
+import numpy as np
+import polars as pl
+import pytest
+from matplotlib.image import imread
+
+from tests.conftest import Project
+from tuneshift_dag.reports import distributions, plots
+from tuneshift_dag.reports.sweep import RULES, sweep
+from tuneshift_dag.resources.store import Store
+from tuneshift_dag.resources.tables import SCORED_PAIRS
+from tuneshift_dag.transfer import load_transfer
+
+
+def pairs(count: int, ppl_base: float = 4.0) -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "ppl_fine_tuned": [1.1 + i / 100 for i in range(count)],
+            "ppl_base": [ppl_base] * count,
+            "ppl_base_cross": [ppl_base * 100] * count,
+            "kept": [i % 2 == 0 for i in range(count)],
+        },
+        schema={"ppl_fine_tuned": pl.Float64, "ppl_base": pl.Float64, "ppl_base_cross": pl.Float64, "kept": pl.Boolean},
+    )
+
+
+def points(count: int, rounds: int = 2, seeds: int = 1) -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "x": [float(i) for i in range(count)],
+            "y": [float(i * i % 7) for i in range(count)],
+            "round": [None if i < seeds else f"round_{1 + i % rounds:02}" for i in range(count)],
+            "kept": [i % 3 == 0 for i in range(count)],
+        },
+        schema={"x": pl.Float64, "y": pl.Float64, "round": pl.String, "kept": pl.Boolean},
+    )
+
+
+def cells(*rules: str) -> list[dict]:
+    return [
+        {"rule": r, "threshold": t, "pairs_kept": 9, "distinct_responses": 3, "current": (r, t) == ("both", 1.5)}
+        for r in rules
+        for t in (1.5, 2.0)
+    ]
+
+
+def verdicts(rounds: int) -> list[dict]:
+    names = ("kept", "truncated_response", "a_reason_of_tomorrow")
+    return [{"round": f"round_{r:02}", "reason": reason, "pairs": r} for r in range(1, rounds + 1) for reason in names]
+
+
+def buckets(count: int, width: int) -> list[dict]:
+    return [{"low": i * width, "high": (i + 1) * width - 1, "kept": i, "dropped": 2} for i in range(count)]
+
+
+PICTURES: dict[str, Callable[[], plots.Picture]] = {
+    **{
+        f"{kind} {rule} {count}": lambda draw=draw, rule=rule, count=count: draw(pairs(count), rule, 1.5)
+        for kind, draw in (("histograms", plots.perplexity_histograms), ("scatter", plots.perplexity_scatter))
+        for rule in RULES
+        for count in (0, 1, 60)
+    },
+    "histograms of equal certainty": lambda: plots.perplexity_histograms(pairs(1, 1.1), "ratio", 1.5),
+    "scatter of nothing dropped": lambda: plots.perplexity_scatter(pairs(1), "both", 1.5),
+    "scatter over many decades": lambda: plots.perplexity_scatter(pairs(60, 1e7), "cross_ratio", 1e4),
+    "thresholds of nothing": lambda: plots.kept_by_threshold([]),
+    "thresholds of one rule": lambda: plots.kept_by_threshold(cells("ratio")),
+    "thresholds of three rules": lambda: plots.kept_by_threshold(cells("both", "ratio", "difference")),
+    "thresholds of all rules": lambda: plots.kept_by_threshold(cells(*RULES)),
+    **{f"{n} rounds": lambda n=n: plots.acceptance_by_round(verdicts(n)) for n in (0, 1, 3, 12, 40)},
+    **{f"{n} lengths": lambda n=n: plots.response_lengths(buckets(n, 1 + n)) for n in (0, 1, 12)},
+    **{f"map of {n}": lambda n=n: plots.diversity_map(points(n)) for n in (0, 1, 2, 600)},
+    "map without seeds": lambda: plots.diversity_map(points(20, seeds=0)),
+    "map of many rounds": lambda: plots.diversity_map(points(60, rounds=25)),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_is_a_png_with_something_on_a_transparent_ground(name: str) -> None:
+    picture = PICTURES[name]()
+    assert picture.png.startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = imread(io.BytesIO(picture.png))
+    assert pixels.shape[2] == 4
+    assert 300 < pixels.shape[1] < 1200
+    opacity = pixels[..., 3]
+    assert opacity[0, 0] == 0
+    assert 20 < np.count_nonzero(opacity > 0.5) < opacity.size / 2
+    assert len(picture.png) < 200_000
+
+
+def test_a_picture_is_saved_and_shown_as_itself(tmp_path) -> None:
+    picture = plots.response_lengths(buckets(3, 1))
+    picture.save(tmp_path / "new" / "lengths.png")
+    assert (tmp_path / "new" / "lengths.png").read_bytes() == picture.png
+    assert picture.markdown().value.startswith("![](data:image/png;base64,iVBOR")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_points_are_judged_as_the_current_filter_judges(finished: Project, edit_config, transfer_folder, rule) -> None:
+    edit_config("filter", {"rule": rule, "threshold": 1.5})
+    transfer = load_transfer(transfer_folder)
+    (cell,) = sweep(finished.store, transfer, [rule], [1.5])
+    scored = finished.rows("SELECT count(*) FROM scored_pairs")[0][0]
+    found = distributions.perplexities(finished.store, transfer)
+    assert (len(found), found["kept"].sum()) == (scored, cell["pairs_kept"])
+    counts = distributions.verdicts_by_round(finished.store, transfer)
+    assert sum(row["pairs"] for row in counts) == scored
+    assert sum(row["pairs"] for row in counts if row["reason"] == "kept") == cell["pairs_kept"]
+    lengths = distributions.response_lengths(finished.store, transfer)
+    assert sum(row["kept"] + row["dropped"] for row in lengths) == scored
+    assert sum(row["kept"] for row in lengths) == cell["pairs_kept"]
+
+
+def test_lengths_are_bucketed_from_the_shortest_to_the_longest(store: Store, transfer_folder) -> None:
+    rows = [
+        {"round": "round_01", "prompt_id": str(i), "fine_tuned_tokens": tokens, "fine_tuned_response": " yes"}
+        for i, tokens in enumerate([4, 5, 5, 27, 28, None])
+    ]
+    store.replace("banking", SCORED_PAIRS, SCORED_PAIRS.frame(rows))
+    found = distributions.response_lengths(store, load_transfer(transfer_folder))
+    assert [(row["low"], row["high"], row["dropped"]) for row in found] == [(4, 6, 3), (25, 27, 1), (28, 30, 1)]
+
+
+def test_without_scored_pairs_there_is_nothing_to_draw(store: Store, transfer_folder) -> None:
+    transfer = load_transfer(transfer_folder)
+    assert distributions.perplexities(store, transfer).is_empty()
+    assert distributions.verdicts_by_round(store, transfer) == []
+    assert distributions.response_lengths(store, transfer) == []
+
+
+def test_pairs_without_a_perplexity_are_not_drawn(store: Store, transfer_folder) -> None:
+    good = {"ppl_fine_tuned": 1.2, "ppl_base": 2.0, "ppl_base_cross": 3.0, "fine_tuned_response": " yes"}
+    bad = [{"ppl_base": None}, {"ppl_fine_tuned": float("inf")}, {"ppl_base_cross": float("nan")}]
+    rows = [{"round": "round_01", "prompt_id": str(i), **good, **extra} for i, extra in enumerate([{}, *bad])]
+    store.replace("banking", SCORED_PAIRS, SCORED_PAIRS.frame(rows))
+    assert len(distributions.perplexities(store, load_transfer(transfer_folder))) == 1

@@ -1,0 +1,239 @@
+import json
+import math
+import sys
+
+import pytest
+
+from tests.conftest import Project
+from tuneshift_dag import cli
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.reports.sweep import RULES, default_grid, parse_grid, sweep
+from tuneshift_dag.resources.store import Store
+from tuneshift_dag.resources.tables import SCORED_PAIRS
+from tuneshift_dag.transfer import Transfer, load_transfer
+
+
+@pytest.fixture
+def transfer(transfer_folder) -> Transfer:
+    return load_transfer(transfer_folder)
+
+
+def score(store: Store, *pairs: dict) -> None:
+    """Write scored pairs; a pair is finished and sure where it says nothing."""
+    usual = {
+        "round": "round_01",
+        "prompt": "?",
+        "fine_tuned_response": " yes",
+        "base_response": " maybe",
+        "fine_tuned_finish": "stop",
+        "base_finish": "stop",
+        "ppl_fine_tuned": 1.1,
+        "ppl_base": 4.0,
+        "ppl_base_cross": 8.0,
+        "ppl_fine_tuned_cross": 16.0,
+    }
+    rows = [{**usual, "prompt_id": f"{i:03}", **pair} for i, pair in enumerate(pairs)]
+    store.replace("banking", SCORED_PAIRS, SCORED_PAIRS.frame(rows))
+
+
+def kept(cells: list[dict]) -> list[int]:
+    return [cell["pairs_kept"] for cell in cells]
+
+
+class TestCells:
+    def test_of_the_current_filter_are_what_filtered_dataset_keeps(self, finished: Project) -> None:
+        cells = [cell for cell in sweep(finished.store, finished.transfer) if cell["current"]]
+        by_round = dict(finished.rows("SELECT round, count(*) FROM filtered_dataset GROUP BY round"))
+        pairs, distinct, margin = finished.rows(
+            "SELECT count(*), count(DISTINCT trim(response)), avg(margin) FROM filtered_dataset"
+        )[0]
+        scored = finished.rows("SELECT count(*) FROM scored_pairs")[0][0]
+        assert cells == [
+            {
+                "rule": "both",
+                "threshold": 1.5,
+                "pairs_kept": pairs,
+                "kept_share": pairs / scored,
+                "distinct_responses": distinct,
+                "mean_margin": pytest.approx(margin),
+                "by_round": by_round,
+                "current": True,
+            }
+        ]
+        assert 0 < pairs < scored
+
+    def test_of_both_count_pairs_around_the_threshold(self, store, transfer) -> None:
+        score(
+            store,
+            {"ppl_fine_tuned": 1.2, "ppl_base": 3.0, "fine_tuned_response": " a"},
+            {"ppl_fine_tuned": 1.6, "ppl_base": 2.0, "fine_tuned_response": "a "},
+            {"ppl_fine_tuned": 1.2, "ppl_base": 1.3, "round": "round_02"},
+        )
+        low, middle, high = sweep(store, transfer, ["both"], [1.25, 1.8, 2.5])
+        assert low["by_round"] == {"round_01": 1, "round_02": 1}
+        assert low["mean_margin"] == pytest.approx((0.05 + 0.05) / 2)
+        assert (middle["pairs_kept"], middle["distinct_responses"]) == (2, 1)
+        assert middle["mean_margin"] == pytest.approx((0.6 + 0.2) / 2)
+        assert middle["kept_share"] == pytest.approx(2 / 3)
+        assert (high["pairs_kept"], high["by_round"]) == (1, {"round_01": 1, "round_02": 0})
+
+    @pytest.mark.parametrize(
+        ("rule", "thresholds", "counts"),
+        [
+            ("difference", [0.4, 1.0, 2.9], [2, 1, 0]),  # 2.75 and 0.5
+            ("ratio", [1.2, 3.0, 3.2], [2, 1, 0]),  # 3.2 and 1.25
+            ("cross_ratio", [4.5, 5.0, 6.4], [2, 1, 0]),  # 6.4 and 5
+        ],
+    )
+    def test_of_the_other_rules_count_what_exceeds_the_threshold(
+        self, store, transfer, rule, thresholds, counts
+    ) -> None:
+        score(
+            store,
+            {"ppl_fine_tuned": 1.25, "ppl_base": 4.0, "ppl_base_cross": 8.0},
+            {"ppl_fine_tuned": 2.0, "ppl_base": 2.5, "ppl_base_cross": 10.0},
+        )
+        assert kept(sweep(store, transfer, [rule], thresholds)) == counts
+
+    def test_fall_with_the_threshold_except_for_both_which_rises_first(self, store, transfer) -> None:
+        score(store, *({"ppl_fine_tuned": 1 + i / 10, "ppl_base": 2 + i / 5, "ppl_base_cross": 9} for i in range(10)))
+        for rule in ("difference", "ratio", "cross_ratio"):
+            counts = kept(sweep(store, transfer, [rule]))
+            assert counts == sorted(counts, reverse=True)
+            assert counts[0] > counts[-1]
+        # A higher cut lets more fine-tuned responses in and shuts more base responses out.
+        assert kept(sweep(store, transfer, ["both"], [1.05, 1.95, 3.75])) == [1, 10, 1]
+
+    def test_leave_out_truncated_empty_and_unscored_pairs(self, store, transfer_folder, edit_config) -> None:
+        score(
+            store,
+            {},
+            {"fine_tuned_finish": "length"},
+            {"fine_tuned_response": " \n"},
+            {"ppl_fine_tuned": math.nan},
+            {"ppl_base": None, "ppl_base_cross": None},
+        )
+        for allow, count in ((False, 1), (True, 2)):
+            edit_config("filter.allow_truncated", allow)
+            cells = sweep(store, load_transfer(transfer_folder), grid=[1.5])
+            assert kept(cells) == [count] * len(RULES)
+            assert [cell["kept_share"] for cell in cells] == [count / 5] * len(RULES)
+
+    def test_without_scored_pairs_are_zero(self, store, transfer) -> None:
+        cells = sweep(store, transfer)
+        assert {cell["rule"] for cell in cells} == set(RULES)
+        assert {(c["pairs_kept"], c["kept_share"], c["mean_margin"], len(c["by_round"])) for c in cells} == {
+            (0, 0, None, 0)
+        }
+
+    def test_come_in_the_order_of_rules_and_thresholds_whatever_was_asked(self, store, transfer) -> None:
+        cells = sweep(store, transfer, ["ratio", "both", "ratio"], [2.0, 1.5, 2.0])
+        assert [(cell["rule"], cell["threshold"]) for cell in cells] == [
+            ("both", 1.5), ("both", 2.0), ("ratio", 1.5), ("ratio", 2.0),
+        ]  # fmt: skip
+
+
+class TestDefaultGrid:
+    def test_holds_the_papers_threshold_and_the_current_one(self, store, transfer_folder, edit_config) -> None:
+        edit_config("filter", {"rule": "difference", "threshold": 0.7})
+        transfer = load_transfer(transfer_folder)
+        assert default_grid(store, transfer, "difference") == [0.7, 1.5]
+        assert default_grid(store, transfer, "both") == [1.5]
+
+    @pytest.mark.parametrize("rule", RULES)
+    def test_lies_where_the_pairs_are(self, store, transfer, rule) -> None:
+        pairs = [
+            {"ppl_fine_tuned": 1 + i / 1e5, "ppl_base": 1 + i / 1e3, "ppl_base_cross": 100.0 * i + 1}
+            for i in range(100)
+        ]
+        score(store, *pairs, {"ppl_base": 1e9, "ppl_base_cross": 1e9, "fine_tuned_finish": "length"})
+        grid = default_grid(store, transfer, rule)
+        assert grid == sorted(set(grid))
+        assert 8 < len(grid) < 20
+        assert all(1 < t < 1e5 or (rule == "difference" and t > 0) for t in grid)
+        counts = kept(sweep(store, transfer, [rule]))
+        assert len(set(counts)) > 5
+
+    def test_has_no_threshold_that_transfer_yaml_would_refuse(self, store, transfer) -> None:
+        score(store, *({"ppl_fine_tuned": 1.0, "ppl_base": 1.0, "ppl_base_cross": 1.0} for _ in range(5)))
+        for rule in RULES:
+            assert default_grid(store, transfer, rule) == [1.5]
+
+
+class TestParseGrid:
+    @pytest.mark.parametrize(
+        ("text", "grid"),
+        [
+            ("1.5", [1.5]),
+            ("1.1, 1.2,1.5", [1.1, 1.2, 1.5]),
+            ("1.1:1.5:0.1", [1.1, 1.2, 1.3, 1.4, 1.5]),
+            ("1:2:0.4", [1.0, 1.4, 1.8]),
+            ("2:2:1", [2.0]),
+        ],
+    )
+    def test_reads_lists_and_ranges(self, text, grid) -> None:
+        assert parse_grid(text) == grid
+
+    @pytest.mark.parametrize("text", ["", "a", "1.1;1.2", "1:2", "1:2:3:4", "1,,2"])
+    def test_names_what_it_cannot_read_and_the_two_forms(self, text) -> None:
+        with pytest.raises(TuneshiftError, match=r"can't be read.*1\.1:2:0\.1") as error:
+            parse_grid(text)
+        assert repr(text) in str(error.value)
+
+    @pytest.mark.parametrize("text", ["2:1:0.1", "1:2:0", "1:2:-1", "1:inf:1", "nan:2:1", "1:2:0.0001"])
+    def test_refuses_ranges_without_or_with_too_many_thresholds(self, text) -> None:
+        with pytest.raises(TuneshiftError, match="thresholds"):
+            parse_grid(text)
+
+
+class TestErrors:
+    def test_an_unknown_rule_is_named_with_the_known_ones(self, store, transfer) -> None:
+        with pytest.raises(TuneshiftError, match=r"'perplexity'.*cross_ratio"):
+            sweep(store, transfer, ["perplexity"])
+
+    @pytest.mark.parametrize("threshold", [1.0, 0.5, -1.0, math.nan, math.inf])
+    def test_an_impossible_threshold_is_named_with_its_rule(self, store, transfer, threshold) -> None:
+        with pytest.raises(TuneshiftError, match=rf"{threshold}.*'both'.*above 1"):
+            sweep(store, transfer, ["both"], [1.5, threshold])
+
+    def test_a_difference_may_be_below_one_and_not_zero(self, store, transfer) -> None:
+        assert kept(sweep(store, transfer, ["difference"], [0.5])) == [0]
+        with pytest.raises(TuneshiftError, match=r"0\.0.*above 0"):
+            sweep(store, transfer, ["difference"], [0.0])
+
+
+class TestCommand:
+    """`tuneshift sweep`."""
+
+    @pytest.fixture
+    def tuneshift(self, finished: Project, monkeypatch, capsys):
+        monkeypatch.setenv("TUNESHIFT_HOME", str(finished.store.path.parent))
+        monkeypatch.setenv("TUNESHIFT_TRANSFERS", str(finished.folder.parent))
+
+        def call(*arguments: str) -> str:
+            monkeypatch.setattr("sys.argv", ["tuneshift", "sweep", "banking", *arguments])
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+                sys.exit(0)
+            out, err = capsys.readouterr()
+            return out if end.value.code == 0 else f"failed: {err}"
+
+        return call
+
+    def test_json_is_the_list_of_cells(self, tuneshift, finished: Project) -> None:
+        found = json.loads(tuneshift("--rule", "ratio", "--rule", "both", "--grid", "1.4:1.6:0.1", "--json"))
+        assert found == sweep(finished.store, finished.transfer, ["both", "ratio"], [1.4, 1.5, 1.6])
+        assert [cell["current"] for cell in found] == [False, True, False, False, False, False]
+
+    def test_without_options_shows_every_rule_and_marks_the_current_filter(self, tuneshift) -> None:
+        lines = tuneshift().splitlines()
+        assert all(any(f" {rule} " in line for line in lines) for rule in RULES)
+        assert len([line for line in lines if " both " in line and " * 1.5 " in line]) == 1
+
+    @pytest.mark.parametrize(
+        ("arguments", "named"), [(("--rule", "some"), "'some'"), (("--grid", "x"), "'x'"), (("--grid", "0.5"), "0.5")]
+    )
+    def test_names_a_bad_rule_or_grid(self, tuneshift, arguments, named) -> None:
+        found = tuneshift(*arguments)
+        assert found.startswith("failed: error:")
+        assert named in found

@@ -1,0 +1,135 @@
+"""The runner: what a killed `tuneshift run` leaves behind, and that the next one picks it up."""
+
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from dagster import DagsterRunStatus
+
+from tests.conftest import Project
+from tests.fakes import FakeEngine
+from tuneshift_dag.home import use_dagster_home
+from tuneshift_dag.runner import _PID_TAG, close_dead_runs
+
+TABLES = ["synthetic_prompts", "scored_pairs", "filtered_dataset", "round_seeds", "rejected_pairs", "accuracy"]
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    """A project's own instance: its settings hold the pool limit."""
+    use_dagster_home()
+    with dg.DagsterInstance.get() as instance:
+        yield instance
+
+
+class TestCloseDeadRuns:
+    def test_fails_the_run_of_a_dead_process_and_frees_its_pool_slot(self, instance: dg.DagsterInstance) -> None:
+        run = started_run(instance, f"{socket.gethostname()}-{dead_pid()}")
+        claim_slot(instance, run)
+        assert close_dead_runs(instance) == [run.run_id]
+        assert status(instance, run) == DagsterRunStatus.FAILURE
+        assert slots_taken(instance) == 0
+        assert close_dead_runs(instance) == []
+
+    @pytest.mark.parametrize(
+        "tag",
+        [f"{socket.gethostname()}-{os.getpid()}", f"{socket.gethostname()}-1", "another-host-999999", None],
+        ids=["own process", "other user's process", "other host", "not of the command line"],
+    )
+    def test_leaves_other_runs_alone(self, instance: dg.DagsterInstance, tag: str | None) -> None:
+        run = started_run(instance, tag)
+        claim_slot(instance, run)
+        assert close_dead_runs(instance) == []
+        assert status(instance, run) == DagsterRunStatus.STARTED
+        assert slots_taken(instance) == 1
+
+    def test_leaves_a_finished_run_of_a_dead_process_alone(self, instance: dg.DagsterInstance) -> None:
+        run = started_run(instance, f"{socket.gethostname()}-{dead_pid()}", DagsterRunStatus.SUCCESS)
+        assert close_dead_runs(instance) == []
+        assert status(instance, run) == DagsterRunStatus.SUCCESS
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_run_is_finished_by_the_next_one(
+    seed: int, finished: Project, transfer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = finished.rows("SELECT count(*) FROM scored_pairs")[0][0] // 2
+    batch_number = random.Random(seed).randrange(2, batches)
+    use_dagster_home()
+    kill_at_batch(transfer_folder, tmp_path / "progress", batch_number)
+
+    with dg.DagsterInstance.get() as instance:
+        project = Project(transfer_folder, instance)
+        cached = project.store.read("SELECT count(*) FROM cache.scores").item() // 2
+        # Batches before the one that was being computed are kept.
+        assert cached >= 2 * (batch_number - 1)
+        project.models.source = FakeEngine("source", batch_size=2)
+        project.run()
+        assert {run.status for run in instance.get_runs()} == {DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE}
+        assert slots_taken(instance) == 0
+    scored = {prompt for _, prompt in project.models.source.scored}
+    assert len(scored) == 2 * batches - cached
+    for table in TABLES:
+        query = f"SELECT * FROM {table} ORDER BY ALL"
+        assert project.rows(query) == finished.rows(query), table
+
+
+def kill_at_batch(folder: Path, progress: Path, number: int) -> None:
+    """Start a run in a process of its own and kill it while it computes its batch ``number`` (from 1)."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.killed_run", str(folder), str(progress)],
+        cwd=Path(__file__).parents[1],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        give_up = time.monotonic() + 60
+        while not progress.exists() or len(progress.read_text().splitlines()) < number:
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < give_up
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def started_run(
+    instance: dg.DagsterInstance, tag: str | None, status: DagsterRunStatus = DagsterRunStatus.STARTED
+) -> dg.DagsterRun:
+    @dg.job
+    def work() -> None:
+        pass
+
+    return instance.create_run_for_job(
+        work, run_id=str(uuid.uuid4()), tags={_PID_TAG: tag} if tag else {}, status=status
+    )
+
+
+def claim_slot(instance: dg.DagsterInstance, run: dg.DagsterRun) -> None:
+    storage = instance.event_log_storage
+    storage.initialize_concurrency_limit_to_default("models")
+    claim = storage.claim_concurrency_slot("models", run.run_id, "step")
+    assert claim.is_claimed
+
+
+def slots_taken(instance: dg.DagsterInstance) -> int:
+    return instance.event_log_storage.get_concurrency_info("models").active_slot_count
+
+
+def status(instance: dg.DagsterInstance, run: dg.DagsterRun) -> DagsterRunStatus:
+    found = instance.get_run_by_id(run.run_id)
+    assert found
+    return found.status
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
