@@ -67,6 +67,14 @@ class Generator(_Section):
     calls_per_round: int = Field(16, ge=1, description="Generator calls in one round.")
     prompts_per_call: int = Field(20, ge=1, le=200, description="Prompts asked for in one call (paper: 20).")
     seeds_per_call: int = Field(5, ge=1, description="Example prompts shown in one call (paper: 5).")
+    original_seeds_per_call: int = Field(
+        0,
+        ge=0,
+        description=(
+            "How many of a call's seeds are drawn from seeds.jsonl in every round. 0 is the paper: kept prompts"
+            " replace them. A weak generator imitates its own oddities, and drifts; a few human prompts hold it."
+        ),
+    )
     balance: Literal["response", "none"] = Field(
         "response",
         description=(
@@ -82,6 +90,15 @@ class Generator(_Section):
     near_duplicate: Probability = Field(
         0.7, description="A prompt whose ROUGE-L with one in the pool exceeds this is dropped (Stanford Alpaca)."
     )
+
+    @model_validator(mode="after")
+    def _room_for_kept_prompts(self) -> "Generator":
+        if self.original_seeds_per_call >= self.seeds_per_call:
+            raise ValueError(
+                f"original_seeds_per_call {self.original_seeds_per_call} leaves no room for kept prompts among"
+                f" seeds_per_call {self.seeds_per_call}; lower it"
+            )
+        return self
 
 
 class Response(_Section):
@@ -128,6 +145,13 @@ class Distill(_Section):
     learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
     epochs: int = Field(5, ge=1, description="Passes over the dataset.")
     batch_size: int = Field(16, ge=1, description="Pairs in one optimizer step.")
+    balance: Literal["response", "none"] = Field(
+        "none",
+        description=(
+            "`response` draws each epoch's pairs with replacement, weighted by 1 / sqrt(pairs with the same"
+            " response), for tasks with a fixed set of answers; `none` takes every pair once."
+        ),
+    )
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps with a rising learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping norm.")

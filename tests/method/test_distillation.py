@@ -11,6 +11,7 @@ from tuneshift_dag.method.distillation import (
     LoraTraining,
     TokenizedExample,
     add_lora,
+    balanced_epoch,
     collate,
     length_bucketed_batches,
     response_loss,
@@ -111,3 +112,12 @@ def test_batches_hold_every_example_once_and_similar_lengths_together() -> None:
     batches = list(length_bucketed_batches(chosen, 4, random.Random(0)))
     assert sorted(map(id, (e for batch in batches for e in batch))) == sorted(map(id, chosen))
     assert [len(b) for b in batches] == [4] * 5
+
+
+def test_a_balanced_epoch_draws_rare_responses_more_often() -> None:
+    common, rare = TokenizedExample([3], [4, 2]), TokenizedExample([5], [6, 2])
+    pool = [common] * 900 + [rare] * 9
+    drawn = balanced_epoch(pool, random.Random(0))
+    assert len(drawn) == len(pool)
+    # Weights 900 / sqrt(900) against 9 / sqrt(9): one in eleven; the standard error is 9.
+    assert abs(drawn.count(rare) - len(pool) / 11) < 36

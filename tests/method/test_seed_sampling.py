@@ -55,3 +55,10 @@ def test_the_seeds_of_a_call_are_distinct():
 def test_a_pool_smaller_than_a_call_is_drawn_whole():
     assert [set(call) for call in draw_seeds(POOL[:3], 1, 2, 5, True, 0)] == [set(POOL[:3])] * 2
     assert draw_seeds([], 1, 2, 5, True, 0) == [[], []]
+
+
+def test_original_seeds_open_every_call_and_the_pool_fills_the_rest():
+    originals = [Candidate(f"seed{i}", f"seed prompt {i}", f"seed{i}") for i in range(5)]
+    calls = draw_seeds(POOL, 2, 30, 5, True, 0, originals, 3)
+    assert all([c in originals for c in call] == [True] * 3 + [False] * 2 for call in calls)
+    assert {c for call in calls for c in call if c in originals} == set(originals)

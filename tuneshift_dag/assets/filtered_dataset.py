@@ -36,6 +36,7 @@ def build_filtered_dataset(transfer: Transfer) -> dg.AssetsDefinition:
             "seed",
             "generator.calls_per_round",
             "generator.seeds_per_call",
+            "generator.original_seeds_per_call",
             "generator.balance",
         ),
         metadata=definition_metadata(transfer, FILTERED_DATASET),

@@ -9,6 +9,7 @@ version is their hash. `synthetic_prompts` depends on it, and becomes stale exac
 import dagster as dg
 
 from tuneshift_dag.assets.common import OWNERS, column_schema, content_version, key, partitions
+from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.method.seed_sampling import Candidate, draw_seeds
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.resources.tables import ROUND_SEEDS
@@ -49,6 +50,8 @@ def report_seeds(
         generator.seeds_per_call,
         generator.balance == "response",
         transfer.config.seed,
+        originals=[] if number == 1 else seed_candidates(transfer),
+        originals_per_call=generator.original_seeds_per_call,
     )
     round_ = round_key(number)
     rows = ROUND_SEEDS.frame(
@@ -72,6 +75,11 @@ def report_seeds(
             tags={"dagster/data_version": content_version(rows)},
         )
     )
+
+
+def seed_candidates(transfer: Transfer) -> list[Candidate]:
+    """The user's prompts; each is its own response class, so balancing weighs them alike."""
+    return [Candidate(prompt_id(p), p, prompt_id(p)) for p in transfer.seeds]
 
 
 def reporter(number: int) -> tuple[str, str | None]:

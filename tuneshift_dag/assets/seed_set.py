@@ -15,9 +15,7 @@ from tuneshift_dag.assets.common import (
     key,
     step,
 )
-from tuneshift_dag.assets.round_seeds import report_seeds
-from tuneshift_dag.method.prompting import prompt_id
-from tuneshift_dag.method.seed_sampling import Candidate
+from tuneshift_dag.assets.round_seeds import report_seeds, seed_candidates
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
 from tuneshift_dag.resources.tables import SEED_SET
 from tuneshift_dag.transfer import Transfer
@@ -67,11 +65,10 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
                 )
             for warning in applied.warnings:
                 context.log.warning(warning)
-            rows = SEED_SET.frame([{"prompt_id": prompt_id(p), "prompt": p} for p in transfer.seeds])
-            store.store().replace(transfer.name, SEED_SET, rows.unique("prompt_id", maintain_order=True))
-            # Each seed is its own response class: balancing has nothing to weigh yet.
-            pool = [Candidate(r["prompt_id"], r["prompt"], r["prompt_id"]) for r in rows.to_dicts()]
-            report_seeds(context, store.store(), transfer, 1, pool)
+            seeds = seed_candidates(transfer)
+            rows = SEED_SET.frame([{"prompt_id": seed.prompt_id, "prompt": seed.prompt} for seed in seeds])
+            store.store().replace(transfer.name, SEED_SET, rows)
+            report_seeds(context, store.store(), transfer, 1, seeds)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(content_version(rows)),
             metadata={

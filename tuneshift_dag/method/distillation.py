@@ -9,10 +9,11 @@ vocabulary (Gemma 3 270M: 262k) the rest would be most of the work.
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -37,6 +38,7 @@ class LoraTraining:
     learning_rate: float = 5e-4
     epochs: int = 5
     batch_size: int = 16
+    balance: Literal["response", "none"] = "none"
     warmup_ratio: float = 0.05
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -167,7 +169,8 @@ def train(
     step = 0
     for epoch in range(settings.epochs):
         losses: list[float] = []
-        for chosen in length_bucketed_batches(training, settings.batch_size, rng):
+        drawn = balanced_epoch(training, rng) if settings.balance == "response" else training
+        for chosen in length_bucketed_batches(drawn, settings.batch_size, rng):
             loss = _step(model, collate(chosen), parameters, optimizer, settings, first=step == 0)
             schedule.step()
             step += 1
@@ -205,6 +208,13 @@ def evaluate_loss(model: PeftModel, examples: Sequence[TokenizedExample], batch_
     for module in dropouts:
         module.train()
     return total / tokens
+
+
+def balanced_epoch(examples: Sequence[TokenizedExample], rng: random.Random) -> list[TokenizedExample]:
+    """As many examples, drawn with replacement, weighted by 1 / sqrt(examples with the same response)."""
+    counts = Counter(tuple(e.response_ids) for e in examples)
+    weights = [counts[tuple(e.response_ids)] ** -0.5 for e in examples]
+    return rng.choices(examples, weights, k=len(examples))
 
 
 def length_bucketed_batches(

@@ -22,29 +22,45 @@ class Candidate:
 
 
 def draw_seeds(
-    pool: Sequence[Candidate], round_number: int, calls: int, seeds_per_call: int, balance: bool, salt: int
+    pool: Sequence[Candidate],
+    round_number: int,
+    calls: int,
+    seeds_per_call: int,
+    balance: bool,
+    salt: int,
+    originals: Sequence[Candidate] = (),
+    originals_per_call: int = 0,
 ) -> list[list[Candidate]]:
     """Seeds of every call of a round: ``calls`` lists of up to ``seeds_per_call`` distinct prompts.
 
     Args:
+        pool: pairs kept so far; in the first round the user's prompts.
         balance: weight a candidate by 1 / (candidates with its response), so that every response is
             drawn about equally often.
         salt: the transfer's seed.
+        originals: the user's prompts, of which ``originals_per_call`` open every call's list.
     """
     counts = Counter(c.response for c in pool)
     weights = [1 / counts[c.response] if balance else 1.0 for c in pool]
     drawn = []
     for call in range(calls):
-        chosen: list[Candidate] = []
-        for slot in range(min(seeds_per_call, len(pool))):
-            ranked = (
-                (_clock(weight, f"{salt}|{round_number}|{call}|{slot}|{c.prompt_id}"), c.prompt_id, c)
-                for weight, c in zip(weights, pool, strict=True)
-                if c not in chosen
-            )
-            chosen.append(min(ranked)[2])
-        drawn.append(chosen)
+        place = f"{salt}|{round_number}|{call}"
+        first = _draw(originals, [1.0] * len(originals), originals_per_call, f"{place}|original")
+        drawn.append(first + _draw(pool, weights, seeds_per_call - len(first), place))
     return drawn
+
+
+def _draw(pool: Sequence[Candidate], weights: Sequence[float], count: int, place: str) -> list[Candidate]:
+    """``count`` distinct candidates; each slot takes the lowest hash that no slot before it took."""
+    chosen: list[Candidate] = []
+    for slot in range(min(count, len(pool))):
+        ranked = (
+            (_clock(weight, f"{place}|{slot}|{c.prompt_id}"), c.prompt_id, c)
+            for weight, c in zip(weights, pool, strict=True)
+            if c not in chosen
+        )
+        chosen.append(min(ranked)[2])
+    return chosen
 
 
 def _clock(weight: float, text: str) -> float:
