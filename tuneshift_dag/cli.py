@@ -71,7 +71,7 @@ def run(
             f"Kept the prompts of {', '.join(result.kept_rounds)}, whose seeds changed with the filter;"
             " run again with --regrow to grow them anew."
         )
-    figures = make_report(store, loaded, result.batch_id)
+    figures = make_report(store, loaded)
     _show(figures, as_json)
 
 

@@ -6,9 +6,11 @@ that the command line and the UI never disagree.
 
 import os
 import socket
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 import dagster as dg
 
@@ -27,6 +29,8 @@ from tuneshift_dag.definitions import build_definitions
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file
 from tuneshift_dag.resources.dagster_resources import EngineResource
+from tuneshift_dag.resources.store import Store
+from tuneshift_dag.resources.tables import RUNS
 from tuneshift_dag.transfer import Transfer
 
 _ROUND_ASSETS = ("synthetic_prompts", "scored_pairs", "filtered_dataset")
@@ -69,6 +73,7 @@ class Runner:
         Raises:
             TuneshiftError: when a step fails; what was done before it is kept.
         """
+        started = time.monotonic()
         close_dead_runs(self.instance)
         if self._causes("seed_set", None) != []:
             self._materialize(["seed_set"], None)
@@ -80,6 +85,12 @@ class Runner:
                 continue
             if self._causes(asset, None) != []:
                 self._materialize([asset], None)
+        row = {
+            "batch_id": self.result.batch_id,
+            "finished_at": datetime.now(UTC).replace(tzinfo=None),
+            "seconds": time.monotonic() - started,
+        }
+        Store(database_file()).append_all(self.transfer.name, [(RUNS, RUNS.frame([row]))])
         return self.result
 
     def _run_round(self, round_: str, regrow: bool) -> None:

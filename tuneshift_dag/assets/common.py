@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import dagster as dg
 import polars as pl
+from tqdm import tqdm
 
 from tuneshift_dag.method.scoring import Cost
 from tuneshift_dag.resources.store import Store
@@ -107,10 +109,15 @@ class Step:
     _last_line: float = 0.0
 
     def progress(self, what: str) -> Callable[[int, int], None]:
-        """A callback (done, total) that logs at most one line in ten seconds, and the last one."""
+        """A callback (done, total): a bar in a terminal, else at most one log line in ten seconds."""
         started = time.monotonic()
+        bar = tqdm(desc=what, disable=not sys.stderr.isatty(), leave=False)
 
         def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            if done == total:
+                bar.close()
             now = time.monotonic()
             if done < total and now - self._last_line < 10:
                 return

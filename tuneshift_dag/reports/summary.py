@@ -9,18 +9,14 @@ from tuneshift_dag.transfer import Transfer
 _DATASET_ASSETS = ("seed_set", "synthetic_prompts", "scored_pairs")
 
 
-def report(store: Store, transfer: Transfer, batch_id: str | None = None) -> dict[str, Any]:
-    """Counts, costs and accuracies as one JSON-ready object.
-
-    Args:
-        batch_id: the run to report the cost of; without it, the latest that did anything.
-    """
+def report(store: Store, transfer: Transfer) -> dict[str, Any]:
+    """Counts, accuracies and the cost of the last run (also one that did nothing) as one JSON-ready object."""
     name = transfer.name
 
     def one(query: str) -> Any:
         return store.read(query, schema=name).item()
 
-    steps = _last_steps(store, name, batch_id)
+    steps, wall = _last_run(store, name)
     return {
         "transfer": name,
         "rounds": one("SELECT count(DISTINCT round) FROM scored_pairs"),
@@ -34,6 +30,7 @@ def report(store: Store, transfer: Transfer, batch_id: str | None = None) -> dic
         "evaluation_calls": sum(s["model_calls"] for s in steps if s["asset"] == "evaluation"),
         "cache_hits": sum(s["cache_hits"] for s in steps),
         "seconds": _seconds(steps),
+        "seconds_total": wall,
         "model_seconds": round(sum(s["model_seconds"] for s in steps), 2),
         "accuracy": {row.pop("model"): row for row in store.read("SELECT * FROM accuracy", schema=name).to_dicts()},
         "model": _model(store, name),
@@ -48,11 +45,19 @@ _BY_ROUND = """
 """
 
 
-def _last_steps(store: Store, name: str, batch_id: str | None) -> list[dict[str, Any]]:
-    if batch_id is None:
-        latest = store.read("SELECT batch_id FROM steps ORDER BY finished_at DESC LIMIT 1", schema=name)
-        batch_id = latest.item() if len(latest) else ""
-    return store.read("SELECT * FROM steps WHERE batch_id = ? ORDER BY finished_at", [batch_id], name).to_dicts()
+def _last_run(store: Store, name: str) -> tuple[list[dict[str, Any]], float | None]:
+    """The last run's rows of ``steps``, and its wall time when `tuneshift run` made it."""
+    latest = store.read(
+        "SELECT batch_id, seconds FROM"
+        " (SELECT batch_id, finished_at, seconds FROM runs UNION ALL SELECT batch_id, finished_at, NULL FROM steps)"
+        " ORDER BY finished_at DESC LIMIT 1",
+        schema=name,
+    ).rows()
+    if not latest:
+        return [], None
+    batch_id, seconds = latest[0]
+    steps = store.read("SELECT * FROM steps WHERE batch_id = ? ORDER BY finished_at", [batch_id], name).to_dicts()
+    return steps, seconds
 
 
 def _seconds(steps: list[dict[str, Any]]) -> dict[str, float]:

@@ -258,9 +258,21 @@ STEPS = Table(
     ),
 )
 
+RUNS = Table(
+    "runs",
+    "Every `tuneshift run`, also one that found nothing to do.",
+    (
+        Column("batch_id", "VARCHAR", "Names the run's rows in `steps`."),
+        Column("finished_at", "TIMESTAMP", "When it finished (UTC)."),
+        Column("seconds", "DOUBLE", "Wall time, without starting the process."),
+    ),
+    ("batch_id",),
+)
+
 TRANSFER_TABLES = (
     SEED_SET, ROUND_SEEDS, PROPOSALS, SYNTHETIC_PROMPTS, REJECTED_PROMPTS, SCORED_PAIRS, FILTERED_DATASET,
-    REJECTED_PAIRS, THRESHOLD_REPORT, DIVERSITY_MAP, DISTILLED_MODELS, TRAINING_EXAMPLES, EVALUATIONS, ACCURACY, STEPS,
+    REJECTED_PAIRS, THRESHOLD_REPORT, DIVERSITY_MAP, DISTILLED_MODELS, TRAINING_EXAMPLES, EVALUATIONS, ACCURACY,
+    STEPS, RUNS,
 )  # fmt: skip
 
 # Recursion is over generator calls, not prompts: prompts of one call share their ancestors, so there are

@@ -1,0 +1,100 @@
+"""The whole method, small, on the packaged models and through Dagster's instance."""
+
+import json
+import shutil
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tuneshift_dag.home import database_file
+from tuneshift_dag.reports.export import export
+from tuneshift_dag.reports.summary import report
+from tuneshift_dag.resources.model_ref import resolve_model
+from tuneshift_dag.resources.store import Store
+from tuneshift_dag.runner import Runner
+from tuneshift_dag.transfer import load_transfer
+
+PACKAGED = Path(__file__).parents[1] / "transfers" / "banking_intents"
+
+
+def edit(folder: Path, **sections: dict) -> None:
+    file = folder / "transfer.yaml"
+    config = yaml.safe_load(file.read_text())
+    for name, value in sections.items():
+        config[name] = {**config.get(name, {}), **value} if isinstance(value, dict) else value
+    file.write_text(yaml.safe_dump(config))
+
+
+@pytest.mark.e2e
+def test_a_small_transfer_of_the_packaged_models(tmp_path: Path) -> None:
+    folder = tmp_path / "transfers" / "banking_intents"
+    shutil.copytree(PACKAGED, folder)
+    heldout = (folder / "heldout.jsonl").read_text().splitlines()
+    (folder / "heldout.jsonl").write_text("\n".join(heldout[::24]) + "\n")
+    edit(
+        folder,
+        generator={"calls_per_round": 4, "prompts_per_call": 5, "max_new_tokens": 90},
+        distill={"epochs": 1},
+        rounds=2,
+        diversity_map=False,
+    )
+    instance = dg.DagsterInstance.local_temp(str(tmp_path / "dagster"))
+    store = Store(database_file())
+
+    Runner(load_transfer(folder), instance).run()
+    first = report(store, load_transfer(folder))
+    assert first["rounds"] == 2
+    assert first["pairs_scored"] == first["prompts"] >= 8
+    assert first["model_calls"] >= 4 * first["pairs_scored"]
+    assert first["accuracy"]["source_fine_tuned"]["value"] > 0.5
+    assert first["accuracy"]["source_base"]["value"] == 0
+    intents = {json.loads(line)["response"] for line in heldout}
+    kept = store.read("SELECT trim(response) AS r FROM filtered_dataset", schema="banking_intents")["r"]
+    assert len(set(kept) & intents) >= len(set(kept)) / 2, "kept responses are the fine-tuned model's, not the base's"
+
+    assert Runner(load_transfer(folder), instance).run().materialized == []
+    assert report(store, load_transfer(folder))["model_calls"] == 0
+
+    # A threshold that keeps fewer pairs: no model but the new target is asked.
+    margins = store.read("SELECT ppl_fine_tuned FROM filtered_dataset ORDER BY 1", schema="banking_intents")
+    edit(folder, filter={"threshold": max(1.001, float(margins["ppl_fine_tuned"].max()) - 1e-6)})
+    changed = Runner(load_transfer(folder), instance).run()
+    assert {asset for asset, _ in changed.materialized} <= {
+        "filtered_dataset",
+        "threshold_report",
+        "distilled_model",
+        "evaluation",
+    }
+    second = report(store, load_transfer(folder))
+    assert second["model_calls"] == 0
+    assert second["pairs_kept"] != first["pairs_kept"]
+    assert second["model"]["model_id"] != first["model"]["model_id"]
+
+    check_export(store, folder, tmp_path / "out")
+
+
+def check_export(store: Store, folder: Path, out: Path) -> None:
+    """The exported adapter works on the plain target with nothing of ours."""
+    transfer = load_transfer(folder)
+    export(store, transfer, out)
+    files = resolve_model(transfer.config.target.base, folder, "target.base")
+    base = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(base, out / "adapter")
+    ids = AutoTokenizer.from_pretrained(files.path)("Customer query: hello\nIntent:", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        tuned = model(ids).logits
+        with model.disable_adapter():
+            plain = model(ids).logits
+    assert (tuned - plain).abs().max() > 0
+    rows = pl.read_parquet(out / "dataset.parquet")
+    chats = [json.loads(line) for line in (out / "dataset.jsonl").read_text().splitlines()]
+    assert len(rows) == len(chats) == report(store, transfer)["model"]["pairs"]
+    card = (out / "adapter" / "README.md").read_text()
+    assert str(transfer.config.filter.threshold) in card
+    assert transfer.seeds[0] in card

@@ -1,0 +1,75 @@
+"""``docs/reference.md``, written from the code: keys of transfer.yaml, commands, tables.
+
+python -m tuneshift_dag.reports.reference > docs/reference.md
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from tuneshift_dag.resources.tables import CACHE, CACHE_TABLES, TRANSFER_TABLES, Table
+from tuneshift_dag.transfer import TransferConfig
+
+
+def render() -> str:
+    """The whole page as Markdown."""
+    lines = ["# Reference", "", "Written by `python -m tuneshift_dag.reports.reference`; a test keeps it current.", ""]
+    lines += ["## transfer.yaml", "", "| Key | Default | Meaning |", "| --- | --- | --- |", *_keys(TransferConfig)]
+    lines += ["", "## Commands", ""]
+    for name, command in sorted(_commands().items()):
+        lines += [f"### tuneshift {name}", "", (command.help or "").strip(), ""]
+        lines += [f"- `{_usage(parameter)}`: {getattr(parameter, 'help', '')}" for parameter in command.params]
+        lines.append("")
+    lines += ["## Tables", "", "One DuckDB file; one schema per transfer, and `cache` for all.", ""]
+    for schema, tables in (("<transfer>", TRANSFER_TABLES), (CACHE, CACHE_TABLES)):
+        for table in tables:
+            lines += _table(schema, table)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _keys(kind, f"{prefix}{name}.")
+            continue
+        default = "required" if field.default is PydanticUndefined else f"`{field.default!r}`"
+        yield f"| `{prefix}{name}` | {_cell(default)} | {_cell(field.description or '')} |"
+
+
+def _commands() -> dict[str, Any]:
+    from tuneshift_dag.cli import app
+
+    return dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def _usage(parameter: Any) -> str:
+    return (
+        "/".join([*parameter.opts, *parameter.secondary_opts])
+        if parameter.param_type_name == "option"
+        else (str(parameter.name).upper())
+    )
+
+
+def _table(schema: str, table: Table) -> list[str]:
+    rows = [f"| `{c.name}` | {c.type} | {_cell(c.description)} |" for c in table.columns]
+    head = [
+        f"### {schema}.{table.name}",
+        "",
+        table.description,
+        "",
+        "| Column | Type | Meaning |",
+        "| --- | --- | --- |",
+    ]
+    return [*head, *rows, ""]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    print(render(), end="")
