@@ -53,9 +53,13 @@ class Generator(_Section):
     """The instruction model that writes more prompts like the seeds."""
 
     model: str = Field(description="Model reference; a base model works in `continuation` mode.")
-    mode: Literal["chat", "continuation"] = Field(
+    mode: Literal["chat", "continuation", "by_response"] = Field(
         "chat",
-        description="`chat` uses the model's chat template; `continuation` lets a base model continue a list.",
+        description=(
+            "`chat` uses the model's chat template; `continuation` lets a base model continue a list;"
+            " `by_response` shows a base model seeds with their fine-tuned responses and asks for one prompt of the"
+            " last seed's response (in the first round: of any), for tasks with a fixed set of answers."
+        ),
     )
     instruction: str = Field(
         "Generate {count} more samples like these {seed_count}:",
@@ -63,6 +67,10 @@ class Generator(_Section):
             "`chat`: the request above the numbered seeds (the paper's wording, §3)."
             " `continuation`: the heading above the list. `{count}` and `{seed_count}` are filled in."
         ),
+    )
+    example_template: str = Field(
+        "Topic: {response}\nQuestion: {prompt}",
+        description="`by_response`: how one seed is shown; `{response}` must stand before `{prompt}`.",
     )
     calls_per_round: int = Field(16, ge=1, description="Generator calls in one round.")
     prompts_per_call: int = Field(20, ge=1, le=200, description="Prompts asked for in one call (paper: 20).")
@@ -90,6 +98,13 @@ class Generator(_Section):
     near_duplicate: Probability = Field(
         0.7, description="A prompt whose ROUGE-L with one in the pool exceeds this is dropped (Stanford Alpaca)."
     )
+
+    @model_validator(mode="after")
+    def _template_has_both(self) -> "Generator":
+        response, prompt = self.example_template.find("{response}"), self.example_template.find("{prompt}")
+        if not 0 <= response < prompt:
+            raise ValueError(f"example_template {self.example_template!r} must hold {{response}} and then {{prompt}}")
+        return self
 
     @model_validator(mode="after")
     def _room_for_kept_prompts(self) -> "Generator":

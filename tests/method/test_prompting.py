@@ -3,7 +3,15 @@ from itertools import pairwise
 
 import pytest
 
-from tuneshift_dag.method.prompting import PromptPool, generator_request, normalize, parse_list, prompt_id
+from tuneshift_dag.method.prompting import (
+    PromptPool,
+    generator_request,
+    labelled_request,
+    normalize,
+    parse_labelled,
+    parse_list,
+    prompt_id,
+)
 
 
 @pytest.mark.parametrize(
@@ -120,3 +128,33 @@ def test_a_chat_request_wraps_the_paper_sentence_and_the_numbered_seeds():
 def test_a_continuation_request_ends_with_the_next_number():
     text = generator_request("continuation", "Messages:", ["a?", "b"], 20, "<{}>".format)
     assert text == "Messages:\n1. a?\n2. b\n3."
+
+
+TEMPLATE = "Topic: {response}\nQuestion: {prompt}"
+
+
+def test_labelled_request_ends_where_the_asked_prompt_begins():
+    examples = [("Where is it?", " card_arrival"), ("How do I pay?", " payment")]
+    assert labelled_request("Questions:", TEMPLATE, examples, " change_pin") == (
+        "Questions:\n\nTopic: card arrival\nQuestion: Where is it?\n\nTopic: payment\nQuestion: How do I pay?"
+        "\n\nTopic: change pin\nQuestion:"
+    )
+
+
+def test_labelled_request_without_a_response_lets_the_generator_name_one():
+    assert labelled_request("Questions:", TEMPLATE, [("Hi?", "greeting")], None).endswith("Question: Hi?\n\nTopic:")
+
+
+@pytest.mark.parametrize(
+    ("text", "asked", "finished", "expected"),
+    [
+        (" Where is my PIN?\n\n", True, True, ["Where is my PIN?"]),
+        (' "Where is my PIN?"\nTopic: x', True, False, ["Where is my PIN?"]),
+        (" Where is my PI", True, False, []),
+        (" Where is my PIN?", True, True, ["Where is my PIN?"]),
+        (" lost card\nQuestion: Where is it?\n\n", False, True, ["Where is it?"]),
+        (" lost card and nothing else", False, True, []),
+    ],
+)
+def test_parse_labelled_takes_one_finished_line(text, asked, finished, expected):
+    assert parse_labelled(text, TEMPLATE, asked, finished) == expected

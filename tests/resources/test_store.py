@@ -23,7 +23,7 @@ from tuneshift_dag.resources.tables import (
 
 
 def seeds(*prompts: str) -> pl.DataFrame:
-    return SEED_SET.frame([{"prompt_id": p, "prompt": f"text of {p}"} for p in prompts])
+    return SEED_SET.frame([{"prompt_id": p, "prompt": f"text of {p}", "response": f"answer to {p}"} for p in prompts])
 
 
 def seed_ids(store: Store) -> list[str]:

@@ -50,13 +50,13 @@ def report_seeds(
         generator.seeds_per_call,
         generator.balance == "response",
         transfer.config.seed,
-        originals=[] if number == 1 else seed_candidates(transfer),
+        originals=[] if number == 1 else seed_candidates(store, transfer),
         originals_per_call=generator.original_seeds_per_call,
     )
     round_ = round_key(number)
     rows = ROUND_SEEDS.frame(
         [
-            {"round": round_, "call": c, "slot": s, "prompt_id": seed.prompt_id, "prompt": seed.prompt}
+            {"round": round_, "call": c, "slot": s, **vars(seed)}
             for c, call in enumerate(calls if pool else [])
             for s, seed in enumerate(call)
         ]
@@ -77,9 +77,11 @@ def report_seeds(
     )
 
 
-def seed_candidates(transfer: Transfer) -> list[Candidate]:
-    """The user's prompts; each is its own response class, so balancing weighs them alike."""
-    return [Candidate(prompt_id(p), p, prompt_id(p)) for p in transfer.seeds]
+def seed_candidates(store: Store, transfer: Transfer) -> list[Candidate]:
+    """The user's prompts, in the order of ``seeds.jsonl``, with the fine-tuned responses."""
+    rows = store.read("SELECT prompt_id, prompt, response FROM seed_set", schema=transfer.name).rows()
+    known = {row[0]: Candidate(*row) for row in rows}
+    return [known[prompt_id(prompt)] for prompt in transfer.seeds if prompt_id(prompt) in known]
 
 
 def reporter(number: int) -> tuple[str, str | None]:
@@ -109,5 +111,5 @@ def read_seeds(
     rows = store.read("SELECT * FROM round_seeds WHERE round = ? ORDER BY call, slot", [round_], transfer.name)
     calls: dict[int, list[Candidate]] = {}
     for row in rows.iter_rows(named=True):
-        calls.setdefault(row["call"], []).append(Candidate(row["prompt_id"], row["prompt"], ""))
+        calls.setdefault(row["call"], []).append(Candidate(row["prompt_id"], row["prompt"], row["response"]))
     return list(calls.values())

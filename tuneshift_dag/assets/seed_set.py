@@ -16,6 +16,9 @@ from tuneshift_dag.assets.common import (
     step,
 )
 from tuneshift_dag.assets.round_seeds import report_seeds, seed_candidates
+from tuneshift_dag.method import scoring
+from tuneshift_dag.method.engine import Decoding
+from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
 from tuneshift_dag.resources.tables import SEED_SET
 from tuneshift_dag.transfer import Transfer
@@ -31,7 +34,7 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
         owners=OWNERS,
         kinds={"duckdb", "pytorch"},
         pool=MODEL_POOL,
-        code_version=f"{transfer.version('source', 'generator', 'models', 'prompt_template', 'seed')}"
+        code_version=f"{transfer.version('source', 'generator', 'models', 'prompt_template', 'response', 'seed')}"
         f"-{seeds_hash[:8]}-{transfer.adapter_version()}",
         metadata=definition_metadata(transfer, SEED_SET),
         check_specs=[
@@ -52,9 +55,9 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
         """
         with step(context, store.store(), transfer) as current:
             started = time.monotonic()
-            applied = engines.source(transfer).check_adapter(
-                [transfer.config.prompt_template.replace("{prompt}", seed) for seed in transfer.seeds]
-            )
+            source = engines.source(transfer)
+            rendered = [transfer.config.prompt_template.replace("{prompt}", seed) for seed in transfer.seeds]
+            applied = source.check_adapter(rendered)
             current.cost.model_seconds += time.monotonic() - started
             current.cost.model_calls += 2 * len(transfer.seeds)
             if applied.problems:
@@ -65,15 +68,27 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
                 )
             for warning in applied.warnings:
                 context.log.warning(warning)
-            seeds = seed_candidates(transfer)
-            rows = SEED_SET.frame([{"prompt_id": seed.prompt_id, "prompt": seed.prompt} for seed in seeds])
+            responses = scoring.generate(
+                source,
+                store.cache(),
+                [source.encode(prompt) for prompt in rendered],
+                "fine_tuned",
+                Decoding(transfer.config.response.max_new_tokens),
+                current.cost,
+            )
+            rows = SEED_SET.frame(
+                [
+                    {"prompt_id": prompt_id(seed), "prompt": seed, "response": response.text}
+                    for seed, response in zip(transfer.seeds, responses, strict=True)
+                ]
+            )
             store.store().replace(transfer.name, SEED_SET, rows)
-            report_seeds(context, store.store(), transfer, 1, seeds)
+            report_seeds(context, store.store(), transfer, 1, seed_candidates(store.store(), transfer))
         return dg.MaterializeResult(
             data_version=dg.DataVersion(content_version(rows)),
             metadata={
                 "dagster/row_count": len(rows),
-                "examples": example_rows(rows, ["prompt"]),
+                "examples": example_rows(rows, ["prompt", "response"]),
                 "largest_logit_difference": applied.largest_logit_difference,
                 "adapter_delta_norm": applied.delta_norm,
                 **current.metadata(),

@@ -22,13 +22,22 @@ from tuneshift_dag.assets.common import (
 from tuneshift_dag.assets.round_seeds import read_seeds, reporter
 from tuneshift_dag.method import scoring
 from tuneshift_dag.method.engine import Decoding, Engine, Response
-from tuneshift_dag.method.prompting import PromptPool, generator_request, normalize, parse_list
+from tuneshift_dag.method.prompting import (
+    PromptPool,
+    generator_request,
+    labelled_request,
+    normalize,
+    parse_labelled,
+    parse_list,
+)
 from tuneshift_dag.method.seed_sampling import Candidate
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
 from tuneshift_dag.resources.response_cache import ResponseCache
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.resources.tables import PROPOSALS, REJECTED_PROMPTS, SYNTHETIC_PROMPTS
-from tuneshift_dag.transfer import Transfer, round_number
+from tuneshift_dag.transfer import Generator, Transfer, round_key, round_number
+
+FIRST_ROUND = round_key(1)
 
 
 def build_synthetic_prompts(transfer: Transfer) -> dg.AssetsDefinition:
@@ -73,7 +82,9 @@ def build_synthetic_prompts(transfer: Transfer) -> dg.AssetsDefinition:
             calls = read_seeds(context, database, transfer, round_)
             if not calls:
                 context.log.info(f"{round_}: the dataset has reached target_pairs; nothing to generate.")
-            answers = _ask(engines.generator(transfer), store.cache(), transfer, calls, current) if calls else []
+            answers = (
+                _ask(engines.generator(transfer), store.cache(), transfer, round_, calls, current) if calls else []
+            )
             proposals, prompts, rejected = _sort_out(transfer, database, round_, calls, answers)
             tables = [(PROPOSALS, proposals), (SYNTHETIC_PROMPTS, prompts), (REJECTED_PROMPTS, rejected)]
             database.replace_all(transfer.name, tables, round=round_)
@@ -97,28 +108,38 @@ def build_synthetic_prompts(transfer: Transfer) -> dg.AssetsDefinition:
     return synthetic_prompts
 
 
+def _request(engine: Engine, settings: Generator, call: list[Candidate], number_one: bool) -> str:
+    """What the generator sees in one call. In the first round nothing is known that could be asked for."""
+    if settings.mode == "by_response":
+        shown = call if number_one else call[:-1]
+        asked = None if number_one else call[-1].response
+        examples = [(seed.prompt, seed.response) for seed in shown]
+        return labelled_request(settings.instruction, settings.example_template, examples, asked)
+    prompts = [seed.prompt for seed in call]
+    return generator_request(
+        settings.mode, settings.instruction, prompts, settings.prompts_per_call, engine.render_chat
+    )
+
+
 def _ask(
-    engine: Engine, cache: ResponseCache, transfer: Transfer, calls: list[list[Candidate]], current: Step
+    engine: Engine,
+    cache: ResponseCache,
+    transfer: Transfer,
+    round_: str,
+    calls: list[list[Candidate]],
+    current: Step,
 ) -> list[Response]:
     """The generator's answer to every call, sampled with a seed of its own."""
     settings = transfer.config.generator
-    requests = [
-        generator_request(
-            settings.mode,
-            settings.instruction,
-            [seed.prompt for seed in call],
-            settings.prompts_per_call,
-            engine.render_chat,
-        )
-        for call in calls
-    ]
+    requests = [_request(engine, settings, call, number_one=round_ == FIRST_ROUND) for call in calls]
     last_item = settings.seeds_per_call + settings.prompts_per_call
+    stops = {"chat": "", "continuation": f"\n{last_item + 1}.", "by_response": "\n\n"}
     decoding = Decoding(
         settings.max_new_tokens,
         settings.temperature,
         settings.top_k,
         settings.top_p,
-        stop=f"\n{last_item + 1}." if settings.mode == "continuation" else "",
+        stop=stops[settings.mode],
     )
     # The call's number keeps two calls with the same seeds apart.
     seeds = [_sampling_seed(transfer.config.seed, number, request) for number, request in enumerate(requests)]
@@ -151,7 +172,7 @@ def _sort_out(
         proposals.append(
             {"round": round_, "proposal_id": proposal_id, "call": number, "seed_ids": seed_ids, "text": answer.text}
         )
-        items = parse_list(answer.text, settings.mode, answer.finish_reason == "stop")
+        items = _items(settings, answer, number_one=round_ == FIRST_ROUND)
         accepted, dropped = pool.sort(items[: settings.prompts_per_call])
         prompts += [{"round": round_, "proposal_id": proposal_id, **vars(item)} for item in accepted]
         rejected += [{"round": round_, "proposal_id": proposal_id, **vars(item)} for item in dropped]
@@ -172,6 +193,13 @@ def _seeded_by(transfer: Transfer, database: Store, round_: str) -> dict[str, An
         **({"seeded_by_partition": partition} if partition else {}),
         "seeds_from": dict(origins.iter_rows()),
     }
+
+
+def _items(settings: Generator, answer: Response, number_one: bool) -> list[str]:
+    finished = answer.finish_reason == "stop"
+    if settings.mode == "by_response":
+        return parse_labelled(answer.text, settings.example_template, not number_one, finished)
+    return parse_list(answer.text, settings.mode, finished)
 
 
 def _sampling_seed(seed: int, call: int, request: str) -> int:

@@ -85,6 +85,39 @@ def _unquote(item: str) -> str:
     return (match.group(1) or match.group(2) or "").strip() if match else item
 
 
+def labelled_request(instruction: str, template: str, examples: Sequence[tuple[str, str]], asked: str | None) -> str:
+    """The text that a base model sees in mode ``by_response``: labelled examples, then an opening.
+
+    Shown which response belongs to which prompt, even a weak generator writes prompts of the kind asked for.
+
+    Args:
+        template: one example, with ``{response}`` before ``{prompt}``.
+        examples: (prompt, response) pairs.
+        asked: the response whose prompt is wanted; None lets the generator name one itself.
+    """
+    shown = [template.replace("{response}", _readable(r)).replace("{prompt}", p) for p, r in examples]
+    if asked is None:
+        opening = template.split("{response}")[0]
+    else:
+        opening = template.split("{prompt}")[0].replace("{response}", _readable(asked))
+    return "\n\n".join([instruction, *shown, opening.rstrip()])
+
+
+def parse_labelled(text: str, template: str, asked: bool, finished: bool) -> list[str]:
+    """The prompt that a generator wrote after `labelled_request`: one line, or nothing usable."""
+    if not asked:
+        marker = template.split("{response}")[1].split("{prompt}")[0].strip()
+        _, found, text = text.partition(marker)
+        if not found:
+            return []
+    line, newline, _ = text.lstrip().partition("\n")
+    return [_unquote(line.strip())] if newline or finished else []
+
+
+def _readable(response: str) -> str:
+    return response.strip().replace("_", " ")
+
+
 class PromptPool:
     """Decides which generated prompts are new.
 

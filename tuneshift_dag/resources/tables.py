@@ -74,7 +74,7 @@ _PROMPT = Column("prompt", "VARCHAR", "The prompt, without the template.")
 SEED_SET = Table(
     "seed_set",
     "The example prompts that the user wrote.",
-    (_PROMPT_ID, _PROMPT),
+    (_PROMPT_ID, _PROMPT, Column("response", "VARCHAR", "The fine-tuned model's greedy response.")),
     ("prompt_id",),
 )
 ROUND_SEEDS = Table(
@@ -86,6 +86,7 @@ ROUND_SEEDS = Table(
         Column("slot", "INTEGER", "Place of the seed in the call, from 0."),
         _PROMPT_ID,
         _PROMPT,
+        Column("response", "VARCHAR", "The fine-tuned model's response to it."),
     ),
     ("round", "call", "slot"),
 )
