@@ -109,8 +109,8 @@ class TestReport:
             " (SELECT count(*) FROM filtered_dataset), (SELECT count(DISTINCT response) FROM filtered_dataset)"
         )
         assert counts == tuple(figures[k] for k in ("prompts", "pairs_scored", "pairs_kept", "distinct_responses_kept"))
-        # A new prompt costs two responses and two scores; a generator call is one; the preflight two per seed.
-        assert figures["model_calls"] == 4 * figures["pairs_scored"] + 2 * 3 + 2 * 2
+        # A new prompt costs two responses and two scores; a generator call is one; a seed three in seed_set.
+        assert figures["model_calls"] == 4 * figures["pairs_scored"] + 2 * 3 + 3 * 2
         assert set(figures["seconds"]) == {
             "seed_set",
             "synthetic_prompts",

@@ -39,11 +39,12 @@ def test_a_small_transfer_of_the_packaged_models(tmp_path: Path) -> None:
     (folder / "heldout.jsonl").write_text("\n".join(heldout[::24]) + "\n")
     edit(
         folder,
-        generator={"calls_per_round": 4, "prompts_per_call": 5, "max_new_tokens": 90},
+        generator={"calls_per_round": 12},
         distill={"epochs": 1},
         rounds=2,
         diversity_map=False,
     )
+    (tmp_path / "dagster").mkdir()
     instance = dg.DagsterInstance.local_temp(str(tmp_path / "dagster"))
     store = Store(database_file())
 

@@ -19,6 +19,7 @@ from tuneshift_dag.assets.synthetic_prompts import _check_duplicates, _check_hel
 from tuneshift_dag.definitions import build_definitions
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.preflight import AdapterCheck
+from tuneshift_dag.reports.summary import report
 from tuneshift_dag.resources.tables import FILTERED_DATASET, SCORED_PAIRS, SYNTHETIC_PROMPTS
 
 ROUND_ASSETS = ["synthetic_prompts", "scored_pairs", "filtered_dataset"]
@@ -76,12 +77,14 @@ class TestWholeRun:
             "every_round_read": {True},
         }
 
-    def test_a_second_run_does_nothing(self, finished: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("TUNESHIFT_HOME", str(finished.store.path.parent))
-        calls = finished.models.calls()
-        assert finished.run().materialized == []
-        assert finished.models.calls() == calls
-        assert len(finished.models.trained) == 1
+    def test_a_second_run_does_nothing_and_its_report_says_so(self, project: Project) -> None:
+        project.run()
+        calls = project.models.calls()
+        assert report(project.store, project.transfer)["model_calls"] > 0
+        assert project.run().materialized == []
+        assert project.models.calls() == calls
+        assert len(project.models.trained) == 1
+        assert report(project.store, project.transfer)["model_calls"] == 0
 
     def test_a_materialization_without_a_model_call_says_so(self, finished: Project) -> None:
         (record,) = materializations(finished, "filtered_dataset", "round_01")
@@ -285,7 +288,8 @@ class TestErrors:
         project.models.source = FakeEngine("source", fail_after=2)
         with pytest.raises(TuneshiftError, match=r"scored_pairs of round_01 failed: .*the engine was killed"):
             project.run()
-        finished = {prompt for _, prompt in project.models.source.answered}
+        seeds = {project.transfer.config.prompt_template.replace("{prompt}", s) for s in project.transfer.seeds}
+        finished = {prompt for _, prompt in project.models.source.answered} - seeds
         assert len(finished) == 2 * project.models.source.batch_size
         project.models.source = FakeEngine("source")
         assert project.runner()._causes("synthetic_prompts", "round_01") == []

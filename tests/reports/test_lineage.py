@@ -73,7 +73,7 @@ def grow(store: Store, seeds: list[str], calls: dict[str, tuple[str, list[str], 
     """Write a history by hand: for each call its round, its seeds and the prompts that it wrote."""
     with store.transaction("banking") as connection:
         for seed in seeds:
-            connection.execute("INSERT INTO seed_set VALUES (?, ?)", [seed, f"text of {seed}"])
+            connection.execute("INSERT INTO seed_set VALUES (?, ?, ' answer')", [seed, f"text of {seed}"])
         for number, (call, (round_, shown, written)) in enumerate(calls.items()):
             connection.execute("INSERT INTO proposals VALUES (?, ?, ?, ?, 'a list')", [round_, call, number, shown])
             for position, prompt in enumerate(written):

@@ -148,7 +148,7 @@ def test_a_read_waits_for_a_writer_in_another_process(store):
     store.replace("transfer", SEED_SET, seeds("a"))
     hold = (
         "import duckdb, sys, time; c = duckdb.connect(sys.argv[1]); print('held', flush=True); time.sleep(0.5);"
-        "c.execute(\"INSERT INTO transfer.seed_set VALUES ('b', 'text')\"); c.close()"
+        "c.execute(\"INSERT INTO transfer.seed_set VALUES ('b', 'text', 'answer')\"); c.close()"
     )
     with subprocess.Popen([sys.executable, "-c", hold, str(store.path)], stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None and writer.stdout.readline() == "held\n"
@@ -162,7 +162,7 @@ def test_a_read_waits_for_a_transaction_of_another_thread(store):
     with store.transaction("transfer") as connection:
         reader.start()
         time.sleep(0.1)
-        connection.execute("INSERT INTO seed_set VALUES ('b', 'text')")
+        connection.execute("INSERT INTO seed_set VALUES ('b', 'text', 'answer')")
         assert found == []
     reader.join(10)
     assert found == [["a", "b"]]

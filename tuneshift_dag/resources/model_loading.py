@@ -39,6 +39,9 @@ def load_for_inference(
 ) -> PreTrainedModel | PeftModel:
     """A model in eval mode, with the adapter (if any) attached, unmerged, under the name `ADAPTER`."""
     model: Any = _load(files, quantization, dtype)
+    if dtype != torch.bfloat16:
+        # The repacked layout's kernel computes in bfloat16 whatever the dtype asked for.
+        _keep_layout(model)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter.path, adapter_name=ADAPTER, autocast_adapter_dtype=False)
         # An adapter in float32 would pull its matrix products, and so half the step, to float32.
@@ -51,9 +54,7 @@ def load_for_inference(
 def load_for_training(files: ModelFiles, quantization: Quantization, dtype: torch.dtype) -> PreTrainedModel:
     """A base model in train mode whose 4-bit weights stay in the layout that has gradients."""
     model = _load(files, quantization, dtype)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    _keep_layout(model)
     return model.requires_grad_(False).train()
 
 
@@ -66,6 +67,13 @@ def assert_trainable_layout(model: torch.nn.Module) -> None:
                 f"{name}: its 4-bit weight was repacked for inference, so it has no gradients and can't be"
                 " merged or saved. Load the model again with `load_for_training`."
             )
+
+
+def _keep_layout(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first forward in eval mode."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype) -> PreTrainedModel:
