@@ -1,13 +1,10 @@
 """What the benchmarks share: the prompts, the packaged models, interleaved timing and its summary."""
 
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from tuneshift_dag.method.engine import Decoding
 from tuneshift_dag.resources.model_ref import ModelFiles, resolve_adapter, resolve_model
@@ -63,11 +60,3 @@ def ratio(baseline: list[float], ours: list[float], **more: Any) -> dict[str, An
     """How many times faster ours is than the baseline, repetition by repetition."""
     ratios = [b / o for b, o in zip(baseline, ours, strict=True)]
     return {**spread(ratios), "repetitions": len(ratios), **more}
-
-
-def print_result(name: str, result: Any) -> None:
-    print(f"{name}: {json.dumps(result, indent=2)}", flush=True)
-
-
-def threads() -> int:
-    return torch.get_num_threads()

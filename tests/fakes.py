@@ -19,6 +19,19 @@ from tuneshift_dag.resources.dagster_resources import EngineResource
 from tuneshift_dag.transfer import Transfer
 
 EOS = 0
+# Columns of a row of `scored_pairs` where the fine-tuned model is sure and the base is not.
+CONFIDENT_PAIR = {
+    "round": "round_01",
+    "prompt": "?",
+    "fine_tuned_response": " yes",
+    "base_response": " maybe",
+    "fine_tuned_finish": "stop",
+    "base_finish": "stop",
+    "ppl_fine_tuned": 1.1,
+    "ppl_base": 4.0,
+    "ppl_base_cross": 8.0,
+    "ppl_fine_tuned_cross": 16.0,
+}
 _SYLLABLES = ["ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "zu"]
 
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from tests.fakes import CONFIDENT_PAIR
 from tuneshift_dag.method.filters import verdict_sql
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.resources.tables import SCORED_PAIRS
@@ -11,19 +12,7 @@ RULES = ("both", "difference", "ratio", "cross_ratio")
 
 def verdicts(store: Store, rule: str, threshold: float, pairs: list[dict], allow_truncated: bool = False) -> list:
     """(reason, margin) of each pair, in order. A pair is confident, and its base isn't, where it says nothing."""
-    confident = {
-        "round": "round_01",
-        "prompt": "?",
-        "fine_tuned_response": " yes",
-        "base_response": " maybe",
-        "fine_tuned_finish": "stop",
-        "base_finish": "stop",
-        "ppl_fine_tuned": 1.1,
-        "ppl_base": 4.0,
-        "ppl_base_cross": 8.0,
-        "ppl_fine_tuned_cross": 16.0,
-    }
-    rows = [{**confident, "prompt_id": f"{i:03}", **pair} for i, pair in enumerate(pairs)]
+    rows = [{**CONFIDENT_PAIR, "prompt_id": f"{i:03}", **pair} for i, pair in enumerate(pairs)]
     store.replace("transfer", SCORED_PAIRS, SCORED_PAIRS.frame(rows))
     query = f"SELECT reason, margin FROM ({verdict_sql(rule, allow_truncated)}) ORDER BY prompt_id"
     return store.read(query, {"t": threshold}, "transfer").rows()

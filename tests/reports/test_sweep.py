@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from tests.conftest import Project
+from tests.fakes import CONFIDENT_PAIR
 from tuneshift_dag import cli
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.reports.sweep import RULES, default_grid, parse_grid, sweep
@@ -20,19 +21,7 @@ def transfer(transfer_folder) -> Transfer:
 
 def score(store: Store, *pairs: dict) -> None:
     """Write scored pairs; a pair is finished and sure where it says nothing."""
-    usual = {
-        "round": "round_01",
-        "prompt": "?",
-        "fine_tuned_response": " yes",
-        "base_response": " maybe",
-        "fine_tuned_finish": "stop",
-        "base_finish": "stop",
-        "ppl_fine_tuned": 1.1,
-        "ppl_base": 4.0,
-        "ppl_base_cross": 8.0,
-        "ppl_fine_tuned_cross": 16.0,
-    }
-    rows = [{**usual, "prompt_id": f"{i:03}", **pair} for i, pair in enumerate(pairs)]
+    rows = [{**CONFIDENT_PAIR, "prompt_id": f"{i:03}", **pair} for i, pair in enumerate(pairs)]
     store.replace("banking", SCORED_PAIRS, SCORED_PAIRS.frame(rows))
 
 

@@ -96,8 +96,8 @@ _COUNTS = """
 def refilter(database: Store, transfer: Transfer, round_: str, threshold: float) -> str:
     """Judge a round's scored pairs and rewrite its kept and rejected rows; return the data version.
 
-    All of it happens inside DuckDB, in one transaction: a million pairs take about a second. The version
-    is a hash of the kept prompts and responses, whatever the rule and threshold that kept them.
+    All of it happens inside DuckDB, in one transaction, and no text passes through Python. The
+    version is a hash of the kept prompts and responses, whatever the rule and threshold that kept them.
 
     Raises:
         dg.Failure: when no pair is kept up to this round. The rows that were there stay: for Dagster this

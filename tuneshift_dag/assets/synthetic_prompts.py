@@ -108,11 +108,11 @@ def build_synthetic_prompts(transfer: Transfer) -> dg.AssetsDefinition:
     return synthetic_prompts
 
 
-def _request(engine: Engine, settings: Generator, call: list[Candidate], number_one: bool) -> str:
+def _request(engine: Engine, settings: Generator, call: list[Candidate], first_round: bool) -> str:
     """What the generator sees in one call. In the first round nothing is known that could be asked for."""
     if settings.mode == "by_response":
-        shown = call if number_one else call[:-1]
-        asked = None if number_one else call[-1].response
+        shown = call if first_round else call[:-1]
+        asked = None if first_round else call[-1].response
         examples = [(seed.prompt, seed.response) for seed in shown]
         return labelled_request(settings.instruction, settings.example_template, examples, asked)
     prompts = [seed.prompt for seed in call]
@@ -131,7 +131,7 @@ def _ask(
 ) -> list[Response]:
     """The generator's answer to every call, sampled with a seed of its own."""
     settings = transfer.config.generator
-    requests = [_request(engine, settings, call, number_one=round_ == FIRST_ROUND) for call in calls]
+    requests = [_request(engine, settings, call, first_round=round_ == FIRST_ROUND) for call in calls]
     last_item = settings.seeds_per_call + settings.prompts_per_call
     stops = {"chat": "", "continuation": f"\n{last_item + 1}.", "by_response": "\n\n"}
     decoding = Decoding(
@@ -172,7 +172,7 @@ def _sort_out(
         proposals.append(
             {"round": round_, "proposal_id": proposal_id, "call": number, "seed_ids": seed_ids, "text": answer.text}
         )
-        items = _items(settings, answer, number_one=round_ == FIRST_ROUND)
+        items = _items(settings, answer, first_round=round_ == FIRST_ROUND)
         accepted, dropped = pool.sort(items[: settings.prompts_per_call])
         prompts += [{"round": round_, "proposal_id": proposal_id, **vars(item)} for item in accepted]
         rejected += [{"round": round_, "proposal_id": proposal_id, **vars(item)} for item in dropped]
@@ -195,10 +195,10 @@ def _seeded_by(transfer: Transfer, database: Store, round_: str) -> dict[str, An
     }
 
 
-def _items(settings: Generator, answer: Response, number_one: bool) -> list[str]:
+def _items(settings: Generator, answer: Response, first_round: bool) -> list[str]:
     finished = answer.finish_reason == "stop"
     if settings.mode == "by_response":
-        return parse_labelled(answer.text, settings.example_template, not number_one, finished)
+        return parse_labelled(answer.text, settings.example_template, not first_round, finished)
     return parse_list(answer.text, settings.mode, finished)
 
 

@@ -133,7 +133,3 @@ def score_pairs(
             done += len(batch)
             on_progress(done, len(missing))
     return [results[first[key]] for key in keys["base"]]
-
-
-def _with_seed(decoding: Decoding, seed: int) -> Decoding:
-    return Decoding(decoding.max_new_tokens, decoding.temperature, decoding.top_k, decoding.top_p, seed, decoding.stop)

@@ -3,8 +3,7 @@
 With grouped-query attention several query heads share one key-value head. Transformers' eager version
 repeats keys and values for each of them, at every decode step for the whole cache; its fused version is
 slower still on a CPU at one query per row. Here the query heads of a group become rows of one product.
-Measured for a decode step of Gemma 3 270M at batch 32 on two cores: 260 ms fused, 99 ms eager, see
-benchmarks/README.md for this one.
+Measured for a decode step of Gemma 3 270M at batch 32 on two cores: 260 ms fused, 99 ms eager, 76 ms this one.
 """
 
 from typing import Any
