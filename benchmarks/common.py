@@ -38,10 +38,8 @@ def target_files() -> ModelFiles:
 def interleaved(contestants: dict[str, Callable[[], Any]], repetitions: int = REPETITIONS) -> dict[str, list[float]]:
     """Seconds of each contestant in each repetition, taken in turns so that drift hits all alike.
 
-    One untimed run each comes first: kernels repack weights and fill caches then.
+    Each must have run before: kernels repack weights and fill caches then.
     """
-    for run in contestants.values():
-        run()
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repetitions):
         for name, run in contestants.items():

@@ -149,6 +149,28 @@ def export(
         _out.print(str(path), soft_wrap=True)
 
 
+cache_app = typer.Typer(help="The cache of model calls, shared by all transfers.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.command("stats")
+def cache_stats(as_json: AsJson = False) -> None:
+    """What the cache holds, and how much of it no materialization uses any more."""
+    from tuneshift_dag.resources.cache_upkeep import stats
+    from tuneshift_dag.resources.store import Store
+
+    _show_rows("Cache (bytes before compression)", stats(Store(database_file())), as_json)
+
+
+@cache_app.command("gc")
+def cache_gc(as_json: AsJson = False) -> None:
+    """Remove what no materialization uses any more. The file keeps its size; DuckDB uses the space again."""
+    from tuneshift_dag.resources.cache_upkeep import collect
+    from tuneshift_dag.resources.store import Store
+
+    _show_rows("Removed: the unreferenced ones", collect(Store(database_file())), as_json)
+
+
 @app.command()
 def doctor(
     transfer: Annotated[str | None, typer.Argument(help="A transfer to check; without it, all of them.")] = None,
@@ -272,6 +294,13 @@ def _sweep_table(cells: list[dict[str, Any]]) -> Table:
             style="bold" if cell["current"] else None,
         )
     return table
+
+
+def _show_rows(title: str, rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _out.print(_table(title, rows))
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:

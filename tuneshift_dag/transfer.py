@@ -46,7 +46,7 @@ class Models(_Section):
     compute_dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Dtype of activations and of weights that aren't 4-bit."
     )
-    batch_size: int = Field(32, ge=1, le=1024, description="Most prompts decoded at once.")
+    batch_size: int = Field(32, ge=1, le=1024, description="Most prompts decoded at once; fewer when memory is short.")
 
 
 class Generator(_Section):

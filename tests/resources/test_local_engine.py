@@ -1,12 +1,14 @@
 """The local engine on the packaged models: its figures equal a slow, obvious reference."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tuneshift_dag.method.engine import Decoding
+from tuneshift_dag.resources import decoding as loop
 from tuneshift_dag.resources.local_engine import LocalEngine
 from tuneshift_dag.resources.model_loading import ADAPTER, load_for_inference
 from tuneshift_dag.resources.model_ref import resolve_adapter, resolve_model
@@ -34,6 +36,11 @@ def smollm2(dtype: str, batch_size: int = 32) -> LocalEngine:
 @pytest.fixture(scope="module")
 def exact() -> LocalEngine:
     return smollm2("float32")
+
+
+@pytest.fixture(scope="module")
+def gemma() -> LocalEngine:
+    return LocalEngine(resolve_model(GEMMA, TRANSFER, "test"), None, "nf4", "float32", 32)
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +187,101 @@ def test_adapter_of_other_shapes_has_no_place(half: LocalEngine) -> None:
     assert len(problems) == 2
 
 
-def test_gemma_logprob_is_that_of_a_second_pass() -> None:
-    engine = LocalEngine(resolve_model(GEMMA, TRANSFER, "test"), None, "nf4", "float32", 4)
-    ids, responses = generate(engine, "base", Decoding(max_new_tokens=6), PROMPTS[:3])
-    for prompt, response in zip(ids, responses, strict=True):
-        expected = reference_logprob(engine, "base", prompt, response.token_ids)
-        assert response.sum_logprob == pytest.approx(expected, rel=1e-4, abs=1e-3)
+@pytest.mark.parametrize("batch_size", [1, 8, 32])
+@pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("model", ["exact", "gemma"])
+def test_perplexity_does_not_depend_on_the_batch_size(
+    model: str, decoding: Decoding, batch_size: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Own perplexity of 9 rows at batch 1, 8 and 32, with and without the end token, against a second pass."""
+    engine: LocalEngine = request.getfixturevalue(model)
+    side = "fine_tuned" if engine.adapter else "base"
+    monkeypatch.setattr(engine, "batch_size", batch_size)
+    short = replace(decoding, max_new_tokens=5)
+    ids, responses = generate(engine, side, short, [*PROMPTS, *(p.lower() for p in PROMPTS[:4])])
+    if engine.adapter:
+        assert any(r.eos_logprob is not None for r in responses)
+    for prompt, response in zip(ids[::4], responses[::4], strict=True):
+        whole = reference_logprob(engine, side, prompt, response.token_ids)
+        assert response.sum_logprob == pytest.approx(whole, rel=1e-4, abs=1e-3)
+        if response.eos_logprob is not None:
+            without = reference_logprob(engine, side, prompt, response.token_ids[:-1])
+            assert response.sum_logprob - response.eos_logprob == pytest.approx(without, rel=1e-4, abs=1e-3)
+
+
+@pytest.mark.parametrize("model", ["exact", "gemma"])
+def test_an_opening_that_prompts_share_is_computed_once_and_changes_nothing(
+    model: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine: LocalEngine = request.getfixturevalue(model)
+    opening = "Questions that customers ask the support of their bank, each with its topic, one on a line:\n"
+    ids, together = generate(engine, "base", GREEDY, [opening + p for p in PROMPTS])
+    rows_of_forwards = count_rows(engine, monkeypatch)
+    generate(engine, "base", Decoding(1), [opening + p for p in PROMPTS])
+    assert rows_of_forwards == [1, len(PROMPTS)]
+    monkeypatch.setattr(loop, "_SHARE_FROM", 10**6)
+    _, apart = generate(engine, "base", GREEDY, [opening + p for p in PROMPTS])
+    for prompt, a, b in zip(ids, together, apart, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.sum_logprob == pytest.approx(b.sum_logprob, rel=1e-4, abs=1e-3)
+        assert a.sum_logprob == pytest.approx(
+            reference_logprob(engine, "base", prompt, a.token_ids), rel=1e-4, abs=1e-3
+        )
+
+
+def count_rows(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every forward pass from now on."""
+    rows: list[int] = []
+    forward = engine.model.forward
+
+    def counted(*args: object, **kwargs: object) -> object:
+        rows.append(len(kwargs["input_ids"]))  # type: ignore[arg-type]
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(engine.model, "forward", counted)
+    return rows
+
+
+def test_work_done_in_chunks_is_the_same(exact: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, whole = pairs(exact)
+    monkeypatch.setattr(loop, "_TOKENS_AT_ONCE", {"cpu": 30})
+    _, chunked = pairs(exact)
+    for a, b in zip(whole, chunked, strict=True):
+        assert (a.base.token_ids, a.fine_tuned.token_ids) == (b.base.token_ids, b.fine_tuned.token_ids)
+        assert a.base_on_fine_tuned == pytest.approx(b.base_on_fine_tuned, rel=1e-4, abs=1e-3)
+        assert a.fine_tuned_on_base == pytest.approx(b.fine_tuned_on_base, rel=1e-4, abs=1e-3)
+
+
+def test_a_cache_that_grows_is_the_same(exact: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, at_once = generate(exact, "base", GREEDY)
+    monkeypatch.setattr(loop, "_GROW_BY", 3)
+    _, in_steps = generate(exact, "base", GREEDY)
+    for a, b in zip(at_once, in_steps, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.sum_logprob == pytest.approx(b.sum_logprob, rel=1e-4, abs=1e-4)
+
+
+def test_out_of_memory_halves_the_batch_and_loses_nothing(exact: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, expected = pairs(exact)
+    prefill, sizes = loop.prefill, []
+
+    def limited(model: object, prompts: list[list[int]], new_tokens: int = 0) -> loop.Prefix:
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prefill(model, prompts, new_tokens)
+
+    monkeypatch.setattr(loop, "prefill", limited)
+    _, found = pairs(exact)
+    assert sizes == [5, 2, 2, 2, 2, 1, 1]
+    for a, b in zip(expected, found, strict=True):
+        assert a.fine_tuned.token_ids == b.fine_tuned.token_ids
+
+
+def test_shorter_lora_forward_equals_that_of_peft(exact: LocalEngine) -> None:
+    module = exact.model.base_model.model.model.layers[3].self_attn.q_proj
+    x = torch.randn(2, 3, module.in_features)
+    with torch.inference_mode():
+        torch.testing.assert_close(module(x), type(module).forward(module, x), rtol=1e-4, atol=1e-5)
+        with exact.model.disable_adapter():
+            torch.testing.assert_close(module(x), module.base_layer(x), rtol=0, atol=0)

@@ -15,6 +15,7 @@ from tuneshift_dag.resources.tables import (
     CACHE,
     CACHED_SCORES,
     FILTERED_DATASET,
+    PROPOSALS,
     REJECTED_PAIRS,
     SCHEMA_VERSION,
     SEED_SET,
@@ -55,9 +56,10 @@ def test_replacing_one_round_keeps_the_others(store):
 
 def test_a_failing_insert_keeps_the_old_rows_of_every_table(store):
     store.replace("transfer", SEED_SET, seeds("old"))
-    twice = REJECTED_PAIRS.frame([{"round": "round_01", "prompt_id": "a", "reason": "x"}] * 2)
+    call = {"round": "round_01", "proposal_id": "a", "call": 0, "seed_ids": [], "text": "x"}
+    twice = PROPOSALS.frame([call] * 2)
     with pytest.raises(duckdb.ConstraintException):
-        store.replace_all("transfer", [(SEED_SET, seeds("new")), (REJECTED_PAIRS, twice)])
+        store.replace_all("transfer", [(SEED_SET, seeds("new")), (PROPOSALS, twice)])
     assert seed_ids(store) == ["old"]
 
 
@@ -166,3 +168,22 @@ def test_a_read_waits_for_a_transaction_of_another_thread(store):
         assert found == []
     reader.join(10)
     assert found == [["a", "b"]]
+
+
+def test_a_file_of_schema_version_1_is_migrated_and_keeps_its_rows(store):
+    store.prepare("transfer")
+    with duckdb.connect(str(store.path)) as connection:
+        connection.execute("UPDATE main.tuneshift_schema SET version = 1")
+        connection.execute("SET schema = 'transfer'")
+        for table in ("filtered_dataset", "rejected_pairs"):
+            connection.execute(f"ALTER TABLE {table} ADD PRIMARY KEY (round, prompt_id)")
+        connection.execute("ALTER TABLE steps DROP COLUMN peak_bytes")
+        connection.execute("INSERT INTO rejected_pairs VALUES ('round_01', 'a', 'below_threshold')")
+    again = Store(store.path)
+    assert again.read("SELECT * FROM rejected_pairs", schema="transfer").rows() == [
+        ("round_01", "a", "below_threshold")
+    ]
+    assert again.read("SELECT max(version) FROM main.tuneshift_schema").item() == SCHEMA_VERSION
+    assert again.read("SELECT peak_bytes FROM steps", schema="transfer").is_empty()
+    keys = again.read("SELECT table_name FROM duckdb_constraints() WHERE constraint_type = 'PRIMARY KEY'")
+    assert {"filtered_dataset", "rejected_pairs"}.isdisjoint(keys["table_name"])

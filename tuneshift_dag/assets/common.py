@@ -17,8 +17,9 @@ import polars as pl
 from tqdm import tqdm
 
 from tuneshift_dag.method.scoring import Cost
+from tuneshift_dag.resources.memory import peak_bytes, reset_peak
 from tuneshift_dag.resources.store import Store
-from tuneshift_dag.resources.tables import COLUMN_SOURCES, STEPS, Table
+from tuneshift_dag.resources.tables import CACHE_REFERENCES, COLUMN_SOURCES, STEPS, Table
 from tuneshift_dag.transfer import Transfer
 
 # `tuneshift run` puts this tag on its runs, so that their cost can be added up.
@@ -110,12 +111,13 @@ class Step:
 
     def progress(self, what: str) -> Callable[[int, int], None]:
         """A callback (done, total): a bar in a terminal, else at most one log line in ten seconds."""
-        started = time.monotonic()
+        started, tokens_before = time.monotonic(), self.cost.tokens
         bar = tqdm(desc=what, disable=not sys.stderr.isatty(), leave=False)
 
         def report(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
+            bar.set_postfix(cached=self.cost.cache_hits)
             if done == total:
                 bar.close()
             now = time.monotonic()
@@ -124,7 +126,11 @@ class Step:
             self._last_line = now
             rate = done / max(now - started, 1e-9)
             left = (total - done) / rate if rate else 0
-            self.context.log.info(f"{what}: {done}/{total}, {rate:.1f}/s, {left:.0f} s left")
+            tokens = (self.cost.tokens - tokens_before) / max(now - started, 1e-9)
+            self.context.log.info(
+                f"{what}: {done}/{total}, {rate:.1f}/s, {tokens:.0f} tokens/s, {left:.0f} s left,"
+                f" {self.cost.cache_hits} from the cache"
+            )
 
         return report
 
@@ -133,6 +139,8 @@ class Step:
             "seconds": time.monotonic() - self.started,
             "model_calls": self.cost.model_calls,
             "cache_hits": self.cost.cache_hits,
+            "tokens_generated": self.cost.tokens,
+            "peak_memory_mb": peak_bytes() / 1e6,
         }
 
 
@@ -140,17 +148,23 @@ class Step:
 def step(context: dg.AssetExecutionContext, store: Store, transfer: Transfer) -> Iterator[Step]:
     """Time a materialization and write what it cost to the table ``steps`` when it succeeds."""
     current = Step(context)
+    reset_peak()
     yield current
+    asset = context.asset_key.path[-1]
+    round_ = context.partition_key if context.has_partition_key else None
     tags = context.run.tags
     row = {
         "run_id": context.run.run_id,
         "batch_id": tags.get(BATCH_TAG) or tags.get("dagster/backfill") or context.run.run_id,
-        "asset": context.asset_key.path[-1],
-        "round": context.partition_key if context.has_partition_key else None,
+        "asset": asset,
+        "round": round_,
         "finished_at": datetime.now(UTC).replace(tzinfo=None),
         "seconds": time.monotonic() - current.started,
         "model_seconds": current.cost.model_seconds,
         "model_calls": current.cost.model_calls,
         "cache_hits": current.cost.cache_hits,
+        "peak_bytes": peak_bytes(),
     }
+    used = [{"asset": asset, "round": round_ or "", "key": k} for k in sorted(current.cost.keys)]
+    store.replace(transfer.name, CACHE_REFERENCES, CACHE_REFERENCES.frame(used), asset=asset, round=round_ or "")
     store.append_all(transfer.name, [(STEPS, STEPS.frame([row]))])

@@ -24,11 +24,13 @@ class Cache(Protocol):
 
 @dataclass
 class Cost:
-    """``model_calls``: prompts that a model worked on, in ``model_seconds`` of wall time (loading included);
-    ``cache_hits``: prompts that needed none."""
+    """``model_calls``: prompts that a model worked on, in ``model_seconds`` of wall time (loading included), and
+    the ``tokens`` it generated; ``cache_hits``: prompts that needed none; ``keys``: every cache entry used."""
 
     model_calls: int = 0
     cache_hits: int = 0
+    tokens: int = field(default=0, compare=False)
+    keys: set[str] = field(default_factory=set, compare=False)
     model_seconds: float = field(default=0.0, compare=False)
 
     def timed(self, batches: Iterator[T]) -> Iterator[T]:
@@ -63,6 +65,7 @@ def generate(
     keys = [cache.response_key(fingerprint, p, d) for p, d in zip(prompts, settings, strict=True)]
     found = cache.responses(keys)
     missing = list({key: i for i, key in enumerate(keys) if key not in found}.values())
+    cost.keys.update(keys)
     cost.cache_hits += len(prompts) - len(missing)
     done = 0
     if missing:
@@ -73,6 +76,7 @@ def generate(
             cache.put(new, {})
             found |= new
             cost.model_calls += len(new)
+            cost.tokens += sum(len(response.token_ids) for response in new.values())
             done += len(new)
             on_progress(done, len(missing))
     return [found[key] for key in keys]
@@ -129,7 +133,14 @@ def score_pairs(
                 base_key, fine_tuned_key = cross_keys(i, pair.base, pair.fine_tuned)
                 new_scores |= {base_key: pair.base_on_fine_tuned, fine_tuned_key: pair.fine_tuned_on_base}
                 cost.model_calls += 4 - len(known[i])
+                generated = {
+                    s: r for s, r in (("base", pair.base), ("fine_tuned", pair.fine_tuned)) if s not in known[i]
+                }
+                cost.tokens += sum(len(response.token_ids) for response in generated.values())
             cache.put(responses, new_scores)
             done += len(batch)
             on_progress(done, len(missing))
+    cost.keys.update(keys["base"], keys["fine_tuned"])
+    for i, pair in results.items():
+        cost.keys.update(cross_keys(i, pair.base, pair.fine_tuned))
     return [results[first[key]] for key in keys["base"]]

@@ -43,7 +43,14 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _commands() -> dict[str, Any]:
     from tuneshift_dag.cli import app
 
-    return dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    def flat(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from flat(command, f"{prefix}{name} ")
+            else:
+                yield f"{prefix}{name}", command
+
+    return dict(flat(typer.main.get_command(app), ""))
 
 
 def _usage(parameter: Any) -> str:

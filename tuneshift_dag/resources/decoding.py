@@ -6,7 +6,8 @@ keys and values are kept (`Prefix`), so another model's response is scored by ru
 Rows that finish leave the batch.
 
 Prompts are padded on the left, so that all rows write their next token at the same place; padding is
-masked out and position ids start at each row's first real token.
+masked out and position ids count real tokens only. An opening that all prompts share runs once. Many tokens
+at a time run in chunks of rows of similar length, so that little of the work is padding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,13 +16,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from tuneshift_dag.method.engine import Decoding, Response
+from tuneshift_dag.resources.kv_cache import KeysValues, growing_cache
 
 # Rows are taken out of the batch when at least this share of it has finished: copying the cache
 # costs about as much as decoding one row in eight.
 _COMPACT_AT = 1 / 8
+# Prompts that open with at least this many equal tokens share their computation.
+_SHARE_FROM = 16
+# Tokens that run through the model at once, padding included. On a CPU more isn't faster, and smaller
+# chunks are less padded; a GPU needs many to be busy.
+_TOKENS_AT_ONCE = {"cpu": 512}
+_TOKENS_AT_ONCE_ELSEWHERE = 16384
+# Tokens by which a decoding batch's cache grows.
+_GROW_BY = 32
 # Logits computed at once when a given response is scored, in elements (32 MB in bfloat16).
 _LOGITS_AT_ONCE = 1 << 24
 # Logits turned into float32 at once, in elements: 2 MB stay in a core's cache.
@@ -30,9 +40,10 @@ _FLOAT_AT_ONCE = 1 << 19
 
 @dataclass
 class Prefix:
-    """Prompts after the forward pass. Shapes: mask (B, L), 1 for real tokens; logits (B, V)."""
+    """Prompts after the forward pass. Shapes: keys and values (B, H, L, D) per layer; mask (B, L), 1 for real
+    tokens; logits (B, V)."""
 
-    keys_values: list[tuple[torch.Tensor, torch.Tensor]]
+    keys_values: list[KeysValues]
     mask: torch.Tensor
     logits: torch.Tensor
 
@@ -45,21 +56,87 @@ class Prefix:
 
 
 @torch.inference_mode()
-def prefill(model: Any, prompts: Sequence[list[int]]) -> Prefix:
-    """Run prompts (token ids) through the model once."""
-    length = max(map(len, prompts))
-    ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    cache = DynamicCache()
-    output = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=_positions(mask),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
+def prefill(model: Any, prompts: Sequence[list[int]], new_tokens: int = 0) -> Prefix:
+    """Run prompts (token ids) through the model once, what they all open with only for one of them.
+
+    A row of the result is the shared opening, then padding, then the row's own tokens.
+
+    Args:
+        new_tokens: the most tokens that will follow a prompt.
+    """
+    shared = _shared_length(model, prompts, new_tokens)
+    opening = DynamicCache()
+    if shared:
+        model(
+            input_ids=torch.tensor([prompts[0][:shared]], device=model.device), past_key_values=opening, use_cache=True
+        )
+    chunks = []
+    for rows in _chunks([len(p) - shared for p in prompts], model.device):
+        own = [prompts[i][shared:] for i in rows]
+        width = max(map(len, own))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in own], device=model.device)
+        mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in own], device=model.device)
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(_keys_values(opening)):
+            cache.update(keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1), layer)
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=_positions(mask)[:, shared:],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        chunks.append(Prefix(_keys_values(cache), mask, output.logits[:, -1]))
+    return _joined(chunks, shared)
+
+
+def _joined(chunks: list[Prefix], shared: int) -> Prefix:
+    """Rows of several prefills as one: the shorter ones are padded after the shared opening."""
+    if len(chunks) == 1:
+        return chunks[0]
+    length = max(chunk.mask.shape[1] for chunk in chunks)
+
+    def padded(rows: torch.Tensor, dim: int) -> torch.Tensor:
+        missing = length - rows.shape[dim]
+        if not missing:
+            return rows
+        head, own = rows.narrow(dim, 0, shared), rows.narrow(dim, shared, rows.shape[dim] - shared)
+        shape = [missing if d == dim else n for d, n in enumerate(rows.shape)]
+        return torch.cat([head, rows.new_zeros(shape), own], dim)
+
+    layers = zip(*(chunk.keys_values for chunk in chunks), strict=True)
+    return Prefix(
+        [(torch.cat([padded(k, 2) for k, _ in kv]), torch.cat([padded(v, 2) for _, v in kv])) for kv in layers],
+        torch.cat([padded(chunk.mask, 1) for chunk in chunks]),
+        torch.cat([chunk.logits for chunk in chunks]),
     )
-    return Prefix(_keys_values(cache), mask, output.logits[:, -1])
+
+
+def _shared_length(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> int:
+    """How many opening tokens all prompts share, if computing them once pays and is exact."""
+    first, last = min(prompts), max(prompts)
+    most = min(map(len, prompts)) - 1  # every row keeps a token of its own, whose logits are wanted
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
+    shared = min(shared, most)
+    # Padding between the opening and a row's own tokens would count in a sliding window.
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if window and max(map(len, prompts)) + new_tokens > window:
+        return 0
+    return shared if len(prompts) > 1 and shared >= _SHARE_FROM else 0
+
+
+def _chunks(lengths: Sequence[int], device: torch.device) -> Iterator[list[int]]:
+    """Consecutive rows whose padded tokens are few enough to run at once; at least one row each."""
+    most = _TOKENS_AT_ONCE.get(device.type, _TOKENS_AT_ONCE_ELSEWHERE)
+    rows: list[int] = []
+    for row, length in enumerate(lengths):
+        width = max(length, *(lengths[r] for r in rows)) if rows else length
+        if rows and width * (len(rows) + 1) > most:
+            yield rows
+            rows = []
+        rows.append(row)
+    yield rows
 
 
 @torch.inference_mode()
@@ -73,7 +150,7 @@ def decode(
             batch around it.
     """
     rows = _Rows(tokenizer, len(prefix.mask), decoding)
-    cache = _cache_of(prefix.keys_values)
+    cache = growing_cache(prefix.keys_values, min(decoding.max_new_tokens, _GROW_BY))
     mask, logits = prefix.mask, prefix.logits
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or []]
     active = list(range(len(mask)))
@@ -110,28 +187,36 @@ def score(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> list[fl
 
     Logits are computed for response positions only. A response without tokens scores 0.
     """
-    length = max(map(len, responses))
     first = [(r[0] if r else 0) for r in responses]
     first_logprob = _logprobs(prefix.logits, torch.tensor(first, device=model.device))
     totals = [value if r else 0.0 for value, r in zip(first_logprob.tolist(), responses, strict=True)]
-    if length < 2:
-        return totals
-    # Inputs are all tokens but the last; each predicts the next. Padding stands on the right, where
-    # the causal mask keeps it from every real token.
-    ids = torch.tensor([r[:-1] + [0] * (length - max(1, len(r))) for r in responses], device=model.device)
+    # Inputs are all tokens but the last; each predicts the next.
+    longer = sorted((i for i, r in enumerate(responses) if len(r) > 1), key=lambda i: len(responses[i]))
+    for chunk in _chunks([len(responses[i]) - 1 for i in longer], model.device) if longer else ():
+        rows = [longer[i] for i in chunk]
+        for row, value in zip(rows, _score_rest(model, prefix.select(rows), [responses[i] for i in rows]), strict=True):
+            totals[row] += value
+    return totals
+
+
+def _score_rest(model: Any, prefix: Prefix, responses: list[list[int]]) -> list[float]:
+    """Log-probability sums of responses (of at least two tokens) without their first token."""
+    # Padding stands on the right, where the causal mask keeps it from every real token.
+    length = max(map(len, responses)) - 1
+    ids = torch.tensor([r[:-1] + [0] * (length - len(r) + 1) for r in responses], device=model.device)
     mask = torch.cat([prefix.mask, torch.ones_like(ids)], dim=1)
-    positions = _positions(mask)[:, prefix.mask.shape[1] :]
     owner = [i for i, r in enumerate(responses) for _ in r[1:]]
-    predicts = [i * (length - 1) + t for i, r in enumerate(responses) for t in range(len(r) - 1)]
+    predicts = [i * length + t for i, r in enumerate(responses) for t in range(len(r) - 1)]
     targets = torch.tensor([token for r in responses for token in r[1:]], device=model.device)
     with _capture_hidden(model, torch.tensor(predicts, device=model.device)) as captured:
         model(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=positions,
-            past_key_values=_cache_of(prefix.keys_values),
+            position_ids=_positions(mask)[:, prefix.mask.shape[1] :],
+            past_key_values=growing_cache(prefix.keys_values, length),
             use_cache=True,
         )
+    totals = [0.0] * len(responses)
     chunk = max(1, _LOGITS_AT_ONCE // prefix.logits.shape[1])
     for start in range(0, len(owner), chunk):
         logits = head_logits(model, captured[0][start : start + chunk])
@@ -139,6 +224,15 @@ def score(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> list[fl
         for row, value in zip(owner[start : start + chunk], logprobs.tolist(), strict=True):
             totals[row] += value
     return totals
+
+
+def bytes_per_row(model: Any, tokens: int, logits: int) -> int:
+    """Memory that a row needs for the keys and values of ``tokens`` tokens and for ``logits`` rows of logits."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    values = tokens * config.num_hidden_layers * 2 * heads * width + logits * config.vocab_size
+    return int(values * model.dtype.itemsize)
 
 
 def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -180,7 +274,7 @@ def _capture_hidden(model: Any, positions: torch.Tensor) -> Iterator[list[torch.
 
     def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         captured.append(inputs[0].flatten(0, 1)[positions])
-        return inputs[0][:1, :1].contiguous()
+        return inputs[0][0, :1].contiguous()  # (1, D): for (1, 1, D) the head would copy its weight
 
     handle = model.get_output_embeddings().register_forward_pre_hook(hook, prepend=True)
     try:
@@ -254,13 +348,5 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(1) - 1).clamp_min(0)
 
 
-def _keys_values(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _keys_values(cache: Cache) -> list[KeysValues]:
     return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def _cache_of(keys_values: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
-    """A cache that starts with these tensors and never writes into them (it grows by concatenation)."""
-    cache = DynamicCache()
-    for layer, (keys, values) in enumerate(keys_values):
-        cache.update(keys, values, layer)
-    return cache

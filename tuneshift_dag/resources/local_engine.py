@@ -1,9 +1,9 @@
 """The in-process engine: one resident base model, its adapter switched on or off per batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -13,9 +13,11 @@ from tuneshift_dag.method.engine import Decoding, Pair, Response, Side
 from tuneshift_dag.method.preflight import AdapterCheck, adapter_delta_norm, check_adapter_keys, check_outputs
 from tuneshift_dag.method.scoring import SIDES
 from tuneshift_dag.resources import decoding as loop
+from tuneshift_dag.resources.batching import in_batches
 from tuneshift_dag.resources.model_loading import ADAPTER, Quantization, load_for_inference, load_tokenizer
 from tuneshift_dag.resources.model_ref import ModelFiles
 
+T = TypeVar("T")
 # Raised by hand when a change to the decode loop changes its outputs.
 _ENGINE_VERSION = "local-1"
 
@@ -94,23 +96,26 @@ class LocalEngine:
         decoding: Decoding,
         seeds: Sequence[int] | None = None,
     ) -> Iterator[list[tuple[int, Response]]]:
-        for batch in self._batches(prompts):
+        def work(batch: list[int]) -> list[Response]:
             with self.side(side) as model:
-                prefix = loop.prefill(model, [prompts[i] for i in batch])
+                prefix = loop.prefill(model, [prompts[i] for i in batch], decoding.max_new_tokens)
                 own_seeds = [seeds[i] for i in batch] if seeds else None
-                responses = loop.decode(model, self.tokenizer, prefix, decoding, own_seeds)
+                return loop.decode(model, self.tokenizer, prefix, decoding, own_seeds)
+
+        for batch, responses in self._batches(prompts, decoding, work):
             yield list(zip(batch, responses, strict=True))
 
     def pairs(
         self, prompts: Sequence[list[int]], known: Sequence[dict[Side, Response]], decoding: Decoding
     ) -> Iterator[list[tuple[int, Pair]]]:
         """Each side prefills a prompt once; its keys and values serve both decoding and cross scoring."""
-        for batch in self._batches(prompts):
+
+        def work(batch: list[int]) -> list[Pair]:
             prefixes = {}
             responses: dict[Side, list[Response]] = {}
             for side in SIDES:
                 with self.side(side) as model:
-                    prefixes[side] = loop.prefill(model, [prompts[i] for i in batch])
+                    prefixes[side] = loop.prefill(model, [prompts[i] for i in batch], decoding.max_new_tokens)
                     found = {row: known[i][side] for row, i in enumerate(batch) if side in known[i]}
                     missing = [row for row in range(len(batch)) if row not in found]
                     if missing:
@@ -121,8 +126,11 @@ class LocalEngine:
             cross = {}
             for side, other in (SIDES, SIDES[::-1]):
                 with self.side(side) as model:
-                    cross[side] = loop.score(model, prefixes[side], [r.token_ids for r in responses[other]])
-            pairs = map(Pair, responses["base"], responses["fine_tuned"], cross["base"], cross["fine_tuned"])
+                    cross[side] = loop.score(model, prefixes.pop(side), [r.token_ids for r in responses[other]])
+            columns = (responses["base"], responses["fine_tuned"], cross["base"], cross["fine_tuned"])
+            return list(map(Pair, *columns))
+
+        for batch, pairs in self._batches(prompts, decoding, work):
             yield list(zip(batch, pairs, strict=True))
 
     @contextmanager
@@ -135,8 +143,11 @@ class LocalEngine:
             else:
                 yield self.model
 
-    def _batches(self, prompts: Sequence[list[int]]) -> Iterator[list[int]]:
-        """Indices of prompts in batches of similar length, longest first: memory peaks at the start."""
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-        for start in range(0, len(order), self.batch_size):
-            yield order[start : start + self.batch_size]
+    def _batches(
+        self, prompts: Sequence[list[int]], decoding: Decoding, work: Callable[[list[int]], list[T]]
+    ) -> Iterator[tuple[list[int], list[T]]]:
+        def row(length: int) -> int:
+            # Two prompts' caches are held while a third, growing one is decoded with; and two rows of logits.
+            return loop.bytes_per_row(self.model, 3 * length + decoding.max_new_tokens, logits=3)
+
+        return in_batches([len(p) for p in prompts], self.batch_size, row, work)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.resources import attention
+from tuneshift_dag.resources import attention, lora_inference
 from tuneshift_dag.resources.model_ref import ModelFiles
 
 Quantization = Literal["nf4", "fp4", "none"]
@@ -48,6 +48,7 @@ def load_for_inference(
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)
+        lora_inference.shorten(model)
     return model.eval().requires_grad_(False)
 
 

@@ -113,6 +113,9 @@ class Store:
                 f"{self.path} was written by a newer tuneshift_dag (schema version {version}; this one knows"
                 f" {SCHEMA_VERSION}). Upgrade tuneshift_dag, or set TUNESHIFT_HOME to another folder."
             )
+        elif version < SCHEMA_VERSION:
+            _migrate(connection)
+            connection.execute("INSERT INTO main.tuneshift_schema VALUES (?)", [SCHEMA_VERSION])
 
     @contextmanager
     def _connection(self, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -142,6 +145,17 @@ class Store:
                     ) from error
             time.sleep(pause)
             pause = min(0.5, pause * 2)
+
+
+def _migrate(connection: duckdb.DuckDBPyConnection) -> None:
+    """From schema version 1 to 2: two tables lose their keys, and steps gain their peak memory."""
+    schemas = connection.execute("SELECT schema_name FROM duckdb_tables() WHERE table_name = 'steps'").fetchall()
+    for (schema,) in schemas:
+        for table in ("filtered_dataset", "rejected_pairs"):
+            connection.execute(f'CREATE TABLE "{schema}".copied AS SELECT * FROM "{schema}".{table}')
+            connection.execute(f'DROP TABLE "{schema}".{table}')
+            connection.execute(f'ALTER TABLE "{schema}".copied RENAME TO {table}')
+        connection.execute(f'ALTER TABLE "{schema}".steps ADD COLUMN peak_bytes BIGINT')
 
 
 def _replace_views(connection: duckdb.DuckDBPyConnection, schema: str) -> None:
