@@ -1,10 +1,11 @@
-"""Dagster's entry point: the assets of every transfer found, and the resources they use."""
+"""Dagster's entry point: the assets and the automation of every transfer found, and their resources."""
 
 from pathlib import Path
 
 import dagster as dg
 
 from tuneshift_dag.assets import build_assets
+from tuneshift_dag.automation import build_automation
 from tuneshift_dag.home import database_file, transfers_dir
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
 from tuneshift_dag.transfer import Transfer, find_transfers, load_transfer
@@ -16,6 +17,7 @@ def build_definitions(
     """Definitions for the given transfers; tests pass an `EngineResource` of their own."""
     return dg.Definitions(
         assets=[asset for transfer in transfers for asset in build_assets(transfer)],
+        sensors=[build_automation(transfer) for transfer in transfers],
         resources={"store": StoreResource(path=str(database)), "engines": engines or EngineResource()},
         # One process per run: its steps share the loaded models, and torch is imported once.
         executor=dg.in_process_executor,

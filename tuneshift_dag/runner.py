@@ -1,7 +1,6 @@
 """``tuneshift run``: materialize what is missing or out of date, in round order, through Dagster's instance.
 
-What is out of date is asked of Dagster itself, with the resolver behind the UI's "unsynced" marks, so
-that the command line and the UI never disagree.
+What is out of date is asked of Dagster itself: see `tuneshift_dag/staleness.py`.
 """
 
 import os
@@ -13,27 +12,19 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import dagster as dg
-
-# Dagster has no public call for this; the version range in pyproject.toml is pinned for it.
-from dagster._core.asset_graph_view.asset_graph_view import AssetGraphView
-from dagster._core.definitions.data_version import (
-    CachingStaleStatusResolver,
-    StaleCause,
-    StaleCauseCategory,
-    StaleStatus,
-)
+from dagster._core.definitions.data_version import StaleCause, StaleCauseCategory
 from dagster._core.storage.dagster_run import IN_PROGRESS_RUN_STATUSES
 
-from tuneshift_dag.assets.common import BATCH_TAG, key
+from tuneshift_dag.assets.common import BATCH_TAG, ROUND_ASSETS, key
 from tuneshift_dag.definitions import build_definitions
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file
 from tuneshift_dag.resources.dagster_resources import EngineResource
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.resources.tables import RUNS
+from tuneshift_dag.staleness import Staleness
 from tuneshift_dag.transfer import Transfer
 
-_ROUND_ASSETS = ("synthetic_prompts", "scored_pairs", "filtered_dataset")
 _PID_TAG = "tuneshift/process"
 
 
@@ -94,25 +85,19 @@ class Runner:
         return self.result
 
     def _run_round(self, round_: str, regrow: bool) -> None:
-        for place, asset in enumerate(_ROUND_ASSETS):
+        for place, asset in enumerate(ROUND_ASSETS):
             causes = self._causes(asset, round_)
             if causes == []:
                 continue
             if asset == "synthetic_prompts" and causes and not regrow and self._only_seeds_changed(causes):
                 self.result.kept_rounds.append(round_)
                 continue
-            self._materialize(_ROUND_ASSETS[place:], round_)
+            self._materialize(ROUND_ASSETS[place:], round_)
             return
 
     def _causes(self, asset: str, round_: str | None) -> list[StaleCause] | None:
         """Why an asset is out of date: [] when it isn't, None when it was never materialized."""
-        # A new resolver each time: it remembers what it has read.
-        view = AssetGraphView.for_test(self.defs, self.instance)
-        resolver = CachingStaleStatusResolver(self.instance, view.asset_graph, view)
-        asset_key = key(self.transfer, asset)
-        if resolver.get_status(asset_key, round_) == StaleStatus.MISSING:
-            return None
-        return list(resolver.get_stale_causes(asset_key, round_))
+        return Staleness(self.defs.resolve_asset_graph(), self.instance).causes(key(self.transfer, asset), round_)
 
     def _only_seeds_changed(self, causes: list[StaleCause]) -> bool:
         seeds = key(self.transfer, "round_seeds")

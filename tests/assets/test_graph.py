@@ -242,12 +242,19 @@ class TestTargetPairs:
 
 
 class TestErrors:
-    def test_a_round_without_seeds_names_what_to_materialize_first(self, project: Project) -> None:
-        assert failure(project.materialize("synthetic_prompts", round="round_02")) == (
-            "round_02 has no seeds yet: materialize filtered_dataset of round_01 first, then this round again."
-            " Nothing that was computed is lost."
+    def test_a_round_without_seeds_names_the_round_to_materialize_first(
+        self, project: Project, edit_config: Edit
+    ) -> None:
+        edit_config("rounds", 3)
+        for round_ in project.transfer.round_keys:
+            assert "because seed_set isn't finished" in failure(project.materialize("synthetic_prompts", round=round_))
+        project.materialize("seed_set")
+        assert failure(project.materialize("synthetic_prompts", round="round_03")) == (
+            "round_03 has no seeds yet, because round_01 isn't finished. Materialize round_01 first (if it failed, its"
+            " run says what to fix), then round_03 again. Nothing that was computed is lost."
         )
-        assert "materialize seed_set first" in failure(project.materialize("synthetic_prompts", round="round_01"))
+        project.materialize(*ROUND_ASSETS, round="round_01")
+        assert "because round_02 isn't finished" in failure(project.materialize("synthetic_prompts", round="round_03"))
 
     def test_a_model_without_all_rounds_names_the_missing_ones(self, project: Project, edit_config: Edit) -> None:
         edit_config("rounds", 3)

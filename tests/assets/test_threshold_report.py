@@ -2,6 +2,7 @@
 
 import json
 
+import dagster as dg
 import numpy as np
 import pytest
 
@@ -66,6 +67,14 @@ class TestThresholdReport:
         assert ("threshold_report", None) in project.run().materialized
         assert project.run().materialized == []
         assert project.rows("SELECT threshold FROM threshold_report WHERE current") == [(1.6,)]
+
+    def test_names_the_rounds_that_it_was_made_without(self, project: Project) -> None:
+        project.materialize("seed_set")
+        project.materialize("synthetic_prompts", "scored_pairs", "filtered_dataset", round="round_01")
+        (evaluation,) = project.materialize("threshold_report").get_asset_check_evaluations()
+        assert (evaluation.check_name, evaluation.passed) == ("every_round_read", False)
+        assert evaluation.severity == dg.AssetCheckSeverity.WARN
+        assert "scored_pairs has no round_02 yet" in str(evaluation.description)
 
     def test_reports_nothing_kept_rather_than_failing(self, project: Project) -> None:
         assert project.materialize("threshold_report").success

@@ -26,6 +26,8 @@ from tuneshift_dag.transfer import Transfer
 BATCH_TAG = "tuneshift/batch"
 OWNERS = ["team:tuneshift"]
 MODEL_POOL = "models"
+# What a round materializes, in this order.
+ROUND_ASSETS = ("synthetic_prompts", "scored_pairs", "filtered_dataset")
 
 
 def key(transfer: Transfer, asset: str) -> dg.AssetKey:
@@ -89,6 +91,38 @@ def with_code_references(
             else:
                 linked += dg.with_source_code_references([asset.map_asset_specs(with_settings)])  # type: ignore[arg-type]
         return linked
+
+
+EVERY_ROUND_READ = "every_round_read"
+
+
+def every_round_read(transfer: Transfer, asset: str) -> dg.AssetCheckSpec:
+    return dg.AssetCheckSpec(
+        EVERY_ROUND_READ,
+        asset=key(transfer, asset),
+        description="It was made from all rounds. Dagster runs an unpartitioned asset also when some don't exist yet.",
+    )
+
+
+def missing_rounds(context: dg.AssetExecutionContext, transfer: Transfer, asset: str) -> list[str]:
+    """Rounds of ``asset`` that were never materialized."""
+    there = context.instance.get_materialized_partitions(key(transfer, asset))
+    return [round_ for round_ in transfer.round_keys if round_ not in there]
+
+
+def check_rounds(context: dg.AssetExecutionContext, transfer: Transfer, asset: str) -> dg.AssetCheckResult:
+    """The outcome of `every_round_read`: a warning that names the missing rounds of ``asset``."""
+    missing = missing_rounds(context, transfer, asset)
+    message = f"{asset} has no {', '.join(missing)} yet; materialize this again after them."
+    if missing:
+        context.log.warning(message)
+    return dg.AssetCheckResult(
+        passed=not missing,
+        severity=dg.AssetCheckSeverity.WARN,
+        check_name=EVERY_ROUND_READ,
+        description=message if missing else None,
+        metadata={"rounds": len(transfer.round_keys) - len(missing), "missing": missing},
+    )
 
 
 def example_rows(frame: pl.DataFrame, columns: list[str], limit: int = 5) -> dg.MetadataValue:

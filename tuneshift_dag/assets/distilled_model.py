@@ -11,12 +11,15 @@ import dagster as dg
 import polars as pl
 
 from tuneshift_dag.assets.common import (
+    EVERY_ROUND_READ,
     MODEL_POOL,
     OWNERS,
     Step,
     content_version,
     definition_metadata,
+    every_round_read,
     key,
+    missing_rounds,
     step,
 )
 from tuneshift_dag.home import output_dir
@@ -42,9 +45,7 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
         metadata=definition_metadata(transfer, DISTILLED_MODELS),
         check_specs=[
             dg.AssetCheckSpec("dataset_not_empty", asset=asset_key, description="There are pairs to train on."),
-            dg.AssetCheckSpec(
-                "every_round_read", asset=asset_key, description="Every round's filtered_dataset exists."
-            ),
+            every_round_read(transfer, "distilled_model"),
         ],
     )
     def distilled_model(
@@ -94,7 +95,7 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
             check_results=[
                 dg.AssetCheckResult(passed=True, check_name="dataset_not_empty", metadata={"pairs": len(pairs)}),
                 dg.AssetCheckResult(
-                    passed=True, check_name="every_round_read", metadata={"rounds": transfer.config.rounds}
+                    passed=True, check_name=EVERY_ROUND_READ, metadata={"rounds": transfer.config.rounds}
                 ),
             ],
         )
@@ -104,8 +105,7 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
 
 def _refuse_missing_rounds(context: dg.AssetExecutionContext, transfer: Transfer) -> None:
     """Dagster runs an unpartitioned asset also when partitions above it don't exist yet."""
-    there = context.instance.get_materialized_partitions(key(transfer, "filtered_dataset"))
-    missing = [round_ for round_ in transfer.round_keys if round_ not in there]
+    missing = missing_rounds(context, transfer, "filtered_dataset")
     if missing:
         raise dg.Failure(
             f"filtered_dataset has no {', '.join(missing)}: materialize these rounds first, then distilled_model.",

@@ -8,8 +8,10 @@ import polars as pl
 from tuneshift_dag.assets.common import (
     OWNERS,
     Step,
+    check_rounds,
     content_version,
     definition_metadata,
+    every_round_read,
     key,
     step,
 )
@@ -35,6 +37,7 @@ def build_diversity_map(transfer: Transfer) -> dg.AssetsDefinition:
         # Installing the encoder makes an asset that was skipped out of date.
         code_version=f"{transfer.version()}-{'skipped' if encoder.missing_packages() else 'encoded'}",
         metadata=definition_metadata(transfer, DIVERSITY_MAP),
+        check_specs=[every_round_read(transfer, "diversity_map")],
     )
     def diversity_map(context: dg.AssetExecutionContext, store: StoreResource) -> dg.MaterializeResult:
         """Seeds and prompts on a map of meaning (MiniLM sentence embeddings, t-SNE), coloured by round.
@@ -45,6 +48,7 @@ def build_diversity_map(transfer: Transfer) -> dg.AssetsDefinition:
         """
         database = store.store()
         with step(context, database, transfer) as current:
+            rounds = check_rounds(context, transfer, "filtered_dataset")
             skipped = _place(current, database, transfer)
             points = database.read(_POINTS, schema=transfer.name)
         metadata: dict[str, Any] = {"dagster/row_count": len(points), **current.metadata()}
@@ -55,7 +59,9 @@ def build_diversity_map(transfer: Transfer) -> dg.AssetsDefinition:
             picture = plots.diversity_map(points)
             picture.save(output_dir(transfer.name) / "diversity_map.png")
             metadata["diversity_map"] = picture.markdown()
-        return dg.MaterializeResult(data_version=dg.DataVersion(content_version(points)), metadata=metadata)
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(content_version(points)), metadata=metadata, check_results=[rounds]
+        )
 
     return diversity_map
 

@@ -95,17 +95,18 @@ def read_seeds(
     """The seeds of each generator call of a round; no calls when the target size was reached before.
 
     Raises:
-        dg.Failure: when nobody has reported this round's seeds, naming what to materialize first.
+        dg.Failure: when nobody has reported this round's seeds, naming the round to materialize first.
     """
-    observed = context.instance.fetch_observations(
-        dg.AssetRecordsFilter(key(transfer, "round_seeds"), asset_partitions=[round_]), limit=1
-    ).records
-    if not observed:
-        asset, previous = reporter(round_number(round_))
-        first = f"{asset} of {previous}" if previous else asset
+    if not _is_reported(context, transfer, round_):
+        # The first gap, not the round just before: that one may lack seeds for the same reason.
+        number = round_number(round_)
+        while number > 1 and not _is_reported(context, transfer, round_key(number - 1)):
+            number -= 1
+        asset, previous = reporter(number)
+        unfinished = previous or asset
         raise dg.Failure(
-            f"{round_} has no seeds yet: materialize {first} first, then this round again."
-            " Nothing that was computed is lost.",
+            f"{round_} has no seeds yet, because {unfinished} isn't finished. Materialize {unfinished} first"
+            f" (if it failed, its run says what to fix), then {round_} again. Nothing that was computed is lost.",
             allow_retries=False,
         )
     rows = store.read("SELECT * FROM round_seeds WHERE round = ? ORDER BY call, slot", [round_], transfer.name)
@@ -113,3 +114,8 @@ def read_seeds(
     for row in rows.iter_rows(named=True):
         calls.setdefault(row["call"], []).append(Candidate(row["prompt_id"], row["prompt"], row["response"]))
     return list(calls.values())
+
+
+def _is_reported(context: dg.AssetExecutionContext, transfer: Transfer, round_: str) -> bool:
+    records = dg.AssetRecordsFilter(key(transfer, "round_seeds"), asset_partitions=[round_])
+    return bool(context.instance.fetch_observations(records, limit=1).records)

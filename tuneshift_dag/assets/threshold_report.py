@@ -6,8 +6,10 @@ import dagster as dg
 
 from tuneshift_dag.assets.common import (
     OWNERS,
+    check_rounds,
     content_version,
     definition_metadata,
+    every_round_read,
     example_rows,
     key,
     step,
@@ -31,6 +33,7 @@ def build_threshold_report(transfer: Transfer) -> dg.AssetsDefinition:
         kinds={"duckdb"},
         code_version=transfer.version("filter"),
         metadata=definition_metadata(transfer, THRESHOLD_REPORT),
+        check_specs=[every_round_read(transfer, "threshold_report")],
     )
     def threshold_report(context: dg.AssetExecutionContext, store: StoreResource) -> dg.MaterializeResult:
         """How many pairs each filter rule would keep at each threshold of a grid, to choose the cut by looking.
@@ -40,6 +43,7 @@ def build_threshold_report(transfer: Transfer) -> dg.AssetsDefinition:
         """
         database = store.store()
         with step(context, database, transfer) as current:
+            rounds = check_rounds(context, transfer, "scored_pairs")
             cells = sweep(database, transfer)
             rows = THRESHOLD_REPORT.frame([{**cell, "by_round": json.dumps(cell["by_round"])} for cell in cells])
             database.replace(transfer.name, THRESHOLD_REPORT, rows)
@@ -60,6 +64,7 @@ def build_threshold_report(transfer: Transfer) -> dg.AssetsDefinition:
                 **{name: picture.markdown() for name, picture in pictures.items()},
                 **current.metadata(),
             },
+            check_results=[rounds],
         )
 
     return threshold_report
