@@ -1,0 +1,152 @@
+"""Meeting requests and their slot codes, written by rule: training data and the held-out file.
+
+    python transfers/meeting_slots/slot_requests.py > transfers/meeting_slots/heldout.jsonl
+
+A slot code is ``<kind><day>-<start><length>``, for example ``CL4-1430C``: a call on Thursday at 2:30 pm for 45 minutes.
+"""
+
+import json
+import random
+
+KINDS = {
+    "CL": ["call", "phone call", "video call", "conference call", "Zoom call"],
+    "MT": ["meeting", "team meeting", "budget meeting", "project meeting", "board meeting", "catch-up", "sync",
+           "stand-up", "one-on-one", "planning session", "brainstorming session"],
+    "ML": ["lunch", "dinner", "breakfast", "brunch", "coffee", "team lunch", "business dinner"],
+    "IV": ["interview", "job interview", "phone interview", "second interview"],
+    "AP": ["dentist appointment", "doctor's appointment", "haircut", "eye exam", "check-up", "vet appointment",
+           "massage", "appointment"],
+    "TR": ["training session", "training", "workshop", "webinar", "yoga class", "piano lesson", "seminar",
+           "Spanish class", "course"],
+    "OT": ["delivery", "flight", "birthday party", "concert", "movie", "car service", "football game", "site visit",
+           "trip", "event"],
+}  # fmt: skip
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+NO_DAY, TODAY, TOMORROW = "0", "8", "9"
+LENGTHS = {
+    "A": (["15 minutes", "fifteen minutes", "10 minutes", "a quarter of an hour"], ["15-minute", "10-minute"]),
+    "B": (["30 minutes", "half an hour", "thirty minutes", "20 minutes"], ["30-minute", "half-hour", "20-minute"]),
+    "C": (["45 minutes", "forty-five minutes", "40 minutes"], ["45-minute"]),
+    "D": (["an hour", "1 hour", "one hour", "60 minutes"], ["one-hour", "1-hour", "60-minute"]),
+    "E": (["90 minutes", "an hour and a half", "1.5 hours"], ["90-minute"]),
+    "F": (["two hours", "2 hours", "120 minutes"], ["two-hour", "2-hour"]),
+    "G": (["three hours", "3 hours", "four hours", "the whole day"], ["three-hour", "all-day", "full-day"]),
+}
+NO_LENGTH = "X"
+GROUPS = ["the design team", "the sales team", "my manager", "the client", "our supplier", "the whole team", "HR",
+    "the new hires", "the board", "my family", "the investors", "a candidate", "the accountant"]  # fmt: skip
+PEOPLE = ["Anna", "Marcus", "Wei", "Sofia", "Ahmed", "Julia", "Tom", "Mr. Brown", "Dr. Lee", "Sarah", "John", "Lucas",
+    "Ms. Patel", "Maria", "David", "Emily", "Kofi", "Nora", "Peter and Jane"]  # fmt: skip
+OPENINGS = ["Schedule {a}", "Book {a}", "Set up {a}", "Arrange {a}", "Add {a}", "Plan {a}", "Put {a} in my calendar",
+    "Please schedule {a}", "Please book {a}", "Can you schedule {a}", "Can you book {a}", "Could you set up {a}",
+    "I need to schedule {a}", "I have {a}", "I need {a}", "I'd like to book {a}", "I want to arrange {a}",
+    "We have {a}", "Let's have {a}", "Remind me of {a}", "There is {a}", "Make time for {a}", "{A}",
+    "Move my calendar around: {a}", "Confirm {a}", "I would like to plan {a}", "Could we have {a}"]  # fmt: skip
+TOPICS = ["about the budget", "to discuss the new product", "about the contract", "to review the report",
+    "in the main office", "in room 12", "to talk about the project", "at the café"]  # fmt: skip
+
+# The held-out requests are worded with these, which no training request uses.
+HELD_OUT_OPENINGS = ["Would you mind setting up {a}", "Find me a slot for {a}", "Hi, please put {a} on the calendar",
+    "We should hold {a}", "Don't let me forget {a}", "I was hoping to fit in {a}", "Block time for {a}",
+    "Pencil in {a}"]  # fmt: skip
+HELD_OUT_PEOPLE = ["Priya", "Daniel", "Olga", "Ines and Paul", "Mrs. Kowalski", "the legal team", "the auditors",
+    "our landlord"]  # fmt: skip
+
+
+def write_request(rng: random.Random, held_out: bool = False) -> tuple[str, str]:
+    """One request and its code."""
+    kind = rng.choice(list(KINDS))
+    length, clause, adjective = _length(rng)
+    day, when_day = _day(rng)
+    start, when_time = _start(rng)
+    noun = f"{adjective} {rng.choice(KINDS[kind])}".strip()
+    if rng.random() < 0.6:
+        noun += f" with {rng.choice(HELD_OUT_PEOPLE if held_out else PEOPLE + GROUPS)}"
+    if kind in ("CL", "MT", "TR") and rng.random() < 0.3:
+        noun += f" {rng.choice(TOPICS)}"
+    parts = rng.choice([[when_day, when_time, clause], [when_time, when_day, clause], [clause, when_day, when_time]])
+    opening = rng.choice(HELD_OUT_OPENINGS if held_out else OPENINGS)
+    text = _insert(opening, noun, rng)
+    if rng.random() < 0.15 and when_day and text.startswith(("I ", "We ", "There ")):
+        parts.remove(when_day)
+        text = (
+            f"{when_day[0].upper()}{when_day[1:]}, {text[0].lower() if text.startswith('There') else text[0]}{text[1:]}"
+        )
+    text = " ".join(part for part in [text, *parts] if part)
+    text = text.removesuffix(".") + ("?" if text.startswith(("Can", "Could", "Would")) else rng.choice([".", ".", ""]))
+    if rng.random() < 0.1:
+        text = text.lower()
+    return text, f"{kind}{day}-{start}{length}"
+
+
+def _insert(opening: str, noun: str, rng: random.Random) -> str:
+    first = noun.split()[0]
+    bare = first in {"lunch", "dinner", "breakfast", "brunch", "coffee", "training"}
+    article = "" if bare else rng.choice(["the ", "my ", "a ", "a ", "a "])
+    if article == "a " and first[0].lower() in "aei":
+        article = "an "
+    with_article = article + noun
+    return opening.replace("{a}", with_article).replace("{A}", noun[0].upper() + noun[1:])
+
+
+def _length(rng: random.Random) -> tuple[str, str, str]:
+    """Code, clause ("for an hour") and adjective ("one-hour"); at most one of the two is given."""
+    if rng.random() < 0.35:
+        return NO_LENGTH, "", ""
+    code = rng.choice(list(LENGTHS))
+    clauses, adjectives = LENGTHS[code]
+    if rng.random() < 0.3:
+        return code, "", rng.choice(adjectives)
+    return code, f"for {rng.choice(clauses)}", ""
+
+
+def _day(rng: random.Random) -> tuple[str, str]:
+    draw = rng.random()
+    if draw < 0.07:
+        return NO_DAY, ""
+    if draw < 0.2:
+        return rng.choice([(TODAY, "today"), (TOMORROW, "tomorrow")])
+    number = rng.randrange(7)
+    return str(number + 1), f"{rng.choice(['on', 'on', 'on', 'next', 'this'])} {DAYS[number]}"
+
+
+def _start(rng: random.Random) -> tuple[str, str]:
+    draw = rng.random()
+    if draw < 0.06:
+        return "0000", ""
+    if draw < 0.1:
+        return "1200", "at noon"
+    hour, minute = rng.randint(7, 20), rng.choice([0, 0, 0, 30, 30, 15, 45])
+    code = f"{hour:02d}{minute:02d}"
+    if draw < 0.18:
+        return code, f"at {hour:02d}:{minute:02d}"
+    clock = f"{(hour - 1) % 12 + 1}" + (f":{minute:02d}" if minute else "")
+    if draw < 0.25 and 8 <= hour <= 18:
+        # Without am or pm, working hours are meant.
+        return code, f"at {clock}" + (" o'clock" if not minute and rng.random() < 0.5 else "")
+    half = "am" if hour < 12 else "pm"
+    return code, f"at {clock}" + rng.choice([f" {half}", f" {half}", half, f" {half[0]}.m.", f" {half.upper()}"])
+
+
+def training_requests(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Distinct requests with their codes; none of them is in the held-out file."""
+    rng = random.Random(seed)
+    rows: dict[str, str] = {}
+    while len(rows) < count:
+        text, code = write_request(rng)
+        rows.setdefault(text, code)
+    return list(rows.items())
+
+
+def held_out_requests(count: int = 240, seed: int = 1) -> list[tuple[str, str]]:
+    rng = random.Random(seed)
+    rows: dict[str, str] = {}
+    while len(rows) < count:
+        text, code = write_request(rng, held_out=True)
+        rows.setdefault(text, code)
+    return list(rows.items())
+
+
+if __name__ == "__main__":
+    for prompt, response in held_out_requests():
+        print(json.dumps({"prompt": prompt, "response": response}, ensure_ascii=False))
