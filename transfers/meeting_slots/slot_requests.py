@@ -2,7 +2,7 @@
 
     python transfers/meeting_slots/slot_requests.py > transfers/meeting_slots/heldout.jsonl
 
-A slot code is ``<kind><day>-<start><length>``, for example ``CL4-1430C``: a call on Thursday at 2:30 pm for 45 minutes.
+A slot code is ``<kind><day>-<start>``, for example ``CL4-1430``: a call on Thursday at 2:30 pm. What isn't said is 0.
 """
 
 import json
@@ -23,16 +23,9 @@ KINDS = {
 }  # fmt: skip
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 NO_DAY, TODAY, TOMORROW = "0", "8", "9"
-LENGTHS = {
-    "A": (["15 minutes", "fifteen minutes", "10 minutes", "a quarter of an hour"], ["15-minute", "10-minute"]),
-    "B": (["30 minutes", "half an hour", "thirty minutes", "20 minutes"], ["30-minute", "half-hour", "20-minute"]),
-    "C": (["45 minutes", "forty-five minutes", "40 minutes"], ["45-minute"]),
-    "D": (["an hour", "1 hour", "one hour", "60 minutes"], ["one-hour", "1-hour", "60-minute"]),
-    "E": (["90 minutes", "an hour and a half", "1.5 hours"], ["90-minute"]),
-    "F": (["two hours", "2 hours", "120 minutes"], ["two-hour", "2-hour"]),
-    "G": (["three hours", "3 hours", "four hours", "the whole day"], ["three-hour", "all-day", "full-day"]),
-}
-NO_LENGTH = "X"
+LENGTHS = ["15 minutes", "30 minutes", "half an hour", "45 minutes", "an hour", "one hour", "90 minutes", "two hours",
+    "2 hours", "an hour and a half"]  # fmt: skip
+LENGTH_ADJECTIVES = ["15-minute", "30-minute", "half-hour", "one-hour", "1-hour", "two-hour"]
 GROUPS = ["the design team", "the sales team", "my manager", "the client", "our supplier", "the whole team", "HR",
     "the new hires", "the board", "my family", "the investors", "a candidate", "the accountant"]  # fmt: skip
 PEOPLE = ["Anna", "Marcus", "Wei", "Sofia", "Ahmed", "Julia", "Tom", "Mr. Brown", "Dr. Lee", "Sarah", "John", "Lucas",
@@ -56,7 +49,7 @@ HELD_OUT_PEOPLE = ["Priya", "Daniel", "Olga", "Ines and Paul", "Mrs. Kowalski", 
 def write_request(rng: random.Random, held_out: bool = False) -> tuple[str, str]:
     """One request and its code."""
     kind = rng.choice(list(KINDS))
-    length, clause, adjective = _length(rng)
+    clause, adjective = _length(rng)
     day, when_day = _day(rng)
     start, when_time = _start(rng)
     noun = f"{adjective} {rng.choice(KINDS[kind])}".strip()
@@ -76,7 +69,7 @@ def write_request(rng: random.Random, held_out: bool = False) -> tuple[str, str]
     text = text.removesuffix(".") + ("?" if text.startswith(("Can", "Could", "Would")) else rng.choice([".", ".", ""]))
     if rng.random() < 0.1:
         text = text.lower()
-    return text, f"{kind}{day}-{start}{length}"
+    return text, f"{kind}{day}-{start}"
 
 
 def _insert(opening: str, noun: str, rng: random.Random) -> str:
@@ -89,15 +82,12 @@ def _insert(opening: str, noun: str, rng: random.Random) -> str:
     return opening.replace("{a}", with_article).replace("{A}", noun[0].upper() + noun[1:])
 
 
-def _length(rng: random.Random) -> tuple[str, str, str]:
-    """Code, clause ("for an hour") and adjective ("one-hour"); at most one of the two is given."""
-    if rng.random() < 0.35:
-        return NO_LENGTH, "", ""
-    code = rng.choice(list(LENGTHS))
-    clauses, adjectives = LENGTHS[code]
-    if rng.random() < 0.3:
-        return code, "", rng.choice(adjectives)
-    return code, f"for {rng.choice(clauses)}", ""
+def _length(rng: random.Random) -> tuple[str, str]:
+    """A clause ("for an hour") and an adjective ("one-hour"), at most one of which is given. The code has no length."""
+    draw = rng.random()
+    if draw < 0.6:
+        return "", ""
+    return ("", rng.choice(LENGTH_ADJECTIVES)) if draw < 0.7 else (f"for {rng.choice(LENGTHS)}", "")
 
 
 def _day(rng: random.Random) -> tuple[str, str]:
