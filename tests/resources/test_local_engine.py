@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import Decoding
 from tuneshift_dag.resources.local_engine import LocalEngine
 from tuneshift_dag.resources.model_loading import ADAPTER, load_for_inference
@@ -186,3 +187,9 @@ def test_gemma_logprob_is_that_of_a_second_pass() -> None:
     for prompt, response in zip(ids, responses, strict=True):
         expected = reference_logprob(engine, "base", prompt, response.token_ids)
         assert response.sum_logprob == pytest.approx(expected, rel=1e-4, abs=1e-3)
+
+
+def test_a_base_model_cannot_be_asked_in_a_chat() -> None:
+    engine = LocalEngine(resolve_model(GEMMA, TRANSFER, "test"))
+    with pytest.raises(TuneshiftError, match=r"no chat template.*generator\.mode to continuation"):
+        engine.render_chat("more, please")

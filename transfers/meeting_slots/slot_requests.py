@@ -2,7 +2,8 @@
 
     python transfers/meeting_slots/slot_requests.py > transfers/meeting_slots/heldout.jsonl
 
-A slot code is ``<kind><day>-<start>``, for example ``CL4-1430``: a call on Thursday at 2:30 pm. What isn't said is 0.
+A slot code is ``<kind><weekday><half>``, for example ``CL4P``: a call on a Thursday, at noon or later. The weekday is 0
+when none is named, and the half of the day (A, P) is X when no time is.
 """
 
 import json
@@ -10,19 +11,15 @@ import random
 
 KINDS = {
     "CL": ["call", "phone call", "video call", "conference call", "Zoom call"],
-    "MT": ["meeting", "team meeting", "budget meeting", "project meeting", "board meeting", "catch-up", "sync",
-           "stand-up", "one-on-one", "planning session", "brainstorming session"],
+    "MT": ["meeting", "team meeting", "budget meeting", "project meeting", "board meeting", "one-on-one meeting",
+           "interview", "job interview", "training session", "workshop", "planning session", "seminar"],
     "ML": ["lunch", "dinner", "breakfast", "brunch", "coffee", "team lunch", "business dinner"],
-    "IV": ["interview", "job interview", "phone interview", "second interview"],
     "AP": ["dentist appointment", "doctor's appointment", "haircut", "eye exam", "check-up", "vet appointment",
            "massage", "appointment"],
-    "TR": ["training session", "training", "workshop", "webinar", "yoga class", "piano lesson", "seminar",
-           "Spanish class", "course"],
-    "OT": ["delivery", "flight", "birthday party", "concert", "movie", "car service", "football game", "site visit",
-           "trip", "event"],
+    "OT": ["delivery", "flight", "birthday party", "concert", "movie", "football game", "trip", "wedding"],
 }  # fmt: skip
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-NO_DAY, TODAY, TOMORROW = "0", "8", "9"
+NO_WEEKDAY, NO_TIME = "0", "X"
 LENGTHS = ["15 minutes", "30 minutes", "half an hour", "45 minutes", "an hour", "one hour", "90 minutes", "two hours",
     "2 hours", "an hour and a half"]  # fmt: skip
 LENGTH_ADJECTIVES = ["15-minute", "30-minute", "half-hour", "one-hour", "1-hour", "two-hour"]
@@ -51,11 +48,11 @@ def write_request(rng: random.Random, held_out: bool = False) -> tuple[str, str]
     kind = rng.choice(list(KINDS))
     clause, adjective = _length(rng)
     day, when_day = _day(rng)
-    start, when_time = _start(rng)
+    half, when_time = _time(rng)
     noun = f"{adjective} {rng.choice(KINDS[kind])}".strip()
     if rng.random() < 0.6:
         noun += f" with {rng.choice(HELD_OUT_PEOPLE if held_out else PEOPLE + GROUPS)}"
-    if kind in ("CL", "MT", "TR") and rng.random() < 0.3:
+    if kind in ("CL", "MT") and rng.random() < 0.3:
         noun += f" {rng.choice(TOPICS)}"
     parts = rng.choice([[when_day, when_time, clause], [when_time, when_day, clause], [clause, when_day, when_time]])
     opening = rng.choice(HELD_OUT_OPENINGS if held_out else OPENINGS)
@@ -69,7 +66,7 @@ def write_request(rng: random.Random, held_out: bool = False) -> tuple[str, str]
     text = text.removesuffix(".") + ("?" if text.startswith(("Can", "Could", "Would")) else rng.choice([".", ".", ""]))
     if rng.random() < 0.1:
         text = text.lower()
-    return text, f"{kind}{day}-{start}"
+    return text, f"{kind}{day}{half}"
 
 
 def _insert(opening: str, noun: str, rng: random.Random) -> str:
@@ -92,30 +89,25 @@ def _length(rng: random.Random) -> tuple[str, str]:
 
 def _day(rng: random.Random) -> tuple[str, str]:
     draw = rng.random()
-    if draw < 0.07:
-        return NO_DAY, ""
-    if draw < 0.2:
-        return rng.choice([(TODAY, "today"), (TOMORROW, "tomorrow")])
+    if draw < 0.1:
+        return NO_WEEKDAY, rng.choice(["", "today", "tomorrow"])
     number = rng.randrange(7)
     return str(number + 1), f"{rng.choice(['on', 'on', 'on', 'next', 'this'])} {DAYS[number]}"
 
 
-def _start(rng: random.Random) -> tuple[str, str]:
+def _time(rng: random.Random) -> tuple[str, str]:
     draw = rng.random()
-    if draw < 0.06:
-        return "0000", ""
-    if draw < 0.1:
-        return "1200", "at noon"
+    if draw < 0.08:
+        return NO_TIME, ""
+    if draw < 0.12:
+        return "P", "at noon"
     hour, minute = rng.randint(7, 20), rng.choice([0, 0, 0, 30, 30, 15, 45])
-    code = f"{hour:02d}{minute:02d}"
-    if draw < 0.18:
-        return code, f"at {hour:02d}:{minute:02d}"
+    half = "A" if hour < 12 else "P"
+    if draw < 0.17:
+        return half, f"at {hour:02d}:{minute:02d}"
     clock = f"{(hour - 1) % 12 + 1}" + (f":{minute:02d}" if minute else "")
-    if draw < 0.25 and 8 <= hour <= 18:
-        # Without am or pm, working hours are meant.
-        return code, f"at {clock}" + (" o'clock" if not minute and rng.random() < 0.5 else "")
-    half = "am" if hour < 12 else "pm"
-    return code, f"at {clock}" + rng.choice([f" {half}", f" {half}", half, f" {half[0]}.m.", f" {half.upper()}"])
+    name = "am" if half == "A" else "pm"
+    return half, f"at {clock}" + rng.choice([f" {name}", f" {name}", name, f" {name[0]}.m.", f" {name.upper()}"])
 
 
 def training_requests(count: int, seed: int = 0) -> list[tuple[str, str]]:

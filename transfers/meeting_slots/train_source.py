@@ -24,7 +24,7 @@ SETTINGS = LoraTraining(rank=8, alpha=16, learning_rate=2e-3, epochs=1, batch_si
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, default=HERE / "adapter")
-    parser.add_argument("--requests", type=int, default=3000)
+    parser.add_argument("--requests", type=int, default=2000)
     arguments = parser.parse_args()
 
     files = resolve_model(BASE, HERE, "BASE")
