@@ -1,4 +1,4 @@
-"""The command line: ``tuneshift run | report | sweep | lineage | export | doctor``.
+"""The command line: ``tuneshift new | run | report | sweep | lineage | export | doctor``.
 
 Results go to standard output, progress and messages to standard error.
 """
@@ -20,6 +20,7 @@ from rich.tree import Tree
 
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file, transfers_dir, use_dagster_home
+from tuneshift_dag.transfer import Mode
 
 if TYPE_CHECKING:
     from tuneshift_dag.reports.lineage import Prompt
@@ -34,6 +35,56 @@ _err = Console(stderr=True)
 
 TransferName = Annotated[str, typer.Argument(help="Name of a folder under transfers/, or a path to one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Name of the folder to make under transfers/.")],
+    adapter: Annotated[str, typer.Option(help="Your PEFT LoRA adapter: a folder, or a hub id.")] = "",
+    base: Annotated[
+        str, typer.Option(help="Base model of the adapter. Without it, the one that adapter_config.json names.")
+    ] = "",
+    target: Annotated[str, typer.Option(help="Base model that shall learn the skill.")] = "",
+    template: Annotated[
+        str, typer.Option(help="Text around a prompt in the adapter's training, with {prompt}; \\n is a new line.")
+    ] = "",
+    seeds: Annotated[
+        str, typer.Option(help="Example prompts: .jsonl, .csv with a column `prompt`, or .txt with one a line.")
+    ] = "",
+    heldout: Annotated[
+        str, typer.Option(help="Labelled examples to measure with: .jsonl, or .csv with `prompt` and `response`.")
+    ] = "",
+    generator: Annotated[str, typer.Option(help="Model that writes prompts. Without it, the target.")] = "",
+    mode: Annotated[
+        Mode, typer.Option(help="The generator's mode, see `generator.mode`: a base model needs another than chat.")
+    ] = "chat",
+    instruction: Annotated[str, typer.Option(help="What the generator is told, see `generator.instruction`.")] = "",
+    description: Annotated[str, typer.Option(help="One line for people.")] = "",
+    copy_adapter: Annotated[bool, typer.Option(help="Copy a local adapter, or name it where it is.")] = True,
+) -> None:
+    """Make a transfer folder; in a terminal, ask for what no option says.
+
+    Models and files are given as seen from the working folder. Nothing is overwritten, and a folder appears
+    only when everything in it is sound.
+    """
+    from tuneshift_dag import scaffold
+
+    answers = scaffold.Answers(
+        adapter, base, target, template, seeds, heldout, generator, mode, instruction, description, copy_adapter
+    )
+    scaffold.check_name(transfers_dir(), name)
+    if scaffold.missing(answers) and sys.stdin.isatty():
+        answers = scaffold.ask_for_the_rest(answers)
+    made = scaffold.create(transfers_dir(), name, answers)
+    _out.print(str(made.folder), soft_wrap=True, highlight=False)
+    heldout_note = f"{len(made.heldout)} held-out pairs" if made.heldout else "no held-out file, so no evaluation"
+    _err.print(f"{len(made.seeds)} seeds, {heldout_note}. Next:", highlight=False)
+    for command, why in (
+        (f"tuneshift doctor {name}", "is the adapter applied?"),
+        (f"tuneshift run {name}", "prompts, pairs, the new adapter"),
+        ("dagster dev -w workspace.yaml", "the same in Dagster's UI"),
+    ):
+        _err.print(f"  {command:40} {why}", highlight=False)
 
 
 @app.command()

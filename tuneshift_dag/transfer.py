@@ -15,8 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.prompting import prompt_id
-from tuneshift_dag.resources.model_ref import adapter_fingerprint, check_adapter_folder, check_reference
+from tuneshift_dag.resources.model_ref import adapter_fingerprint, check_adapter_folder, check_reference, is_hub_id
 
+Rows = list[tuple[str, dict[str, Any]]]
+"""Examples as read from a file, each with its place there, for messages."""
+SEED_SHAPE = '{"prompt": "..."}'
+HELD_OUT_SHAPE = '{"prompt": "...", "response": "..."}'
+
+Mode = Literal["chat", "continuation", "by_response"]
 Probability = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -53,7 +59,7 @@ class Generator(_Section):
     """The instruction model that writes more prompts like the seeds."""
 
     model: str = Field(description="Model reference; a base model works in `continuation` mode.")
-    mode: Literal["chat", "continuation", "by_response"] = Field(
+    mode: Mode = Field(
         "chat",
         description=(
             "`chat` uses the model's chat template; `continuation` lets a base model continue a list;"
@@ -258,20 +264,33 @@ def load_transfer(folder: Path) -> Transfer:
     if not re.fullmatch(r"[A-Za-z0-9_]+", folder.resolve().name):
         raise TuneshiftError(f"{folder}: rename the folder to letters, digits and underscores only.")
     config = _read_config(config_file)
-    seed_rows = _read_jsonl(folder / "seeds.jsonl", '{"prompt": "..."}')
-    seeds = [_text(row, "prompt", at) for at, row in seed_rows]
-    _refuse_doubles([at for at, _ in seed_rows], seeds)
-    heldout = []
-    if (folder / "heldout.jsonl").exists():
-        rows = _read_jsonl(folder / "heldout.jsonl", '{"prompt": "...", "response": "..."}')
-        heldout = [(_text(row, "prompt", at), _text(row, "response", at)) for at, row in rows]
-        _refuse_doubles([at for at, _ in rows], [prompt for prompt, _ in heldout])
-        _refuse_seeds_in_heldout(seeds, [(at, prompt) for (at, _), (prompt, _) in zip(rows, heldout, strict=True)])
+    seed_rows = read_jsonl(folder / "seeds.jsonl", SEED_SHAPE)
+    heldout_file = folder / "heldout.jsonl"
+    seeds, heldout = check_examples(
+        seed_rows, read_jsonl(heldout_file, HELD_OUT_SHAPE) if heldout_file.exists() else []
+    )
     check_reference(config.source.base, folder, f"{config_file}: source.base")
     check_reference(config.target.base, folder, f"{config_file}: target.base")
     check_reference(config.generator.model, folder, f"{config_file}: generator.model")
     _check_adapter(config, folder, f"{config_file}: source.adapter")
     return Transfer(folder.resolve(), config, seeds, heldout)
+
+
+def check_examples(seed_rows: Rows, heldout_rows: Rows) -> tuple[list[str], list[tuple[str, str]]]:
+    """Seeds and held-out (prompt, response) pairs, without surrounding space.
+
+    Raises:
+        TuneshiftError: naming the line of a text that is missing, of a prompt that is there twice, or of a
+            held-out prompt that is a seed.
+    """
+    seeds = [_text(row, "prompt", at) for at, row in seed_rows]
+    _refuse_doubles([at for at, _ in seed_rows], seeds)
+    heldout = [(_text(row, "prompt", at), _text(row, "response", at)) for at, row in heldout_rows]
+    places = [at for at, _ in heldout_rows]
+    prompts = [prompt for prompt, _ in heldout]
+    _refuse_doubles(places, prompts)
+    _refuse_seeds_in_heldout(seeds, list(zip(places, prompts, strict=True)))
+    return seeds, heldout
 
 
 def find_transfers(root: Path) -> list[Path]:
@@ -283,7 +302,7 @@ def _read_config(file: Path) -> TransferConfig:
     if not file.is_file():
         raise TuneshiftError(f"{file} doesn't exist. A transfer is a folder with transfer.yaml and seeds.jsonl.")
     try:
-        data = yaml.safe_load(_read_text(file))
+        data = yaml.safe_load(read_text(file))
     except yaml.YAMLError as error:
         raise TuneshiftError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
@@ -304,19 +323,19 @@ def _explain(file: Path, problem: Any) -> str:
     return f"{file}: {key}: {message} (found {problem['input']!r})."
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
     try:
         return file.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise TuneshiftError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from error
 
 
-def _read_jsonl(file: Path, shape: str) -> list[tuple[str, dict[str, Any]]]:
-    """(position, row) of every line; the position is for messages."""
+def read_jsonl(file: Path, shape: str) -> Rows:
+    """(position, row) of every line; the position is for messages, and so is ``shape``, an example of a line."""
     if not file.is_file():
         raise TuneshiftError(f"{file} doesn't exist. Write one line of {shape} for each example.")
     rows = []
-    for number, line in enumerate(_read_text(file).split("\n"), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -354,11 +373,11 @@ def _refuse_doubles(places: list[str], prompts: list[str]) -> None:
 
 def _check_adapter(config: TransferConfig, folder: Path, key: str) -> None:
     path = (folder / config.source.adapter).expanduser()
-    if not path.exists() and "/" in config.source.adapter and not config.source.adapter.startswith((".", "/", "~")):
+    if not path.exists() and is_hub_id(config.source.adapter):
         return  # a hub id: fetched, and then checked, when it is first needed
     adapter = check_adapter_folder(path, key)
     named = adapter.get("base_model_name_or_path")
-    if named and _base_name(str(named)) != _base_name(config.source.base):
+    if named and not is_same_base(str(named), config.source.base):
         raise TuneshiftError(
             f"{key}: {path / 'adapter_config.json'} was trained on the base model {named!r}, but source.base is"
             f" {config.source.base!r}. Set source.base to the adapter's base; if they are the same weights under"
@@ -366,8 +385,12 @@ def _check_adapter(config: TransferConfig, folder: Path, key: str) -> None:
         )
 
 
+def is_same_base(reference: str, other: str) -> bool:
+    """Whether two references end in the same name: a model may be named by hub id, folder or package."""
+    return _base_name(reference) == _base_name(other)
+
+
 def _base_name(reference: str) -> str:
-    """The last part of a reference: the same model may be named by hub id, folder or package."""
     return reference.split("@")[0].rstrip("/").rsplit("/", 1)[-1].lower()
 
 

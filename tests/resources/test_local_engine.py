@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import Decoding
 from tuneshift_dag.resources import decoding as loop
 from tuneshift_dag.resources.local_engine import LocalEngine
@@ -285,3 +286,9 @@ def test_shorter_lora_forward_equals_that_of_peft(exact: LocalEngine) -> None:
         torch.testing.assert_close(module(x), type(module).forward(module, x), rtol=1e-4, atol=1e-5)
         with exact.model.disable_adapter():
             torch.testing.assert_close(module(x), module.base_layer(x), rtol=0, atol=0)
+
+
+def test_a_base_model_cannot_be_asked_in_a_chat() -> None:
+    engine = LocalEngine(resolve_model(GEMMA, TRANSFER, "test"))
+    with pytest.raises(TuneshiftError, match=r"no chat template.*generator\.mode to continuation"):
+        engine.render_chat("more, please")

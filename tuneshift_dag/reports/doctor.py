@@ -39,6 +39,7 @@ def examine(name: str | None, with_models: bool) -> Iterator[Finding]:
             folder.name, True, f"{len(transfer.seeds)} seeds, {heldout}, up to {transfer.config.rounds} rounds"
         )
         if with_models:
+            yield from _generator(transfer)
             yield from _preflight(transfer)
 
 
@@ -62,6 +63,19 @@ def _environment() -> Iterator[Finding]:
         yield Finding("database", True, str(database_file()))
     except TuneshiftError as error:
         yield Finding("database", False, str(error))
+
+
+def _generator(transfer: Transfer) -> Iterator[Finding]:
+    """A base model has no chat template, and a run would notice only after the preflight."""
+    from tuneshift_dag.resources.dagster_resources import EngineResource
+
+    if transfer.config.generator.mode != "chat":
+        return
+    try:
+        EngineResource().generator(transfer).render_chat("")
+        yield Finding(f"{transfer.name} generator", True, f"{transfer.config.generator.model} has a chat template")
+    except TuneshiftError as error:
+        yield Finding(f"{transfer.name} generator", False, str(error))
 
 
 def _preflight(transfer: Transfer) -> Iterator[Finding]:

@@ -51,6 +51,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("TUNESHIFT_CACHE") or platformdirs.user_cache_dir("tuneshift_dag"))
 
 
+def is_hub_id(reference: str) -> bool:
+    """Whether a reference has the form of a hub id; a folder of that name goes first."""
+    return bool(_HUB_ID.match(reference)) and not reference.startswith((".", "/", "~"))
+
+
 def check_reference(reference: str, folder: Path, key: str) -> None:
     """Raise `TuneshiftError` when a reference can't name a model. Loads and converts nothing.
 
@@ -72,7 +77,7 @@ def check_reference(reference: str, folder: Path, key: str) -> None:
     if path.is_dir():
         _check_model_folder(path, key)
         return
-    if not _HUB_ID.match(reference) or reference.startswith((".", "/", "~")) or path.suffix == ".gguf":
+    if not is_hub_id(reference) or path.suffix == ".gguf":
         raise TuneshiftError(
             f"{key}: {reference!r} is no model: {path} doesn't exist, and it isn't a hub id"
             " ('org/name' or 'org/name@revision') nor 'package://<package>/<file.gguf>'."
@@ -95,7 +100,7 @@ def resolve_model(reference: str, folder: Path, key: str) -> ModelFiles:
 def resolve_adapter(reference: str, folder: Path, key: str) -> ModelFiles:
     """Local files of a PEFT adapter: a folder or a hub id, safetensors only."""
     path = (folder / reference).expanduser()
-    if not path.exists() and _HUB_ID.match(reference) and not reference.startswith((".", "/", "~")):
+    if not path.exists() and is_hub_id(reference):
         files = _from_hub(reference, key, ["adapter_*"])
         check_adapter_folder(files.path, key)
         return files

@@ -1,0 +1,62 @@
+"""Every folder under transfers/ is sound; what they teach is measured in their READMEs."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tuneshift_dag.definitions import build_definitions
+from tuneshift_dag.method.prompting import prompt_id
+from tuneshift_dag.reports.doctor import examine
+from tuneshift_dag.transfer import find_transfers, load_transfer
+
+ROOT = Path(__file__).parents[1] / "transfers"
+FOLDERS = find_transfers(ROOT)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+class TestEveryTransfer:
+    def test_the_doctor_finds_nothing_to_fix(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TUNESHIFT_TRANSFERS", str(ROOT))
+        findings = list(examine(folder.name, with_models=False))
+        assert [f for f in findings if not f.ok] == []
+        assert folder.name in [f.what for f in findings]
+
+    def test_it_is_small_and_can_be_made_again(self, folder: Path) -> None:
+        assert len(load_transfer(folder).seeds) == 5
+        assert len(load_transfer(folder).heldout) >= 200
+        assert {"README.md", "train_source.py"} <= {path.name for path in folder.iterdir()}
+        assert (folder / "adapter" / "adapter_model.safetensors").stat().st_size < 12e6
+
+
+def test_each_is_an_asset_group_of_its_own(tmp_path: Path) -> None:
+    transfers = [load_transfer(folder) for folder in FOLDERS]
+    assert len(transfers) >= 2
+    graph = build_definitions(transfers, tmp_path / "t.duckdb").resolve_asset_graph()
+    groups = {key.path[0]: graph.get(key).group_name for key in graph.get_all_asset_keys()}
+    assert groups == {transfer.name: transfer.name for transfer in transfers}
+
+
+class TestMeetingSlots:
+    """The task that is written by rule."""
+
+    @pytest.fixture
+    def rules(self) -> ModuleType:
+        spec = importlib.util.spec_from_file_location("slot_requests", ROOT / "meeting_slots" / "slot_requests.py")
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def test_the_held_out_file_is_what_the_rules_write(self, rules: ModuleType) -> None:
+        lines = (ROOT / "meeting_slots" / "heldout.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert [(row["prompt"], row["response"]) for row in rows] == rules.held_out_requests()
+
+    def test_no_held_out_request_or_seed_was_trained_on(self, rules: ModuleType) -> None:
+        trained_on = {prompt_id(prompt) for prompt, _ in rules.training_requests(2000)}
+        assert len(trained_on) > 1900
+        assert not trained_on & {prompt_id(prompt) for prompt, _ in rules.held_out_requests()}
+        assert not trained_on & {prompt_id(seed) for seed in load_transfer(ROOT / "meeting_slots").seeds}
