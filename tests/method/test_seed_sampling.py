@@ -62,3 +62,10 @@ def test_original_seeds_open_every_call_and_the_pool_fills_the_rest():
     calls = draw_seeds(POOL, 2, 30, 5, True, 0, originals, 3)
     assert all([c in originals for c in call] == [True] * 3 + [False] * 2 for call in calls)
     assert {c for call in calls for c in call if c in originals} == set(originals)
+
+
+def test_calls_of_a_round_open_with_all_originals_in_the_same_order():
+    originals = [Candidate(f"seed{i}", f"seed prompt {i}", f"seed{i}") for i in range(5)]
+    orders = [{tuple(call[:5]) for call in draw_seeds(POOL, r, 30, 6, True, 0, originals, 5)} for r in range(1, 4)]
+    assert [len(order) for order in orders] == [1, 1, 1]
+    assert len(set.union(*orders)) == 3

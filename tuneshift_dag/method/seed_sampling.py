@@ -38,14 +38,16 @@ def draw_seeds(
         balance: weight a candidate by 1 / (candidates with its response), so that every response is
             drawn about equally often.
         salt: the transfer's seed.
-        originals: the user's prompts, of which ``originals_per_call`` open every call's list.
+        originals: the user's prompts, of which ``originals_per_call`` open every call's list. All of them open it
+            in an order that holds for the whole round: an engine computes what prompts share only once.
     """
     counts = Counter(c.response for c in pool)
     weights = [1 / counts[c.response] if balance else 1.0 for c in pool]
     drawn = []
     for call in range(calls):
         place = f"{salt}|{round_number}|{call}"
-        first = _draw(originals, [1.0] * len(originals), originals_per_call, f"{place}|original")
+        opening = place if originals_per_call < len(originals) else f"{salt}|{round_number}"
+        first = _draw(originals, [1.0] * len(originals), originals_per_call, f"{opening}|original")
         drawn.append(first + _draw(pool, weights, seeds_per_call - len(first), place))
     return drawn
 
