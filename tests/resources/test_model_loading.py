@@ -6,6 +6,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
+from tuneshift_dag.resources import model_loading
 from tuneshift_dag.resources.model_loading import (
     assert_trainable_layout,
     load_for_inference,
@@ -41,3 +42,26 @@ def test_four_bit_base_is_really_four_bit() -> None:
     layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
     assert len(layers) == 30 * 7
     assert model.get_memory_footprint() < 130e6
+
+
+def test_weights_are_quantized_once_and_the_kept_ones_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = resolve_model(SMOLLM2, HERE, "test")
+    monkeypatch.setenv("TUNESHIFT_CACHE", str(tmp_path))
+    read, kinds = model_loading._read, []
+
+    def recorded(folder: Path, attention_name: str, quantization: str, dtype: torch.dtype) -> object:
+        kinds.append(quantization)
+        return read(folder, attention_name, quantization, dtype)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model_loading, "_read", recorded)
+    first, again = (load_for_training(files, "nf4", torch.float32) for _ in range(2))
+    assert kinds == ["nf4", "saved", "saved"]
+    direct = read(files.path, "sdpa", "nf4", torch.float32)
+    model_loading._keep_layout(direct)
+    ids = torch.tensor([[1, 2, 3, 400]])
+    with torch.inference_mode():
+        expected = direct.eval()(input_ids=ids).logits
+        for model in (first, again):
+            torch.testing.assert_close(model.eval()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-3)

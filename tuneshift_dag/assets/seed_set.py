@@ -34,8 +34,10 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
         owners=OWNERS,
         kinds={"duckdb", "pytorch"},
         pool=MODEL_POOL,
-        code_version=f"{transfer.version('source', 'generator', 'models', 'prompt_template', 'response', 'seed', code=2)}"
-        f"-{seeds_hash[:8]}-{transfer.adapter_version()}",
+        code_version=(
+            f"{transfer.version('source', 'generator', 'models', 'prompt_template', 'response', 'seed', code=2)}"
+            f"-{seeds_hash[:8]}-{transfer.adapter_version()}"
+        ),
         metadata=definition_metadata(transfer, SEED_SET),
         check_specs=[
             dg.AssetCheckSpec(

@@ -141,16 +141,24 @@ def _chunks(lengths: Sequence[int], device: torch.device) -> Iterator[list[int]]
 
 @torch.inference_mode()
 def decode(
-    model: Any, tokenizer: Any, prefix: Prefix, decoding: Decoding, seeds: Sequence[int] | None = None
+    model: Any,
+    tokenizer: Any,
+    prefix: Prefix,
+    decoding: Decoding,
+    seeds: Sequence[int] | None = None,
+    keep_prefix: bool = True,
 ) -> list[Response]:
     """Generate one response per row of ``prefix``, which is left as it was.
 
     Args:
+        keep_prefix: False when it isn't needed any more: its keys and values are let go.
         seeds: for sampling: one number per row, which makes its random choices its own, whatever the
             batch around it.
     """
     rows = _Rows(tokenizer, len(prefix.mask), decoding)
     cache = growing_cache(prefix.keys_values, min(decoding.max_new_tokens, _GROW_BY))
+    if not keep_prefix:
+        prefix.keys_values = []
     mask, logits = prefix.mask, prefix.logits
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or []]
     active = list(range(len(mask)))

@@ -100,7 +100,7 @@ class LocalEngine:
             with self.side(side) as model:
                 prefix = loop.prefill(model, [prompts[i] for i in batch], decoding.max_new_tokens)
                 own_seeds = [seeds[i] for i in batch] if seeds else None
-                return loop.decode(model, self.tokenizer, prefix, decoding, own_seeds)
+                return loop.decode(model, self.tokenizer, prefix, decoding, own_seeds, keep_prefix=False)
 
         for batch, responses in self._batches(prompts, decoding, work):
             yield list(zip(batch, responses, strict=True))
@@ -111,27 +111,41 @@ class LocalEngine:
         """Each side prefills a prompt once; its keys and values serve both decoding and cross scoring."""
 
         def work(batch: list[int]) -> list[Pair]:
-            prefixes = {}
+            first, second = SIDES
             responses: dict[Side, list[Response]] = {}
-            for side in SIDES:
-                with self.side(side) as model:
-                    prefixes[side] = loop.prefill(model, [prompts[i] for i in batch], decoding.max_new_tokens)
-                    found = {row: known[i][side] for row, i in enumerate(batch) if side in known[i]}
-                    missing = [row for row in range(len(batch)) if row not in found]
-                    if missing:
-                        some = prefixes[side].select(missing)
-                        generated = loop.decode(model, self.tokenizer, some, decoding)
-                        found |= dict(zip(missing, generated, strict=True))
-                    responses[side] = [found[row] for row in range(len(batch))]
-            cross = {}
-            for side, other in (SIDES, SIDES[::-1]):
-                with self.side(side) as model:
-                    cross[side] = loop.score(model, prefixes.pop(side), [r.token_ids for r in responses[other]])
+            cross: dict[Side, list[float]] = {}
+            rows = [prompts[i] for i in batch]
+            with self.side(first) as model:
+                prefix = loop.prefill(model, rows, decoding.max_new_tokens)
+                responses[first] = self._respond(model, prefix, [known[i].get(first) for i in batch], decoding, True)
+            # The second side scores before it decodes, so that its prompts needn't be held while its cache grows.
+            with self.side(second) as model:
+                other = loop.prefill(model, rows, decoding.max_new_tokens)
+                cross[second] = loop.score(model, other, [r.token_ids for r in responses[first]])
+                responses[second] = self._respond(model, other, [known[i].get(second) for i in batch], decoding, False)
+            with self.side(first) as model:
+                cross[first] = loop.score(model, prefix, [r.token_ids for r in responses[second]])
             columns = (responses["base"], responses["fine_tuned"], cross["base"], cross["fine_tuned"])
             return list(map(Pair, *columns))
 
         for batch, pairs in self._batches(prompts, decoding, work):
             yield list(zip(batch, pairs, strict=True))
+
+    def _respond(
+        self,
+        model: Any,
+        prefix: loop.Prefix,
+        known: list[Response | None],
+        decoding: Decoding,
+        keep_prefix: bool,
+    ) -> list[Response]:
+        """A response to every row: the known one, or a new one."""
+        missing = [row for row, response in enumerate(known) if response is None]
+        if missing:
+            new = loop.decode(model, self.tokenizer, prefix.select(missing), decoding, keep_prefix=keep_prefix)
+            for row, response in zip(missing, new, strict=True):
+                known[row] = response
+        return [response for response in known if response is not None]
 
     @contextmanager
     def side(self, side: Side) -> Iterator[Any]:
@@ -147,7 +161,7 @@ class LocalEngine:
         self, prompts: Sequence[list[int]], decoding: Decoding, work: Callable[[list[int]], list[T]]
     ) -> Iterator[tuple[list[int], list[T]]]:
         def row(length: int) -> int:
-            # Two prompts' caches are held while a third, growing one is decoded with; and two rows of logits.
+            # At most two prompts' caches are held while a third, growing one is decoded with; and two rows of logits.
             return loop.bytes_per_row(self.model, 3 * length + decoding.max_new_tokens, logits=3)
 
         return in_batches([len(p) for p in prompts], self.batch_size, row, work)

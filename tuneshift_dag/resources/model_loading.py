@@ -1,13 +1,21 @@
 """Loading models: one load, one role.
 
+A model is quantized once; its 4-bit weights are kept beside the converted ones, because quantizing at every load
+takes seconds and reads the 16-bit weights into memory, which would be the peak of a whole scoring step.
+
 On CPUs with AVX512_BF16, bitsandbytes repacks every 4-bit weight in place at the first forward in
 eval mode. After that, gradients through the layer are silently absent, and merging and saving give
 garbage. So a model is loaded either `for_inference` or `for_training`, never used as both, and
 `assert_trainable_layout` refuses a load that was repacked.
 """
 
+import contextlib
+import hashlib
+import tempfile
+from pathlib import Path
 from typing import Any, Literal
 
+import bitsandbytes
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
@@ -15,7 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.resources import attention, lora_inference
-from tuneshift_dag.resources.model_ref import ModelFiles
+from tuneshift_dag.resources.model_ref import ModelFiles, cache_dir
 
 Quantization = Literal["nf4", "fp4", "none"]
 ADAPTER = "fine_tuned"
@@ -78,8 +86,28 @@ def _keep_layout(model: torch.nn.Module) -> None:
 
 
 def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype) -> PreTrainedModel:
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": _attention(files)}
-    if quantization != "none":
+    if quantization == "none":
+        return _read(files.path, _attention(files), quantization, dtype)
+    # The version is in the name because the layout of 4-bit weights belongs to bitsandbytes.
+    parts = [files.fingerprint, quantization, str(dtype), bitsandbytes.__version__]
+    folder = cache_dir() / "quantized" / hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+    if not folder.is_dir():
+        model = _read(files.path, _attention(files), quantization, dtype)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
+            # Before any forward: that may repack the weights, and a repacked model is saved as garbage.
+            model.save_pretrained(Path(staging) / "model")
+            with contextlib.suppress(OSError):  # another process was first
+                (Path(staging) / "model").rename(folder)
+        del model
+    return _read(folder, _attention(files), "saved", dtype)
+
+
+def _read(
+    folder: Path, attention_name: str, quantization: Quantization | Literal["saved"], dtype: torch.dtype
+) -> PreTrainedModel:
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention_name}
+    if quantization not in ("none", "saved"):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=quantization,
@@ -88,7 +116,7 @@ def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype) -> 
         )
     if torch.cuda.is_available():
         options["device_map"] = "auto"
-    return AutoModelForCausalLM.from_pretrained(files.path, **options)
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 def _attention(files: ModelFiles) -> str:
