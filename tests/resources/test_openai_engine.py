@@ -293,6 +293,15 @@ def test_preflight_stops_when_the_server_leaves_the_adapter_out(serve, tokenizer
     assert "doesn't apply the adapter" in check.problems[0]
 
 
+def test_preflight_stops_when_the_base_gets_the_adapter_in_a_mixed_batch(serve, tokenizer):
+    def before(server: FakeServer, body: dict[str, Any]) -> None:
+        if len(server.bodies) > len(TEXTS):
+            server.sides["base"] = "fine_tuned"
+
+    (problem,) = source(serve(before=before).url, tokenizer).check_adapter(TEXTS).problems
+    assert "'base' answers otherwise when 'skill' is asked at the same time" in problem
+
+
 def test_preflight_stops_when_prompt_log_probabilities_lack_the_adapter(serve, tokenizer):
     server = serve(echo_sides={"base": "base", "skill": "base"})
     (problem,) = source(server.url, tokenizer).check_adapter(TEXTS).problems

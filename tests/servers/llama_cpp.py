@@ -1,4 +1,4 @@
-"""`python -m tests.servers.llama_cpp GGUF LORA_GGUF PORT THREADS`: llama.cpp's server, from the package xllamacpp.
+"""`python -m tests.servers.llama_cpp GGUF LORA_GGUF PORT THREADS SLOTS`: llama.cpp's server, by xllamacpp.
 
 It runs until its standard input closes, so it ends with the process that started it.
 """
@@ -8,7 +8,7 @@ import sys
 import xllamacpp
 
 
-def main(model: str, lora: str, port: int, threads: int) -> None:
+def main(model: str, lora: str, port: int, threads: int, slots: int) -> None:
     params = xllamacpp.CommonParams()
     params.model.path = model
     params.model_alias = {"smollm2"}
@@ -16,8 +16,8 @@ def main(model: str, lora: str, port: int, threads: int) -> None:
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(lora, 0.0)]
     params.hostnames = ["127.0.0.1"]
     params.port = port
-    params.n_parallel = 16
-    params.n_ctx = 16 * 512
+    params.n_parallel = slots
+    params.n_ctx = slots * 512
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.verbosity = 0
     server = xllamacpp.Server(params)
@@ -26,4 +26,4 @@ def main(model: str, lora: str, port: int, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))

