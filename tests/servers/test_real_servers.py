@@ -88,8 +88,9 @@ def test_llama_cpp_has_no_cross_scores_and_says_so(llama_cpp: Server, local: Loc
 
 
 def test_llama_cpp_with_the_adapter_off_is_found_out(llama_cpp: Server, local: LocalEngine) -> None:
-    off = ServedModel(model="smollm2", extra_body={"lora": [{"id": 0, "scale": 0.0}]})
-    check = served(llama_cpp, local, ServedModel(model="smollm2"), off, cross_scores=False).check_adapter(seeds())
+    base, _ = llama_cpp_models()
+    off = ServedModel(model="smollm2", extra_body={**base.extra_body, "cache_prompt": True})
+    check = served(llama_cpp, local, base, off, cross_scores=False).check_adapter(seeds())
     assert "doesn't apply the adapter" in check.problems[0]
 
 
