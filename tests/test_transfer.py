@@ -10,6 +10,13 @@ from tests.conftest import write_jsonl
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.transfer import find_transfers, load_transfer
 
+SERVED = {
+    "type": "openai",
+    "server": {"base_url": "http://127.0.0.1:8000/v1"},
+    "base": {"model": "base"},
+    "fine_tuned": {"model": "skill"},
+}
+
 
 def test_a_valid_folder_loads(transfer_folder):
     transfer = load_transfer(transfer_folder)
@@ -46,6 +53,13 @@ def test_transfers_are_the_folders_with_a_transfer_yaml(transfer_folder):
         ("target.base", "./nowhere", ["target.base", "'./nowhere'", "hub id"]),
         ("generator.model", "package://no_such_package", ["generator.model", "pip install no-such-package"]),
         ("source.adapter", "./nowhere", ["source.adapter", "nowhere", "Put the PEFT adapter there"]),
+        ("engine.type", "openai", ["engine", "server must be given with type 'openai'"]),
+        ("engine", {"server": {"base_url": "http://a/v1"}}, ["engine", "only then", "type is 'local'"]),
+        ("engine.cross_scores", False, ["engine", "cross_scores", "type 'openai'"]),
+        ("engine", {**SERVED, "server": {"base_url": "a:8000"}}, ["engine.server.base_url", "'a:8000'", "http://"]),
+        ("engine", {**SERVED, "fine_tuned": {"model": "base"}}, ["engine", "both 'base'", "--lora-modules"]),
+        ("engine", {**SERVED, "server": {"base_url": "http://a/v1", "concurrency": 0}}, ["concurrency", "found 0"]),
+        ("generator.server", {"base_url": "http://me:secret@a/v1"}, ["generator.server.base_url", "api_key_env"]),
     ],
 )
 def test_a_bad_setting_names_file_key_value_and_repair(transfer_folder, edit_config, key, value, words):
@@ -54,6 +68,42 @@ def test_a_bad_setting_names_file_key_value_and_repair(transfer_folder, edit_con
         load_transfer(transfer_folder)
     for word in [str(transfer_folder / "transfer.yaml"), *words]:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["api_key_env", "api_key"])
+def test_an_api_key_in_the_file_is_refused_and_not_shown(transfer_folder, edit_config, key):
+    edit_config("engine", {**SERVED, "server": {"base_url": "http://a/v1", key: "sk-secret"}})
+    with pytest.raises(TuneshiftError, match=f"engine.server.{key}") as error:
+        load_transfer(transfer_folder)
+    assert "sk-secret" not in str(error.value)
+
+
+def test_a_served_source_needs_a_tokenizer_and_no_weights(transfer_folder, edit_config):
+    edit_config("engine", SERVED)
+    edit_config("source.base", "served/tiny-base")
+    folder = transfer_folder / "served" / "tiny-base"
+    folder.mkdir(parents=True)
+    with pytest.raises(TuneshiftError, match=r"source.base: .*tiny-base holds no tokenizer"):
+        load_transfer(transfer_folder)
+    (folder / "tokenizer.json").write_text("{}")
+    assert load_transfer(transfer_folder).config.engine.type == "openai"
+
+
+def test_a_rule_without_its_scores_is_refused(transfer_folder, edit_config):
+    edit_config("engine", {**SERVED, "cross_scores": False})
+    edit_config("filter.rule", "cross_ratio")
+    with pytest.raises(TuneshiftError, match=r"filter.rule 'cross_ratio' needs .*engine.cross_scores"):
+        load_transfer(transfer_folder)
+
+
+def test_a_served_generator_is_a_name_and_no_reference(transfer_folder, edit_config):
+    edit_config("generator.model", "gpt-4o")
+    edit_config("generator.server", {"base_url": "https://api.openai.com/v1", "api_key_env": "OPENAI_API_KEY"})
+    version = load_transfer(transfer_folder).version("generator")
+    edit_config("generator.server.base_url", "https://proxy/v1")
+    assert load_transfer(transfer_folder).version("generator") == version
+    edit_config("generator.server.revision", "2")
+    assert load_transfer(transfer_folder).version("generator") != version
 
 
 def test_every_bad_setting_is_named_at_once(transfer_folder, edit_config):

@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -24,6 +25,10 @@ HELD_OUT_SHAPE = '{"prompt": "...", "response": "..."}'
 
 Mode = Literal["chat", "continuation", "by_response"]
 Probability = Annotated[float, Field(gt=0, le=1)]
+
+# Where a server is and how it is asked doesn't change what it answers.
+_HOW_TO_ASK = {"base_url", "api_key_env", "concurrency", "timeout_seconds", "max_retries"}
+_WITHOUT_EFFECT: Any = {"engine": {"server": _HOW_TO_ASK}, "generator": {"server": _HOW_TO_ASK}}
 
 
 class _Section(BaseModel):
@@ -55,10 +60,112 @@ class Models(_Section):
     batch_size: int = Field(32, ge=1, le=1024, description="Most prompts decoded at once; fewer when memory is short.")
 
 
+class Server(_Section):
+    """An OpenAI-compatible server."""
+
+    base_url: str = Field(description="Address of its API, with the `/v1`: `http://127.0.0.1:8000/v1`.")
+    api_key_env: str = Field(
+        "",
+        description=(
+            "Name of the environment variable that holds the API key; empty when the server wants none."
+            " The key itself is written nowhere."
+        ),
+    )
+    revision: str = Field(
+        "",
+        description=(
+            "Any text; change it when the server runs other weights (or another quantization) under the same"
+            " names. What was computed before stays in the cache under the old revision."
+        ),
+    )
+    extra_body: dict[str, Any] = Field(
+        {}, description="Fields added to the body of every request, such as `chat_template_kwargs` of vLLM."
+    )
+    concurrency: int = Field(32, ge=1, le=4096, description="Most requests in flight at once.")
+    timeout_seconds: float = Field(600, gt=0, description="Longest wait for one response, the server's queue included.")
+    max_retries: int = Field(
+        5, ge=0, description="Retries of a request, with growing pauses, after a time-out or a status 429 or 5xx."
+    )
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        url = urlsplit(value)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError("must be an address such as http://127.0.0.1:8000/v1")
+        if url.username or url.password:
+            raise ValueError("must hold no user name or password; name an environment variable in api_key_env")
+        return value
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*|", value):
+            raise ValueError("must be the name of an environment variable in capitals, never the key itself")
+        return value
+
+
+class ServedModel(_Section):
+    """A model by the name that a server knows it by."""
+
+    model: str = Field(description="Name of the model on the server.")
+    extra_body: dict[str, Any] = Field(
+        {}, description="Fields added to the body of its requests, such as `lora` of llama.cpp's server."
+    )
+
+
+class EngineConfig(_Section):
+    """What runs the source models; the target is always trained and run in this process."""
+
+    type: Literal["local", "openai"] = Field(
+        "local",
+        description=(
+            "`local` loads the source models in this process; `openai` asks a server such as vLLM's or llama.cpp's"
+            " (docs/servers.md). `source.base` then only names the tokenizer, and `source.adapter` what the server"
+            " was given."
+        ),
+    )
+    server: Server | None = Field(None, description="`openai`: the server of the source models.")
+    base: ServedModel | None = Field(None, description="`openai`: the source base model.")
+    fine_tuned: ServedModel | None = Field(None, description="`openai`: the same with the adapter.")
+    cross_scores: bool = Field(
+        True,
+        description=(
+            "`openai`: whether each source model also scores the other's response. The server must give"
+            " log-probabilities of prompt tokens, which llama.cpp's doesn't; only `filter.rule: cross_ratio` needs it."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> "EngineConfig":
+        for name in ("server", "base", "fine_tuned"):
+            given = getattr(self, name) is not None
+            if given != (self.type == "openai"):
+                raise ValueError(f"{name} must be given with type 'openai' and only then (type is {self.type!r})")
+        if self.type == "local" and not self.cross_scores:
+            raise ValueError(
+                "cross_scores can only be switched off with type 'openai': they cost the local engine little"
+            )
+        if self.base is not None and self.base == self.fine_tuned:
+            raise ValueError(
+                f"base and fine_tuned are both {self.base.model!r}: name the adapter in fine_tuned.model"
+                " (vLLM's --lora-modules), or switch it on in fine_tuned.extra_body (llama.cpp's lora)"
+            )
+        return self
+
+
 class Generator(_Section):
     """The instruction model that writes more prompts like the seeds."""
 
-    model: str = Field(description="Model reference; a base model works in `continuation` mode.")
+    model: str = Field(
+        description=(
+            "Model reference; a base model works in `continuation` mode. With `generator.server`, the model's name"
+            " there."
+        )
+    )
+    server: Server | None = Field(
+        None, description="The server that runs the generator; without it, the generator is loaded in this process."
+    )
     mode: Mode = Field(
         "chat",
         description=(
@@ -97,7 +204,14 @@ class Generator(_Section):
         ),
     )
     temperature: float = Field(1.0, gt=0, le=5, description="Sampling temperature.")
-    top_k: int = Field(100, ge=1, description="Sample among this many most likely tokens.")
+    top_k: int = Field(
+        100,
+        ge=0,
+        description=(
+            "Sample among this many most likely tokens; 0 for no such limit, with a server that knows no `top_k`"
+            " (OpenAI's own)."
+        ),
+    )
     top_p: Probability = Field(0.95, description="Sample within this probability mass of the `top_k` tokens.")
     max_new_tokens: int = Field(320, ge=8, description="Longest generator output, in tokens.")
     max_prompt_characters: int = Field(300, ge=10, description="Longer prompts are dropped.")
@@ -194,6 +308,7 @@ class TransferConfig(_Section):
     target: Target
     generator: Generator
     prompt_template: str = Field(description="All that a model sees before the response; must hold `{prompt}` once.")
+    engine: EngineConfig = EngineConfig()
     models: Models = Models()
     response: Response = Response()
     filter: Filter = Filter()
@@ -212,6 +327,12 @@ class TransferConfig(_Section):
         if value.count("{prompt}") != 1:
             raise ValueError("must contain {prompt} exactly once")
         return value
+
+    @model_validator(mode="after")
+    def _rule_has_its_scores(self) -> "TransferConfig":
+        if self.filter.rule == "cross_ratio" and not self.engine.cross_scores:
+            raise ValueError("filter.rule 'cross_ratio' needs the scores that engine.cross_scores: false leaves out")
+        return self
 
 
 class Transfer:
@@ -236,7 +357,7 @@ class Transfer:
             sections: dotted keys of ``transfer.yaml``, for example ``"filter"`` or ``"source.base"``.
             code: raised by hand when the meaning of the code that uses them changes.
         """
-        dump = self.config.model_dump(mode="json")
+        dump = self.config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
         parts = {section: _dig(dump, section) for section in sections}
         return hashlib.sha256(json.dumps([code, parts], sort_keys=True).encode()).hexdigest()[:12]
 
@@ -269,9 +390,11 @@ def load_transfer(folder: Path) -> Transfer:
     seeds, heldout = check_examples(
         seed_rows, read_jsonl(heldout_file, HELD_OUT_SHAPE) if heldout_file.exists() else []
     )
-    check_reference(config.source.base, folder, f"{config_file}: source.base")
+    served = config.engine.type == "openai"
+    check_reference(config.source.base, folder, f"{config_file}: source.base", weights=not served)
     check_reference(config.target.base, folder, f"{config_file}: target.base")
-    check_reference(config.generator.model, folder, f"{config_file}: generator.model")
+    if config.generator.server is None:
+        check_reference(config.generator.model, folder, f"{config_file}: generator.model")
     _check_adapter(config, folder, f"{config_file}: source.adapter")
     return Transfer(folder.resolve(), config, seeds, heldout)
 
@@ -315,12 +438,16 @@ def _read_config(file: Path) -> TransferConfig:
 
 def _explain(file: Path, problem: Any) -> str:
     key = ".".join(map(str, problem["loc"]))
+    found = repr(problem["input"])
+    if "key" in key.rsplit(".", 1)[-1]:
+        # Somebody may have put an API key here.
+        found = "a value that isn't shown"
     if problem["type"] == "extra_forbidden":
-        return f"{file}: {key}: unknown key (value {problem['input']!r}). Remove it or correct its spelling."
+        return f"{file}: {key}: unknown key (value {found}). Remove it or correct its spelling."
     if problem["type"] == "missing":
         return f"{file}: {key}: missing. Add it."
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{file}: {key}: {message} (found {problem['input']!r})."
+    return f"{file}: {key}: {message} (found {found})."
 
 
 def read_text(file: Path) -> str:

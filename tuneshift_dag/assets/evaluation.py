@@ -40,7 +40,7 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
         owners=OWNERS,
         kinds={"duckdb", "pytorch"},
         pool=MODEL_POOL,
-        code_version=f"{transfer.version('evaluation', 'models', 'source', 'target', 'prompt_template')}"
+        code_version=f"{transfer.version('evaluation', 'engine', 'models', 'source', 'target', 'prompt_template')}"
         f"-{heldout_hash[:8]}-{transfer.adapter_version()}",
         metadata=definition_metadata(transfer, EVALUATIONS),
     )

@@ -17,7 +17,7 @@ from tuneshift_dag.assets.common import (
     step,
 )
 from tuneshift_dag.method import scoring
-from tuneshift_dag.method.engine import Decoding, Pair, perplexity
+from tuneshift_dag.method.engine import Decoding, Pair, Response, perplexity
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
 from tuneshift_dag.resources.tables import SCORED_PAIRS
 from tuneshift_dag.transfer import Transfer
@@ -34,14 +34,14 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
         owners=OWNERS,
         kinds={"duckdb", "pytorch"},
         pool=MODEL_POOL,
-        code_version=f"{transfer.version('source', 'models', 'prompt_template', 'response')}"
+        code_version=f"{transfer.version('source', 'engine', 'models', 'prompt_template', 'response')}"
         f"-{transfer.adapter_version()}",
         metadata=definition_metadata(transfer, SCORED_PAIRS),
         check_specs=[
             dg.AssetCheckSpec(
                 "finite_perplexities",
                 asset=asset_key,
-                description="Every response with tokens has four finite perplexities of at least 1.",
+                description="Every response with tokens has finite perplexities of at least 1.",
             )
         ],
     )
@@ -50,8 +50,9 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         """The source base model and the source fine-tuned model each answer every prompt of the round.
 
-        Each pair gets four perplexities: each model on its own response and on the other's. One 4-bit
-        base model is resident, with the adapter switched on or off.
+        Each pair gets four perplexities: each model on its own response and on the other's (unless
+        `engine.cross_scores` is off). The local engine keeps one 4-bit base model, with the adapter
+        switched on or off; a server has the models under two names.
         """
         round_ = context.partition_key
         database = store.store()
@@ -115,9 +116,13 @@ def pair_row(pair: Pair) -> dict[str, Any]:
         "base_eos_logprob": b.eos_logprob,
         "ppl_fine_tuned": perplexity(f.sum_logprob, len(f.token_ids)),
         "ppl_base": perplexity(b.sum_logprob, len(b.token_ids)),
-        "ppl_base_cross": perplexity(pair.base_on_fine_tuned, len(f.token_ids)),
-        "ppl_fine_tuned_cross": perplexity(pair.fine_tuned_on_base, len(b.token_ids)),
+        "ppl_base_cross": _cross_perplexity(pair.base_on_fine_tuned, f),
+        "ppl_fine_tuned_cross": _cross_perplexity(pair.fine_tuned_on_base, b),
     }
+
+
+def _cross_perplexity(sum_logprob: float | None, response: Response) -> float | None:
+    return None if sum_logprob is None else perplexity(sum_logprob, len(response.token_ids))
 
 
 def _check_finite(rows: pl.DataFrame) -> dg.AssetCheckResult:

@@ -18,6 +18,7 @@ from tuneshift_dag.assets.common import (
 from tuneshift_dag.assets.round_seeds import report_seeds, seed_candidates
 from tuneshift_dag.method import scoring
 from tuneshift_dag.method.engine import Decoding
+from tuneshift_dag.method.preflight import AdapterCheck
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
 from tuneshift_dag.resources.tables import SEED_SET
@@ -26,6 +27,7 @@ from tuneshift_dag.transfer import Transfer
 
 def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
     asset_key = key(transfer, "seed_set")
+    sections = ("source", "generator", "engine", "models", "prompt_template", "response", "seed")
     seeds_hash = hashlib.sha256(json.dumps(transfer.seeds).encode()).hexdigest()
 
     @dg.asset(
@@ -34,10 +36,7 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
         owners=OWNERS,
         kinds={"duckdb", "pytorch"},
         pool=MODEL_POOL,
-        code_version=(
-            f"{transfer.version('source', 'generator', 'models', 'prompt_template', 'response', 'seed', code=2)}"
-            f"-{seeds_hash[:8]}-{transfer.adapter_version()}"
-        ),
+        code_version=f"{transfer.version(*sections, code=2)}-{seeds_hash[:8]}-{transfer.adapter_version()}",
         metadata=definition_metadata(transfer, SEED_SET),
         check_specs=[
             dg.AssetCheckSpec(
@@ -63,11 +62,7 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
             current.cost.model_seconds += time.monotonic() - started
             current.cost.model_calls += 2 * len(transfer.seeds)
             if applied.problems:
-                raise dg.Failure(
-                    f"{transfer.folder / transfer.config.source.adapter}: " + "; ".join(applied.problems) + "."
-                    " Check that source.base is the very model that the adapter was trained on.",
-                    allow_retries=False,
-                )
+                raise dg.Failure(_refusal(transfer, applied.problems), allow_retries=False)
             for warning in applied.warnings:
                 context.log.warning(warning)
             responses = scoring.generate(
@@ -91,8 +86,7 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
             metadata={
                 "dagster/row_count": len(rows),
                 "examples": example_rows(rows, ["prompt", "response"]),
-                "largest_logit_difference": applied.largest_logit_difference,
-                "adapter_delta_norm": applied.delta_norm,
+                **_figures(applied),
                 **current.metadata(),
             },
             check_results=[
@@ -106,3 +100,20 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
         )
 
     return seed_set
+
+
+def _refusal(transfer: Transfer, problems: list[str]) -> str:
+    if transfer.config.engine.type == "openai":
+        return f"{transfer.folder / 'transfer.yaml'}: " + "; ".join(problems) + "."
+    return (
+        f"{transfer.folder / transfer.config.source.adapter}: " + "; ".join(problems) + "."
+        " Check that source.base is the very model that the adapter was trained on."
+    )
+
+
+def _figures(applied: AdapterCheck) -> dict[str, float]:
+    figures = {
+        "largest_logit_difference": applied.largest_logit_difference,
+        "adapter_delta_norm": applied.delta_norm,
+    }
+    return {name: value for name, value in figures.items() if value is not None}

@@ -48,16 +48,22 @@ class Response:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both models' responses to one prompt, and each model's log-likelihood of the other's response."""
+    """Both models' responses to one prompt, and each model's log-likelihood of the other's response (cross score).
+
+    Cross scores are None when the engine has none.
+    """
 
     base: Response
     fine_tuned: Response
-    base_on_fine_tuned: float
-    fine_tuned_on_base: float
+    base_on_fine_tuned: float | None
+    fine_tuned_on_base: float | None
 
 
 class Engine(Protocol):
     """One source base model, with its adapter on (``fine_tuned``) or off (``base``)."""
+
+    cross_scores: bool
+    """Whether `pairs` gives cross scores."""
 
     def fingerprint(self, side: Side) -> str:
         """Changes when, and only when, something changes that can change this side's output."""

@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdapterCheck:
-    """``problems`` must stop the run, ``warnings`` must not."""
+    """``problems`` must stop the run, ``warnings`` must not.
+
+    ``largest_logit_difference`` and ``delta_norm`` are None for models on a server, which shows neither.
+    """
 
     problems: list[str]
     warnings: list[str]
-    largest_logit_difference: float
-    delta_norm: float
+    largest_logit_difference: float | None
+    delta_norm: float | None
 
 
 def check_adapter_keys(model: Any, saved_keys: Sequence[str], adapter_name: str) -> list[str]:

@@ -93,7 +93,7 @@ def score_pairs(
     """Both sides' responses to every prompt (token ids) and the two cross scores.
 
     What is in the cache is used; the rest is computed and cached batch by batch. A model call is one
-    response or one cross score, so a new prompt costs four.
+    response or one cross score, so a new prompt costs four, or two with an engine without cross scores.
     """
     fingerprints = {side: engine.fingerprint(side) for side in SIDES}
     keys = {s: [cache.response_key(fingerprints[s], p, decoding) for p in prompts] for s in SIDES}
@@ -108,9 +108,14 @@ def score_pairs(
     known: list[dict[Side, Response]] = [
         {s: found[keys[s][i]] for s in SIDES if keys[s][i] in found} for i in range(len(prompts))
     ]
-    wanted = {i: cross_keys(i, k["base"], k["fine_tuned"]) for i, k in enumerate(known) if len(k) == 2}
-    scores = cache.scores([key for pair in wanted.values() for key in pair])
+    answered = [i for i, k in enumerate(known) if len(k) == 2]
     results: dict[int, Pair] = {}
+    wanted: dict[int, tuple[str, str]] = {}
+    if engine.cross_scores:
+        wanted = {i: cross_keys(i, known[i]["base"], known[i]["fine_tuned"]) for i in answered}
+    else:
+        results = {i: Pair(known[i]["base"], known[i]["fine_tuned"], None, None) for i in answered}
+    scores = cache.scores([key for pair in wanted.values() for key in pair])
     for i, (base_key, fine_tuned_key) in wanted.items():
         if base_key in scores and fine_tuned_key in scores:
             results[i] = Pair(known[i]["base"], known[i]["fine_tuned"], scores[base_key], scores[fine_tuned_key])
@@ -130,9 +135,11 @@ def score_pairs(
                 i = missing[j]
                 results[i] = pair
                 responses |= {keys["base"][i]: pair.base, keys["fine_tuned"][i]: pair.fine_tuned}
-                base_key, fine_tuned_key = cross_keys(i, pair.base, pair.fine_tuned)
-                new_scores |= {base_key: pair.base_on_fine_tuned, fine_tuned_key: pair.fine_tuned_on_base}
-                cost.model_calls += 4 - len(known[i])
+                cross = (pair.base_on_fine_tuned, pair.fine_tuned_on_base)
+                for key, score in zip(cross_keys(i, pair.base, pair.fine_tuned), cross, strict=True):
+                    if score is not None:
+                        new_scores[key] = score
+                cost.model_calls += (4 if engine.cross_scores else 2) - len(known[i])
                 generated = {
                     s: r for s, r in (("base", pair.base), ("fine_tuned", pair.fine_tuned)) if s not in known[i]
                 }

@@ -88,7 +88,7 @@ def _preflight(transfer: Transfer) -> Iterator[Finding]:
     except TuneshiftError as error:
         yield Finding(f"{transfer.name} preflight", False, str(error))
         return
-    detail = "; ".join([*applied.problems, *applied.warnings]) or (
-        f"adapter applied (largest logit difference on the seeds {applied.largest_logit_difference:.1f})"
-    )
+    detail = "; ".join([*applied.problems, *applied.warnings]) or "adapter applied"
+    if detail == "adapter applied" and applied.largest_logit_difference is not None:
+        detail += f" (largest logit difference on the seeds {applied.largest_logit_difference:.1f})"
     yield Finding(f"{transfer.name} preflight", not applied.problems, detail)

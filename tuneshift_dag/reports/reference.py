@@ -4,7 +4,7 @@ python -m tuneshift_dag.reports.reference > docs/reference.md
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import typer
 from pydantic import BaseModel
@@ -32,12 +32,18 @@ def render() -> str:
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from _keys(kind, f"{prefix}{name}.")
+        section = next((k for k in (field.annotation, *get_args(field.annotation)) if _is_section(k)), None)
+        if section:
+            if field.default is None:
+                yield f"| `{prefix}{name}` | `None` | {_cell(field.description or '')} |"
+            yield from _keys(section, f"{prefix}{name}.")
             continue
         default = "required" if field.default is PydanticUndefined else f"`{field.default!r}`"
         yield f"| `{prefix}{name}` | {_cell(default)} | {_cell(field.description or '')} |"
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _commands() -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import Engine
 from tuneshift_dag.resources.response_cache import ResponseCache
 from tuneshift_dag.resources.store import Store
@@ -32,18 +33,39 @@ class StoreResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
 
 class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
-    """4-bit models for generation and scoring: the source pair, the generator and the target."""
+    """Models for generation and scoring: the source pair, the generator and the target."""
 
     def source(self, transfer: Transfer) -> Engine:
-        """The source base model with the source adapter."""
-        from tuneshift_dag.resources.model_ref import resolve_adapter
+        """The source base model with the source adapter, in this process or on a server."""
+        from tuneshift_dag.resources.model_ref import resolve_adapter, resolve_tokenizer
 
-        source = transfer.config.source
+        source, settings = transfer.config.source, transfer.config.engine
         adapter = resolve_adapter(source.adapter, transfer.folder, "source.adapter")
-        return self._engine(transfer, source.base, "source.base", adapter)
+        if settings.server is None:
+            return self._engine(transfer, source.base, "source.base", adapter)
+        assert settings.base is not None and settings.fine_tuned is not None
+        tokenizer = resolve_tokenizer(source.base, transfer.folder, "source.base")
+        name = f"{tokenizer.fingerprint}|{adapter.fingerprint}|{settings.model_dump_json()}"
+        if name not in _ENGINES:
+            served = _served()
+            _ENGINES[name] = served.ServedSource(
+                served.OpenAIServer(settings.server, "engine.server"),
+                settings.base,
+                settings.fine_tuned,
+                tokenizer,
+                adapter,
+                settings.cross_scores,
+            )
+        return _ENGINES[name]
 
     def generator(self, transfer: Transfer) -> Engine:
-        """The model that writes prompts."""
+        """The model that writes prompts, in this process or on a server."""
+        settings = transfer.config.generator
+        if settings.server is not None:
+            served = _served()
+            server = served.OpenAIServer(settings.server, "generator.server")
+            generator: Engine = served.ServedGenerator(server, settings.model, chat=settings.mode == "chat")
+            return generator
         return self._engine(transfer, transfer.config.generator.model, "generator.model")
 
     def target(self, transfer: Transfer, adapter: Path | None = None) -> Engine:
@@ -80,3 +102,15 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         if name not in _ENGINES:
             _ENGINES[name] = LocalEngine(files, adapter, models.quantization, models.compute_dtype, models.batch_size)
         return _ENGINES[name]
+
+
+def _served() -> Any:
+    try:
+        from tuneshift_dag.resources import openai_engine
+    except ModuleNotFoundError as error:
+        if error.name != "openai":
+            raise
+        raise TuneshiftError(
+            "transfer.yaml names a server, which needs the extra `servers`: run `pip install 'tuneshift-dag[servers]'`."
+        ) from error
+    return openai_engine

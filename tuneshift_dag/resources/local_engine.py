@@ -28,6 +28,8 @@ class LocalEngine:
     The model is loaded at first use, so a step that finds everything in the cache loads nothing.
     """
 
+    cross_scores = True
+
     def __init__(
         self,
         base: ModelFiles,

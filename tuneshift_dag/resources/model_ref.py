@@ -56,13 +56,14 @@ def is_hub_id(reference: str) -> bool:
     return bool(_HUB_ID.match(reference)) and not reference.startswith((".", "/", "~"))
 
 
-def check_reference(reference: str, folder: Path, key: str) -> None:
+def check_reference(reference: str, folder: Path, key: str, weights: bool = True) -> None:
     """Raise `TuneshiftError` when a reference can't name a model. Loads and converts nothing.
 
     Args:
         reference: the string from ``transfer.yaml``.
         folder: the transfer's folder, for relative paths.
         key: the key it stands under, for the message.
+        weights: whether a folder must hold weights; if not, a tokenizer is enough.
     """
     if reference.startswith("package://"):
         _package_file(reference, key)
@@ -75,7 +76,10 @@ def check_reference(reference: str, folder: Path, key: str) -> None:
             )
         return
     if path.is_dir():
-        _check_model_folder(path, key)
+        if weights:
+            _check_model_folder(path, key)
+        elif not _tokenizer_files(path):
+            raise TuneshiftError(f"{key}: {path} holds no tokenizer (tokenizer.json or tokenizer.model).")
         return
     if not is_hub_id(reference) or path.suffix == ".gguf":
         raise TuneshiftError(
@@ -95,6 +99,17 @@ def resolve_model(reference: str, folder: Path, key: str) -> ModelFiles:
     if path.is_dir():
         return ModelFiles(reference, path.resolve(), fingerprint_of(_model_files(path)))
     return _from_hub(reference, key, ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+
+
+def resolve_tokenizer(reference: str, folder: Path, key: str) -> ModelFiles:
+    """Local files of a model's tokenizer, without its weights where they can be had apart."""
+    check_reference(reference, folder, key, weights=False)
+    path = (folder / reference).expanduser()
+    if path.is_dir():
+        return ModelFiles(reference, path.resolve(), fingerprint_of(_tokenizer_files(path)))
+    if reference.startswith("package://") or path.is_file():
+        return resolve_model(reference, folder, key)
+    return _from_hub(reference, key, ["config.json", *_TOKENIZER_FILES])
 
 
 def resolve_adapter(reference: str, folder: Path, key: str) -> ModelFiles:
@@ -169,7 +184,11 @@ def _write_atomically(path: Path, text: str) -> None:
 
 def _model_files(path: Path) -> list[Path]:
     names = [p for p in path.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"]
-    return names + [path / n for n in _TOKENIZER_FILES if (path / n).is_file()]
+    return names + _tokenizer_files(path)
+
+
+def _tokenizer_files(path: Path) -> list[Path]:
+    return [path / n for n in _TOKENIZER_FILES if (path / n).is_file()]
 
 
 def _check_model_folder(path: Path, key: str) -> None:
