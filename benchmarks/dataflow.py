@@ -47,7 +47,7 @@ def _fill(store: Store, rows: int) -> None:
             SELECT 'round_01', lpad(to_hex(i), 16, '0'), 'synthetic customer query number ' || i,
                 ' intent_' || (i % 77), ' some longer base response number ' || i, 5, 24, 'stop', 'length',
                 -1.0, -12.0, -20.0, -60.0, -0.01, NULL,
-                1 + random() * 0.6, 1 + random() * 2, 3.0, 9.0
+                1 + random() * 0.6, 1 + random() * 2, 3.0, 9.0, NULL, NULL
             FROM range({rows}) AS t(i)
             """
         )

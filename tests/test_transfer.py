@@ -46,6 +46,15 @@ def test_transfers_are_the_folders_with_a_transfer_yaml(transfer_folder):
         ("models.quantization", "int8", ["models.quantization", "'int8'", "'nf4', 'fp4' or 'none'"]),
         ("filter", {"threshold": 0.9}, ["filter", "threshold 0.9", "'both'", "above 1"]),
         ("filter", {"threshold": 1, "rule": "ratio"}, ["filter", "threshold 1.0", "'ratio'", "above 1"]),
+        ("filter", {"rule": "ifd"}, ["filter", "threshold 1.5", "'ifd'", "between 0 and 1"]),
+        ("filter", {"rule": "top_excess"}, ["filter", "'top_excess'", "needs filter.keep", "0.5"]),
+        ("filter", {"rule": "random", "keep": 2.5}, ["filter", "keep 2.5", "whole number"]),
+        ("filter", {"rule": "random", "keep": 0.5, "threshold": 2}, ["filter", "threshold 2", "'random'", "remove it"]),
+        ("filter", {"rule": "unfiltered", "threshold": 2}, ["filter", "threshold 2", "'unfiltered'", "remove it"]),
+        ("filter", {"keep": 0.5}, ["filter", "keep 0.5", "'both'", "remove it", "top_excess"]),
+        ("filter", {"rule": "random", "keep": 2000}, ["filter.keep 2000", "target_pairs 1000", "raise it"]),
+        ("filter", {"rule": "top_excess", "keep": 1.0, "max_repetition": 0}, ["filter.max_repetition", "0"]),
+        ("filter", {"refusals": ["no way", " "]}, ["filter", "empty phrase", "remove it"]),
         ("prompt_template", "Query:", ["prompt_template", "'Query:'", "must contain {prompt}"]),
         ("prompt_template", "{prompt} {prompt}", ["prompt_template", "exactly once"]),
         ("source", {"base": "models/tiny-base"}, ["source.adapter", "missing", "Add it"]),
@@ -116,6 +125,14 @@ def test_every_bad_setting_is_named_at_once(transfer_folder, edit_config):
 def test_the_difference_rule_allows_a_threshold_below_one(transfer_folder, edit_config):
     edit_config("filter", {"rule": "difference", "threshold": 0.5})
     assert load_transfer(transfer_folder).config.filter.threshold == 0.5
+
+
+def test_a_round_without_a_pair_would_end_the_loop(transfer_folder, edit_config):
+    edit_config("filter", {"rule": "top_excess", "keep": 2})
+    assert load_transfer(transfer_folder).config.filter.cut == 2
+    edit_config("rounds", 3)
+    with pytest.raises(TuneshiftError, match=r"transfer\.yaml: filter\.keep 2 leaves some of the 3 rounds"):
+        load_transfer(transfer_folder)
 
 
 def test_a_missing_transfer_yaml_says_what_a_transfer_is(tmp_path):

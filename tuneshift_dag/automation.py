@@ -5,7 +5,8 @@ an `AssetObservation` of an external asset, which is how the loop reports a roun
 (Dagster 1.13). Reporting materializations instead would hide the staleness of the round (dagster issue 26162).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from collections.abc import Set as AbstractSet
 
 import dagster as dg
 from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus
@@ -45,7 +46,9 @@ def build_automation(transfer: Transfer) -> dg.SensorDefinition:
     return automation
 
 
-def next_request(transfer: Transfer, assets: set[dg.AssetKey], staleness: Staleness) -> dg.RunRequest | dg.SkipReason:
+def next_request(
+    transfer: Transfer, assets: AbstractSet[dg.AssetKey], staleness: Staleness
+) -> dg.RunRequest | dg.SkipReason:
     """The first step, in round order, that is missing or out of date."""
     if staleness.causes(key(transfer, "seed_set")) != []:
         return dg.SkipReason("seed_set is missing or out of date: materialize it, and the rounds follow.")
@@ -83,7 +86,5 @@ def _reason_to_wait(transfer: Transfer, instance: dg.DagsterInstance) -> str | N
     return None
 
 
-def _touches(
-    transfer: Transfer, assets: Sequence[dg.AssetKey] | set[dg.AssetKey] | frozenset[dg.AssetKey] | None
-) -> bool:
+def _touches(transfer: Transfer, assets: Collection[dg.AssetKey] | None) -> bool:
     return any(asset.path[0] == transfer.name for asset in assets or ())

@@ -1,4 +1,4 @@
-"""The command line: ``tuneshift new | run | report | sweep | lineage | export | doctor``.
+"""The command line: ``tuneshift new | run | report | sweep | compare | lineage | export | doctor``.
 
 Results go to standard output, progress and messages to standard error.
 """
@@ -141,10 +141,17 @@ def sweep(
     transfer: TransferName,
     rule: Annotated[
         list[str] | None,
-        typer.Option("--rule", help="both, difference, ratio or cross_ratio; may be repeated. Without it, all."),
+        typer.Option(
+            "--rule",
+            help="both, difference, ratio, cross_ratio, ifd, top_excess, random or unfiltered; may be repeated."
+            " Without it, all; with a grid, those that can take it.",
+        ),
     ] = None,
     grid: Annotated[
-        str, typer.Option("--grid", help="1.1,1.2,1.5 or start:stop:step; without it, chosen from the data.")
+        str,
+        typer.Option(
+            "--grid", help="1.1,1.2,1.5 or start:stop:step, of top_excess and random what to keep; without it, chosen."
+        ),
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list of cells and nothing else.")] = False,
 ) -> None:
@@ -159,8 +166,39 @@ def sweep(
         print(json.dumps(cells, indent=2))
         return
     _out.print(_sweep_table(cells))
+    if not rule and "ifd" not in {cell["rule"] for cell in cells}:
+        _err.print("Without ifd: its perplexity is only scored when filter.rule in transfer.yaml is ifd.")
     if not any(cell["pairs_kept"] for cell in cells):
         _err.print(f"Nothing is kept. If there are no scored pairs yet: tuneshift run {loaded.name}")
+
+
+@app.command()
+def compare(
+    transfer: TransferName,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list of arms and nothing else.")] = False,
+) -> None:
+    """Train models on what rival filters keep, equally many pairs each, and compare their held-out accuracy.
+
+    Needs `compare:` in transfer.yaml and the scored pairs of `tuneshift run`. Trains arms × seeds models; what
+    was trained before is not trained again, also after a killed run.
+    """
+    from tuneshift_dag.home import output_dir
+    from tuneshift_dag.reports import summary
+    from tuneshift_dag.resources.store import Store
+
+    loaded = _load(transfer)
+    instance = _instance()
+    from tuneshift_dag.runner import Runner
+
+    _quiet()
+    Runner(loaded, instance, on_step=lambda asset, _: _err.print(f"[bold]{asset}[/bold]")).compare()
+    rows = summary.comparison(Store(database_file()), loaded)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    _out.print(_comparison_table(rows))
+    _out.print(summary.conclusion(rows), soft_wrap=True)
+    _err.print(f"Picture: {output_dir(loaded.name) / 'comparison.png'}", soft_wrap=True)
 
 
 @app.command()
@@ -352,6 +390,34 @@ def _show_rows(title: str, rows: list[dict[str, Any]], as_json: bool) -> None:
         print(json.dumps(rows, indent=2))
     else:
         _out.print(_table(title, rows))
+
+
+def _comparison_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="Held-out exact match by filter, 95 % intervals", title_justify="left")
+    for column in ("arm", "runs", "pairs", "of", "as random", "accuracy", "minus random", "minus unfiltered"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+
+    def cell(row: dict[str, Any], name: str, sign: str = "") -> str:
+        low, high = (f"{name}_low", f"{name}_high") if name != "value" else ("low", "high")
+        if row[name] is None:
+            return "-"
+        return f"{row[name]:{sign}.3f} \\[{row[low]:{sign}.3f}, {row[high]:{sign}.3f}]"
+
+    for place, row in enumerate(rows):
+        if row["pairs"] is None and place and rows[place - 1]["pairs"] is not None:
+            table.add_section()
+        shared = row["shared_with_random"]
+        table.add_row(
+            row["arm"],
+            str(row["runs"]),
+            str(row["pairs"] or "-"),
+            str(row["candidates"] or "-"),
+            "-" if shared is None else f"{shared:.0%}",
+            cell(row, "value"),
+            cell(row, "vs_random", "+"),
+            cell(row, "vs_unfiltered", "+"),
+        )
+    return table
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:

@@ -84,6 +84,22 @@ class Runner:
         Store(database_file()).append_all(self.transfer.name, [(RUNS, RUNS.frame([row]))])
         return self.result
 
+    def compare(self) -> RunResult:
+        """Bring ``comparison`` up to date; `run` leaves it out, since it trains many models.
+
+        Raises:
+            TuneshiftError: without ``compare`` in ``transfer.yaml``, or when the step fails.
+        """
+        if key(self.transfer, "comparison") not in self._assets:
+            raise TuneshiftError(
+                f"{self.transfer.folder / 'transfer.yaml'}: compare: missing. Add `compare: {{}}` for the defaults"
+                " (the current filter, random and unfiltered, three trainings each)."
+            )
+        close_dead_runs(self.instance)
+        if self._causes("comparison", None) != []:
+            self._materialize(["comparison"], None)
+        return self.result
+
     def _run_round(self, round_: str, regrow: bool) -> None:
         for place, asset in enumerate(ROUND_ASSETS):
             causes = self._causes(asset, round_)

@@ -6,7 +6,9 @@ Every key says what it means, its unit and where its default comes from. Nothing
 
 import hashlib
 import json
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -15,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.method.filters import KEEP_RULES, Guards, Rule, verdict_sql
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.resources.model_ref import adapter_fingerprint, check_adapter_folder, check_reference, is_hub_id
 
@@ -245,27 +248,114 @@ class Response(_Section):
 class Filter(_Section):
     """Which scored pairs are kept. f is the fine-tuned model, b the base, y_f and y_b their responses."""
 
-    rule: Literal["both", "difference", "ratio", "cross_ratio"] = Field(
+    rule: Rule = Field(
         "both",
         description=(
             "`both`: PPL_f(y_f) < threshold < PPL_b(y_b). `difference`: PPL_b(y_b) - PPL_f(y_f) > threshold."
             " `ratio`: PPL_b(y_b) / PPL_f(y_f) > threshold."
             " `cross_ratio`: PPL_b(y_f) / PPL_f(y_f) > threshold."
+            " `ifd`: threshold < PPL_b(y_f given the prompt) / PPL_b(y_f alone) < 1 (arXiv 2402.00530); costs one"
+            " more score a pair. `top_excess`: the pairs with the largest mean of log p_f - log p_b over the tokens"
+            " of y_f (TiTok, arXiv 2510.04682). `random`: a draw by hash from the pairs that pass the guards."
+            " `unfiltered`: every pair with a response, the guards off too."
         ),
     )
-    threshold: float = Field(1.5, gt=0, description="The cut (paper: 1.5, for its only rule).")
+    threshold: float = Field(
+        1.5, gt=0, description="The cut of the first five rules (paper: 1.5, for its only rule); `ifd` wants its own."
+    )
+    keep: float | None = Field(
+        None,
+        gt=0,
+        description=(
+            "How much `top_excess` and `random` keep: up to 1, the share of each round's pairs that pass the guards"
+            " (TiTok: 0.5); above 1, the number of pairs in all rounds, of which every round has an equal quota,"
+            " since its kept pairs seed the next round before that one exists."
+        ),
+    )
     allow_truncated: bool = Field(
         False, description="Keep pairs whose fine-tuned response was cut off by `response.max_new_tokens`."
+    )
+    max_repetition: Probability = Field(
+        0.5,
+        description=(
+            "Drop pairs of whose fine-tuned response more than this share of word 4-grams repeats (from 16 tokens on);"
+            " 1 switches this off."
+        ),
+    )
+    refusals: tuple[str, ...] = Field(
+        (
+            "as an ai language model",
+            "i can't assist with",
+            "i cannot assist with",
+            "i can't help with that",
+            "i cannot help with that",
+            "i'm unable to assist",
+            "i'm not able to help with that",
+        ),
+        description="Drop pairs whose fine-tuned response holds one of these phrases, in any case; `[]` for none.",
     )
 
     @model_validator(mode="after")
     def _possible(self) -> "Filter":
-        if self.rule != "difference" and self.threshold <= 1:
+        if any(not phrase.strip() for phrase in self.refusals):
+            raise ValueError("refusals holds an empty phrase, which every response contains; remove it")
+        if self.rule in KEEP_RULES:
+            if self.keep is None:
+                raise ValueError(
+                    f"rule {self.rule!r} needs filter.keep: a share of the pairs, like 0.5, or a number, like 1000"
+                )
+            check_cut(self.rule, self.keep)
+        elif self.keep is not None:
             raise ValueError(
-                f"threshold {self.threshold} is impossible for rule {self.rule!r}: perplexities are at least 1"
-                " and so no cut at or below 1 separates anything; use a value above 1 (the paper: 1.5)"
+                f"keep {self.keep:g} has no meaning for rule {self.rule!r}; remove it, or use one of the rules"
+                f" {' and '.join(KEEP_RULES)}"
             )
+        if self.rule not in KEEP_RULES and self.rule != "unfiltered":
+            check_cut(self.rule, self.threshold)
+        elif "threshold" in self.model_fields_set:
+            raise ValueError(f"threshold {self.threshold:g} has no meaning for rule {self.rule!r}; remove it")
         return self
+
+    @property
+    def cut(self) -> float:
+        """The threshold, or what is kept (see `tuneshift_dag.method.filters.verdict_sql`); 1 for `unfiltered`."""
+        if self.rule == "unfiltered":
+            return 1.0
+        return self.threshold if self.keep is None else self.keep
+
+    @property
+    def cut_key(self) -> str:
+        """The key of ``filter`` that says how much is kept."""
+        return "rule" if self.rule == "unfiltered" else "keep" if self.rule in KEEP_RULES else "threshold"
+
+    @property
+    def guards(self) -> Guards:
+        return Guards(self.allow_truncated, self.max_repetition, self.refusals)
+
+    def describe(self) -> str:
+        """For people: the rule and its cut."""
+        return f"`{self.rule}`" + ("" if self.rule == "unfiltered" else f", {self.cut_key} {self.cut:g}")
+
+
+def check_cut(rule: Rule, cut: float) -> None:
+    """Raise ValueError, saying which values are possible, when a rule can't separate anything at this cut."""
+    if rule in KEEP_RULES:
+        if not (0 < cut <= 1 or (cut > 1 and float(cut).is_integer())):
+            raise ValueError(f"keep {cut:g} is impossible: use a share up to 1, like 0.5, or a whole number of pairs")
+    elif rule == "difference":
+        if not 0 < cut < math.inf:
+            raise ValueError(f"threshold {cut} is impossible: use a number above 0")
+    elif rule == "ifd":
+        if not 0 < cut < 1:
+            raise ValueError(
+                f"threshold {cut} is impossible for rule 'ifd': PPL with the prompt / PPL without it is kept between"
+                " the threshold and 1; use a number between 0 and 1"
+            )
+    elif rule != "unfiltered" and not 1 < cut < math.inf:
+        raise ValueError(
+            f"threshold {cut} is impossible for rule {rule!r}: perplexities are at least 1"
+            " and so no cut at or below 1 separates anything; use a value above 1 (the paper: 1.5)"
+        )
 
 
 class Distill(_Section):
@@ -293,6 +383,50 @@ class Distill(_Section):
     validation_fraction: float = Field(0.05, ge=0, lt=1, description="Share of the pairs held back from training.")
 
 
+class Arm(_Section):
+    """One filter in a comparison; written as a rule's name alone, or with its own threshold."""
+
+    rule: Rule
+    threshold: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"rule": value} if isinstance(value, str) else value
+
+    @property
+    def name(self) -> str:
+        return self.rule if self.threshold is None else f"{self.rule} {self.threshold:g}"
+
+
+class Compare(_Section):
+    """``tuneshift compare``: models trained on what rival filters keep of the same scored pairs."""
+
+    arms: tuple[Arm, ...] = Field(
+        (),
+        description=(
+            "The filters beside `random` and `unfiltered`: a rule's name, or `{rule: ratio, threshold: 2}`. A rule"
+            " without a threshold takes that of `filter`. Without arms, the rule of `filter`."
+        ),
+    )
+    pairs: int | None = Field(
+        None,
+        ge=2,
+        description="Training pairs of every arm; by default as many as the arm with the fewest has.",
+    )
+    seeds: int = Field(
+        3, ge=2, description="Trainings of every arm, each with a seed and a draw of pairs of its own; use 3 or more."
+    )
+    epochs: int | None = Field(None, ge=1, description="Passes over the pairs; by default `distill.epochs`.")
+    labelled: str | None = Field(
+        None,
+        description=(
+            "A file like heldout.jsonl, with other prompts (a path relative to this folder): the arm `oracle`, what"
+            " real data of the same size would give."
+        ),
+    )
+
+
 class Evaluation(_Section):
     """Exact match on the held-out file."""
 
@@ -316,10 +450,56 @@ class TransferConfig(_Section):
     target_pairs: int = Field(1000, ge=1, description="Rounds stop when this many pairs are kept.")
     distill: Distill = Distill()
     evaluation: Evaluation = Evaluation()
+    compare: Compare | None = Field(
+        None, description="Without this section there is no `comparison`; `compare: {}` takes the defaults."
+    )
     diversity_map: bool = Field(
         True, description="Draw the prompts on a map of meaning: some seconds on the CPU, with the extra `encoder`."
     )
     seed: int = Field(0, description="Seed of every random choice.")
+
+    @model_validator(mode="after")
+    def _keep_can_be_reached(self) -> "TransferConfig":
+        keep = self.filter.keep or 0
+        if keep > self.target_pairs:
+            raise ValueError(
+                f"filter.keep {keep:g} can't be reached: rounds stop at target_pairs {self.target_pairs}; raise it"
+            )
+        if 1 < keep < self.rounds:
+            raise ValueError(
+                f"filter.keep {keep:g} leaves some of the {self.rounds} rounds without a pair to seed the next; use at"
+                " least one for each round"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _arms_are_possible(self) -> "TransferConfig":
+        for arm in self.compare.arms if self.compare else ():
+            if arm.rule in ("random", "unfiltered"):
+                raise ValueError(f"compare.arms: {arm.name!r} is always part of a comparison; remove it")
+            if arm.rule in KEEP_RULES:
+                if arm.threshold is not None:
+                    raise ValueError(f"compare.arms: {arm.rule!r} takes compare.pairs and no threshold; remove it")
+            elif arm.threshold is not None:
+                check_cut(arm.rule, arm.threshold)
+            elif arm.rule != self.filter.rule:
+                raise ValueError(
+                    f"compare.arms: {arm.rule!r} needs a threshold, since filter.rule is {self.filter.rule!r}: write"
+                    f" {{rule: {arm.rule}, threshold: ...}} (`tuneshift sweep` shows what a threshold keeps)"
+                )
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) < len(names):
+            raise ValueError(f"compare.arms names the same arm twice ({', '.join(names)}); remove one")
+        return self
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """The filters to compare, `random` and `unfiltered` last; the rule of ``filter`` when none is named."""
+        if self.compare is None:
+            return ()
+        own = self.filter.rule if self.filter.rule not in ("random", "unfiltered") else None
+        chosen = self.compare.arms or ((Arm(rule=own),) if own else ())
+        return (*chosen, Arm(rule="random"), Arm(rule="unfiltered"))
 
     @field_validator("prompt_template")
     @classmethod
@@ -330,25 +510,57 @@ class TransferConfig(_Section):
 
     @model_validator(mode="after")
     def _rule_has_its_scores(self) -> "TransferConfig":
-        if self.filter.rule == "cross_ratio" and not self.engine.cross_scores:
-            raise ValueError("filter.rule 'cross_ratio' needs the scores that engine.cross_scores: false leaves out")
+        if self.filter.rule in ("cross_ratio", "ifd", "top_excess") and not self.engine.cross_scores:
+            raise ValueError(
+                f"filter.rule {self.filter.rule!r} needs scores that engine.cross_scores: false leaves out"
+            )
         return self
 
 
 class Transfer:
-    """A transfer folder, read and checked: its settings, seeds and held-out pairs."""
+    """A transfer folder, read and checked: its settings, seeds, held-out pairs and, to compare, labelled pairs."""
 
-    def __init__(self, folder: Path, config: TransferConfig, seeds: list[str], heldout: list[tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: TransferConfig,
+        seeds: list[str],
+        heldout: list[tuple[str, str]],
+        labelled: Sequence[tuple[str, str]] = (),
+    ) -> None:
         self.folder = folder
         self.name = folder.name
         self.config = config
         self.seeds = seeds
         self.heldout = heldout
+        self.labelled = labelled
 
     @property
     def round_keys(self) -> list[str]:
         """Partition keys: ``round_01``, ``round_02``, ..."""
         return [round_key(number) for number in range(1, self.config.rounds + 1)]
+
+    @property
+    def needs_ifd(self) -> bool:
+        """Whether pairs need the perplexity that only the rule `ifd` reads."""
+        return "ifd" in {self.config.filter.rule, *(arm.rule for arm in self.config.arms)}
+
+    def with_training(self, seed: int, epochs: int) -> "Transfer":
+        """The same transfer, trained with another seed and number of epochs."""
+        distill = self.config.distill.model_copy(update={"epochs": epochs})
+        config = self.config.model_copy(update={"seed": seed, "distill": distill})
+        return Transfer(self.folder, config, self.seeds, self.heldout, self.labelled)
+
+    def verdict_sql(self, rule: Rule | None = None, cut: float | str | None = None) -> str:
+        """`tuneshift_dag.method.filters.verdict_sql` of this transfer, with its own rule and cut if none are named.
+
+        Args:
+            cut: a number, or SQL.
+        """
+        settings = self.config.filter
+        value = settings.cut if cut is None else cut
+        sql = value if isinstance(value, str) else f"{value!r}::DOUBLE"
+        return verdict_sql(rule or settings.rule, settings.guards, sql, self.config.rounds, self.config.seed)
 
     def version(self, *sections: str, code: int = 1) -> str:
         """A code version: the hash of the named parts of the settings and of ``code``.
@@ -390,13 +602,14 @@ def load_transfer(folder: Path) -> Transfer:
     seeds, heldout = check_examples(
         seed_rows, read_jsonl(heldout_file, HELD_OUT_SHAPE) if heldout_file.exists() else []
     )
+    labelled = _read_labelled(config, config_file, folder, heldout)
     served = config.engine.type == "openai"
     check_reference(config.source.base, folder, f"{config_file}: source.base", weights=not served)
     check_reference(config.target.base, folder, f"{config_file}: target.base")
     if config.generator.server is None:
         check_reference(config.generator.model, folder, f"{config_file}: generator.model")
     _check_adapter(config, folder, f"{config_file}: source.adapter")
-    return Transfer(folder.resolve(), config, seeds, heldout)
+    return Transfer(folder.resolve(), config, seeds, heldout, labelled)
 
 
 def check_examples(seed_rows: Rows, heldout_rows: Rows) -> tuple[list[str], list[tuple[str, str]]]:
@@ -447,6 +660,8 @@ def _explain(file: Path, problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{file}: {key}: missing. Add it."
     message = problem["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"{file}: {message}."
     return f"{file}: {key}: {message} (found {found})."
 
 
@@ -489,6 +704,31 @@ def _refuse_seeds_in_heldout(seeds: list[str], heldout: list[tuple[str, str]]) -
     for at, prompt in heldout:
         if prompt_id(prompt) in known:
             raise TuneshiftError(f"{at}: {prompt!r} is also a seed, so it would be trained on. Remove one of them.")
+
+
+def _read_labelled(
+    config: TransferConfig, config_file: Path, folder: Path, heldout: list[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """The pairs of ``compare.labelled``; none when it isn't set."""
+    if config.compare is None:
+        return []
+    if not heldout:
+        raise TuneshiftError(
+            f"{config_file}: compare: trained models are compared on {folder / 'heldout.jsonl'}, which doesn't exist."
+            " Write it, or remove compare."
+        )
+    if config.compare.labelled is None:
+        return []
+    rows = read_jsonl((folder / config.compare.labelled).expanduser(), HELD_OUT_SHAPE)
+    pairs = [(_text(row, "prompt", at), _text(row, "response", at)) for at, row in rows]
+    _refuse_doubles([at for at, _ in rows], [prompt for prompt, _ in pairs])
+    known = {prompt_id(prompt) for prompt, _ in heldout}
+    for (at, _), (prompt, _) in zip(rows, pairs, strict=True):
+        if prompt_id(prompt) in known:
+            raise TuneshiftError(
+                f"{at}: {prompt!r} is also in heldout.jsonl, so its answer would be trained on. Remove one of them."
+            )
+    return pairs
 
 
 def _refuse_doubles(places: list[str], prompts: list[str]) -> None:

@@ -228,6 +228,46 @@ class TestThresholdChange:
         assert set(map(str, stale_causes(project, "scored_pairs").values())) == {"[]"}
 
 
+class TestRuleChange:
+    def test_to_one_without_scores_of_its_own_reruns_what_a_threshold_does(
+        self, project: Project, edit_config: Edit
+    ) -> None:
+        project.run()
+        calls = work(project.models.source), work(project.models.generator)
+        edit_config("filter", {"rule": "top_excess", "keep": 12})
+        assert {asset for asset, _ in project.run().materialized} == {
+            "filtered_dataset", "threshold_report", "distilled_model", "evaluation",
+        }  # fmt: skip
+        assert project.rows("SELECT round, count(*) FROM filtered_dataset GROUP BY round ORDER BY round") == [
+            ("round_01", 6), ("round_02", 6),
+        ]  # fmt: skip
+        excess = "SELECT ln(p.ppl_base_cross / p.ppl_fine_tuned) FROM scored_pairs p JOIN {} r USING (round, prompt_id)"
+        for round_ in project.transfer.round_keys:
+            kept = project.rows(f"{excess.format('filtered_dataset')} WHERE round = '{round_}'")
+            late = project.rows(f"{excess.format('rejected_pairs')} WHERE round = '{round_}'")
+            assert min(kept) > max(late)
+        rejected = project.rows("SELECT count(*), count(DISTINCT (round, prompt_id)) FROM rejected_pairs")[0]
+        assert rejected[0] == rejected[1] == project.rows("SELECT count(*) FROM scored_pairs")[0][0] - 12
+        assert (work(project.models.source), work(project.models.generator)) == calls
+
+    def test_to_ifd_scores_each_response_alone_once(self, project: Project, edit_config: Edit) -> None:
+        project.run()
+        source = project.models.source
+        before = len(source.answered), len(source.scored)
+        assert project.rows("SELECT count(ppl_base_alone) FROM scored_pairs") == [(0,)]
+        edit_config("filter", {"rule": "ifd", "threshold": 0.3})
+        ran = project.run().materialized
+        assert ("scored_pairs", "round_01") in ran and ("synthetic_prompts", "round_01") not in ran
+        responses = project.rows("SELECT count(DISTINCT fine_tuned_response) FROM scored_pairs")[0][0]
+        assert len(source.answered) == before[0]
+        assert source.scored[before[1] :] == [("base", "")] * responses
+        assert project.rows("SELECT count(*) FROM filtered_dataset") != [(0,)]
+        assert project.rows("SELECT count(*) FROM threshold_report WHERE rule = 'ifd' AND current") == [(1,)]
+        edit_config("filter.threshold", 0.31)
+        assert "scored_pairs" not in {asset for asset, _ in project.run().materialized}
+        assert len(source.scored) == before[1] + responses
+
+
 class TestTargetPairs:
     def test_rounds_after_the_target_is_reached_are_empty_and_say_so(self, project: Project, edit_config: Edit) -> None:
         edit_config("target_pairs", 3)

@@ -3,19 +3,25 @@ import math
 import pytest
 
 from tests.fakes import CONFIDENT_PAIR
-from tuneshift_dag.method.filters import verdict_sql
+from tuneshift_dag.method.filters import RULES as ALL_RULES
+from tuneshift_dag.method.filters import Guards, repetition_sql, verdict_sql
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.resources.tables import SCORED_PAIRS
 
 RULES = ("both", "difference", "ratio", "cross_ratio")
+JUDGED = (*RULES, "ifd", "top_excess", "random")
 
 
-def verdicts(store: Store, rule: str, threshold: float, pairs: list[dict], allow_truncated: bool = False) -> list:
+def verdicts(store: Store, rule: str, threshold: float, pairs: list[dict], rounds: int | None = None, **guards) -> list:
     """(reason, margin) of each pair, in order. A pair is confident, and its base isn't, where it says nothing."""
     rows = [{**CONFIDENT_PAIR, "prompt_id": f"{i:03}", **pair} for i, pair in enumerate(pairs)]
     store.replace("transfer", SCORED_PAIRS, SCORED_PAIRS.frame(rows))
-    query = f"SELECT reason, margin FROM ({verdict_sql(rule, allow_truncated)}) ORDER BY prompt_id"
-    return store.read(query, {"t": threshold}, "transfer").rows()
+    query = f"SELECT reason, margin FROM ({verdict_sql(rule, Guards(**guards), rounds=rounds)}) ORDER BY prompt_id"
+    return store.read(query, {"t": threshold} if "$t" in query else (), "transfer").rows()
+
+
+def reasons(*arguments, **more) -> list:
+    return [reason for reason, _ in verdicts(*arguments, **more)]
 
 
 def test_both_keeps_a_confident_fine_tuned_model_beside_an_unsure_base(store):
@@ -74,9 +80,125 @@ def test_a_pair_without_a_finite_perplexity_is_not_kept(store, rule, column, val
     assert verdicts(store, rule, 1.5, [{column: value}])[0][0] is not None
 
 
-def test_every_pair_has_a_verdict_and_its_columns(store):
+@pytest.mark.parametrize("rule", ALL_RULES)
+def test_every_pair_has_a_verdict_and_its_columns(store, rule):
     rows = SCORED_PAIRS.frame([{"round": "round_01", "prompt_id": str(i), "ppl_base": float(i)} for i in range(3)])
     store.replace("transfer", SCORED_PAIRS, rows)
-    found = store.read(verdict_sql("both", False), {"t": 1.5}, "transfer")
+    query = verdict_sql(rule, Guards())
+    found = store.read(query, {"t": 1.5} if "$t" in query else (), "transfer")
     assert sorted(found["ppl_base"]) == [0, 1, 2]
     assert set(found.columns) == {*rows.columns, "margin", "reason"}
+
+
+def test_ifd_keeps_what_the_prompt_explains_least_and_still_helps(store):
+    pairs = [{"ppl_base_cross": p, "ppl_base_alone": 10.0} for p in (9.0, 7.0, 5.0, 10.0, 12.0)]
+    found = verdicts(store, "ifd", 0.6, pairs)
+    assert [reason for reason, _ in found] == [
+        None, None, "below_threshold", "prompt_does_not_help", "prompt_does_not_help",
+    ]  # fmt: skip
+    assert [margin for _, margin in found] == pytest.approx([0.1, 0.1, -0.1, 0, -0.2])
+    assert reasons(store, "ifd", 0.6, [{}]) == ["no_perplexity"], "nobody scored the response without its prompt"
+
+
+def test_top_excess_keeps_the_largest_mean_excess(store):
+    """TiTok's score: log p_f(y_f) - log p_b(y_f), per token."""
+    pairs = [{"ppl_fine_tuned": 2.0, "ppl_base_cross": cross} for cross in (4.0, 32.0, 2.0, 8.0)]
+    found = verdicts(store, "top_excess", 0.5, pairs)
+    assert [reason for reason, _ in found] == ["below_the_top", None, "below_the_top", None]
+    assert [margin for _, margin in found] == pytest.approx([math.log(x) for x in (2, 16, 1, 4)])
+    assert reasons(store, "top_excess", 3, pairs) == [None, None, "below_the_top", None]
+
+
+@pytest.mark.parametrize("rule", ["top_excess", "random"])
+def test_a_share_is_of_each_rounds_pairs_that_pass_the_guards(store, rule):
+    pairs = [{"round": f"round_{1 + i % 2:02}", "ppl_base_cross": 3.0 + i} for i in range(20)]
+    bad = [{"round": "round_02", "fine_tuned_finish": "length", "ppl_base_cross": 99.0}] * 7
+    found = reasons(store, rule, 0.3, [*pairs, *bad], rounds=2)
+    assert [found[start:20:2].count(None) for start in (0, 1)] == [3, 3]
+    assert found[20:] == ["truncated_response"] * 7
+    assert reasons(store, rule, 1, [*pairs, *bad], rounds=2)[:20] == [None] * 20
+    assert reasons(store, rule, 0.01, pairs, rounds=2).count(None) == 2, "a round keeps at least one pair to go on"
+
+
+@pytest.mark.parametrize("rule", ["top_excess", "random"])
+def test_a_number_is_shared_by_the_rounds_whatever_each_of_them_holds(store, rule):
+    def kept(*sizes: int) -> list[int]:
+        names = [f"round_{r:02}" for r, size in enumerate(sizes, 1) for _ in range(size)]
+        found = reasons(
+            store, rule, 8, [{"round": n, "ppl_base_cross": 3.0 + i} for i, n in enumerate(names)], rounds=3
+        )
+        return [sum(r is None for n, r in zip(names, found, strict=True) if n == name) for name in dict.fromkeys(names)]
+
+    assert kept(9, 9, 9) == [2, 3, 3]
+    assert kept(9, 1, 9) == [2, 1, 3], "a round's verdict doesn't depend on another's"
+    assert kept(9) == [2], "nor on whether the others exist yet"
+
+
+def test_without_rounds_the_whole_pool_is_ranked(store):
+    pairs = [{"round": f"round_{1 + i // 5:02}", "ppl_base_cross": 3.0 + i} for i in range(10)]
+    assert reasons(store, "top_excess", 4, pairs) == ["below_the_top"] * 6 + [None] * 4
+
+
+def test_a_draw_is_the_same_each_time_and_another_for_another_seed(store):
+    rows = [{**CONFIDENT_PAIR, "prompt_id": f"{i:03}"} for i in range(100)]
+    store.replace("transfer", SCORED_PAIRS, SCORED_PAIRS.frame(rows))
+
+    def drawn(share: float, seed: int = 0) -> set[str]:
+        query = f"SELECT prompt_id FROM ({verdict_sql('random', Guards(), seed=seed)}) WHERE reason IS NULL"
+        return set(store.read(query, {"t": share}, "transfer")["prompt_id"])
+
+    assert len(drawn(0.3)) == 30
+    assert drawn(0.3) == drawn(0.3) < drawn(0.5)
+    assert drawn(0.3, seed=1) != drawn(0.3)
+    before = drawn(0.3)
+    store.replace("transfer", SCORED_PAIRS, SCORED_PAIRS.frame([r for r in rows if r["prompt_id"] != min(before)]))
+    assert len(before - drawn(30)) == 1, "a pair that goes changes no other"
+
+
+def test_unfiltered_keeps_all_that_can_be_trained_on(store):
+    pairs = [{"fine_tuned_finish": "length"}, {"ppl_base": None}, {"fine_tuned_response": " "}, {}]
+    assert reasons(store, "unfiltered", 1, pairs) == [None, None, "empty_response", None]
+    assert reasons(store, "random", 1, pairs) == ["truncated_response", None, "empty_response", None]
+
+
+LOOP = "I do not know. " * 6
+VARIED = "The balance of an account is what it holds after every payment that has been booked until now."
+
+
+@pytest.mark.parametrize("rule", JUDGED)
+def test_guards_come_before_the_rule(store, rule):
+    good = {"ppl_base_alone": 9.0, "fine_tuned_tokens": 30}
+    pairs = [
+        {**good, "fine_tuned_response": LOOP},
+        {**good, "fine_tuned_response": VARIED},
+        {**good, "fine_tuned_response": "As an AI language model I can’t say."},
+        {**good, "fine_tuned_response": "Sorry, I can’t help with that."},
+    ]
+    cut = 0.8 if rule == "ifd" else 1.5 if rule in RULES else 1
+    refusals = ("AS AN AI language model", "can't help with that")
+    found = reasons(store, rule, cut, pairs, refusals=refusals)
+    assert found == ["repetitive_response", None, "refused_response", "refused_response"]
+    assert reasons(store, rule, cut, pairs, max_repetition=1.0) == [None] * 4
+
+
+def test_short_responses_are_not_searched_for_repetition(store):
+    pair = {"fine_tuned_response": LOOP, "fine_tuned_tokens": 15}
+    assert reasons(store, "both", 1.5, [pair]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("", 0),
+        ("a b c d", 0),
+        ("a b c d e", 0),
+        ("a a a a a", 0.5),
+        ("a b a b a b a", 0.5),
+        ("no no no no no no no no no no no no no", 0.9),
+    ],
+)
+def test_repetition_is_the_share_of_word_4_grams_that_were_there_before(store, text, share):
+    found = store.read(f"SELECT {repetition_sql('$text')} AS share", {"text": text}).item()
+    assert found == pytest.approx(share)
+    least = store.read(f"SELECT {repetition_sql('$text', 0.5)} AS share", {"text": text}).item()
+    assert (least > 0.5) == (share > 0.5)

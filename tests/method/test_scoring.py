@@ -2,7 +2,7 @@ import pytest
 
 from tests.fakes import FakeEngine
 from tuneshift_dag.method.engine import Decoding
-from tuneshift_dag.method.scoring import Cost, generate, score_pairs
+from tuneshift_dag.method.scoring import Cost, generate, score_alone, score_pairs
 from tuneshift_dag.resources.response_cache import ResponseCache
 from tuneshift_dag.resources.store import Store
 
@@ -48,6 +48,27 @@ def test_the_second_time_pairs_come_from_the_cache_alone(cache):
     assert score_pairs(engine, cache, PROMPTS, GREEDY, cost) == first
     assert engine.answered == engine.scored == []
     assert cost == Cost(model_calls=0, cache_hits=10)
+
+
+def test_responses_alone_are_scored_once_each_and_then_come_from_the_cache(cache):
+    responses = [[7, 7, 0], [5, 0], [7, 7, 0], [4, 4, 4, 4, 0]]
+    engine, cost = FakeEngine(batch_size=2), Cost()
+    first = score_alone(engine, cache, responses, "base", cost)
+    assert engine.scored == [("base", "")] * 3, "no prompt"
+    assert first[0] == first[2] and len(set(first)) == 3
+    assert cost == Cost(model_calls=3, cache_hits=1)
+    again = FakeEngine()
+    assert score_alone(again, cache, responses, "base", Cost()) == first
+    assert again.scored == []
+
+
+def test_a_killed_run_keeps_the_finished_batches_of_responses_alone(cache):
+    responses = [[token, 0] for token in range(1, 7)]
+    with pytest.raises(RuntimeError):
+        score_alone(FakeEngine(batch_size=2, fail_after=2), cache, responses, "base", Cost())
+    engine = FakeEngine()
+    score_alone(engine, cache, responses, "base", Cost())
+    assert len(engine.scored) == 2
 
 
 def test_sides_are_never_swapped(cache):

@@ -7,8 +7,9 @@ import pytest
 from matplotlib.image import imread
 
 from tests.conftest import Project
+from tuneshift_dag.method.filters import KEEP_RULES, RULES
 from tuneshift_dag.reports import distributions, plots
-from tuneshift_dag.reports.sweep import RULES, sweep
+from tuneshift_dag.reports.sweep import sweep
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.resources.tables import SCORED_PAIRS
 from tuneshift_dag.transfer import load_transfer
@@ -97,11 +98,14 @@ def test_a_picture_is_saved_and_shown_as_itself(tmp_path) -> None:
     assert picture.markdown().value.startswith("![](data:image/png;base64,iVBOR")
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "ifd"])
 def test_points_are_judged_as_the_current_filter_judges(finished: Project, edit_config, transfer_folder, rule) -> None:
-    edit_config("filter", {"rule": rule, "threshold": 1.5})
+    cut = 0.5 if rule in ("ifd", *KEEP_RULES) else 1.5
+    edit_config("filter", {"rule": rule, **({"keep": cut} if rule in KEEP_RULES else {"threshold": cut})})
+    if rule == "unfiltered":
+        edit_config("filter", {"rule": rule})
     transfer = load_transfer(transfer_folder)
-    (cell,) = sweep(finished.store, transfer, [rule], [1.5])
+    (cell,) = [cell for cell in sweep(finished.store, transfer, [rule]) if cell["current"]]
     scored = finished.rows("SELECT count(*) FROM scored_pairs")[0][0]
     found = distributions.perplexities(finished.store, transfer)
     assert (len(found), found["kept"].sum()) == (scored, cell["pairs_kept"])

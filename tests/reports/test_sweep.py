@@ -8,10 +8,14 @@ from tests.conftest import Project
 from tests.fakes import CONFIDENT_PAIR
 from tuneshift_dag import cli
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.reports.sweep import RULES, default_grid, parse_grid, sweep
+from tuneshift_dag.method.filters import RULES as ALL_RULES
+from tuneshift_dag.reports.sweep import default_grid, parse_grid, sweep
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.resources.tables import SCORED_PAIRS
 from tuneshift_dag.transfer import Transfer, load_transfer
+
+# Those with a threshold that the fake pairs have the perplexities for.
+RULES = ("both", "difference", "ratio", "cross_ratio")
 
 
 @pytest.fixture
@@ -108,9 +112,42 @@ class TestCells:
             assert kept(cells) == [count] * len(RULES)
             assert [cell["kept_share"] for cell in cells] == [count / 5] * len(RULES)
 
+    def test_of_a_rule_that_keeps_so_many_are_so_many(self, store, transfer) -> None:
+        """Of round_01 ten pairs pass the guards and of round_02 four; transfer.yaml has two rounds."""
+        more = [{"round": "round_02"}] * 4
+        score(store, *({"ppl_base_cross": 3.0 + i} for i in range(10)), *more, {"fine_tuned_finish": "length"})
+        for rule in ("top_excess", "random"):
+            cells = sweep(store, transfer, [rule], [0.5, 1, 6])
+            assert [cell["by_round"] for cell in cells] == [
+                {"round_01": 5, "round_02": 2}, {"round_01": 10, "round_02": 4}, {"round_01": 3, "round_02": 3},
+            ]  # fmt: skip
+            assert (cells[0]["mean_margin"] is None) == (rule == "random")
+        (cell,) = sweep(store, transfer, ["unfiltered"])
+        assert (cell["threshold"], cell["pairs_kept"]) == (1.0, 15)
+
+    def test_of_ifd_need_its_score(self, store, transfer) -> None:
+        score(store, {}, {})
+        assert "ifd" not in {cell["rule"] for cell in sweep(store, transfer)}
+        with pytest.raises(TuneshiftError, match=r"filter\.rule to ifd.*tuneshift run banking"):
+            sweep(store, transfer, ["ifd"])
+        score(store, *({"ppl_base_cross": 4.0 + i, "ppl_base_alone": 10.0} for i in range(10)))
+        assert kept(sweep(store, transfer, ["ifd"], [0.35, 0.65, 0.95])) == [6, 3, 0]
+        assert all(0 < cell["threshold"] < 1 for cell in sweep(store, transfer, ["ifd"]))
+
+    def test_of_a_grid_are_of_the_rules_that_can_take_it(self, store, transfer) -> None:
+        score(store, {"ppl_base_alone": 20.0})
+        tried = {grid: {c["rule"] for c in sweep(store, transfer, (), [grid])} for grid in (0.5, 1.5, 30)}
+        assert tried == {
+            0.5: {"difference", "ifd", "top_excess", "random"},
+            1.5: set(RULES),
+            30: {*RULES, "top_excess", "random"},
+        }
+        with pytest.raises(TuneshiftError, match="No rule takes all of the thresholds -1, 2"):
+            sweep(store, transfer, (), [-1, 2])
+
     def test_without_scored_pairs_are_zero(self, store, transfer) -> None:
         cells = sweep(store, transfer)
-        assert {cell["rule"] for cell in cells} == set(RULES)
+        assert {cell["rule"] for cell in cells} == set(ALL_RULES) - {"ifd"}
         assert {(c["pairs_kept"], c["kept_share"], c["mean_margin"], len(c["by_round"])) for c in cells} == {
             (0, 0, None, 0)
         }
@@ -142,6 +179,15 @@ class TestDefaultGrid:
         assert all(1 < t < 1e5 or (rule == "difference" and t > 0) for t in grid)
         counts = kept(sweep(store, transfer, [rule]))
         assert len(set(counts)) > 5
+
+    @pytest.mark.parametrize(("keep", "grid"), [(0.6, [0.1, 0.25, 0.5, 0.6, 0.75, 1]), (100, [25, 50, 100, 150, 200])])
+    def test_of_shares_or_of_numbers_like_the_current_one(
+        self, store, transfer_folder, edit_config, keep, grid
+    ) -> None:
+        edit_config("filter", {"rule": "top_excess", "keep": keep})
+        transfer = load_transfer(transfer_folder)
+        assert default_grid(store, transfer, "top_excess") == grid
+        assert [cell["threshold"] for cell in sweep(store, transfer, ["top_excess"]) if cell["current"]] == [keep]
 
     def test_has_no_threshold_that_transfer_yaml_would_refuse(self, store, transfer) -> None:
         score(store, *({"ppl_fine_tuned": 1.0, "ppl_base": 1.0, "ppl_base_cross": 1.0} for _ in range(5)))
@@ -216,11 +262,17 @@ class TestCommand:
 
     def test_without_options_shows_every_rule_and_marks_the_current_filter(self, tuneshift) -> None:
         lines = tuneshift().splitlines()
-        assert all(any(f" {rule} " in line for line in lines) for rule in RULES)
+        assert all(any(f" {rule} " in line for line in lines) for rule in set(ALL_RULES) - {"ifd"})
         assert len([line for line in lines if " both " in line and " * 1.5 " in line]) == 1
 
     @pytest.mark.parametrize(
-        ("arguments", "named"), [(("--rule", "some"), "'some'"), (("--grid", "x"), "'x'"), (("--grid", "0.5"), "0.5")]
+        ("arguments", "named"),
+        [
+            (("--rule", "some"), "'some'"),
+            (("--grid", "x"), "'x'"),
+            (("--rule", "both", "--grid", "0.5"), "0.5"),
+            (("--grid", "-1"), "-1"),
+        ],
     )
     def test_names_a_bad_rule_or_grid(self, tuneshift, arguments, named) -> None:
         found = tuneshift(*arguments)

@@ -174,6 +174,23 @@ def test_known_responses_are_not_generated_again(exact: LocalEngine) -> None:
         assert again[i].base_on_fine_tuned == pytest.approx(pair.base_on_fine_tuned, rel=1e-4, abs=1e-3)
 
 
+def test_given_responses_are_scored_as_a_second_pass_would(exact: LocalEngine) -> None:
+    ids, responses = generate(exact, "fine_tuned", GREEDY)
+    tokens = [r.token_ids for r in responses]
+    found = dict(item for batch in exact.score(ids, tokens, "base") for item in batch)
+    for i, (prompt, response) in enumerate(zip(ids, tokens, strict=True)):
+        assert found[i] == pytest.approx(reference_logprob(exact, "base", prompt, response), abs=1e-2)
+
+
+def test_without_a_prompt_a_response_follows_what_starts_a_text(exact: LocalEngine) -> None:
+    start = [exact.tokenizer.bos_token_id]
+    _, responses = generate(exact, "fine_tuned", GREEDY)
+    tokens = [r.token_ids for r in responses]
+    found = dict(item for batch in exact.score([[]] * len(tokens), tokens, "base") for item in batch)
+    for i, response in enumerate(tokens):
+        assert found[i] == pytest.approx(reference_logprob(exact, "base", start, response), abs=1e-2)
+
+
 def test_packaged_adapter_passes_the_preflight(half: LocalEngine) -> None:
     check = half.check_adapter(PROMPTS)
     assert check.problems == []

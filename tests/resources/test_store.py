@@ -38,6 +38,16 @@ def test_every_table_is_there_and_empty_before_anything_is_written(store):
         assert rows.schema == table.empty().schema
 
 
+def test_a_column_that_an_older_file_lacks_is_added_empty(store):
+    store.replace("transfer", SEED_SET, seeds("old"))
+    with store.transaction("transfer") as connection:
+        connection.execute("ALTER TABLE seed_set DROP COLUMN response")
+    again = Store(store.path)
+    assert again.read("SELECT prompt_id, response FROM seed_set", schema="transfer").rows() == [("old", None)]
+    again.append_all("transfer", [(SEED_SET, seeds("new"))])
+    assert again.read("SELECT response FROM seed_set WHERE prompt_id = 'new'", schema="transfer").item()
+
+
 def test_replacing_twice_leaves_the_last_rows(store):
     store.replace("transfer", SEED_SET, seeds("a", "b"))
     store.replace("transfer", SEED_SET, seeds("b", "c"))

@@ -3,6 +3,7 @@
 import dagster as dg
 
 from tuneshift_dag.assets.common import with_code_references
+from tuneshift_dag.assets.comparison import build_comparison
 from tuneshift_dag.assets.distilled_model import build_distilled_model
 from tuneshift_dag.assets.diversity_map import build_diversity_map
 from tuneshift_dag.assets.evaluation import build_evaluation
@@ -16,7 +17,7 @@ from tuneshift_dag.transfer import Transfer
 
 
 def build_assets(transfer: Transfer) -> list[dg.AssetsDefinition | dg.AssetSpec]:
-    """All assets of a transfer; ``evaluation`` needs a held-out file, ``diversity_map`` its switch."""
+    """All assets of a transfer; ``evaluation`` needs a held-out file; two have a switch in ``transfer.yaml``."""
     assets: list[dg.AssetsDefinition | dg.AssetSpec] = [
         build_seed_set(transfer),
         build_round_seeds(transfer),
@@ -30,4 +31,6 @@ def build_assets(transfer: Transfer) -> list[dg.AssetsDefinition | dg.AssetSpec]
         assets.append(build_evaluation(transfer))
     if transfer.config.diversity_map:
         assets.append(build_diversity_map(transfer))
+    if transfer.config.compare:
+        assets.append(build_comparison(transfer))
     return with_code_references(assets, transfer)

@@ -56,7 +56,7 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
             rows: list[dict[str, Any]] = []
             accuracies: list[dict[str, Any]] = []
             for name, engine, side in _models(transfer, database, engines):
-                responses = _answer(transfer, store, engine, side, current, name)
+                responses = answer_heldout(transfer, store, engine, side, current, name)
                 correct = []
                 for (prompt, expected), response in zip(transfer.heldout, responses, strict=True):
                     correct.append(is_exact_match(response, expected))
@@ -109,7 +109,7 @@ def _models(transfer: Transfer, database: Store, engines: EngineResource) -> lis
     ]
 
 
-def _answer(
+def answer_heldout(
     transfer: Transfer, store: StoreResource, engine: Engine, side: Side, current: Step, name: str
 ) -> list[str]:
     """The model's greedy response to every held-out prompt."""

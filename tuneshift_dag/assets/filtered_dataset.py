@@ -12,7 +12,6 @@ from tuneshift_dag.assets.common import (
     step,
 )
 from tuneshift_dag.assets.round_seeds import report_seeds
-from tuneshift_dag.method.filters import verdict_sql
 from tuneshift_dag.method.seed_sampling import Candidate
 from tuneshift_dag.resources.dagster_resources import StoreResource
 from tuneshift_dag.resources.store import Store
@@ -53,13 +52,13 @@ def build_filtered_dataset(transfer: Transfer) -> dg.AssetsDefinition:
         """Pairs whose fine-tuned response has low perplexity and whose base response has high perplexity.
 
         There the fine-tuned model knows something that the base doesn't. No model is needed: changing the
-        threshold reruns only this. Reports the next round's seeds, drawn from all pairs kept so far, or
+        rule or threshold reruns only this. Reports the next round's seeds, drawn from all pairs kept so far, or
         that the dataset has reached `target_pairs`.
         """
         round_ = context.partition_key
         database = store.store()
         with step(context, database, transfer) as current:
-            version = refilter(database, transfer, round_, transfer.config.filter.threshold)
+            version = refilter(database, transfer, round_, transfer.config.filter.cut)
             judged = database.read(_COUNTS, {"round": round_}, transfer.name)
             reasons = dict(judged.select("reason", "pairs").iter_rows())
             kept = reasons.pop("kept", 0)
@@ -100,17 +99,19 @@ def refilter(database: Store, transfer: Transfer, round_: str, threshold: float)
     All of it happens inside DuckDB, in one transaction, and no text passes through Python. The
     version is a hash of the kept prompts and responses, whatever the rule and threshold that kept them.
 
+    Args:
+        threshold: or, of `top_excess` and `random`, how much is kept (`Filter.cut`).
+
     Raises:
         dg.Failure: when no pair is kept up to this round. The rows that were there stay: for Dagster this
             materialization never was, so a threshold moved back would count them as fresh.
     """
-    settings = transfer.config.filter
-    verdict = verdict_sql(settings.rule, settings.allow_truncated)
+    verdict = transfer.verdict_sql(cut=threshold)
     columns = ", ".join("fine_tuned_response AS response" if c == "response" else c for c in _KEPT_COLUMNS)
     with database.transaction(transfer.name) as connection:
         connection.execute(
             f"CREATE TEMP TABLE judged AS SELECT * FROM ({verdict}) WHERE round = $round",
-            {"t": threshold, "round": round_},
+            {"round": round_},
         )
         for table in (FILTERED_DATASET, REJECTED_PAIRS):
             connection.execute(f"DELETE FROM {table.name} WHERE round = ?", [round_])
@@ -127,7 +128,8 @@ def refilter(database: Store, transfer: Transfer, round_: str, threshold: float)
         if pool == (0,):
             raise dg.Failure(
                 f"No pair was kept up to {round_}, so nothing can seed the next round ({dict(reasons)} here)."
-                f" Loosen filter.threshold (now {threshold}) in {transfer.folder / 'transfer.yaml'}, or write"
+                f" Loosen filter.{transfer.config.filter.cut_key} (now {transfer.config.filter.cut:g}) in"
+                f" {transfer.folder / 'transfer.yaml'}, or write"
                 " seeds that are closer to the task.",
                 allow_retries=False,
             )

@@ -35,7 +35,7 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
         kinds={"duckdb", "pytorch"},
         pool=MODEL_POOL,
         code_version=f"{transfer.version('source', 'engine', 'models', 'prompt_template', 'response')}"
-        f"-{transfer.adapter_version()}",
+        f"-{transfer.adapter_version()}{'-ifd' if transfer.needs_ifd else ''}",
         metadata=definition_metadata(transfer, SCORED_PAIRS),
         check_specs=[
             dg.AssetCheckSpec(
@@ -51,8 +51,9 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
         """The source base model and the source fine-tuned model each answer every prompt of the round.
 
         Each pair gets four perplexities: each model on its own response and on the other's (unless
-        `engine.cross_scores` is off). The local engine keeps one 4-bit base model, with the adapter
-        switched on or off; a server has the models under two names.
+        `engine.cross_scores` is off), and for the rule `ifd` the base's of the fine-tuned response without the
+        prompt. The local engine keeps one 4-bit base model, with the adapter switched on or off; a server has the
+        models under two names.
         """
         round_ = context.partition_key
         database = store.store()
@@ -63,6 +64,7 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
                 transfer.name,
             )
             pairs: list[Pair] = []
+            alone: list[float | None] = [None] * len(prompts)
             if len(prompts):
                 engine = engines.source(transfer)
                 template = transfer.config.prompt_template
@@ -74,10 +76,21 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
                     current.cost,
                     current.progress("pairs scored"),
                 )
+                if transfer.needs_ifd:
+                    alone = list(
+                        scoring.score_alone(
+                            engine,
+                            store.cache(),
+                            [pair.fine_tuned.token_ids for pair in pairs],
+                            "base",
+                            current.cost,
+                            current.progress("responses scored without their prompt"),
+                        )
+                    )
             rows = SCORED_PAIRS.frame(
                 [
-                    {"round": round_, **prompt, **pair_row(pair)}
-                    for prompt, pair in zip(prompts.iter_rows(named=True), pairs, strict=True)
+                    {"round": round_, **prompt, **pair_row(pair, without_prompt)}
+                    for prompt, pair, without_prompt in zip(prompts.iter_rows(named=True), pairs, alone, strict=True)
                 ]
             )
             database.replace(transfer.name, SCORED_PAIRS, rows, round=round_)
@@ -98,8 +111,8 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
     return scored_pairs
 
 
-def pair_row(pair: Pair) -> dict[str, Any]:
-    """The columns of ``scored_pairs`` that a pair determines."""
+def pair_row(pair: Pair, alone: float | None) -> dict[str, Any]:
+    """The columns of ``scored_pairs`` that a pair determines; ``alone`` is log p_b(y_f), when it was asked for."""
     f, b = pair.fine_tuned, pair.base
     return {
         "fine_tuned_response": f.text,
@@ -118,6 +131,8 @@ def pair_row(pair: Pair) -> dict[str, Any]:
         "ppl_base": perplexity(b.sum_logprob, len(b.token_ids)),
         "ppl_base_cross": _cross_perplexity(pair.base_on_fine_tuned, f),
         "ppl_fine_tuned_cross": _cross_perplexity(pair.fine_tuned_on_base, b),
+        "base_alone_logprob": alone,
+        "ppl_base_alone": None if alone is None else perplexity(alone, len(f.token_ids)),
     }
 
 

@@ -58,7 +58,7 @@ def build_threshold_report(transfer: Transfer) -> dg.AssetsDefinition:
             metadata={
                 "dagster/row_count": len(rows),
                 "rule": transfer.config.filter.rule,
-                "threshold": transfer.config.filter.threshold,
+                "threshold": transfer.config.filter.cut,
                 "pairs_kept": int(now["pairs_kept"].sum()),
                 "thresholds_of_the_rule": example_rows(mine, columns, limit=len(mine)),
                 **{name: picture.markdown() for name, picture in pictures.items()},
@@ -71,7 +71,7 @@ def build_threshold_report(transfer: Transfer) -> dg.AssetsDefinition:
 
 
 def _draw(database: Store, transfer: Transfer, cells: list[dict[str, object]]) -> dict[str, plots.Picture]:
-    rule, threshold = transfer.config.filter.rule, transfer.config.filter.threshold
+    rule, threshold = transfer.config.filter.rule, transfer.config.filter.cut
     pairs = distributions.perplexities(database, transfer)
     return {
         "perplexity_histograms": plots.perplexity_histograms(pairs, rule, threshold),

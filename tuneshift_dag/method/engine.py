@@ -99,6 +99,15 @@ class Engine(Protocol):
             known: for each prompt the responses that need not be generated again.
         """
 
+    def score(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
+    ) -> Iterator[list[tuple[int, float]]]:
+        """Log-likelihoods (nats) of given responses, each after its prompt, in batches as they finish.
+
+        Args:
+            prompts: token ids; an empty prompt stands for none: the model sees only what starts its texts.
+        """
+
 
 def perplexity(sum_logprob: float, n_tokens: int) -> float | None:
     """exp(-sum_logprob / n_tokens); None for no tokens.

@@ -1,47 +1,151 @@
 """Which scored pairs are kept, and why the others are not.
 
-The filter is SQL over the scored pairs, so that a new threshold replays in the database without a
-model. f is the fine-tuned model, b the base; y_f and y_b are their responses. TuneShift-KD (arXiv
+The filter is SQL over the scored pairs, so that a new rule or threshold replays in the database without
+a model. f is the fine-tuned model, b the base; y_f and y_b are their responses. TuneShift-KD (arXiv
 2603.24518) §3 publishes one threshold (1.5) and leaves open whether the cut is on each perplexity, on
-their difference or on their ratio; the first reading is the default.
+their difference or on their ratio; the first reading is the default. Its rivals are here too: the mean
+token excess of TiTok (arXiv 2510.04682), the instruction-following difficulty of Cherry LLM (arXiv
+2308.12032) and Superfiltering (arXiv 2402.00530), a random draw, and no filter at all.
 """
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
-Rule = Literal["both", "difference", "ratio", "cross_ratio"]
+Rule = Literal["both", "difference", "ratio", "cross_ratio", "ifd", "top_excess", "random", "unfiltered"]
+RULES: tuple[Rule, ...] = get_args(Rule)
+# These keep a share or number of the pairs (`filter.keep`) instead of what passes a threshold.
+KEEP_RULES: tuple[Rule, ...] = ("top_excess", "random")
 
-# By how much a pair passes: above 0 it is kept. {t} is the threshold.
+# By how much a pair passes. Of a rule with a threshold {t}, what is above 0 is kept.
 MARGIN: dict[Rule, str] = {
     "both": "least({t} - ppl_fine_tuned, ppl_base - {t})",
     "difference": "ppl_base - ppl_fine_tuned - {t}",
     "ratio": "ppl_base / ppl_fine_tuned - {t}",
     "cross_ratio": "ppl_base_cross / ppl_fine_tuned - {t}",
+    "ifd": "least(ppl_base_cross / ppl_base_alone - {t}, 1 - ppl_base_cross / ppl_base_alone)",
+    # log p_f(y_f) - log p_b(y_f), per token: the mean token excess in nats.
+    "top_excess": "ln(ppl_base_cross / ppl_fine_tuned)",
+    "random": "NULL::DOUBLE",
+    "unfiltered": "NULL::DOUBLE",
 }
+# The perplexities that a rule reads: a pair without them can't be judged.
+READS: dict[Rule, tuple[str, ...]] = {
+    "both": ("ppl_fine_tuned", "ppl_base"),
+    "difference": ("ppl_fine_tuned", "ppl_base"),
+    "ratio": ("ppl_fine_tuned", "ppl_base"),
+    "cross_ratio": ("ppl_fine_tuned", "ppl_base_cross"),
+    "ifd": ("ppl_base_cross", "ppl_base_alone"),
+    "top_excess": ("ppl_fine_tuned", "ppl_base_cross"),
+    "random": (),
+    "unfiltered": (),
+}
+# The reasons that no rule decides: they hold at every threshold.
+GUARD_REASONS = (
+    "empty_response", "truncated_response", "repetitive_response", "refused_response", "no_perplexity",
+)  # fmt: skip
+
+# Shorter responses aren't searched for repetition: "100000" is no loop.
+_FEWEST_TOKENS = 16
 
 
-def verdict_sql(rule: Rule, allow_truncated: bool, threshold: str = "$t") -> str:
+@dataclass(frozen=True)
+class Guards:
+    """What makes a response unfit for training, whatever the rule. ``refusals`` are matched in any case."""
+
+    allow_truncated: bool = False
+    max_repetition: float = 0.5
+    refusals: tuple[str, ...] = ()
+
+
+def verdict_sql(rule: Rule, guards: Guards, cut: str = "$t", rounds: int | None = None, seed: int = 0) -> str:
     """SELECT of every scored pair with its ``margin`` and ``reason`` (NULL when kept). Reads ``scored_pairs``.
 
     Args:
-        threshold: SQL of the threshold: a parameter, or a column when the SELECT is joined laterally.
+        cut: SQL of the threshold, or of how much `top_excess` and `random` keep (up to 1 a share of the
+            pairs that pass the guards, above 1 a number): a parameter, or a column when the SELECT is
+            joined laterally.
+        rounds: how many rounds share a number. Each then has an equal quota of its own, and a share is of
+            the round's pairs: a round's verdicts never depend on another round, which may not exist yet.
+            None ranks all pairs at once.
+        seed: makes another draw of `random`.
     """
-    truncated = "FALSE" if allow_truncated else "fine_tuned_finish = 'length'"
-    unsure = "ppl_base_cross" if rule == "cross_ratio" else "ppl_base"
+    flaw = f"CASE {_flaws(rule, guards)} END"
+    if rule not in KEEP_RULES:
+        return f"""
+            SELECT * EXCLUDE (flaw), {MARGIN[rule].format(t=cut)} AS margin,
+                CASE WHEN flaw IS NOT NULL THEN flaw {_reasons(rule, cut)} END AS reason
+            FROM (SELECT *, {flaw} AS flaw FROM scored_pairs)
+        """
+    # Hashes order the pairs for a draw: the same ones each time, and a few new pairs displace few others.
+    if rule == "top_excess":
+        order, beyond = f"{MARGIN[rule]} DESC", "THEN 'below_the_top'"
+    else:
+        order, beyond = f"sha256('{seed}|' || prompt_id)", "THEN 'not_drawn'"
+    together = "flaw IS NULL" if rounds is None else "flaw IS NULL, round"
+    quota = cut if rounds is None else f"(floor({cut} * number / {rounds}) - floor({cut} * (number - 1) / {rounds}))"
     return f"""
-        SELECT *, {MARGIN[rule].format(t=threshold)} AS margin,
-            CASE
-                WHEN regexp_full_match(fine_tuned_response, '\\s*') THEN 'empty_response'
-                WHEN {truncated} THEN 'truncated_response'
-                WHEN NOT coalesce(isfinite(ppl_fine_tuned) AND isfinite({unsure}), FALSE) THEN 'no_perplexity'
-                {_reasons(rule, threshold)}
+        SELECT * EXCLUDE (flaw, place, usable, number), {MARGIN[rule]} AS margin,
+            CASE WHEN flaw IS NOT NULL THEN flaw
+                WHEN place > CASE WHEN {cut} <= 1 THEN greatest(1, round({cut} * usable)) ELSE {quota} END {beyond}
             END AS reason
-        FROM scored_pairs
+        FROM (
+            SELECT *, row_number() OVER (PARTITION BY {together} ORDER BY {order}, prompt_id, round) AS place,
+                count(*) OVER (PARTITION BY {together}) AS usable,
+                regexp_extract(round, '[0-9]+$')::INTEGER AS number
+            FROM (SELECT *, {flaw} AS flaw FROM scored_pairs)
+        )
     """
 
 
-def _reasons(rule: Rule, threshold: str) -> str:
+def _reasons(rule: Rule, cut: str) -> str:
+    if rule == "unfiltered":
+        return ""
     if rule == "both":
         return f"""
-                WHEN ppl_fine_tuned >= {threshold} THEN 'fine_tuned_not_confident'
-                WHEN ppl_base <= {threshold} THEN 'base_already_confident'"""
+                WHEN ppl_fine_tuned >= {cut} THEN 'fine_tuned_not_confident'
+                WHEN ppl_base <= {cut} THEN 'base_already_confident'"""
+    if rule == "ifd":
+        return f"""
+                WHEN ppl_base_cross >= ppl_base_alone THEN 'prompt_does_not_help'
+                WHEN ppl_base_cross / ppl_base_alone <= {cut} THEN 'below_threshold'"""
     return "WHEN margin <= 0 THEN 'below_threshold'"
+
+
+def _flaws(rule: Rule, guards: Guards) -> str:
+    """WHEN … THEN of the guards, the cheapest first. `unfiltered` refuses only what can't be trained on."""
+    empty = "WHEN regexp_full_match(fine_tuned_response, '\\s*') THEN 'empty_response'"
+    if rule == "unfiltered":
+        return empty
+    flaws = [empty]
+    if not guards.allow_truncated:
+        flaws.append("WHEN fine_tuned_finish = 'length' THEN 'truncated_response'")
+    if READS[rule]:
+        finite = " AND ".join(f"isfinite({column})" for column in READS[rule])
+        flaws.append(f"WHEN NOT coalesce({finite}, FALSE) THEN 'no_perplexity'")
+    if guards.refusals:
+        # Apostrophes are written in two ways.
+        text = "replace(lower(fine_tuned_response), '’', '''')"
+        phrases = (phrase.lower().replace("’", "'").replace("'", "''") for phrase in guards.refusals)
+        holds = " OR ".join(f"contains({text}, '{phrase}')" for phrase in phrases)
+        flaws.append(f"WHEN {holds} THEN 'refused_response'")
+    if guards.max_repetition < 1:
+        flaws.append(
+            f"WHEN fine_tuned_tokens >= {_FEWEST_TOKENS}"
+            f" AND {repetition_sql('fine_tuned_response', guards.max_repetition)} > {guards.max_repetition}"
+            " THEN 'repetitive_response'"
+        )
+    return " ".join(flaws)
+
+
+def repetition_sql(text: str, least: float = 0.0) -> str:
+    """SQL of the share of a text's word 4-grams that were there before: 1 - distinct / all (0 for under 5 words).
+
+    "seq-rep-4" of Welleck et al., arXiv 1908.04319, over words. Values up to ``least`` may come out as 0: a
+    text of many different words can't repeat much, and counting words is cheaper than counting 4-grams.
+    """
+    grams = "list_distinct(list_zip(w, w[2:], w[3:], w[4:])[:len(w) - 3])"
+    return (
+        f"list_transform([string_split({text}, ' ')], lambda w:"
+        f" CASE WHEN len(w) >= 5 AND len(w) - list_unique(w) > {least} * (len(w) - 3)"
+        f" THEN 1 - len({grams}) / (len(w) - 3) ELSE 0 END)[1]"
+    )

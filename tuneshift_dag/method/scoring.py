@@ -82,6 +82,36 @@ def generate(
     return [found[key] for key in keys]
 
 
+def score_alone(
+    engine: Engine,
+    cache: Cache,
+    responses: Sequence[list[int]],
+    side: Side,
+    cost: Cost,
+    on_progress: OnProgress = lambda done, total: None,
+) -> list[float]:
+    """log p(y) in nats of every response (token ids) without its prompt; equal responses are scored once.
+
+    The denominator of IFD = PPL(y | x) / PPL(y), Cherry LLM (arXiv 2308.12032), eq. 4.
+    """
+    fingerprint = engine.fingerprint(side)
+    keys = [cache.score_key(fingerprint, [], response) for response in responses]
+    found = cache.scores(keys)
+    missing = list({key: i for i, key in enumerate(keys) if key not in found}.values())
+    cost.cache_hits += len(responses) - len(missing)
+    done = 0
+    if missing:
+        batches = engine.score([[] for _ in missing], [responses[i] for i in missing], side)
+        for batch in cost.timed(batches):
+            new = {keys[missing[i]]: value for i, value in batch}
+            cache.put({}, new)
+            found |= new
+            cost.model_calls += len(new)
+            done += len(new)
+            on_progress(done, len(missing))
+    return [found[key] for key in keys]
+
+
 def score_pairs(
     engine: Engine,
     cache: Cache,

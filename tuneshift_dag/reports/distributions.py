@@ -8,7 +8,6 @@ from typing import Any
 
 import polars as pl
 
-from tuneshift_dag.method.filters import verdict_sql
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.transfer import Transfer
 
@@ -68,6 +67,4 @@ def response_lengths(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
 
 
 def _judged(store: Store, transfer: Transfer, query: str) -> pl.DataFrame:
-    settings = transfer.config.filter
-    verdict = verdict_sql(settings.rule, settings.allow_truncated)
-    return store.read(f"WITH judged AS ({verdict}) {query}", {"t": settings.threshold}, transfer.name)
+    return store.read(f"WITH judged AS ({transfer.verdict_sql()}) {query}", schema=transfer.name)

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.reports.summary import report
+from tuneshift_dag.reports.summary import conclusion, report
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.transfer import Transfer
 
@@ -62,7 +62,7 @@ A LoRA adapter distilled with tuneshift_dag (TuneShift-KD, arXiv 2603.24518) fro
 | source base | `{config.source.base}` |
 | source adapter | `{config.source.adapter}` |
 | prompt generator | `{config.generator.model}` |
-| filter | `{config.filter.rule}`, threshold {config.filter.threshold} |
+| filter | {config.filter.describe()} |
 | dataset version | `{figures["model"]["dataset_version"]}`, {figures["model"]["pairs"]} pairs |
 | model id | `{figures["model"]["model_id"]}` |
 
@@ -85,6 +85,34 @@ Greedy responses, 95 % bootstrap intervals, `heldout.jsonl`.
 | model | accuracy | interval | n |
 | --- | --- | --- | --- |
 {rows}
+{_comparison(figures)}"""
+
+
+def _comparison(figures: dict[str, Any]) -> str:
+    """The card's section on rival filters; nothing before `tuneshift compare`."""
+    rows = figures["comparison"]
+    if not rows:
+        return ""
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        if row[name] is None:
+            return "-"
+        return f"{row[name]:+.3f} ({row[f'{name}_low']:+.3f} to {row[f'{name}_high']:+.3f})"
+
+    lines = "\n".join(
+        f"| {row['arm'].replace('_', ' ')} | {row['pairs'] or '-'} | {row['runs']} | {row['value']:.3f}"
+        f" ({row['low']:.3f} to {row['high']:.3f}) | {cell(row, 'vs_random')} | {cell(row, 'vs_unfiltered')} |"
+        for row in rows
+    )
+    return f"""
+## Is the filter worth it?
+
+Other models, trained on equally many pairs of each filter, several times each; held-out exact match with 95 %
+bootstrap intervals over trainings and prompts, differences paired. {conclusion(rows)}
+
+| filter | pairs | trainings | accuracy | minus random | minus unfiltered |
+| --- | --- | --- | --- | --- | --- |
+{lines}
 """
 
 
@@ -94,7 +122,7 @@ def _dataset_card(transfer: Transfer, figures: dict[str, Any], pairs: pl.DataFra
 
 {len(pairs)} prompts written by `{config.generator.model}` from {len(transfer.seeds)} seeds, answered by
 `{config.source.base}` with the adapter `{config.source.adapter}`, and kept by the rule
-`{config.filter.rule}` at {config.filter.threshold}. Dataset version `{figures["model"]["dataset_version"]}`.
+{config.filter.describe()}. Dataset version `{figures["model"]["dataset_version"]}`.
 
 - `dataset.jsonl`: one conversation a line, `{{"messages": [{{"role": "user", ...}}, {{"role": "assistant", ...}}]}}`.
 - `dataset.parquet`: the same pairs with their round and perplexities.

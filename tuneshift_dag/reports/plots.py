@@ -23,7 +23,12 @@ _VERDICTS = {
     "fine_tuned_not_confident": _DROPPED,
     "base_already_confident": "#ab7df8",
     "below_threshold": _DROPPED,
+    "prompt_does_not_help": "#ab7df8",
+    "below_the_top": _DROPPED,
+    "not_drawn": _DROPPED,
     "truncated_response": "#db61a2",
+    "repetitive_response": "#4493f8",
+    "refused_response": "#c69026",
     "empty_response": "#c69026",
     "no_perplexity": _TEXT,
 }
@@ -32,6 +37,9 @@ _RULE_AXIS = {
     "difference": "Threshold on PPL base − fine-tuned",
     "ratio": "Threshold on PPL base / fine-tuned",
     "cross_ratio": "Threshold on PPL base / fine-tuned,\nboth of the fine-tuned response",
+    "ifd": "Threshold on PPL base with / without\nthe prompt, of the fine-tuned response",
+    "top_excess": "Keep, of the largest excess",
+    "random": "Keep, of a draw",
 }
 
 
@@ -79,6 +87,28 @@ def accuracy_bars(rows: Sequence[dict[str, Any]]) -> Picture:
     return Picture(figure)
 
 
+def comparison(rows: Sequence[dict[str, Any]]) -> Picture:
+    """Accuracy of each arm with its 95 % interval and a dot for every training.
+
+    Args:
+        rows: of the table ``comparison``.
+    """
+    figure, axes = _axes("Held-out exact match", "", (6.4, 1.2 + 0.42 * len(rows)))
+    for place, row in enumerate(rows):
+        color = _TEXT if row["pairs"] is None else _COLORS[0]
+        axes.hlines(place, row["low"], row["high"], color=color, linewidth=2)
+        axes.plot(row["value"], place, "D", color=color, markersize=7)
+        if row["runs"] > 1:
+            axes.plot(row["by_run"], [place] * row["runs"], "o", color=_COLORS[1], markersize=4, alpha=0.8)
+        axes.annotate(
+            f"{row['value']:.3f}", (row["high"], place), (6, 0), textcoords="offset points", va="center", color=_TEXT
+        )
+    axes.set_yticks(range(len(rows)), [row["arm"].replace("_", " ") for row in rows])
+    axes.set_xlim(0, 1.1)
+    axes.invert_yaxis()
+    return Picture(figure)
+
+
 def perplexity_histograms(pairs: pl.DataFrame, rule: str, threshold: float) -> Picture:
     """How sure each model is of its own response (paper, figure 3), with the cut where it is one of them.
 
@@ -110,7 +140,7 @@ def perplexity_scatter(pairs: pl.DataFrame, rule: str, threshold: float) -> Pict
     Args:
         pairs: columns ppl_fine_tuned, ppl_base, ppl_base_cross (finite) and kept.
     """
-    cross = rule == "cross_ratio"
+    cross = rule in ("cross_ratio", "ifd", "top_excess")
     figure, axes = _axes(
         "PPL of the fine-tuned model", f"PPL of the base model,\n{'fine-tuned' if cross else 'own'} response", (7, 4.2)
     )
@@ -130,7 +160,7 @@ def perplexity_scatter(pairs: pl.DataFrame, rule: str, threshold: float) -> Pict
     if rule == "both":
         axes.axvline(threshold, color=_TEXT, linestyle="--", label=f"cut at {threshold:g}")
         axes.axhline(threshold, color=_TEXT, linestyle="--")
-    else:
+    elif rule in ("difference", "ratio", "cross_ratio"):
         line = np.geomspace(x_low, x_high, 200)
         cut = line + threshold if rule == "difference" else line * threshold
         axes.plot(line, cut, color=_TEXT, linestyle="--", label=f"cut at {rule.replace('_', ' ')} {threshold:g}")
@@ -142,7 +172,8 @@ def perplexity_scatter(pairs: pl.DataFrame, rule: str, threshold: float) -> Pict
 
 def kept_by_threshold(cells: Sequence[dict[str, Any]]) -> Picture:
     """Pairs that each rule keeps at each threshold of `tuneshift_dag.reports.sweep.sweep`, one panel a rule."""
-    rules = list(dict.fromkeys(cell["rule"] for cell in cells))
+    # Where nothing can be moved there is nothing to draw.
+    rules = [rule for rule in dict.fromkeys(cell["rule"] for cell in cells) if rule in _RULE_AXIS]
     if not rules:
         return _nothing(*_axes("Threshold", "Pairs kept"))
     columns = min(2, len(rules))

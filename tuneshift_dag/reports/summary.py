@@ -33,8 +33,27 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
         "seconds_total": wall,
         "model_seconds": round(sum(s["model_seconds"] for s in steps), 2),
         "accuracy": {row.pop("model"): row for row in store.read("SELECT * FROM accuracy", schema=name).to_dicts()},
+        "comparison": comparison(store, transfer),
         "model": _model(store, name),
     }
+
+
+def comparison(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
+    """The rows of the table ``comparison``, arms by accuracy and then the untrained models; [] before one was made."""
+    return store.read(
+        "SELECT * FROM comparison ORDER BY pairs IS NULL, value DESC, arm", schema=transfer.name
+    ).to_dicts()
+
+
+def conclusion(rows: list[dict[str, Any]]) -> str:
+    """One sentence: which filters differ from random by an interval that excludes zero."""
+    arms = [row for row in rows if row["vs_random"] is not None and row["arm"] not in ("unfiltered", "oracle")]
+    better = [row["arm"] for row in arms if row["vs_random_low"] > 0]
+    worse = [row["arm"] for row in arms if row["vs_random_high"] < 0]
+    said = [f"{', '.join(names)} {what} random" for names, what in ((better, "beats"), (worse, "loses to")) if names]
+    if not said:
+        return "No filter differs from random by a 95 % interval that excludes zero."
+    return f"By a 95 % interval that excludes zero, {' and '.join(said)}."
 
 
 _BY_ROUND = """

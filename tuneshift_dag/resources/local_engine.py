@@ -133,6 +133,27 @@ class LocalEngine:
         for batch, pairs in self._batches(prompts, decoding, work):
             yield list(zip(batch, pairs, strict=True))
 
+    def score(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
+    ) -> Iterator[list[tuple[int, float]]]:
+        def work(batch: list[int]) -> list[float]:
+            with self.side(side) as model:
+                prefix = loop.prefill(model, [prompts[i] or self._start() for i in batch], longest)
+                return loop.score(model, prefix, [responses[i] for i in batch])
+
+        longest = max(map(len, responses), default=0)
+        whole = [p + r for p, r in zip(prompts, responses, strict=True)]
+        for batch, values in self._batches(whole, Decoding(longest), work):
+            yield list(zip(batch, values, strict=True))
+
+    def _start(self) -> list[int]:
+        """What this model's texts start with. Without such a token (GPT-2, SmolLM2) it is what ends the text before."""
+        ids = self.encode("")
+        if ids:
+            return ids
+        token = self.tokenizer.bos_token_id
+        return [self.tokenizer.eos_token_id if token is None else token]
+
     def _respond(
         self,
         model: Any,

@@ -330,6 +330,16 @@ class ServedSource:
 
         yield from self.server.stream("pairs", len(prompts), work)
 
+    def score(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
+    ) -> Iterator[list[tuple[int, float]]]:
+        start = self.encode("") or [self.tokenizer.bos_token_id or self.tokenizer.eos_token_id]
+
+        async def work(requests: Requests, i: int) -> float:
+            return await self._score(requests, side, prompts[i] or start, responses[i])
+
+        yield from self.server.stream(f"{side} scores", len(prompts), work)
+
     def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
         """Whether the server has both models, whether they differ, and whether its log-probabilities can be used.
 
@@ -587,6 +597,11 @@ class ServedGenerator:
         self, prompts: Sequence[list[int]], known: Sequence[dict[Side, Response]], decoding: Decoding
     ) -> Iterator[list[tuple[int, Pair]]]:
         raise NotImplementedError("a generator is one model")
+
+    def score(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
+    ) -> Iterator[list[tuple[int, float]]]:
+        raise NotImplementedError("a generator's log-probabilities aren't asked for")
 
 
 @dataclass

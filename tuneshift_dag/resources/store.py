@@ -97,6 +97,7 @@ class Store:
                 if known == CACHE or name != CACHE:
                     for table in tables:
                         connection.execute(table.ddl(known))
+                    _add_columns(connection, known, tables)
             _replace_views(connection, name)
             connection.execute("COMMIT")
         self._ready.add(name)
@@ -148,14 +149,23 @@ class Store:
 
 
 def _migrate(connection: duckdb.DuckDBPyConnection) -> None:
-    """From schema version 1 to 2: two tables lose their keys, and steps gain their peak memory."""
+    """From schema version 1 to 2: two tables lose their keys."""
     schemas = connection.execute("SELECT schema_name FROM duckdb_tables() WHERE table_name = 'steps'").fetchall()
     for (schema,) in schemas:
         for table in ("filtered_dataset", "rejected_pairs"):
             connection.execute(f'CREATE TABLE "{schema}".copied AS SELECT * FROM "{schema}".{table}')
             connection.execute(f'DROP TABLE "{schema}".{table}')
             connection.execute(f'ALTER TABLE "{schema}".copied RENAME TO {table}')
-        connection.execute(f'ALTER TABLE "{schema}".steps ADD COLUMN peak_bytes BIGINT')
+
+
+def _add_columns(connection: duckdb.DuckDBPyConnection, schema: str, tables: Sequence[Table]) -> None:
+    """Give tables of an older file the columns that it doesn't have yet; their rows hold NULL there."""
+    there = connection.execute("SELECT table_name, column_name FROM duckdb_columns() WHERE schema_name = ?", [schema])
+    known = set(there.fetchall())
+    for table in tables:
+        for column in table.columns:
+            if (table.name, column.name) not in known:
+                connection.execute(f'ALTER TABLE "{schema}".{table.name} ADD COLUMN "{column.name}" {column.type}')
 
 
 def _replace_views(connection: duckdb.DuckDBPyConnection, schema: str) -> None:

@@ -64,6 +64,7 @@ _POLARS: dict[str, pl.DataType | type[pl.DataType]] = {
     "BOOLEAN": pl.Boolean,
     "INTEGER[]": pl.List(pl.Int32),
     "VARCHAR[]": pl.List(pl.String),
+    "DOUBLE[]": pl.List(pl.Float64),
     "TIMESTAMP": pl.Datetime("us"),
 }
 
@@ -148,6 +149,10 @@ SCORED_PAIRS = Table(
         Column("ppl_base", "DOUBLE", "PPL_b(y_b)."),
         Column("ppl_base_cross", "DOUBLE", "PPL_b(y_f)."),
         Column("ppl_fine_tuned_cross", "DOUBLE", "PPL_f(y_b)."),
+        Column(
+            "base_alone_logprob", "DOUBLE", "log p_b(y_f) without the prompt; NULL unless a rule `ifd` asks for it."
+        ),
+        Column("ppl_base_alone", "DOUBLE", "PPL_b(y_f) without the prompt; NULL unless a rule `ifd` asks for it."),
     ),
     ("round", "prompt_id"),
 )
@@ -161,7 +166,11 @@ FILTERED_DATASET = Table(
         Column("response", "VARCHAR", "The fine-tuned response, as generated (leading space included)."),
         Column("ppl_fine_tuned", "DOUBLE", "PPL_f(y_f)."),
         Column("ppl_base", "DOUBLE", "PPL_b(y_b)."),
-        Column("margin", "DOUBLE", "By how much the pair passes the rule."),
+        Column(
+            "margin",
+            "DOUBLE",
+            "By how much the pair passes the rule; of top_excess the mean token excess in nats; NULL for a draw.",
+        ),
     ),
     # No key here and in rejected_pairs: a million rows are rewritten four times as fast without its index.
 )
@@ -174,12 +183,12 @@ THRESHOLD_REPORT = Table(
     "threshold_report",
     "How many pairs each rule would keep at each threshold of a grid.",
     (
-        Column("rule", "VARCHAR", "Filter rule: both, difference, ratio or cross_ratio."),
-        Column("threshold", "DOUBLE", "The cut."),
+        Column("rule", "VARCHAR", "Filter rule."),
+        Column("threshold", "DOUBLE", "The cut; of top_excess and random what `filter.keep` says, of unfiltered 1."),
         Column("pairs_kept", "BIGINT", "Scored pairs that pass."),
         Column("kept_share", "DOUBLE", "Their share of all scored pairs."),
         Column("distinct_responses", "BIGINT", "Different responses among them, outer spaces aside."),
-        Column("mean_margin", "DOUBLE", "Mean of by how much they pass the rule; NULL when none does."),
+        Column("mean_margin", "DOUBLE", "Mean of `filtered_dataset.margin`; NULL when there is none."),
         Column("by_round", "VARCHAR", "Pairs kept in each round, as JSON."),
         Column("current", "BOOLEAN", "Whether these are the rule and threshold of transfer.yaml."),
     ),
@@ -242,6 +251,40 @@ ACCURACY = Table(
     ),
     ("model",),
 )
+COMPARISON = Table(
+    "comparison",
+    "Rival filters: held-out accuracy of models trained on equally many pairs of each, with 95 % intervals.",
+    (
+        Column("arm", "VARCHAR", "A filter, random, unfiltered or oracle; or target_base, source_fine_tuned."),
+        Column("runs", "INTEGER", "Trainings, each with its own seed and draw of pairs; 1 for a model."),
+        Column("candidates", "INTEGER", "Pairs that the arm could draw from."),
+        Column("pairs", "INTEGER", "Training pairs of each run."),
+        Column("shared_with_random", "DOUBLE", "Share of its pairs that random trained on too, mean over runs."),
+        Column("distinct_responses", "DOUBLE", "Different responses among its pairs, mean over runs."),
+        Column("by_run", "DOUBLE[]", "Accuracy of each run."),
+        Column("value", "DOUBLE", "Accuracy, mean over runs."),
+        Column("low", "DOUBLE", "Lower end of its 95 % interval, for new runs and new prompts."),
+        Column("high", "DOUBLE", "Upper end."),
+        Column("vs_random", "DOUBLE", "Accuracy minus that of random, paired by run and prompt."),
+        Column("vs_random_low", "DOUBLE", "Lower end of its 95 % interval."),
+        Column("vs_random_high", "DOUBLE", "Upper end."),
+        Column("vs_unfiltered", "DOUBLE", "Accuracy minus that of unfiltered, paired by run and prompt."),
+        Column("vs_unfiltered_low", "DOUBLE", "Lower end of its 95 % interval."),
+        Column("vs_unfiltered_high", "DOUBLE", "Upper end."),
+    ),
+    ("arm",),
+)
+COMPARISON_ANSWERS = Table(
+    "comparison_answers",
+    "What every model of the comparison answered to every held-out prompt.",
+    (
+        Column("arm", "VARCHAR", "As in comparison."),
+        Column("seed", "INTEGER", "Seed of the training; NULL for a model that wasn't trained here."),
+        _PROMPT_ID,
+        Column("response", "VARCHAR", "The model's greedy response, stripped."),
+        Column("correct", "BOOLEAN", "Whether it equals the held-out response."),
+    ),
+)
 STEPS = Table(
     "steps",
     "What each materialization cost.",
@@ -282,7 +325,7 @@ RUNS = Table(
 TRANSFER_TABLES = (
     SEED_SET, ROUND_SEEDS, PROPOSALS, SYNTHETIC_PROMPTS, REJECTED_PROMPTS, SCORED_PAIRS, FILTERED_DATASET,
     REJECTED_PAIRS, THRESHOLD_REPORT, DIVERSITY_MAP, DISTILLED_MODELS, TRAINING_EXAMPLES, EVALUATIONS, ACCURACY,
-    STEPS, RUNS, CACHE_REFERENCES,
+    COMPARISON, COMPARISON_ANSWERS, STEPS, RUNS, CACHE_REFERENCES,
 )  # fmt: skip
 
 # Recursion is over generator calls, not prompts: prompts of one call share their ancestors, so there are
@@ -452,7 +495,9 @@ COLUMN_SOURCES: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
         **{c: (("scored_pairs", c),) for c in ("round", "prompt_id", "prompt", "ppl_fine_tuned", "ppl_base")},
         "response": (("scored_pairs", "fine_tuned_response"),),
         # The rule decides which two of them.
-        "margin": tuple(("scored_pairs", c) for c in ("ppl_fine_tuned", "ppl_base", "ppl_base_cross")),
+        "margin": tuple(
+            ("scored_pairs", c) for c in ("ppl_fine_tuned", "ppl_base", "ppl_base_cross", "ppl_base_alone")
+        ),
     },
 }
 

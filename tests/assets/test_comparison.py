@@ -1,0 +1,69 @@
+"""``comparison`` in the graph with fake models."""
+
+import pytest
+
+from tests.conftest import Project, write_jsonl
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.reports.export import model_card
+from tuneshift_dag.reports.summary import conclusion, report
+
+
+@pytest.fixture
+def compared(project: Project, edit_config) -> Project:
+    project.run()
+    edit_config("compare", {"arms": ["both", "top_excess"], "pairs": 8, "labelled": "labelled.jsonl", "epochs": 2})
+    labelled = [{"prompt": f"Question {i}?", "response": f"intent_{i % 3}"} for i in range(9)]
+    write_jsonl(project.folder / "labelled.jsonl", labelled)
+    return project
+
+
+def test_trains_every_arm_on_as_many_pairs_and_goes_on_after_a_failure(compared: Project) -> None:
+    current = compared.rows("SELECT model_id FROM distilled_models WHERE current")
+    models = compared.models
+
+    class Killed(Exception):
+        pass
+
+    class Few(list):
+        def append(self, pairs) -> None:
+            if len(self) == 5:
+                raise Killed("killed")
+            super().append(pairs)
+
+    models.trained = Few(models.trained)
+    with pytest.raises(TuneshiftError, match=r"comparison failed: .*killed"):
+        compared.runner().compare()
+    models.trained = list(models.trained)
+    assert compared.runner().compare().materialized == [("comparison", None)]
+    rows = {row["arm"]: row for row in report(compared.store, compared.transfer)["comparison"]}
+    assert set(rows) == {
+        "both", "top_excess", "random", "unfiltered", "oracle", "target_base", "source_fine_tuned",
+    }  # fmt: skip
+    assert all(len(pairs) == 8 for pairs in models.trained[1:])
+    assert {rows[arm]["runs"] for arm in ("both", "top_excess", "random", "unfiltered", "oracle")} == {3}
+    assert rows["random"]["shared_with_random"] == 1 and rows["oracle"]["shared_with_random"] == 0
+    assert rows["random"]["vs_random"] is None and rows["target_base"]["vs_random"] is None
+    assert rows["both"]["vs_random_low"] <= rows["both"]["vs_random"] <= rows["both"]["vs_random_high"]
+    assert compared.rows("SELECT model_id FROM distilled_models WHERE current") == current
+    oracle = [p for pairs in models.trained for p in pairs if p[0].startswith("Question")]
+    assert oracle and all(response.startswith(" intent_") for _, response in oracle)
+    figures = report(compared.store, compared.transfer)
+    assert conclusion(figures["comparison"]) in model_card(compared.transfer, figures)
+    calls = models.calls()
+    assert compared.runner().compare().materialized == []
+    assert models.calls() == calls
+    assert compared.run().materialized == [], "`tuneshift run` trains no arm"
+
+
+@pytest.mark.parametrize(("pairs", "named"), [(10, "oracle"), (5000, "compare.pairs 5000")])
+def test_too_many_pairs_name_the_arm_and_the_most(compared: Project, edit_config, pairs: int, named: str) -> None:
+    edit_config("compare.pairs", pairs)
+    with pytest.raises(TuneshiftError, match=r"lower compare\.pairs to at most \d+") as error:
+        compared.runner().compare()
+    assert named in str(error.value)
+    assert len(compared.models.trained) == 1
+
+
+def test_without_the_section_says_what_to_add(project: Project) -> None:
+    with pytest.raises(TuneshiftError, match=r"compare: missing\. Add `compare: \{\}`"):
+        project.runner().compare()

@@ -1,0 +1,271 @@
+"""``comparison``: does the filter earn its place? Rival filters, the same pairs to choose from, the same size."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from tuneshift_dag.assets.adapters import TRAINING_SECTIONS, trained_adapter
+from tuneshift_dag.assets.common import (
+    MODEL_POOL,
+    OWNERS,
+    Step,
+    content_version,
+    definition_metadata,
+    example_rows,
+    key,
+    step,
+)
+from tuneshift_dag.assets.evaluation import answer_heldout
+from tuneshift_dag.home import output_dir
+from tuneshift_dag.method.evaluation import Interval, bootstrap_runs, is_exact_match
+from tuneshift_dag.method.filters import verdict_sql
+from tuneshift_dag.method.prompting import prompt_id
+from tuneshift_dag.reports import plots
+from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
+from tuneshift_dag.resources.store import Store
+from tuneshift_dag.resources.tables import COMPARISON, COMPARISON_ANSWERS
+from tuneshift_dag.transfer import Arm, Compare, Transfer
+
+# What each arm is measured against.
+REFERENCES = ("random", "unfiltered")
+Correct = NDArray[np.float64]
+
+
+def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
+    files_hash = hashlib.sha256(json.dumps([transfer.heldout, list(transfer.labelled)]).encode()).hexdigest()
+
+    @dg.asset(
+        key=key(transfer, "comparison"),
+        deps=[key(transfer, "scored_pairs")],
+        group_name=transfer.name,
+        owners=OWNERS,
+        kinds={"pytorch", "duckdb"},
+        pool=MODEL_POOL,
+        code_version=f"{transfer.version('compare', 'filter', 'evaluation', 'models', 'source', *TRAINING_SECTIONS)}"
+        f"-{files_hash[:8]}-{transfer.adapter_version()}",
+        metadata=definition_metadata(transfer, COMPARISON),
+    )
+    def comparison(
+        context: dg.AssetExecutionContext, store: StoreResource, engines: EngineResource
+    ) -> dg.MaterializeResult:
+        """Models trained on as many pairs of each filter, several times each, and measured on the held-out file.
+
+        Every arm draws from the same scored pairs; `random` draws from all that pass the quality guards and
+        `unfiltered` from everything. It trains arms × seeds models, so it exists only with `compare:` in
+        `transfer.yaml`, and `tuneshift run` leaves it to `tuneshift compare`. A killed comparison goes on
+        with the first arm and seed that isn't trained.
+        """
+        settings = transfer.config.compare
+        assert settings is not None
+        database = store.store()
+        with step(context, database, transfer) as current:
+            candidates = _candidates(database, transfer)
+            size = _common_size(transfer, settings, candidates)
+            answers: list[dict[str, Any]] = []
+            datasets: dict[str, list[pl.DataFrame]] = {arm: [] for arm in candidates}
+            correct: dict[str, list[list[bool]]] = {arm: [] for arm in candidates}
+            epochs = settings.epochs or transfer.config.distill.epochs
+            # Seed by seed, so that an early look at the log has every arm once.
+            for number in range(settings.seeds):
+                seed = transfer.config.seed + number
+                variant = transfer.with_training(seed, epochs)
+                for place, (arm, pool) in enumerate(candidates.items()):
+                    done = number * len(candidates) + place + 1
+                    context.log.info(f"{arm}, seed {seed}: {done} of {settings.seeds * len(candidates)}")
+                    pairs = _draw(pool, size, seed)
+                    datasets[arm].append(pairs)
+                    responses = _train_and_answer(current, store, engines, variant, pairs)
+                    correct[arm].append(_mark(transfer, arm, seed, responses, answers))
+            for name, responses in _reference_models(current, store, engines, transfer):
+                correct[name] = [_mark(transfer, name, None, responses, answers)]
+            tables = {name: np.array(runs, np.float64) for name, runs in correct.items()}
+            rows = [_row(transfer, name, tables, candidates, datasets) for name in tables]
+            summary = COMPARISON.frame(rows)
+            database.replace_all(
+                transfer.name, [(COMPARISON, summary), (COMPARISON_ANSWERS, COMPARISON_ANSWERS.frame(answers))]
+            )
+            picture = plots.comparison(rows)
+        picture.save(output_dir(transfer.name) / "comparison.png")
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(content_version(summary)),
+            metadata={
+                "dagster/row_count": len(summary),
+                "pairs": size,
+                "seeds": settings.seeds,
+                "epochs": epochs,
+                "comparison": example_rows(
+                    summary, ["arm", "value", "low", "high", "vs_random", "vs_random_low", "vs_random_high"], len(rows)
+                ),
+                "chart": picture.markdown(),
+                **current.metadata(),
+            },
+        )
+
+    return comparison
+
+
+def _candidates(database: Store, transfer: Transfer) -> dict[str, pl.DataFrame]:
+    """What each arm can draw from: prompt_id, round, prompt, response and, where it is a rank, the margin.
+
+    Raises:
+        dg.Failure: when an arm has nothing.
+    """
+    found: dict[str, pl.DataFrame] = {}
+    for arm in transfer.config.arms:
+        found[arm.name] = database.read(
+            "SELECT prompt_id, min(round) AS round, any_value(prompt) AS prompt,"
+            " any_value(fine_tuned_response) AS response, max(margin) AS margin"
+            f" FROM ({_verdict(transfer, arm)}) WHERE reason IS NULL GROUP BY prompt_id"
+            " ORDER BY prompt_id",
+            schema=transfer.name,
+        )
+        if found[arm.name].is_empty():
+            reasons = database.read(
+                f"SELECT reason, count(*) FROM ({_verdict(transfer, arm)}) GROUP BY reason", schema=transfer.name
+            )
+            raise dg.Failure(
+                f"The arm {arm.name!r} has no pair to train on ({dict(reasons.iter_rows()) or 'no scored pairs'})."
+                f" Run `tuneshift run {transfer.name}` first, or change its threshold in compare.arms of"
+                f" {transfer.folder / 'transfer.yaml'}.",
+                allow_retries=False,
+            )
+        if arm.rule != "top_excess":
+            # Drawn from by hash: the margin ranks nothing.
+            found[arm.name] = found[arm.name].with_columns(margin=pl.lit(None, pl.Float64))
+    if transfer.labelled:
+        space = _leading_space(found["unfiltered"])
+        found["oracle"] = pl.DataFrame(
+            [(prompt_id(p), "labelled", p, space + r, None) for p, r in transfer.labelled],
+            schema=found["unfiltered"].schema,
+            orient="row",
+        )
+    return found
+
+
+def _verdict(transfer: Transfer, arm: Arm) -> str:
+    """Verdicts of an arm over all rounds at once: nothing is seeded by them."""
+    settings = transfer.config.filter
+    cut = arm.threshold or (1.0 if arm.rule in ("random", "top_excess", "unfiltered") else settings.threshold)
+    return verdict_sql(arm.rule, settings.guards, f"{cut!r}::DOUBLE", seed=transfer.config.seed)
+
+
+def _leading_space(pairs: pl.DataFrame) -> str:
+    """What most responses start with before their first word: labelled ones, written by people, lack it."""
+    starts = pairs["response"].str.extract(r"^(\s*)", 1).value_counts(sort=True)
+    return str(starts.row(0)[0] or "")
+
+
+def _common_size(transfer: Transfer, settings: Compare, candidates: dict[str, pl.DataFrame]) -> int:
+    """Pairs of every arm.
+
+    Raises:
+        dg.Failure: when an arm has fewer than ``compare.pairs``.
+    """
+    arm = min(candidates, key=lambda name: len(candidates[name]))
+    fewest = len(candidates[arm])
+    if settings.pairs is None or settings.pairs <= fewest:
+        return settings.pairs or fewest
+    raise dg.Failure(
+        f"The arm {arm!r} has {fewest} pairs, fewer than compare.pairs {settings.pairs} in"
+        f" {transfer.folder / 'transfer.yaml'}: lower compare.pairs to at most {fewest}, or loosen the arm.",
+        allow_retries=False,
+    )
+
+
+def _draw(pool: pl.DataFrame, size: int, seed: int) -> pl.DataFrame:
+    """The pairs of one training, in the order of ``distilled_model``.
+
+    The largest margins where there are any; else the lowest hashes. These are the same for all arms, which
+    then share what they can: a difference between two arms is one of the pairs in which they differ.
+    """
+    rank = [hashlib.sha256(f"{seed}|{prompt}".encode()).hexdigest() for prompt in pool["prompt_id"]]
+    ranked = pool.with_columns(rank=pl.Series(rank, dtype=pl.String))
+    chosen = ranked.sort("margin", "rank", descending=[True, False], nulls_last=True).head(size)
+    return chosen.select("prompt_id", "round", "prompt", "response").sort("round", "prompt_id")
+
+
+def _train_and_answer(
+    current: Step, store: StoreResource, engines: EngineResource, variant: Transfer, pairs: pl.DataFrame
+) -> list[str]:
+    row = trained_adapter(current, store.store(), engines, variant, pairs)
+    engine = engines.target(variant, Path(row["path"]))
+    responses = answer_heldout(variant, store, engine, "fine_tuned", current, f"model {row['model_id']}")
+    # One loaded model at a time, however many arms there are.
+    engines.release()
+    return responses
+
+
+def _reference_models(
+    current: Step, store: StoreResource, engines: EngineResource, transfer: Transfer
+) -> Iterator[tuple[str, list[str]]]:
+    base = engines.target(transfer)
+    yield "target_base", answer_heldout(transfer, store, base, "base", current, "target_base")
+    source = engines.source(transfer)
+    yield "source_fine_tuned", answer_heldout(transfer, store, source, "fine_tuned", current, "source_fine_tuned")
+
+
+def _mark(
+    transfer: Transfer, name: str, seed: int | None, responses: list[str], answers: list[dict[str, Any]]
+) -> list[bool]:
+    """Which responses are right; each is noted in ``answers``."""
+    correct = []
+    for (prompt, expected), response in zip(transfer.heldout, responses, strict=True):
+        correct.append(is_exact_match(response, expected))
+        answers.append(
+            {
+                "arm": name,
+                "seed": seed,
+                "prompt_id": prompt_id(prompt),
+                "response": response.strip(),
+                "correct": correct[-1],
+            }
+        )
+    return correct
+
+
+def _row(
+    transfer: Transfer,
+    name: str,
+    tables: dict[str, Correct],
+    candidates: dict[str, pl.DataFrame],
+    datasets: dict[str, list[pl.DataFrame]],
+) -> dict[str, Any]:
+    samples, seed = transfer.config.evaluation.bootstrap_samples, transfer.config.seed
+
+    def interval(values: Correct) -> Interval:
+        return bootstrap_runs(values, samples, seed)
+
+    mine = datasets.get(name, [])
+    drawn = [set(pairs["prompt_id"]) for pairs in mine]
+    random = [set(pairs["prompt_id"]) for pairs in datasets["random"]]
+    shared = [len(a & b) / len(a) for a, b in zip(drawn, random, strict=False)]
+    row: dict[str, Any] = {
+        "arm": name,
+        "runs": len(tables[name]),
+        "candidates": len(candidates[name]) if name in candidates else None,
+        "pairs": len(mine[0]) if mine else None,
+        "shared_with_random": sum(shared) / len(shared) if shared else None,
+        "distinct_responses": _mean([pairs["response"].str.strip_chars().n_unique() for pairs in mine]),
+        "by_run": [float(run.mean()) for run in tables[name]],
+        **vars(interval(tables[name])),
+    }
+    for reference in REFERENCES:
+        compared = mine and name != reference
+        found = interval(tables[name] - tables[reference]) if compared else None
+        row |= {
+            f"vs_{reference}": found.value if found else None,
+            f"vs_{reference}_low": found.low if found else None,
+            f"vs_{reference}_high": found.high if found else None,
+        }
+    return row
+
+
+def _mean(values: list[int]) -> float | None:
+    return sum(values) / len(values) if values else None
