@@ -97,5 +97,5 @@ def check_export(store: Store, folder: Path, out: Path) -> None:
     chats = [json.loads(line) for line in (out / "dataset.jsonl").read_text().splitlines()]
     assert len(rows) == len(chats) == report(store, transfer)["model"]["pairs"]
     card = (out / "adapter" / "README.md").read_text()
-    assert str(transfer.config.filter.threshold) in card
+    assert f"`both`, threshold {transfer.config.filter.threshold:g}" in card
     assert transfer.seeds[0] in card

@@ -386,8 +386,8 @@ class Distill(_Section):
 class Arm(_Section):
     """One filter in a comparison; written as a rule's name alone, or with its own threshold."""
 
-    rule: Rule
-    threshold: float | None = None
+    rule: Rule = Field(description="A filter rule.")
+    threshold: float | None = Field(None, description="Its cut; without one, that of `filter`.")
 
     @model_validator(mode="before")
     @classmethod

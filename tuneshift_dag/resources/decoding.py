@@ -30,8 +30,8 @@ _SHARE_FROM = 16
 # chunks are less padded; a GPU needs many to be busy.
 _TOKENS_AT_ONCE = {"cpu": 512}
 _TOKENS_AT_ONCE_ELSEWHERE = 16384
-# Tokens by which a decoding batch's cache grows.
-_GROW_BY = 32
+# Tokens by which a decoding batch's cache grows. Every growth leaves a hole in memory that the next doesn't fit.
+_GROW_BY = 128
 # Logits computed at once when a given response is scored, in elements (32 MB in bfloat16).
 _LOGITS_AT_ONCE = 1 << 24
 # Logits turned into float32 at once, in elements: 2 MB stay in a core's cache.
