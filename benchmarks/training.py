@@ -20,7 +20,7 @@ from tuneshift_dag.method.distillation import (
 )
 from tuneshift_dag.resources.model_loading import load_for_training, load_tokenizer
 
-PAIRS, BATCH, REPETITIONS = 96, 16, 5
+PAIRS, BATCH, REPETITIONS = 48, 16, 5
 SETTINGS = LoraTraining(batch_size=BATCH, epochs=2, validation_fraction=0.0, warmup_ratio=0.05)
 
 

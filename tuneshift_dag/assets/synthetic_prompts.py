@@ -21,6 +21,7 @@ from tuneshift_dag.assets.common import (
 )
 from tuneshift_dag.assets.round_seeds import read_seeds, reporter
 from tuneshift_dag.method import scoring
+from tuneshift_dag.method.diversity import distinct_bigrams, novel_bigrams
 from tuneshift_dag.method.engine import Decoding, Engine, Response
 from tuneshift_dag.method.prompting import (
     PromptPool,
@@ -96,6 +97,7 @@ def build_synthetic_prompts(transfer: Transfer) -> dg.AssetsDefinition:
                 "examples": example_rows(prompts, ["prompt"]),
                 **_seeded_by(transfer, database, round_),
                 "generator_calls": len(calls),
+                **_diversity(transfer, database, round_, prompts),
                 "rejected": dict(rejected.group_by("reason").len().sort("reason").iter_rows()),
                 **current.metadata(),
             },
@@ -193,6 +195,16 @@ def _seeded_by(transfer: Transfer, database: Store, round_: str) -> dict[str, An
         **({"seeded_by_partition": partition} if partition else {}),
         "seeds_from": dict(origins.iter_rows()),
     }
+
+
+def _diversity(transfer: Transfer, database: Store, round_: str, prompts: pl.DataFrame) -> dict[str, Any]:
+    """How varied the round's prompts are, and how much of them no round before it had; nothing for an empty round."""
+    earlier = database.read("SELECT prompt FROM synthetic_prompts WHERE round < ?", [round_], transfer.name)["prompt"]
+    figures = {
+        "distinct_bigrams": distinct_bigrams(prompts["prompt"]),
+        "novel_bigrams": novel_bigrams(prompts["prompt"], [*transfer.seeds, *earlier]),
+    }
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def _items(settings: Generator, answer: Response, first_round: bool) -> list[str]:
