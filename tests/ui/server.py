@@ -122,16 +122,18 @@ class Server:
         held: list[dict[str, str]] = self.query(query, p=pool)["instance"]["concurrencyLimit"]["claimedSlots"]
         return held
 
-    def assets(self, transfer: str) -> list[dict[str, Any]]:
-        """Every asset of a transfer that can be materialized, with its staleness and data versions."""
+    def assets(self, transfer: str, assets: Sequence[str], by_round: bool) -> dict[str, dict[str, Any]]:
+        """Staleness and data versions of assets that all are partitioned, or all are not."""
         query = """
-            query($g: AssetGroupSelector!) { assetNodes(group: $g) {
-                assetKey { path } isMaterializable isPartitioned partitionKeys
-                staleStatus staleStatusByPartition staleCauses { ...cause } staleCausesByPartition { ...cause }
-                dataVersion dataVersionByPartition } }
-            fragment cause on StaleCause { key { path } partitionKey category reason dependency { path } }"""
-        nodes = self.query(query, g={**REPOSITORY, "groupName": transfer})["assetNodes"]
-        return [node for node in nodes if node["isMaterializable"]]
+            query($k: [AssetKeyInput!]!, $p: Boolean!) { assetNodes(assetKeys: $k) {
+                assetKey { path }
+                staleStatus @skip(if: $p) staleCauses @skip(if: $p) { ...cause } dataVersion @skip(if: $p)
+                staleStatusByPartition @include(if: $p) staleCausesByPartition @include(if: $p) { ...cause }
+                dataVersionByPartition @include(if: $p) } }
+            fragment cause on StaleCause { key { path } reason }"""
+        nodes = self.query(query, k=[{"path": [transfer, asset]} for asset in assets], p=by_round)["assetNodes"]
+        assert len(nodes) == len(assets)
+        return {node["assetKey"]["path"][-1]: node for node in nodes}
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, otherwise: str, pause: float = 0.5) -> Any:

@@ -21,17 +21,16 @@ from tuneshift_dag.resources.store import Store
 pytestmark = pytest.mark.e2e
 
 ROUNDS = ["round_01", "round_02"]
-ASSETS = ["seed_set", *ROUND_ASSETS, "threshold_report", "distilled_model", "evaluation"]
+WHOLE_ASSETS = ["seed_set", "threshold_report", "distilled_model", "evaluation"]
 THRESHOLD = 1.3
 CALLS = 24
 Place = tuple[str, str | None]
-CODE, DATA = ("CODE", "has a new code version"), ("DATA", "has a new dependency data version")
 
 
 class Deployment:
     """A running `dagster dev` with two transfers: ``moved`` for clicks, ``driven`` for the automation."""
 
-    first_version: dict[Place, str]
+    first_versions: dict[str, Any]
     first_seeds: dict[str, Any]
 
     def __init__(self, root: Path) -> None:
@@ -87,28 +86,27 @@ class Deployment:
         run = self.instance.get_run_by_id(run_id)
         return run.status.value if run and run.is_finished else None
 
-    def stale(self) -> dict[Place, set[tuple[str, str]]]:
-        """Everything that the UI marks as unsynced, with the reasons that it shows."""
+    def unsynced(self) -> dict[Place, set[str]]:
+        """Everything that the UI marks so, with the reasons that it shows."""
         found = {}
-        for node in self.server.assets("moved"):
-            if node["isPartitioned"]:
-                answers = zip(
-                    node["partitionKeys"], node["staleStatusByPartition"], node["staleCausesByPartition"], strict=True
-                )
-            else:
-                answers = zip([None], [node["staleStatus"]], [node["staleCauses"]], strict=True)
-            for round_, status, causes in answers:
-                if status == "STALE":
-                    found[node["assetKey"]["path"][-1], round_] = {(c["category"], c["reason"]) for c in causes}
-        return found
-
-    def versions(self) -> dict[Place, str]:
-        """The data version of every round of the dataset, and of the model."""
-        nodes = {node["assetKey"]["path"][-1]: node for node in self.server.assets("moved")}
-        kept = dict(zip(ROUNDS, nodes["filtered_dataset"]["dataVersionByPartition"], strict=True))
-        return {("filtered_dataset", round_): version for round_, version in kept.items()} | {
-            ("distilled_model", None): nodes["distilled_model"]["dataVersion"]
+        rounds = self.server.assets("moved", ROUND_ASSETS, by_round=True)
+        for asset, node in rounds.items():
+            statuses, causes = node["staleStatusByPartition"], node["staleCausesByPartition"]
+            found |= {(asset, r): (s, c) for r, s, c in zip(ROUNDS, statuses, causes, strict=True)}
+        for asset, node in self.server.assets("moved", WHOLE_ASSETS, by_round=False).items():
+            found[asset, None] = node["staleStatus"], node["staleCauses"]
+        assert {status for status, _ in found.values()} <= {"FRESH", "STALE"}
+        return {
+            place: {f"{cause['key']['path'][-1]} {cause['reason']}" for cause in causes}
+            for place, (status, causes) in found.items()
+            if status == "STALE"
         }
+
+    def versions(self) -> dict[str, Any]:
+        """The data versions of the dataset's rounds, and of the model."""
+        dataset = self.server.assets("moved", ["filtered_dataset"], by_round=True)["filtered_dataset"]
+        model = self.server.assets("moved", ["distilled_model"], by_round=False)["distilled_model"]
+        return {"dataset": dataset["dataVersionByPartition"], "model": model["dataVersion"]}
 
     def seeds(self) -> dict[str, Any]:
         """The prompts that seed the calls of each round."""
@@ -147,16 +145,16 @@ def test_materialize_all_can_be_clicked(here: Deployment, page: Page) -> None:
 
 def test_one_backfill_runs_the_rounds_in_order_then_trains_and_evaluates(here: Deployment) -> None:
     if not here.instance.get_backfills():
-        here.server.launch_backfill("moved", ASSETS, ROUNDS)
+        here.server.launch_backfill("moved", [*WHOLE_ASSETS, *ROUND_ASSETS], ROUNDS)
     here.finished_backfill(1)
     first, second = (here.materialization("filtered_dataset", round_) for round_ in ROUNDS)
     assert here.step_started(second.run_id, "synthetic_prompts") > first.timestamp
     model, evaluation = here.materialization("distilled_model"), here.materialization("evaluation")
     assert second.timestamp < here.step_started(model.run_id, "distilled_model")
     assert model.timestamp < evaluation.timestamp
-    assert here.stale() == {}
+    assert here.unsynced() == {}
     assert min(n for (n,) in here.rows("SELECT count(*) FROM filtered_dataset GROUP BY round")) > 1
-    here.first_version, here.first_seeds = here.versions(), here.seeds()
+    here.first_versions, here.first_seeds = here.versions(), here.seeds()
 
 
 @pytest.fixture(scope="module")
@@ -172,14 +170,17 @@ def lower(here: Deployment) -> float:
 def test_definitions_can_be_reloaded_by_a_click(here: Deployment, page: Page, lower: float) -> None:
     edit(here.folder, **{"filter.threshold": lower})
     browser.reload_definitions(page, here.server.url, "moved")
-    assert here.stale()["filtered_dataset", "round_01"] == {CODE}
+    wait_for(here.unsynced, 30, "the new definitions don't show")
 
 
 def test_a_threshold_makes_the_dataset_stale_in_every_round(here: Deployment, lower: float) -> None:
     edit(here.folder, **{"filter.threshold": lower})
     here.server.reload()
-    dataset = {("filtered_dataset", round_): {CODE} for round_ in ROUNDS}
-    assert here.stale() == dataset | {("threshold_report", None): {CODE}}
+    assert here.unsynced() == {
+        ("filtered_dataset", "round_01"): {"filtered_dataset has a new code version"},
+        ("filtered_dataset", "round_02"): {"filtered_dataset has a new code version"},
+        ("threshold_report", None): {"threshold_report has a new code version"},
+    }
 
 
 @browser.needs_chromium
@@ -192,10 +193,13 @@ def test_refiltering_asks_no_model_and_names_what_it_changed(here: Deployment) -
     refilter(here, 2)
     changed = [round_ for round_, seeds in here.seeds().items() if seeds != here.first_seeds[round_]]
     assert changed == ["round_02"]
-    assert here.stale() == {
-        ("synthetic_prompts", "round_02"): {DATA},
-        ("distilled_model", None): {DATA},
-        ("threshold_report", None): {CODE, DATA},
+    assert here.unsynced() == {
+        ("synthetic_prompts", "round_02"): {"round_seeds has a new data version"},
+        ("distilled_model", None): {"filtered_dataset has a new data version"},
+        ("threshold_report", None): {
+            "threshold_report has a new code version",
+            "filtered_dataset has a new data version",
+        },
     }
 
 
@@ -210,18 +214,22 @@ def test_a_threshold_moved_back_trains_nothing(here: Deployment) -> None:
     run = here.server.materialize("moved", "distilled_model")
     assert here.finished_run(run) == "SUCCESS"
     assert here.cost(run)["distilled_model"][-1] > 0
-    assert here.versions()["distilled_model", None] != here.first_version["distilled_model", None]
+    assert here.versions()["model"] != here.first_versions["model"]
 
     edit(here.folder, **{"filter.threshold": THRESHOLD})
     here.server.reload()
     refilter(here, 3)
-    assert here.stale() == {("distilled_model", None): {DATA}, ("evaluation", None): {DATA}}
+    assert here.versions()["dataset"] == here.first_versions["dataset"]
+    assert here.unsynced() == {
+        ("distilled_model", None): {"filtered_dataset has a new data version"},
+        ("evaluation", None): {"distilled_model has a new data version"},
+    }
     run = here.server.materialize("moved", "distilled_model")
     assert here.finished_run(run) == "SUCCESS"
     assert here.cost(run) == {"distilled_model": (1, 0, 0, 0.0)}
-    assert here.versions() == here.first_version
+    assert here.versions() == here.first_versions
     assert here.seeds() == here.first_seeds
-    assert here.stale() == {}
+    assert here.unsynced() == {}
 
 
 def test_a_terminated_run_frees_its_slot_and_keeps_its_batches(here: Deployment) -> None:
