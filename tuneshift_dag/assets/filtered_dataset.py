@@ -93,7 +93,6 @@ def build_refilter_job(transfer: Transfer) -> UnresolvedAssetJobDefinition:
     return dg.define_asset_job(
         f"{transfer.name}_refilter",
         selection=[key(transfer, "filtered_dataset")],
-        partitions_def=partitions(transfer),
         description="After a change of the filter: judges the scored pairs of every round again. No model is loaded.",
     )
 
