@@ -133,7 +133,9 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 def page() -> Iterator[Page]:
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser.CHROMIUM, args=["--no-sandbox"])
-        yield chromium.new_page(viewport={"width": 1600, "height": 1000})
+        page = chromium.new_page(viewport={"width": 1600, "height": 1000})
+        page.set_default_timeout(15_000)
+        yield page
         chromium.close()
 
 
