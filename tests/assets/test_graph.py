@@ -142,6 +142,12 @@ class TestDefinitions:
         }
         assert {pool for names in pools.values() for pool in names or ()} == {"models"}
 
+    def test_the_refilter_job_is_every_round_of_the_dataset(self, project: Project) -> None:
+        job = project.runner().defs.resolve_job_def("banking_refilter")
+        assert job.asset_layer.selected_asset_keys == {project.key("filtered_dataset")}
+        assert job.partitions_def
+        assert job.partitions_def.get_partition_keys() == list(project.transfer.round_keys)
+
     def test_two_transfers_live_in_one_deployment(self, project: Project, tmp_path: Path) -> None:
         other = conftest.make_transfer_folder(tmp_path, "cards")
         definitions = build_definitions([project.transfer, conftest.load_transfer(other)], project.store.path)

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import requests
 
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 120.0
+REPOSITORY = {"repositoryName": "__repository__", "repositoryLocationName": "tuneshift_dag.definitions"}
 
 
 class Server:
@@ -67,6 +68,72 @@ class Server:
         answer = requests.post(f"{self.url}/graphql", json={"query": query, "variables": variables}, timeout=60).json()
         assert not answer.get("errors"), answer["errors"]
         return answer["data"]
+
+    def reload(self) -> None:
+        """What "Reload definitions" does."""
+        query = "mutation($l: String!) { reloadRepositoryLocation(repositoryLocationName: $l) { __typename } }"
+        answer = self.query(query, l=REPOSITORY["repositoryLocationName"])
+        assert answer["reloadRepositoryLocation"]["__typename"] == "WorkspaceLocationEntry"
+
+    def launch_backfill(self, transfer: str, assets: Sequence[str], rounds: Sequence[str], job: str = "") -> None:
+        """What "Launch backfill" does, on the page of a group or of a ``job``."""
+        params: dict[str, Any] = {
+            "assetSelection": [{"path": [transfer, asset]} for asset in assets],
+            "partitionNames": list(rounds),
+            "fromFailure": False,
+        }
+        if job:
+            params["selector"] = {"partitionSetName": f"{job}_partition_set", "repositorySelector": REPOSITORY}
+        query = "mutation($p: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $p) { __typename } }"
+        answer = self.query(query, p=params)["launchPartitionBackfill"]
+        assert answer["__typename"] == "LaunchBackfillSuccess", answer
+
+    def materialize(self, transfer: str, *assets: str, round_: str | None = None) -> str:
+        """Launch one run, as "Materialize" does for one round or an unpartitioned asset; its id."""
+        params = {
+            "selector": {
+                **REPOSITORY,
+                "jobName": "__ASSET_JOB",
+                "assetSelection": [{"path": [transfer, asset]} for asset in assets],
+            },
+            "mode": "default",
+            "executionMetadata": {"tags": [{"key": "dagster/partition", "value": round_}] if round_ else []},
+        }
+        query = """
+            mutation($p: ExecutionParams!) { launchPipelineExecution(executionParams: $p) {
+                __typename ... on LaunchRunSuccess { run { runId } } ... on Error { message } } }"""
+        answer = self.query(query, p=params)["launchPipelineExecution"]
+        assert answer["__typename"] == "LaunchRunSuccess", answer
+        run_id: str = answer["run"]["runId"]
+        return run_id
+
+    def terminate(self, run_id: str) -> None:
+        query = "mutation($r: String!) { terminateRun(runId: $r) { __typename } }"
+        assert self.query(query, r=run_id)["terminateRun"]["__typename"] == "TerminateRunSuccess"
+
+    def start_sensor(self, name: str) -> None:
+        query = "mutation($s: SensorSelector!) { startSensor(sensorSelector: $s) { __typename } }"
+        answer = self.query(query, s={**REPOSITORY, "sensorName": name})
+        assert answer["startSensor"]["__typename"] == "Sensor"
+
+    def slots(self, pool: str) -> list[dict[str, str]]:
+        """The runs that hold a slot of a pool."""
+        query = "query($p: String!) { instance { concurrencyLimit(concurrencyKey: $p) { claimedSlots { runId } } } }"
+        held: list[dict[str, str]] = self.query(query, p=pool)["instance"]["concurrencyLimit"]["claimedSlots"]
+        return held
+
+    def assets(self, transfer: str, assets: Sequence[str], by_round: bool) -> dict[str, dict[str, Any]]:
+        """Staleness and data versions of assets that all are partitioned, or all are not."""
+        query = """
+            query($k: [AssetKeyInput!]!, $p: Boolean!) { assetNodes(assetKeys: $k) {
+                assetKey { path }
+                staleStatus @skip(if: $p) staleCauses @skip(if: $p) { ...cause } dataVersion @skip(if: $p)
+                staleStatusByPartition @include(if: $p) staleCausesByPartition @include(if: $p) { ...cause }
+                dataVersionByPartition @include(if: $p) } }
+            fragment cause on StaleCause { key { path } reason }"""
+        nodes = self.query(query, k=[{"path": [transfer, asset]} for asset in assets], p=by_round)["assetNodes"]
+        assert len(nodes) == len(assets)
+        return {node["assetKey"]["path"][-1]: node for node in nodes}
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, otherwise: str, pause: float = 0.5) -> Any:

@@ -1,6 +1,7 @@
 """``filtered_dataset``: the pairs where the fine-tune knows something that the base doesn't."""
 
 import dagster as dg
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 from tuneshift_dag.assets.common import (
     OWNERS,
@@ -85,6 +86,15 @@ def build_filtered_dataset(transfer: Transfer) -> dg.AssetsDefinition:
         )
 
     return filtered_dataset
+
+
+def build_refilter_job(transfer: Transfer) -> UnresolvedAssetJobDefinition:
+    """A job for the UI: there "Materialize unsynced" leaves partitioned assets out (Dagster 1.13)."""
+    return dg.define_asset_job(
+        f"{transfer.name}_refilter",
+        selection=[key(transfer, "filtered_dataset")],
+        description="After a change of the filter: judges the scored pairs of every round again. No model is loaded.",
+    )
 
 
 _COUNTS = """
