@@ -11,7 +11,7 @@ export DAGSTER_HOME
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-servers check format ui bench clean
+.PHONY: setup demo test test-ui test-servers check format ui bench clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,10 @@ demo: setup $(DAGSTER_HOME)/dagster.yaml
 
 test: setup
 	$(BIN)/pytest
+
+# Not part of `make test`: a backfill alone takes minutes under Dagster's daemon.
+test-ui: setup
+	$(BIN)/pytest -m ui tests/ui
 
 # `make test` has llama.cpp's server; this adds vLLM, which is large and wants a torch of its own.
 test-servers: setup $(SERVERS)/.installed

@@ -18,7 +18,7 @@ from tests.ui.transfers import edit, make_transfer
 from tuneshift_dag.assets.common import ROUND_ASSETS
 from tuneshift_dag.resources.store import Store
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.ui
 
 ROUNDS = ["round_01", "round_02"]
 WHOLE_ASSETS = ["seed_set", "threshold_report", "distilled_model", "evaluation"]
@@ -65,7 +65,7 @@ class Deployment:
             lambda: next(
                 (b for b in self._backfills(number) if b.status.value.startswith(("COMPLETED", "FAIL"))), None
             ),
-            120,
+            300,
             f"backfill {number} doesn't end",
         )
         filters = dg.RunsFilter(tags={"dagster/backfill": latest.backfill_id})
