@@ -1,32 +1,25 @@
 """One memory measurement in a process of its own: ``python -m benchmarks.memory_case CASE``."""
 
 import json
-import re
 import sys
-from pathlib import Path
 
+import psutil
 import torch
 
 from benchmarks.baselines import TwoModels
 from benchmarks.common import prompts, source_files
 from tuneshift_dag.method.engine import Decoding
 from tuneshift_dag.resources.local_engine import LocalEngine
+from tuneshift_dag.resources.memory import peak_bytes, reset_peak
 
 BATCH, NEW_TOKENS = 32, 128
-
-
-def resident(field: str) -> int:
-    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process, in bytes."""
-    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match
-    return int(match.group(1)) * 1024
 
 
 def main(case: str) -> None:
     texts = prompts(BATCH)
     torch.zeros(1) @ torch.zeros(1)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = psutil.Process().memory_info().rss
+    reset_peak()
     if case == "ours":
         base, adapter = source_files()
         engine = LocalEngine(base, adapter, "nf4", "bfloat16", BATCH)
@@ -46,7 +39,7 @@ def main(case: str) -> None:
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-    peak = resident("VmHWM") - before
+    peak = peak_bytes() - before
     print(json.dumps({"peak_bytes": peak, "footprint": footprint, "ratio": peak / footprint}))
 
 

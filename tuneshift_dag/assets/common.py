@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from tuneshift_dag.method.scoring import Cost
 from tuneshift_dag.resources.memory import peak_bytes, reset_peak
-from tuneshift_dag.resources.store import Store
+from tuneshift_dag.resources.store import Store, insert
 from tuneshift_dag.resources.tables import CACHE_REFERENCES, COLUMN_SOURCES, STEPS, Table
 from tuneshift_dag.transfer import Transfer
 
@@ -200,5 +200,7 @@ def step(context: dg.AssetExecutionContext, store: Store, transfer: Transfer) ->
         "peak_bytes": peak_bytes(),
     }
     used = [{"asset": asset, "round": round_ or "", "key": k} for k in sorted(current.cost.keys)]
-    store.replace(transfer.name, CACHE_REFERENCES, CACHE_REFERENCES.frame(used), asset=asset, round=round_ or "")
-    store.append_all(transfer.name, [(STEPS, STEPS.frame([row]))])
+    with store.transaction(transfer.name) as connection:
+        connection.execute("DELETE FROM cache_references WHERE asset = ? AND round = ?", [asset, round_ or ""])
+        insert(connection, CACHE_REFERENCES, CACHE_REFERENCES.frame(used))
+        insert(connection, STEPS, STEPS.frame([row]))

@@ -130,12 +130,13 @@ def _chunks(lengths: Sequence[int], device: torch.device) -> Iterator[list[int]]
     """Consecutive rows whose padded tokens are few enough to run at once; at least one row each."""
     most = _TOKENS_AT_ONCE.get(device.type, _TOKENS_AT_ONCE_ELSEWHERE)
     rows: list[int] = []
+    width = 0
     for row, length in enumerate(lengths):
-        width = max(length, *(lengths[r] for r in rows)) if rows else length
-        if rows and width * (len(rows) + 1) > most:
+        if rows and max(width, length) * (len(rows) + 1) > most:
             yield rows
-            rows = []
+            rows, width = [], 0
         rows.append(row)
+        width = max(width, length)
     yield rows
 
 
@@ -151,9 +152,9 @@ def decode(
     """Generate one response per row of ``prefix``, which is left as it was.
 
     Args:
-        keep_prefix: False when it isn't needed any more: its keys and values are let go.
         seeds: for sampling: one number per row, which makes its random choices its own, whatever the
             batch around it.
+        keep_prefix: False when it isn't needed any more: its keys and values are let go.
     """
     rows = _Rows(tokenizer, len(prefix.mask), decoding)
     cache = growing_cache(prefix.keys_values, min(decoding.max_new_tokens, _GROW_BY))

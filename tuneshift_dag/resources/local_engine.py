@@ -14,7 +14,7 @@ from tuneshift_dag.method.preflight import AdapterCheck, adapter_delta_norm, che
 from tuneshift_dag.method.scoring import SIDES
 from tuneshift_dag.resources import decoding as loop
 from tuneshift_dag.resources.batching import in_batches
-from tuneshift_dag.resources.model_loading import ADAPTER, Quantization, load_for_inference, load_tokenizer
+from tuneshift_dag.resources.model_loading import ADAPTER, Quantization, load_for_inference, load_tokenizer, start_ids
 from tuneshift_dag.resources.model_ref import ModelFiles
 
 T = TypeVar("T")
@@ -136,23 +136,16 @@ class LocalEngine:
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
     ) -> Iterator[list[tuple[int, float]]]:
+        start, longest = start_ids(self.tokenizer), max(map(len, responses), default=0)
+
         def work(batch: list[int]) -> list[float]:
             with self.side(side) as model:
-                prefix = loop.prefill(model, [prompts[i] or self._start() for i in batch], longest)
+                prefix = loop.prefill(model, [prompts[i] or start for i in batch], longest)
                 return loop.score(model, prefix, [responses[i] for i in batch])
 
-        longest = max(map(len, responses), default=0)
         whole = [p + r for p, r in zip(prompts, responses, strict=True)]
         for batch, values in self._batches(whole, Decoding(longest), work):
             yield list(zip(batch, values, strict=True))
-
-    def _start(self) -> list[int]:
-        """What this model's texts start with. Without such a token (GPT-2, SmolLM2) it is what ends the text before."""
-        ids = self.encode("")
-        if ids:
-            return ids
-        token = self.tokenizer.bos_token_id
-        return [self.tokenizer.eos_token_id if token is None else token]
 
     def _respond(
         self,
@@ -184,7 +177,7 @@ class LocalEngine:
         self, prompts: Sequence[list[int]], decoding: Decoding, work: Callable[[list[int]], list[T]]
     ) -> Iterator[tuple[list[int], list[T]]]:
         def row(length: int) -> int:
-            # At most two prompts' caches are held while a third, growing one is decoded with; and two rows of logits.
+            # The caches of two prefills, and a growing copy of one; as many rows of logits.
             return loop.bytes_per_row(self.model, 3 * length + decoding.max_new_tokens, logits=3)
 
         return in_batches([len(p) for p in prompts], self.batch_size, row, work)

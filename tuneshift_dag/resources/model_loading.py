@@ -39,6 +39,14 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
     return tokenizer
 
 
+def start_ids(tokenizer: Tokenizer) -> list[int]:
+    """What a model's texts start with. Without such a token (GPT-2, SmolLM2) it is what ends the text before."""
+    ids = list(tokenizer("").input_ids)
+    if ids:
+        return ids
+    return [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+
+
 def load_for_inference(
     files: ModelFiles,
     adapter: ModelFiles | None,

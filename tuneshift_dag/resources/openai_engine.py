@@ -27,7 +27,7 @@ from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import Decoding, Pair, Response, Side
 from tuneshift_dag.method.preflight import AdapterCheck
 from tuneshift_dag.method.scoring import SIDES
-from tuneshift_dag.resources.model_loading import load_tokenizer
+from tuneshift_dag.resources.model_loading import load_tokenizer, start_ids
 from tuneshift_dag.resources.model_ref import ModelFiles
 from tuneshift_dag.transfer import ServedModel, Server
 
@@ -333,7 +333,7 @@ class ServedSource:
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
     ) -> Iterator[list[tuple[int, float]]]:
-        start = self.encode("") or [self.tokenizer.bos_token_id or self.tokenizer.eos_token_id]
+        start = start_ids(self.tokenizer)
 
         async def work(requests: Requests, i: int) -> float:
             return await self._score(requests, side, prompts[i] or start, responses[i])
