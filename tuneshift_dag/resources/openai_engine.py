@@ -491,8 +491,16 @@ class ServedSource:
         return await requests.complete(
             {"model": self.models[side].model, "prompt": prompt, "logprobs": 1, **body},
             # A model's own generation_config.json may set a penalty, which would change a greedy response.
-            {"repetition_penalty": 1.0, "return_tokens_as_token_ids": True, **extra, **self.models[side].extra_body},
+            {"repetition_penalty": 1.0, **extra, **self._extra(side)},
         )
+
+    def _extra(self, side: Side) -> dict[str, Any]:
+        extra: dict[str, Any] = {"return_tokens_as_token_ids": True}
+        if self.models["base"].model == self.models["fine_tuned"].model:
+            # llama.cpp goes on from a prompt that it has read before, also with the adapter at another scale: the base
+            # then answers from what the fine-tuned model read.
+            extra["cache_prompt"] = False
+        return {**extra, **self.models[side].extra_body}
 
     def _response(self, choice: dict[str, Any]) -> Response:
         tokens = _tokens(choice)
@@ -528,7 +536,7 @@ class ServedSource:
                     "temperature": 0,
                     "echo": True,
                 },
-                {"return_tokens_as_token_ids": True, **model.extra_body},
+                self._extra(side),
             )
             tokens = _tokens(choice)
         except _Refused as error:
