@@ -136,6 +136,15 @@ def test_a_damaged_file_is_refused(store):
         Store(store.path).read("SELECT 1")
 
 
+def test_a_commit_leaves_the_database_file_as_it_was(store):
+    """What a killed process can't leave half written. The rows are in the ``.wal`` beside it."""
+    store.replace("transfer", SEED_SET, seeds("a"))
+    before = store.path.read_bytes()
+    store.replace("transfer", SEED_SET, seeds("a", "b"))
+    assert store.path.read_bytes() == before
+    assert seed_ids(store) == ["a", "b"]
+
+
 def test_processes_that_append_the_same_keys_end_with_one_copy(store):
     context = multiprocessing.get_context("spawn")
     start = context.Barrier(2)
