@@ -1,6 +1,7 @@
 """Training throughput and loss against TRL's `SFTTrainer` on the target model."""
 
 import math
+import random
 import tempfile
 import time
 from typing import Any
@@ -12,8 +13,11 @@ from benchmarks.common import TRANSFER, ratio, spread, target_files
 from tuneshift_dag.method.distillation import (
     LoraTraining,
     TokenizedExample,
+    _cosine_with_warmup,
     add_lora,
     collate,
+    evaluate_loss,
+    length_bucketed_batches,
     response_loss,
     tokenize_example,
     train,
@@ -50,6 +54,7 @@ def training_vs_trl() -> dict[str, Any]:
         "over_trl_tuned": ratio(seconds["trl_tuned"], seconds["ours"]),
         "response_tokens_per_second": {n: spread([tokens / s for s in v]) for n, v in seconds.items()},
         "last_epoch_loss": {name: spread(values) for name, values in losses.items()},
+        "final_loss": final_losses(examples),
         "gradient_cosine": gradient_cosine(examples[:BATCH]),
     }
 
@@ -62,38 +67,19 @@ def _ours(examples: list[TokenizedExample]) -> tuple[float, float]:
 
 
 def _trl(checkpointing: bool, group_by_length: bool) -> tuple[float, float]:
-    from datasets import Dataset
     from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
 
     files = target_files()
-    template = TRANSFER.config.prompt_template
-    rows = [{"prompt": template.replace("{prompt}", p), "completion": r} for p, r in _pairs()]
+    warmup = max(1, int(math.ceil(PAIRS / BATCH) * SETTINGS.epochs * SETTINGS.warmup_ratio))
     with tempfile.TemporaryDirectory() as folder:
-        config = SFTConfig(
-            output_dir=folder,
+        trainer = _trainer(
+            AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.bfloat16),
+            _pairs(),
+            folder,
             num_train_epochs=SETTINGS.epochs,
-            per_device_train_batch_size=BATCH,
-            learning_rate=SETTINGS.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, int(math.ceil(PAIRS / BATCH) * SETTINGS.epochs * SETTINGS.warmup_ratio)),
-            weight_decay=0.0,
-            completion_only_loss=True,
+            warmup_steps=warmup,
             gradient_checkpointing=checkpointing,
             train_sampling_strategy="group_by_length" if group_by_length else "random",
-            bf16=True,
-            use_cpu=True,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=SETTINGS.seed,
-        )
-        trainer = SFTTrainer(
-            model=AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.bfloat16),
-            args=config,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(files.path),
             peft_config=LoraConfig(
                 r=SETTINGS.rank, lora_alpha=SETTINGS.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
             ),
@@ -104,6 +90,81 @@ def _trl(checkpointing: bool, group_by_length: bool) -> tuple[float, float]:
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     per_epoch = math.ceil(PAIRS / BATCH)
     return took, sum(losses[-per_epoch:]) / per_epoch
+
+
+def _trainer(
+    model: Any,
+    pairs: list[tuple[str, str]],
+    folder: str,
+    peft_config: Any = None,
+    optimizers: Any = (None, None),
+    **own: Any,
+) -> Any:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    template = TRANSFER.config.prompt_template
+    rows = [{"prompt": template.replace("{prompt}", p), "completion": r} for p, r in pairs]
+    config = SFTConfig(
+        output_dir=folder,
+        per_device_train_batch_size=BATCH,
+        learning_rate=SETTINGS.learning_rate,
+        lr_scheduler_type="cosine",
+        weight_decay=0.0,
+        completion_only_loss=True,
+        bf16=True,
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=SETTINGS.seed,
+        **own,
+    )
+    return SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(target_files().path),
+        peft_config=peft_config,
+        optimizers=optimizers,
+    )
+
+
+def final_losses(examples: list[TokenizedExample]) -> dict[str, float]:
+    """Loss over all pairs after training by each: same first weights, batches in the same order, same schedule.
+
+    Six steps with another order or warm-up end tenths of a nat apart, which says nothing about either.
+    """
+    losses = {}
+    rng = random.Random(SETTINGS.seed)
+    shuffled = rng.sample(examples, len(examples))
+    batches = [b for _ in range(SETTINGS.epochs) for b in length_bucketed_batches(shuffled, BATCH, rng)]
+    pair_of = {tuple(e.prompt_ids): pair for e, pair in zip(examples, _pairs(), strict=True)}
+    for name in ("ours", "trl"):
+        model = add_lora(load_for_training(target_files(), "none", torch.bfloat16), SETTINGS)
+        if name == "ours":
+            train(model, examples, SETTINGS)
+        else:
+            optimizer = torch.optim.AdamW(
+                [p for p in model.parameters() if p.requires_grad], lr=SETTINGS.learning_rate, weight_decay=0.0
+            )
+            schedule = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: _cosine_with_warmup(step, len(batches), SETTINGS.warmup_ratio)
+            )
+            in_order = [pair_of[tuple(e.prompt_ids)] for batch in batches for e in batch]
+            with tempfile.TemporaryDirectory() as folder:
+                _trainer(
+                    model,
+                    in_order,
+                    folder,
+                    optimizers=(optimizer, schedule),
+                    num_train_epochs=1,
+                    gradient_checkpointing=False,
+                    train_sampling_strategy="sequential",
+                ).train()
+        losses[name] = evaluate_loss(model, examples, BATCH)
+    return losses
 
 
 def gradient_cosine(examples: list[TokenizedExample]) -> float:

@@ -1,5 +1,6 @@
 """``diversity_map``: do the rounds explore the task, or circle around the seeds?"""
 
+import time
 from typing import Any
 
 import dagster as dg
@@ -78,7 +79,10 @@ def _place(current: Step, database: Store, transfer: Transfer) -> str | None:
         # Old positions would be shown as if they were of the prompts that there are now.
         database.replace(transfer.name, DIVERSITY_MAP, DIVERSITY_MAP.empty())
         return missing
-    places = encoder.project(encoder.embed(prompts["prompt"].to_list()))
+    started = time.monotonic()
+    embeddings = encoder.embed(prompts["prompt"].to_list())
+    current.cost.model_seconds += time.monotonic() - started
+    places = encoder.project(embeddings)
     points = prompts.select("prompt_id").with_columns(x=pl.Series(places[:, 0]), y=pl.Series(places[:, 1]))
     database.replace(transfer.name, DIVERSITY_MAP, points)
     return None

@@ -19,6 +19,7 @@ import torch
 from transformers import Cache, DynamicCache
 
 from tuneshift_dag.method.engine import Decoding, Response
+from tuneshift_dag.resources import memory
 from tuneshift_dag.resources.kv_cache import KeysValues, growing_cache
 
 # Rows are taken out of the batch when at least this share of it has finished: copying the cache
@@ -30,8 +31,8 @@ _SHARE_FROM = 16
 # chunks are less padded; a GPU needs many to be busy.
 _TOKENS_AT_ONCE = {"cpu": 512}
 _TOKENS_AT_ONCE_ELSEWHERE = 16384
-# Tokens by which a decoding batch's cache grows. Every growth leaves a hole in memory that the next doesn't fit.
-_GROW_BY = 128
+# Tokens by which a decoding batch's cache grows.
+_GROW_BY = 32
 # Logits computed at once when a given response is scored, in elements (32 MB in bfloat16).
 _LOGITS_AT_ONCE = 1 << 24
 # Logits turned into float32 at once, in elements: 2 MB stay in a core's cache.
@@ -88,7 +89,10 @@ def prefill(model: Any, prompts: Sequence[list[int]], new_tokens: int = 0) -> Pr
             logits_to_keep=1,
         )
         chunks.append(Prefix(_keys_values(cache), mask, output.logits[:, -1]))
-    return _joined(chunks, shared)
+    joined = _joined(chunks, shared)
+    del chunks
+    memory.trim()
+    return joined
 
 
 def _joined(chunks: list[Prefix], shared: int) -> Prefix:
@@ -176,17 +180,15 @@ def decode(
             mask, tokens = mask[index], tokens[index]
             active = [active[i] for i in keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        logits = (
-            model(
-                input_ids=tokens[:, None],
-                attention_mask=mask,
-                position_ids=mask.sum(1, keepdim=True) - 1,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            .logits[:, -1]
-            .float()
-        )
+        logits = model(
+            input_ids=tokens[:, None],
+            attention_mask=mask,
+            position_ids=mask.sum(1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+    del cache
+    memory.trim()
     return rows.responses()
 
 

@@ -13,6 +13,7 @@ from tuneshift_dag.method.engine import Decoding, Pair, Response, Side
 from tuneshift_dag.method.preflight import AdapterCheck, adapter_delta_norm, check_adapter_keys, check_outputs
 from tuneshift_dag.method.scoring import SIDES
 from tuneshift_dag.resources import decoding as loop
+from tuneshift_dag.resources import memory
 from tuneshift_dag.resources.batching import in_batches
 from tuneshift_dag.resources.model_loading import ADAPTER, Quantization, load_for_inference, load_tokenizer, start_ids
 from tuneshift_dag.resources.model_ref import ModelFiles
@@ -57,7 +58,9 @@ class LocalEngine:
         if self._model is None:
             dtype = getattr(torch, self.compute_dtype)
             self._model = load_for_inference(self.base, self.adapter, self.quantization, dtype)
-            loop.check_head(self._model)
+            with loop.contiguous_head(self._model):
+                loop.check_head(self._model)
+            memory.drop_file_pages()
         return self._model
 
     def fingerprint(self, side: Side) -> str:

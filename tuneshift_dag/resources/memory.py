@@ -1,6 +1,7 @@
-"""Peak memory of this process: the GPU's where there is one, else what was resident."""
+"""Memory of this process: its peak (the GPU's where there is one, else what was resident), and giving it back."""
 
 import contextlib
+import ctypes
 import re
 import resource
 import sys
@@ -30,3 +31,26 @@ def peak_bytes() -> int:
     if peak is None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return int(peak.group(1)) * 1024
+
+
+_MADV_PAGEOUT = 21
+
+
+def trim() -> None:
+    """Give freed memory back to the system. glibc keeps it, and its holes seldom fit the next, longer tensor."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def drop_file_pages() -> None:
+    """Drop what is resident of mapped weight files; what is still used is read again at its next use.
+
+    4-bit weights are repacked into memory of their own, and the pages they came from would stay beside them.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    for line in (_PROC / "maps").read_text().splitlines():
+        if line.endswith(".safetensors"):
+            start, end = (int(address, 16) for address in line.split()[0].split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
