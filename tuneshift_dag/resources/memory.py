@@ -1,10 +1,12 @@
-"""Peak memory of this process: the GPU's where there is one, else what was resident."""
+"""Memory of this machine and the peak of this process: the GPU's where there is one, else what was resident."""
 
 import contextlib
 import re
 import resource
 import sys
 from pathlib import Path
+
+import psutil
 
 _PROC = Path("/proc/self")
 
@@ -16,6 +18,19 @@ def reset_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         (_PROC / "clear_refs").write_text("5")
+
+
+def total_bytes() -> int:
+    """Memory of the GPU, or of this machine and this container."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[1])
+    total = int(psutil.virtual_memory().total)
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no cgroup, or "max": no limit
+        return total
 
 
 def peak_bytes() -> int:
