@@ -139,6 +139,14 @@ class TestSizes:
         )
         assert plans.model_sizes(load_transfer(sized), {"target": 1e9})["target"].parameters > 9e8
 
+    def test_a_generator_on_a_server_needs_an_option(self, sized: Path, edit_config: Edit) -> None:
+        edit_config("generator.server", {"base_url": "https://api.example/v1"})
+        edit_config("generator.model", "gpt-4o")
+        with pytest.raises(
+            TuneshiftError, match=r"generator.model: 'gpt-4o' is on a server, .* --generator-parameters"
+        ):
+            plans.model_sizes(load_transfer(sized), {})
+
     def test_a_config_without_the_widths_is_named(self, transfer_folder: Path) -> None:
         with pytest.raises(TuneshiftError, match=r"source.base: .*config.json has no 'num_attention_heads', so"):
             plans.model_sizes(load_transfer(transfer_folder), {})

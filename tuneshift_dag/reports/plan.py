@@ -23,7 +23,7 @@ from tuneshift_dag.method.scaling import (
     Workload,
 )
 from tuneshift_dag.method.scaling import estimate as estimate_gpus
-from tuneshift_dag.resources.memory import total_bytes
+from tuneshift_dag.resources.memory import has_gpu, total_bytes
 from tuneshift_dag.resources.model_ref import known_config
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.transfer import Transfer
@@ -66,9 +66,7 @@ def gpu_named(name: str) -> Hardware:
 
 def this_machine() -> Hardware:
     """The memory of this machine; its speed is only known from recorded runs."""
-    import torch
-
-    usable = Hardware.usable if torch.cuda.is_available() else CPU_USABLE
+    usable = Hardware.usable if has_gpu() else CPU_USABLE
     return Hardware(HERE, math.inf, math.inf, total_bytes(), usable=usable)
 
 
@@ -91,6 +89,8 @@ def model_sizes(transfer: Transfer, given: Mapping[str, float]) -> dict[str, Mod
         served = name == "generator" and config.generator.server is not None
         file = None if served else known_config(references[name], transfer.folder, where)
         fix = f"give its size with --{name}-parameters 8B"
+        if served:
+            raise TuneshiftError(f"{where}: {references[name]!r} is on a server, so its size isn't known: {fix}.")
         if file is None:
             raise TuneshiftError(
                 f"{where}: {references[name]!r} isn't on this machine yet, so its size isn't known: {fix},"

@@ -20,11 +20,20 @@ def reset_peak() -> None:
         (_PROC / "clear_refs").write_text("5")
 
 
-def total_bytes() -> int:
-    """Memory of the GPU, or of this machine and this container."""
+def has_gpu() -> bool:
+    """Whether PyTorch sees a GPU; where there is no driver it isn't imported to find that out, which takes seconds."""
+    if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+        return False
     import torch
 
-    if torch.cuda.is_available():
+    return bool(torch.cuda.is_available())
+
+
+def total_bytes() -> int:
+    """Memory of the GPU, or of this machine and this container."""
+    if has_gpu():
+        import torch
+
         return int(torch.cuda.mem_get_info()[1])
     total = int(psutil.virtual_memory().total)
     try:
