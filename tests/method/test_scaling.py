@@ -42,6 +42,18 @@ DEMO = Workload(
     evaluation=[HELD_OUT] * 2 + [replace(HELD_OUT, model=GEMMA, split=False)] * 2,
     resident={step: 500e6 for step in ("synthetic_prompts", "scored_pairs", "evaluation")},
 )
+# transfers/meeting_slots, whose models are the other way round: the longest lengths that its transfer.yaml allows, and
+# the counts and seconds of its README.
+MEETING_SECONDS = {"synthetic_prompts": 64.5, "scored_pairs": 48.0, "distilled_model": 80.4, "evaluation": 28.4}
+ASKED = Answers(GEMMA, True, 593 // 2, 64, prompt=18.5, response=8, longest=8)
+MEETING = Workload(
+    rounds=2,
+    proposals=Answers(GEMMA, True, 64, 64, prompt=78.75, response=200, longest=200, shared=18.5),
+    pairs=[replace(ASKED, scored=8)] * 2,
+    training=Training(SMOLLM2, False, 2212, 16, 16, tokens=26.5, response=8, longest=86.75),
+    evaluation=[replace(ASKED, rows=240)] * 2 + [replace(ASKED, rows=240, model=SMOLLM2, split=False)] * 2,
+    resident=DEMO.resident,
+)
 H100 = GPUS["h100"]
 
 
@@ -84,6 +96,13 @@ class TestAgreement:
         total = sum(RECORDED_SECONDS.values())
         assert total / 1.25 < sum(seconds.values()) < total * 1.25
         assert seconds["distilled_model"] == pytest.approx(RECORDED_SECONDS["distilled_model"], rel=0.02)
+
+    def test_with_the_run_of_a_transfer_that_no_fraction_was_taken_from(self) -> None:
+        seconds = estimate(MEETING, GPUS["cpu"], 1).seconds
+        for step, recorded in MEETING_SECONDS.items():
+            assert recorded / 1.75 < seconds[step] < recorded * 1.75, step
+        total = sum(MEETING_SECONDS.values())
+        assert total / 1.25 < sum(seconds.values()) < total * 1.25
 
     def test_recorded_speeds_give_the_recorded_run_back(self) -> None:
         rows = {"synthetic_prompts": 6 * 320, "scored_pairs": 6 * 295, "distilled_model": 4695, "evaluation": 4 * 231}
