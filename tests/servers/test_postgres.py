@@ -220,40 +220,41 @@ class Host:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
+@contextlib.contextmanager
+def cluster(instance: dg.DagsterInstance, root: Path, **environment: str) -> Iterator[tuple[list[Host], Server]]:
+    """A code server for each entry of deploy/workspace.yaml, and one webserver and daemon."""
+    home = {"DAGSTER_HOME": instance.root_directory}
+    places = yaml.safe_load((DEPLOY / "workspace.yaml").read_text())["load_from"]
+    hosts: list[Host] = []
+    with contextlib.ExitStack() as started:
+        for place in places:
+            hosts.append(Host(root, place["grpc_server"]["location_name"], home | environment))
+            started.callback(hosts[-1].stop)
+            place["grpc_server"] |= {"host": "127.0.0.1", "port": hosts[-1].port}
+        workspace = root / "workspace.yaml"
+        workspace.write_text(yaml.safe_dump({"load_from": places}))
+        for host in hosts:
+            wait_for(host.is_up, 60, f"{host.name} doesn't answer; see {host.log}")
+        central = Server(root / "central", DEPLOY / "dagster.yaml", workspace)
+        central.environment |= home
+        central.start()
+        started.callback(central.stop)
+        yield hosts, central
+
+
 class TestTwoHosts:
     def test_each_runs_its_transfers_and_writes_its_own_database(
         self, shared: Callable[[], dg.DagsterInstance], tmp_path: Path
     ) -> None:
-        """Webserver and daemon on one machine, deploy/workspace.yaml with two code servers, everything in Postgres."""
         instance = shared()
-        home = {"DAGSTER_HOME": instance.root_directory}
-        places = yaml.safe_load((DEPLOY / "workspace.yaml").read_text())["load_from"]
-        with contextlib.ExitStack() as started:
-            hosts = []
-            for place in places:
-                hosts.append(Host(tmp_path, place["grpc_server"]["location_name"], home))
-                started.callback(hosts[-1].stop)
-                place["grpc_server"] |= {"host": "127.0.0.1", "port": hosts[-1].port}
-            workspace = tmp_path / "workspace.yaml"
-            workspace.write_text(yaml.safe_dump({"load_from": places}))
-            for host in hosts:
-                wait_for(host.is_up, 60, f"{host.name} doesn't answer; see {host.log}")
-            central = Server(tmp_path / "central", DEPLOY / "dagster.yaml", workspace)
-            central.environment |= home
-            central.start()
-            started.callback(central.stop)
-
-            assets = ("seed_set", *ROUND_ASSETS)
-            runs = {host: [central.materialize(host.transfer, "seed_set", location=host.name)] for host in hosts}
-            self.wait(instance, runs)
-            for host in hosts:
-                runs[host].append(
-                    central.materialize(host.transfer, *ROUND_ASSETS, round_="round_01", location=host.name)
-                )
-            self.wait(instance, runs)
+        with cluster(instance, tmp_path) as (hosts, central):
+            for assets, round_ in ((["seed_set"], None), (ROUND_ASSETS, "round_01")):
+                runs = [central.materialize(h.transfer, *assets, round_=round_, location=h.name) for h in hosts]
+                for run_id in runs:
+                    assert ended(instance, run_id).status == dg.DagsterRunStatus.SUCCESS
 
         for host in hosts:
-            for asset in assets:
+            for asset in ("seed_set", *ROUND_ASSETS):
                 key = dg.AssetKey([host.transfer, asset])
                 assert instance.get_latest_materialization_event(key) is not None
             schemas = Store(host.database).read("SELECT DISTINCT schema_name FROM duckdb_schemas() WHERE NOT internal")
@@ -263,15 +264,29 @@ class TestTwoHosts:
             claimed = instance.event_log_storage.get_concurrency_info(f"models_{host.name}")
             assert (claimed.slot_count, claimed.active_slot_count) == (1, 0)
 
-    def wait(self, instance: dg.DagsterInstance, runs: dict[Host, list[str]]) -> None:
-        for run_id in [ids[-1] for ids in runs.values()]:
-            run = wait_for(lambda id_=run_id: finished(instance, id_), 120, f"run {run_id} doesn't end")
-            assert run.status == dg.DagsterRunStatus.SUCCESS
+    def test_a_run_whose_process_was_killed_is_run_again(
+        self, shared: Callable[[], dg.DagsterInstance], tmp_path: Path
+    ) -> None:
+        instance, pid_file = shared(), tmp_path / "pid"
+        with cluster(instance, tmp_path, TUNESHIFT_TEST_KILL_ME=str(pid_file)) as (hosts, central):
+            killed = central.materialize(hosts[0].transfer, "seed_set", location=hosts[0].name)
+            pid = wait_for(lambda: pid_file.exists() and pid_file.read_text(), 60, "the run doesn't start")
+            os.kill(int(pid), signal.SIGKILL)
+            assert ended(instance, killed).status == dg.DagsterRunStatus.FAILURE
+            filters = dg.RunsFilter(tags={"dagster/parent_run_id": killed})
+            (again,) = wait_for(lambda: instance.get_runs(filters), 90, "it isn't run again")
+            assert ended(instance, again.run_id).status == dg.DagsterRunStatus.SUCCESS
 
 
-def finished(instance: dg.DagsterInstance, run_id: str) -> dg.DagsterRun | None:
-    run = instance.get_run_by_id(run_id)
-    return run if run and run.is_finished else None
+def ended(instance: dg.DagsterInstance, run_id: str) -> dg.DagsterRun:
+    """The run, once it has ended."""
+
+    def found() -> dg.DagsterRun | None:
+        run = instance.get_run_by_id(run_id)
+        return run if run and run.is_finished else None
+
+    run: dg.DagsterRun = wait_for(found, 180, f"run {run_id} doesn't end")
+    return run
 
 
 class TestSettings:
