@@ -38,9 +38,11 @@ test: setup
 test-ui: setup
 	$(BIN)/pytest -m ui tests/ui
 
-# `make test` has llama.cpp's server; this adds vLLM, which is large and wants a torch of its own.
+# `make test` has llama.cpp's server; this adds vLLM, which is large and wants a torch of its own, and hosts that share
+# a Postgres server (skipped without one: `apt-get install postgresql`).
 test-servers: setup $(SERVERS)/.installed
-	TUNESHIFT_VLLM_PYTHON=$(SERVERS)/bin/python $(BIN)/pytest tests/servers
+	$(BIN)/pip install -q -c constraints.txt -e '.[postgres,k8s]'
+	TUNESHIFT_VLLM_PYTHON=$(SERVERS)/bin/python $(BIN)/pytest -m 'postgres or not postgres' tests/servers
 
 $(SERVERS)/.installed:
 	test -d $(SERVERS) || $(PYTHON) -m venv $(SERVERS)

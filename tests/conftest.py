@@ -6,6 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ import yaml
 from safetensors.numpy import save_file
 
 from tests.fakes import FakeModels
+from tuneshift_dag import cli, definitions, runner
 from tuneshift_dag.home import database_file
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.runner import Runner, RunResult
 from tuneshift_dag.transfer import Transfer, load_transfer
+
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +127,33 @@ class Project:
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         return self.store.read(query, schema=self.folder.name).rows()
+
+
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> FakeModels:
+    """The models of every run that the command line starts."""
+    models = FakeModels()
+
+    def build(transfers: Any, database: Path, engines: Any = None) -> Any:
+        return definitions.build_definitions(transfers, database, models.resource())
+
+    monkeypatch.setattr(runner, "build_definitions", build)
+    return models
+
+
+@pytest.fixture
+def tuneshift(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`tuneshift …`: exit status, standard output, standard error."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tuneshift", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(exit_.value.code or 0), out, err
+
+    return call
 
 
 @pytest.fixture

@@ -11,39 +11,10 @@ import polars as pl
 import pytest
 import yaml
 
-from tests.conftest import Project
+from tests.conftest import Project, Run
 from tests.fakes import FakeEngine, FakeModels
-from tuneshift_dag import cli, definitions, runner
 
-Run = Callable[..., tuple[int, str, str]]
 MODELS = ["source_base", "source_fine_tuned", "target_base", "target_distilled"]
-
-
-@pytest.fixture
-def models(monkeypatch: pytest.MonkeyPatch) -> FakeModels:
-    """The models of every run that the command line starts."""
-    models = FakeModels()
-
-    def build(transfers: Any, database: Path, engines: Any = None) -> Any:
-        return definitions.build_definitions(transfers, database, models.resource())
-
-    monkeypatch.setattr(runner, "build_definitions", build)
-    return models
-
-
-@pytest.fixture
-def tuneshift(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`tuneshift …`: exit status, standard output, standard error."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tuneshift", *arguments])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capfd.readouterr()
-        return int(exit_.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The command line: ``tuneshift new | run | report | sweep | compare | lineage | export | doctor``.
+"""The command line: ``tuneshift new | plan | run | report | sweep | compare | lineage | export | doctor``.
 
 Results go to standard output, progress and messages to standard error.
 """
@@ -88,6 +88,44 @@ def new(
 
 
 @app.command()
+def plan(
+    transfer: TransferName,
+    gpu: Annotated[
+        str,
+        typer.Option(help="h200, h100, a100, l40s, a10, l4, cpu. Without it, machines like this at recorded speeds."),
+    ] = "",
+    gpus: Annotated[list[int], typer.Option(min=1, help="How many GPUs; may be repeated.")] = [1, 8, 64],  # noqa: B006
+    price: Annotated[float | None, typer.Option(min=0, help="Price of one GPU for one hour, in any currency.")] = None,
+    source_parameters: Annotated[
+        str, typer.Option(help="Size of the source base model, such as 8B, when its files aren't on this machine.")
+    ] = "",
+    target_parameters: Annotated[str, typer.Option(help="The same of the target.")] = "",
+    generator_parameters: Annotated[str, typer.Option(help="The same of the generator.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Estimate a run's time, memory, cost and bottleneck on a number of GPUs; loads no model and changes nothing.
+
+    Speeds are those of this transfer's last run on this machine or, with --gpu, a roofline: what the GPU's data sheet
+    allows, times the fraction of it that was measured on a CPU. See docs/scaling.md.
+    """
+    from tuneshift_dag.reports import plan as plans
+    from tuneshift_dag.resources.store import Store
+
+    texts = {"source": source_parameters, "target": target_parameters, "generator": generator_parameters}
+    given = {name: plans.parameters(text, f"--{name}-parameters") for name, text in texts.items() if text}
+    made = plans.plan(Store(database_file()), _load(transfer), gpu, gpus, price, given)
+    if as_json:
+        print(json.dumps(made, indent=2))
+        return
+    _out.print(_plan_heading(made), highlight=False)
+    _out.print(_plan_table(made))
+    for one in made["plans"]:
+        _out.print(f"Bottleneck of {one['gpus']}: {one['bottleneck']}.", highlight=False)
+    for warning in made["warnings"]:
+        _out.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+
+
+@app.command()
 def run(
     transfer: TransferName,
     regrow: Annotated[
@@ -100,6 +138,7 @@ def run(
     Runs are recorded in Dagster's instance, so the UI shows them. After a change of the threshold, rounds
     keep their prompts even if their seeds changed; they are named, and --regrow grows them anew.
     """
+    from tuneshift_dag.reports.plan import run_warnings
     from tuneshift_dag.reports.summary import report as make_report
     from tuneshift_dag.resources.store import Store
 
@@ -114,6 +153,8 @@ def run(
 
     store = Store(database_file())
     store.prepare(loaded.name)
+    for warning in run_warnings(loaded):
+        _err.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
     result = Runner(loaded, instance, on_step=announce).run(regrow)
     if not result.materialized:
         _err.print("Everything is up to date.")
@@ -390,6 +431,42 @@ def _show_rows(title: str, rows: list[dict[str, Any]], as_json: bool) -> None:
         print(json.dumps(rows, indent=2))
     else:
         _out.print(_table(title, rows))
+
+
+def _plan_heading(made: dict[str, Any]) -> str:
+    if made["speeds"] == "roofline":
+        speeds = f"Roofline of {made['gpu']}: an estimate, whose fractions of the limit were measured on a CPU."
+    else:
+        at = max(speed["recorded_at"] for speed in made["speeds"].values())
+        speeds = f"At speeds recorded here, the last on {at} (UTC)."
+    return (
+        f"[bold]{made['transfer']}[/bold]: {made['rounds']} rounds, {made['generator_calls']} generator calls,"
+        f" {made['pairs_scored']} pairs scored, {made['training_examples']} training examples in all epochs."
+        f"\n{speeds} Lengths: {made['lengths']}."
+    )
+
+
+def _plan_table(made: dict[str, Any]) -> Table:
+    plans = made["plans"]
+    peaks = made["recorded_peak_bytes"]
+    unit = "machine" if made["gpu"] in ("cpu", "this machine") else "GPU"
+    table = Table(title="Seconds", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for one in plans:
+        table.add_column(f"{one['gpus']} {unit}{'s' if one['gpus'] > 1 else ''}", justify="right")
+    for column in ("memory each", *(["recorded peak"] if peaks else [])):
+        table.add_column(column, justify="right")
+    for step in plans[0]["seconds"]:
+        memory = [max(one["memory_bytes"][step] for one in plans), *([peaks[step]] if peaks else [])]
+        seconds = (f"{one['seconds'][step]:,.1f}" for one in plans)
+        table.add_row(step, *seconds, *(f"{number / 1e9:.1f} GB" for number in memory))
+    table.add_section()
+    table.add_row("total", *(f"{one['total_seconds']:,.1f}" for one in plans))
+    table.add_row(f"with endless {unit}s", *(f"{one['sequential_seconds']:,.1f}" for one in plans))
+    table.add_row(f"{unit}-hours", *(f"{one['gpu_hours']:,.2f}" for one in plans))
+    if plans[0]["cost"] is not None:
+        table.add_row("cost", *(f"{one['cost']:,.2f}" for one in plans))
+    return table
 
 
 def _comparison_table(rows: list[dict[str, Any]]) -> Table:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from tuneshift_dag.resources.model_ref import (
     adapter_fingerprint,
     check_adapter_folder,
     check_reference,
+    known_config,
     resolve_adapter,
     resolve_model,
 )
@@ -177,3 +179,24 @@ def test_an_adapter_of_another_kind_is_refused(adapter, content, complaint):
     (adapter / "adapter_config.json").write_text(content)
     with pytest.raises(TuneshiftError, match=rf"source\.adapter: .*adapter_config\.json .*{complaint}"):
         check_adapter_folder(adapter, "source.adapter")
+
+
+class TestKnownConfig:
+    """The size of a model, without fetching or converting it."""
+
+    def test_of_a_folder(self, model: Path) -> None:
+        assert known_config("tiny-llama", model.parent, "source.base") == model / "config.json"
+
+    def test_of_a_gguf_file_once_it_is_converted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TUNESHIFT_CACHE", str(tmp_path / "cache"))
+        file = tmp_path / "weights.gguf"
+        file.write_bytes(b"GGUF")
+        assert known_config("weights.gguf", tmp_path, "source.base") is None
+        converted = tmp_path / "cache" / "models" / f"weights-{hashlib.sha256(b'GGUF').hexdigest()[:16]}"
+        converted.mkdir(parents=True)
+        (converted / "config.json").write_text("{}")
+        assert known_config("weights.gguf", tmp_path, "source.base") == converted / "config.json"
+
+    def test_of_a_hub_model_that_was_never_fetched(self, tmp_path: Path) -> None:
+        assert known_config("someone/never-downloaded", tmp_path, "source.base") is None
+        assert known_config("someone/never-downloaded@v1", tmp_path, "source.base") is None

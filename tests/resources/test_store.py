@@ -206,3 +206,15 @@ def test_a_file_of_schema_version_1_is_migrated_and_keeps_its_rows(store):
     assert again.read("SELECT peak_bytes FROM steps", schema="transfer").is_empty()
     keys = again.read("SELECT table_name FROM duckdb_constraints() WHERE constraint_type = 'PRIMARY KEY'")
     assert {"filtered_dataset", "rejected_pairs"}.isdisjoint(keys["table_name"])
+
+
+def test_tables_and_views_can_be_copied_out_as_parquet(store: Store, tmp_path: Path) -> None:
+    """The command of docs/cluster.md, and back into an empty database."""
+    dropped = REJECTED_PAIRS.frame([{"round": "round_01", "prompt_id": "a", "reason": "unsure"}])
+    store.replace_all("transfer", [(SEED_SET, seeds("a", "b")), (REJECTED_PAIRS, dropped)])
+    with duckdb.connect(str(store.path), read_only=True) as connection:
+        connection.execute(f"EXPORT DATABASE '{tmp_path / 'export'}' (FORMAT parquet)")
+    with duckdb.connect() as other:
+        other.execute(f"IMPORT DATABASE '{tmp_path / 'export'}'")
+        assert other.execute("SELECT prompt_id FROM transfer.seed_set ORDER BY 1").fetchall() == [("a",), ("b",)]
+        assert other.execute("SELECT stage, reason FROM transfer.rejections").fetchall() == [("pair", "unsure")]

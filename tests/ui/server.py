@@ -19,11 +19,21 @@ REPOSITORY = {"repositoryName": "__repository__", "repositoryLocationName": "tun
 
 
 class Server:
-    """`make ui` on a port of its own, with the home folder ``root/home`` and the transfers in ``root/transfers``."""
+    """`make ui` on a port of its own, with the home folder ``root/home`` and the transfers in ``root/transfers``.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.url = f"http://127.0.0.1:{_free_port()}"
+    Args:
+        settings: what becomes its dagster.yaml.
+        workspace: what it loads, seen from the project's root.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        settings: Path = ROOT / "tuneshift_dag" / "dagster_template.yaml",
+        workspace: Path = Path("workspace.yaml"),
+    ) -> None:
+        self.root, self.settings, self.workspace = root, settings, workspace
+        self.url = f"http://127.0.0.1:{free_port()}"
         self.log = root / "dagster-dev.log"
         self.environment = {
             "TUNESHIFT_HOME": str(root / "home"),
@@ -34,9 +44,9 @@ class Server:
     def start(self) -> None:
         folder = Path(self.environment["DAGSTER_HOME"])
         folder.mkdir(parents=True, exist_ok=True)
-        settings = ROOT / "tuneshift_dag" / "dagster_template.yaml"
-        (folder / "dagster.yaml").write_text(settings.read_text())
-        command = [sys.executable, "-m", "dagster", "dev", "-w", "workspace.yaml", "-h", "127.0.0.1"]
+        (folder / "dagster.yaml").write_text(self.settings.read_text())
+        self.root.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "dagster", "dev", "-w", str(self.workspace), "-h", "127.0.0.1"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [*command, "-p", self.url.rpartition(":")[2]],
@@ -88,11 +98,18 @@ class Server:
         answer = self.query(query, p=params)["launchPartitionBackfill"]
         assert answer["__typename"] == "LaunchBackfillSuccess", answer
 
-    def materialize(self, transfer: str, *assets: str, round_: str | None = None) -> str:
+    def materialize(
+        self,
+        transfer: str,
+        *assets: str,
+        round_: str | None = None,
+        location: str = REPOSITORY["repositoryLocationName"],
+    ) -> str:
         """Launch one run, as "Materialize" does for one round or an unpartitioned asset; its id."""
         params = {
             "selector": {
                 **REPOSITORY,
+                "repositoryLocationName": location,
                 "jobName": "__ASSET_JOB",
                 "assetSelection": [{"path": [transfer, asset]} for asset in assets],
             },
@@ -147,7 +164,7 @@ def wait_for(condition: Callable[[], Any], seconds: float, otherwise: str, pause
         time.sleep(pause)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 import time
 import warnings
@@ -25,7 +26,8 @@ from tuneshift_dag.transfer import Transfer
 # `tuneshift run` puts this tag on its runs, so that their cost can be added up.
 BATCH_TAG = "tuneshift/batch"
 OWNERS = ["team:tuneshift"]
-MODEL_POOL = "models"
+# Steps that load a model. Hosts that share an instance name a pool each: a pool's limit holds for all hosts together.
+MODEL_POOL = os.environ.get("TUNESHIFT_MODEL_POOL") or "models"
 # What a round materializes, in this order.
 ROUND_ASSETS = ("synthetic_prompts", "scored_pairs", "filtered_dataset")
 

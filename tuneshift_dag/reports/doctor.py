@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file, home_dir, transfers_dir
+from tuneshift_dag.reports.plan import run_warnings
 from tuneshift_dag.transfer import Transfer, find_transfers, load_transfer
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "dagster", "duckdb", "polars")
@@ -38,6 +39,9 @@ def examine(name: str | None, with_models: bool) -> Iterator[Finding]:
         yield Finding(
             folder.name, True, f"{len(transfer.seeds)} seeds, {heldout}, up to {transfer.config.rounds} rounds"
         )
+        warnings = run_warnings(transfer)
+        if warnings:
+            yield Finding(f"{folder.name} memory", False, " ".join(warnings))
         if with_models:
             yield from _generator(transfer)
             yield from _preflight(transfer)

@@ -1,4 +1,4 @@
-"""Memory of this process: its peak (the GPU's where there is one, else what was resident), and giving it back."""
+"""Memory of this machine and of this process: what there is, the peak, and giving it back."""
 
 import contextlib
 import ctypes
@@ -6,6 +6,8 @@ import re
 import resource
 import sys
 from pathlib import Path
+
+import psutil
 
 _PROC = Path("/proc/self")
 
@@ -17,6 +19,28 @@ def reset_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         (_PROC / "clear_refs").write_text("5")
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch sees a GPU; where there is no driver it isn't imported to find that out, which takes seconds."""
+    if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def total_bytes() -> int:
+    """Memory of the GPU, or of this machine and this container."""
+    if has_gpu():
+        import torch
+
+        return int(torch.cuda.mem_get_info()[1])
+    total = int(psutil.virtual_memory().total)
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no cgroup, or "max": no limit
+        return total
 
 
 def peak_bytes() -> int:

@@ -101,6 +101,24 @@ def resolve_model(reference: str, folder: Path, key: str) -> ModelFiles:
     return _from_hub(reference, key, ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
 
 
+def known_config(reference: str, folder: Path, key: str) -> Path | None:
+    """The ``config.json`` of a model whose files are here already; None when it must be fetched or converted first."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = (folder / reference).expanduser()
+    if path.is_dir():
+        found: object = path / "config.json"
+    elif reference.startswith("package://") or path.is_file():
+        package = reference.removeprefix("package://")
+        file = _package_file(reference, key) if package != reference else path
+        file = file or cache_dir() / "gguf" / importlib.import_module(package).MODEL_NAME
+        found = _converted(file, _file_hash(file)) / "config.json" if file.is_file() else None
+    else:
+        repo, _, revision = reference.partition("@")
+        found = try_to_load_from_cache(repo, "config.json", revision=revision or None)
+    return Path(found) if isinstance(found, str | Path) and Path(found).is_file() else None
+
+
 def resolve_tokenizer(reference: str, folder: Path, key: str) -> ModelFiles:
     """Local files of a model's tokenizer, without its weights where they can be had apart."""
     check_reference(reference, folder, key, weights=False)
@@ -236,10 +254,14 @@ def _from_gguf(reference: str, file: Path | None) -> ModelFiles:
             file.parent.mkdir(parents=True, exist_ok=True)
             package.assemble(file)
     source_hash = _file_hash(file)
-    folder = cache_dir() / "models" / f"{file.stem}-{source_hash[:16]}"
+    folder = _converted(file, source_hash)
     if not folder.is_dir():
         _convert_gguf(file, folder)
     return ModelFiles(reference, folder, source_hash)
+
+
+def _converted(file: Path, source_hash: str) -> Path:
+    return cache_dir() / "models" / f"{file.stem}-{source_hash[:16]}"
 
 
 def _convert_gguf(file: Path, folder: Path) -> None:

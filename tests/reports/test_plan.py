@@ -1,0 +1,251 @@
+"""`tuneshift plan`: where its inputs come from, what it prints, and how it fails. No model is loaded."""
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Run
+from tests.fakes import FakeEngine, FakeModels
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.home import database_file
+from tuneshift_dag.reports import plan as plans
+from tuneshift_dag.resources.store import Store
+from tuneshift_dag.resources.tables import DISTILLED_MODELS, STEPS
+from tuneshift_dag.transfer import load_transfer
+
+Edit = Callable[[str, Any], None]
+# Small, and of a size that is known exactly.
+CONFIG = {
+    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 1000, "tie_word_embeddings": True,
+}  # fmt: skip
+# The packaged transfer's run: (asset, round, seconds, model calls) of `steps`, and of `distilled_models` its training.
+STEPS_RECORDED = [
+    ("synthetic_prompts", "round_01", 42.8, 320),
+    ("synthetic_prompts", "round_02", 23.5, 320),
+    ("scored_pairs", "round_01", 36.8, 1040),
+    ("scored_pairs", "round_02", 26.0, 1240),
+    ("evaluation", None, 48.9, 924),
+]
+AFTER_ROUNDS = ["evaluation", "distilled_model"]
+ANSWERING = ["synthetic_prompts", "scored_pairs", "evaluation"]
+TRAINED = {"pairs": 1648, "seconds": 307.9, "epochs": 3, "validation_fraction": 0.05}
+
+
+@pytest.fixture
+def sized(transfer_folder: Path) -> Path:
+    """A transfer whose model has a config.json that says how large it is."""
+    (transfer_folder / "models" / "tiny-base" / "config.json").write_text(json.dumps(CONFIG))
+    (transfer_folder / "models" / "tiny-base" / "tokenizer.json").write_text("{}")
+    return transfer_folder
+
+
+@pytest.fixture
+def huge(sized: Path) -> Path:
+    """Its model of 1,400 billion parameters fits no machine."""
+    config = {**CONFIG, "num_hidden_layers": 400, "hidden_size": 16384, "intermediate_size": 65536}
+    (sized / "models" / "tiny-base" / "config.json").write_text(json.dumps(config))
+    return sized
+
+
+@pytest.fixture
+def recorded(sized: Path) -> Store:
+    """The database of a run: only what it cost."""
+    store = Store(database_file())
+    write_steps(store, "first", STEPS_RECORDED, minute=0)
+    settings = {key: TRAINED[key] for key in ("epochs", "validation_fraction")}
+    model = {column.name: None for column in DISTILLED_MODELS.columns} | {
+        "model_id": "m", "pairs": TRAINED["pairs"], "seconds": TRAINED["seconds"], "settings": json.dumps(settings),
+        "created_at": datetime(2026, 11, 24, 8, 7),
+    }  # fmt: skip
+    store.append_all("banking", [(DISTILLED_MODELS, DISTILLED_MODELS.frame([model]))])
+    return store
+
+
+def write_steps(store: Store, batch: str, steps: list[tuple[Any, ...]], minute: int, cache_hits: int = 0) -> None:
+    rows = [
+        {
+            "run_id": batch, "batch_id": batch, "asset": asset, "round": round_, "seconds": seconds,
+            "finished_at": datetime(2026, 11, 24, 8, minute), "model_seconds": seconds, "model_calls": calls,
+            "cache_hits": cache_hits, "peak_bytes": 2_000_000_000,
+        }
+        for asset, round_, seconds, calls in steps
+    ]  # fmt: skip
+    store.append_all("banking", [(STEPS, STEPS.frame(rows))])
+
+
+def make(folder: Path, store: Store, **options: Any) -> dict[str, Any]:
+    return plans.plan(store, load_transfer(folder), **options)
+
+
+class TestRecordedSpeeds:
+    def test_are_seconds_per_call_pair_example_and_answer(self, sized: Path, recorded: Store) -> None:
+        speeds = plans.recorded_speeds(recorded, load_transfer(sized))
+        assert speeds["synthetic_prompts"].seconds_per_row == pytest.approx((42.8 + 23.5) / 640)
+        # A pair is four model calls: two responses, two cross scores.
+        assert speeds["scored_pairs"].seconds_per_row == pytest.approx((36.8 + 26.0) / ((1040 + 1240) / 4))
+        assert speeds["scored_pairs"].rows == 570
+        assert speeds["evaluation"].seconds_per_row == pytest.approx(48.9 / 924)
+        assert speeds["distilled_model"].seconds_per_row == pytest.approx(307.9 / (1566 * 3))
+
+    def test_are_of_the_last_run_that_computed_everything(self, sized: Path, recorded: Store) -> None:
+        write_steps(recorded, "second", [("evaluation", None, 10.0, 100)], minute=1)
+        write_steps(recorded, "half from the cache", [("evaluation", None, 99.0, 1)], minute=2, cache_hits=923)
+        write_steps(recorded, "all from the cache", [("evaluation", None, 0.1, 0)], minute=3)
+        speed = plans.recorded_speeds(recorded, load_transfer(sized))["evaluation"]
+        assert (speed.seconds_per_row, speed.recorded_at) == (0.1, "2026-11-24 08:01")
+
+    def test_plan_the_transfer_as_it_is_now(self, sized: Path, recorded: Store, edit_config: Edit) -> None:
+        """3 calls a round, 2 rounds; then ten times as many calls."""
+        first = make(sized, recorded)["plans"][0]["seconds"]["synthetic_prompts"]
+        assert first == pytest.approx(2 * 3 * (42.8 + 23.5) / 640)
+        edit_config("generator.calls_per_round", 30)
+        assert make(sized, recorded)["plans"][0]["seconds"]["synthetic_prompts"] == pytest.approx(10 * first)
+
+    def test_of_some_steps_only_is_an_error_that_names_the_others(self, sized: Path) -> None:
+        store = Store(database_file())
+        write_steps(store, "first", STEPS_RECORDED[:2], minute=0)
+        with pytest.raises(TuneshiftError) as error:
+            make(sized, store)
+        assert "holds no speed of scored_pairs, distilled_model, evaluation of banking: `tuneshift run banking`" in str(
+            error.value
+        )
+        assert "--gpu h100" in str(error.value)
+
+
+class TestSizes:
+    def test_come_from_config_json(self, sized: Path) -> None:
+        sizes = plans.model_sizes(load_transfer(sized), {})
+        per_layer = 2 * 64 * (64 + 32) + 3 * 64 * 256
+        assert sizes["source"] == sizes["target"] == sizes["generator"]
+        assert sizes["source"].parameters == 2 * per_layer + 1000 * 64
+
+    def test_given_ones_go_first_and_hold_for_the_same_model(self, sized: Path) -> None:
+        sizes = plans.model_sizes(load_transfer(sized), {"target": 8e9})
+        assert sizes["source"] == sizes["target"]
+        assert sizes["target"].parameters == pytest.approx(8e9, rel=0.01)
+
+    def test_an_uncached_hub_model_needs_an_option(self, sized: Path, edit_config: Edit) -> None:
+        edit_config("target.base", "someone/never-downloaded")
+        with pytest.raises(TuneshiftError) as error:
+            plans.model_sizes(load_transfer(sized), {})
+        assert str(error.value) == (
+            f"{sized / 'transfer.yaml'}: target.base: 'someone/never-downloaded' isn't on this machine yet, so its size"
+            " isn't known: give its size with --target-parameters 8B, or get it with `tuneshift doctor banking`."
+        )
+        assert plans.model_sizes(load_transfer(sized), {"target": 1e9})["target"].parameters > 9e8
+
+    def test_a_generator_on_a_server_needs_an_option(self, sized: Path, edit_config: Edit) -> None:
+        edit_config("generator.server", {"base_url": "https://api.example/v1"})
+        edit_config("generator.model", "gpt-4o")
+        with pytest.raises(
+            TuneshiftError, match=r"generator.model: 'gpt-4o' is on a server, .* --generator-parameters"
+        ):
+            plans.model_sizes(load_transfer(sized), {})
+
+    def test_a_config_without_the_widths_is_named(self, transfer_folder: Path) -> None:
+        with pytest.raises(TuneshiftError, match=r"source.base: .*config.json has no 'num_attention_heads', so"):
+            plans.model_sizes(load_transfer(transfer_folder), {})
+
+    @pytest.mark.parametrize("text", ["eight", "", "8", "-1B", "8Q"])
+    def test_a_number_that_is_none(self, text: str) -> None:
+        with pytest.raises(TuneshiftError, match=f"--target-parameters: '{text}' is no number of parameters"):
+            plans.parameters(text, "--target-parameters")
+
+    def test_numbers(self) -> None:
+        assert [plans.parameters(t, "-") for t in ("8B", "270m", "1.5b", "134515008")] == [8e9, 270e6, 1.5e9, 134515008]
+
+
+class TestWarnings:
+    def test_what_does_not_fit_is_told_with_its_repair(self, sized: Path, edit_config: Edit) -> None:
+        edit_config("models.quantization", "none")
+        given = {"source": 34e9}
+        warnings = make(sized, Store(database_file()), gpu="l4", given=given)["warnings"]
+        assert [line.split()[0] for line in warnings] == [*ANSWERING, "distilled_model", "A"]
+        assert all(": set models.quantization: nf4, or use more memory." in line for line in warnings[:3])
+        assert warnings[3].startswith("distilled_model needs about ")
+        assert "and l4 has 24.0 GB, of which it can plan with 21.6 GB: " in warnings[3]
+
+    @pytest.mark.parametrize(
+        ("size", "repair"),
+        [
+            (7e9, "set distill.batch_size: 4,"),
+            (13e9, "set distill.quantization: nf4 and distill.batch_size: 4,"),
+            (70e9, "choose a smaller target,"),
+        ],
+    )
+    def test_the_repair_of_a_training_fits(self, sized: Path, size: float, repair: str) -> None:
+        work = plans.workload(
+            load_transfer(sized),
+            plans.model_sizes(load_transfer(sized), {"target": size}),
+            plans.lengths(Store(database_file()), load_transfer(sized)),
+            here=False,
+        )
+        (line,) = (w for w in plans.memory_warnings(load_transfer(sized), work, plans.GPUS["l4"]) if "distilled" in w)
+        assert repair in line
+
+    def test_idle_gpus(self, sized: Path) -> None:
+        warnings = make(sized, Store(database_file()), gpu="h100")["warnings"]
+        assert warnings == [
+            "A round has 3 generator calls, so 61 of 64 GPUs are idle while it generates: raise"
+            " generator.calls_per_round and lower rounds."
+        ]
+
+    def test_a_run_that_fits_this_machine_has_none(self, sized: Path) -> None:
+        assert plans.run_warnings(load_transfer(sized)) == []
+
+    def test_a_run_that_does_not_fit_this_machine(self, huge: Path) -> None:
+        warnings = plans.run_warnings(load_transfer(huge))
+        assert [line.split()[0] for line in warnings] == ["synthetic_prompts", "scored_pairs", *AFTER_ROUNDS]
+        assert all(" and this machine has " in line for line in warnings)
+
+    def test_models_on_a_server_need_no_memory_here(self, huge: Path, edit_config: Edit) -> None:
+        server = {"base_url": "http://127.0.0.1:8000/v1"}
+        edit_config(
+            "engine", {"type": "openai", "server": server, "base": {"model": "a"}, "fine_tuned": {"model": "b"}}
+        )
+        warnings = plans.run_warnings(load_transfer(huge))
+        assert [line.split()[0] for line in warnings] == ["synthetic_prompts", *AFTER_ROUNDS]
+
+    def test_unknown_sizes_give_none(self, transfer_folder: Path) -> None:
+        assert plans.run_warnings(load_transfer(transfer_folder)) == []
+
+
+class TestCommand:
+    def test_prints_one_json_object(self, tuneshift: Run, recorded: Store) -> None:
+        status, out, err = tuneshift("plan", "banking", "--json", "--price", "3")
+        assert (status, err) == (0, "")
+        made = json.loads(out)
+        assert [one["gpus"] for one in made["plans"]] == [1, 8, 64]
+        for one in made["plans"]:
+            assert one["cost"] == pytest.approx(3 * one["gpu_hours"])
+            assert one["total_seconds"] == pytest.approx(sum(one["seconds"].values()))
+            assert one["total_seconds"] >= one["sequential_seconds"]
+            assert one["memory_bytes"].keys() == one["seconds"].keys()
+        assert made["recorded_peak_bytes"]["evaluation"] == 2_000_000_000
+
+    def test_for_people(self, tuneshift: Run, sized: Path) -> None:
+        status, out, _ = tuneshift("plan", "banking", "--gpu", "a100", "--gpus", "2")
+        assert status == 0
+        assert "Roofline of a100: an estimate" in out and "2 GPUs" in out and "Bottleneck of 2: " in out
+        # Without --price there is no sum of money.
+        assert "cost" not in out
+
+    def test_an_unknown_gpu_is_one_message(self, tuneshift: Run, sized: Path) -> None:
+        status, out, err = tuneshift("plan", "banking", "--gpu", "tpu")
+        assert (status, out) == (1, "")
+        assert err == "error: --gpu: 'tpu' is not known; use one of h200, h100, a100, l40s, a10, l4, cpu.\n"
+
+    def test_doctor_and_run_warn(self, tuneshift: Run, models: FakeModels, huge: Path) -> None:
+        status, out, _ = tuneshift("doctor", "--no-models")
+        assert status == 1
+        assert "fix  banking memory: synthetic_prompts needs about" in out
+        # Only a warning, since it is an estimate: the run goes on, here until its generator fails.
+        models.generator = FakeEngine("generator", fail_after=0)
+        _, _, err = tuneshift("run", "banking")
+        assert err.startswith("warning: synthetic_prompts needs about")
+        assert err.index("warning:") < err.index("seed_set")
