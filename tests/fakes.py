@@ -15,6 +15,7 @@ from typing import Any
 
 from tuneshift_dag.method.engine import Decoding, Pair, Response, Side
 from tuneshift_dag.method.preflight import AdapterCheck
+from tuneshift_dag.method.token_selection import ScoredTokens
 from tuneshift_dag.resources.dagster_resources import EngineResource
 from tuneshift_dag.transfer import Transfer
 
@@ -101,6 +102,16 @@ class FakeEngine:
             # Between 4 and 5 nats a token: less likely than after a prompt (see `_score`).
             yield [(i, -(4 + _number("alone", responses[i]) % 100 / 100) * len(responses[i])) for i in batch]
 
+    def token_scores(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
+    ) -> Iterator[list[tuple[int, list[float]]]]:
+        for batch in self._batches(responses):
+            self.scored += [(side, "".join(map(chr, prompts[i]))) for i in batch]
+            yield [
+                (i, [-(_number(side, responses[i][:end]) % 100) / 100 for end in range(1, len(responses[i]) + 1)])
+                for i in batch
+            ]
+
     def _batches(self, prompts: Sequence[list[int]]) -> Iterator[list[int]]:
         # Longest first, as the real engine does, so that results arrive out of order.
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
@@ -172,6 +183,7 @@ class FakeModels:
         self.generator = generator or FakeEngine("generator")
         self.targets: dict[str, FakeEngine] = {}
         self.trained: list[list[tuple[str, str]]] = []
+        self.excess: list[list[ScoredTokens] | None] = []
 
     def calls(self) -> int:
         """Responses generated and scored, by all engines."""
@@ -192,8 +204,16 @@ class FakeModels:
                 name = f"target|{adapter.name if adapter else ''}"
                 return models.targets.setdefault(name, FakeEngine(name))
 
-            def distill(self, transfer: Transfer, pairs: list[tuple[str, str]], folder: Path, on_step: Any) -> Any:
+            def distill(
+                self,
+                transfer: Transfer,
+                pairs: list[tuple[str, str]],
+                folder: Path,
+                on_step: Any,
+                excess: list[ScoredTokens] | None = None,
+            ) -> Any:
                 models.trained.append(pairs)
+                models.excess.append(excess)
                 folder.mkdir(parents=True)
                 (folder / "adapter_model.safetensors").write_bytes(b"weights")
                 (folder / "adapter_config.json").write_text("{}")
@@ -201,6 +221,7 @@ class FakeModels:
                 return SimpleNamespace(
                     steps=[{"step": 1, "loss": 0.5, "learning_rate": 5e-4}],
                     epochs=[{"epoch": 1, "train_loss": 0.5, "validation_loss": 0.4}],
+                    token_share=1.0,
                     seconds=0.1,
                 )
 

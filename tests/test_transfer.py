@@ -55,6 +55,8 @@ def test_transfers_are_the_folders_with_a_transfer_yaml(transfer_folder):
         ("filter", {"rule": "random", "keep": 2000}, ["filter.keep 2000", "target_pairs 1000", "raise it"]),
         ("filter", {"rule": "top_excess", "keep": 1.0, "max_repetition": 0}, ["filter.max_repetition", "0"]),
         ("filter", {"refusals": ["no way", " "]}, ["filter", "empty phrase", "remove it"]),
+        ("distill.token_mask", 0, ["distill.token_mask", "found 0", "greater than 0"]),
+        ("distill.token_mask", 70, ["distill.token_mask", "found 70", "less than or equal to 1"]),
         ("prompt_template", "Query:", ["prompt_template", "'Query:'", "must contain {prompt}"]),
         ("prompt_template", "{prompt} {prompt}", ["prompt_template", "exactly once"]),
         ("source", {"base": "models/tiny-base"}, ["source.adapter", "missing", "Add it"]),
@@ -102,6 +104,10 @@ def test_a_rule_without_its_scores_is_refused(transfer_folder, edit_config):
     edit_config("engine", {**SERVED, "cross_scores": False})
     edit_config("filter.rule", "cross_ratio")
     with pytest.raises(TuneshiftError, match=r"filter.rule 'cross_ratio' needs .*engine.cross_scores"):
+        load_transfer(transfer_folder)
+    edit_config("filter.rule", "both")
+    edit_config("distill.token_mask", 0.7)
+    with pytest.raises(TuneshiftError, match=r"distill.token_mask 0.7 needs .*engine.cross_scores.*remove it"):
         load_transfer(transfer_folder)
 
 
@@ -227,6 +233,15 @@ def test_a_version_changes_with_its_sections_alone(transfer_folder, edit_config)
     assert after.version("filter") != before.version("filter")
     assert after.version("generator", "source.base") == before.version("generator", "source.base")
     assert before.version("filter", code=2) != before.version("filter")
+
+
+def test_a_token_mask_that_is_off_leaves_versions_as_they_were_before_there_was_one(transfer_folder, edit_config):
+    without = load_transfer(transfer_folder)
+    assert "token_mask" not in without.config.distill.model_dump()
+    edit_config("distill.token_mask", None)
+    assert load_transfer(transfer_folder).version("distill") == without.version("distill")
+    edit_config("distill.token_mask", 0.7)
+    assert load_transfer(transfer_folder).version("distill") != without.version("distill")
 
 
 def test_the_adapter_version_changes_with_its_weights(transfer_folder):

@@ -381,6 +381,15 @@ class Distill(_Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping norm.")
     validation_fraction: float = Field(0.05, ge=0, lt=1, description="Share of the pairs held back from training.")
+    # Left out of what is hashed while it is off: models that were trained before there was such a key stay current.
+    token_mask: Probability | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "Train only on this share of each response's tokens: those with the largest log p_f - log p_b, and the end"
+            " token (TiTok, arXiv 2510.04682: 0.7). Costs two more scores a pair. `None` trains on all."
+        ),
+    )
 
 
 class Arm(_Section):
@@ -513,6 +522,11 @@ class TransferConfig(_Section):
         if self.filter.rule in ("cross_ratio", "ifd", "top_excess") and not self.engine.cross_scores:
             raise ValueError(
                 f"filter.rule {self.filter.rule!r} needs scores that engine.cross_scores: false leaves out"
+            )
+        if self.distill.token_mask is not None and not self.engine.cross_scores:
+            raise ValueError(
+                f"distill.token_mask {self.distill.token_mask:g} needs scores that engine.cross_scores: false leaves"
+                " out; remove it"
             )
         return self
 

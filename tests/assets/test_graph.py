@@ -13,6 +13,7 @@ from dagster._core.definitions.data_version import CachingStaleStatusResolver, S
 from tests import conftest
 from tests.conftest import Project
 from tests.fakes import FakeEngine
+from tuneshift_dag.assets.adapters import training_version
 from tuneshift_dag.assets.filtered_dataset import _check_seeds
 from tuneshift_dag.assets.scored_pairs import _check_finite
 from tuneshift_dag.assets.synthetic_prompts import _check_duplicates, _check_held_out
@@ -272,6 +273,39 @@ class TestRuleChange:
         edit_config("filter.threshold", 0.31)
         assert "scored_pairs" not in {asset for asset, _ in project.run().materialized}
         assert len(source.scored) == before[1] + responses
+
+
+class TestTokenMask:
+    def test_tokens_are_scored_once_and_only_when_it_is_on(self, project: Project, edit_config: Edit) -> None:
+        project.run()
+        source = project.models.source
+        before = len(source.answered), len(source.scored)
+        assert project.models.excess == [None]
+        edit_config("distill.token_mask", 0.7)
+        assert project.run().materialized == [("distilled_model", None), ("evaluation", None)]
+        pairs = project.rows("SELECT response FROM filtered_dataset ORDER BY round, prompt_id")
+        excess = project.models.excess[1]
+        assert excess is not None
+        assert ["".join(map(chr, scored.ids[:-1])) for scored in excess] == [response for (response,) in pairs]
+        assert len(source.scored) == before[1] + 2 * len(pairs)
+        edit_config("distill.token_mask", 0.5)
+        project.run()
+        assert project.models.excess[2] == excess
+        assert (len(source.answered), len(source.scored)) == (before[0], before[1] + 2 * len(pairs))
+        edit_config("distill.token_mask", None)
+        project.run()
+        assert len(project.models.trained) == 3, "the first model is still there"
+
+    def test_other_source_weights_train_anew(self, project: Project, edit_config: Edit) -> None:
+        """The same pairs, but perhaps other tokens of them."""
+        weights = project.folder / "adapter" / "adapter_model.safetensors"
+        plain = training_version(project.transfer)
+        edit_config("distill.token_mask", 0.7)
+        masked = training_version(project.transfer)
+        weights.write_bytes(weights.read_bytes() + b"\0")
+        assert training_version(project.transfer) != masked
+        edit_config("distill.token_mask", None)
+        assert training_version(project.transfer) == plain
 
 
 class TestTargetPairs:

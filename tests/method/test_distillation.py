@@ -1,6 +1,7 @@
 """Training on tiny random models: what the loss counts, and that silent failures are loud."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +76,48 @@ def reference_loss(model, chosen: list[TokenizedExample]) -> torch.Tensor:
 def test_loss_counts_response_tokens_only() -> None:
     model, chosen = tiny_model(), examples(6)
     torch.testing.assert_close(response_loss(model, collate(chosen)), reference_loss(model, chosen))
+
+
+def test_a_mask_of_all_tokens_changes_nothing() -> None:
+    model, chosen = tiny_model(), examples(6)
+    whole = [replace(e, mask=[True] * len(e.response_ids)) for e in chosen]
+    assert torch.equal(response_loss(model, collate(whole)), response_loss(model, collate(chosen)))
+
+
+def test_only_selected_tokens_are_in_the_loss_and_have_a_gradient() -> None:
+    """The gradient of each position's logits, and the loss of a plain cross entropy over the selected ones."""
+    model, dice = tiny_model(), random.Random(3)
+    chosen = [replace(e, mask=[*(dice.random() < 0.5 for _ in e.response_ids[1:]), True]) for e in examples(6)]
+    assert any(not all(e.mask) for e in chosen)
+    hidden: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        hidden.append(inputs[0].detach().requires_grad_())
+        return (hidden[0],)
+
+    # Before the hook that lets the head see some positions only.
+    handle = model.lm_head.register_forward_pre_hook(keep)
+    response_loss(model, collate(chosen)).backward()
+    handle.remove()
+    assert hidden[0].grad is not None
+    counts = torch.zeros(hidden[0].shape[:2], dtype=torch.bool)
+    losses = []
+    for row, e in enumerate(chosen):
+        logits = model(input_ids=torch.tensor([e.prompt_ids + e.response_ids]), use_cache=False).logits[0]
+        for place, is_selected in enumerate(e.mask):
+            position = len(e.prompt_ids) - 1 + place
+            counts[row, position] = is_selected
+            if is_selected:
+                losses.append(cross_entropy(logits[position], torch.tensor(e.response_ids[place])))
+    assert torch.equal(hidden[0].grad.abs().sum(2) > 0, counts)
+    torch.testing.assert_close(response_loss(model, collate(chosen)), torch.stack(losses).mean())
+
+
+def test_the_curve_says_which_share_of_the_tokens_counted() -> None:
+    half = [replace(e, mask=[False] * (len(e.response_ids) - 1) + [True]) for e in examples(8)]
+    curve = train(add_lora(tiny_model(), SETTINGS), half, SETTINGS)
+    assert curve.token_share == 8 / sum(len(e.response_ids) for e in half)
+    assert curve.response_tokens == 6 * SETTINGS.epochs
 
 
 def test_end_token_is_part_of_the_loss() -> None:

@@ -2,7 +2,7 @@ import pytest
 
 from tests.fakes import FakeEngine
 from tuneshift_dag.method.engine import Decoding
-from tuneshift_dag.method.scoring import Cost, generate, score_alone, score_pairs
+from tuneshift_dag.method.scoring import Cost, generate, score_alone, score_pairs, token_excess
 from tuneshift_dag.resources.response_cache import ResponseCache
 from tuneshift_dag.resources.store import Store
 
@@ -69,6 +69,37 @@ def test_a_killed_run_keeps_the_finished_batches_of_responses_alone(cache):
     engine = FakeEngine()
     score_alone(engine, cache, responses, "base", Cost())
     assert len(engine.scored) == 2
+
+
+def test_token_excess_is_of_the_tokens_that_were_generated_and_then_comes_from_the_cache(cache):
+    texts = [r.text for r in generate(FakeEngine(), cache, PROMPTS, "fine_tuned", GREEDY, Cost())]
+    engine, cost = FakeEngine(batch_size=3), Cost()
+    found = token_excess(engine, cache, PROMPTS, texts, GREEDY, cost)
+    assert [scored.ids for scored in found] == [reference(p).fine_tuned.token_ids for p in PROMPTS]
+    assert engine.answered == [], "no response is generated again"
+    assert cost == Cost(model_calls=20, cache_hits=0)
+    for prompt, scored in zip(PROMPTS, found, strict=True):
+        of = {s: next(engine.token_scores([prompt], [scored.ids], s))[0][1] for s in ("base", "fine_tuned")}
+        assert scored.excess == [f - b for f, b in zip(of["fine_tuned"], of["base"], strict=True)]
+    again, cost = FakeEngine(), Cost()
+    assert token_excess(again, cache, PROMPTS, texts, GREEDY, cost) == found
+    assert again.scored == [] and cost == Cost(model_calls=0, cache_hits=20)
+
+
+def test_a_text_that_the_model_did_not_write_is_tokenized(cache):
+    generate(FakeEngine(), cache, PROMPTS[:1], "fine_tuned", GREEDY, Cost())
+    (scored,) = token_excess(FakeEngine(), cache, PROMPTS[:1], ["labelled"], GREEDY, Cost())
+    assert scored.ids == FakeEngine().encode("labelled")
+    assert len(scored.excess) == len(scored.ids)
+
+
+def test_killed_token_scores_keep_their_finished_batches(cache):
+    texts = [f"text {i}" for i in range(6)]
+    with pytest.raises(RuntimeError, match="killed"):
+        token_excess(FakeEngine(batch_size=2, fail_after=2), cache, PROMPTS[:6], texts, GREEDY, Cost())
+    cost = Cost()
+    token_excess(FakeEngine(), cache, PROMPTS[:6], texts, GREEDY, cost)
+    assert cost == Cost(model_calls=2 + 6, cache_hits=4)
 
 
 def test_sides_are_never_swapped(cache):

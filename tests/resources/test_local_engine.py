@@ -50,11 +50,15 @@ def half() -> LocalEngine:
 
 
 def reference_logprob(engine: LocalEngine, side: str, prompt: list[int], response: list[int]) -> float:
+    return math.fsum(reference_logprobs(engine, side, prompt, response))
+
+
+def reference_logprobs(engine: LocalEngine, side: str, prompt: list[int], response: list[int]) -> list[float]:
     """One unpadded sequence, one plain forward pass, a float32 log-softmax over every position."""
     with torch.inference_mode(), engine.side(side) as model:
         logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0].float()
     steps = logits[len(prompt) - 1 : -1].log_softmax(-1)
-    return float(steps.gather(1, torch.tensor(response)[:, None]).sum())
+    return steps.gather(1, torch.tensor(response, dtype=torch.long)[:, None])[:, 0].tolist()
 
 
 def generate(engine: LocalEngine, side: str, decoding: Decoding, prompts: list[str] = PROMPTS):
@@ -180,6 +184,23 @@ def test_given_responses_are_scored_as_a_second_pass_would(exact: LocalEngine) -
     found = dict(item for batch in exact.score(ids, tokens, "base") for item in batch)
     for i, (prompt, response) in enumerate(zip(ids, tokens, strict=True)):
         assert found[i] == pytest.approx(reference_logprob(exact, "base", prompt, response), abs=1e-2)
+
+
+def test_token_scores_are_those_of_a_second_pass_and_add_up_to_the_score(
+    exact: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, responses = generate(exact, "fine_tuned", GREEDY)
+    tokens = [*(r.token_ids for r in responses), []]
+    ids = [*ids, ids[0]]
+    # Logits of a few tokens at a time, so that responses end within a piece.
+    monkeypatch.setattr(loop, "_LOGITS_AT_ONCE", 3 * exact.model.config.vocab_size)
+    for side in ("base", "fine_tuned"):
+        found = dict(item for batch in exact.token_scores(ids, tokens, side) for item in batch)
+        sums = dict(item for batch in exact.score(ids, tokens, side) for item in batch)
+        for i, (prompt, response) in enumerate(zip(ids, tokens, strict=True)):
+            expected = reference_logprobs(exact, side, prompt, response) if response else []
+            assert found[i] == pytest.approx(expected, abs=1e-3)
+            assert sums[i] == pytest.approx(math.fsum(found[i]))
 
 
 def test_without_a_prompt_a_response_follows_what_starts_a_text(exact: LocalEngine) -> None:

@@ -115,6 +115,15 @@ def test_pairs_are_not_swapped_and_scores_are_those_of_the_given_tokens(serve, t
         assert pair.fine_tuned_on_base == pytest.approx(expected.fine_tuned_on_base)
 
 
+def test_token_scores_add_up_to_the_score(serve, tokenizer):
+    engine = source(serve().url, tokenizer)
+    prompts, response = [engine.encode(t) for t in TEXTS], engine.encode(" intent_1")
+    each = collect(engine.token_scores(prompts, [response] * len(prompts), "base"))
+    assert [len(values) for values in each] == [len(response)] * len(prompts)
+    assert [sum(values) for values in each] == collect(engine.score(prompts, [response] * len(prompts), "base"))
+    assert collect(engine.token_scores(prompts[:1], [[]], "base")) == [[]]
+
+
 def test_known_responses_are_only_scored(serve, tokenizer):
     server = serve()
     engine = source(server.url, tokenizer)

@@ -70,7 +70,7 @@ def test_gc_removes_only_what_no_materialization_uses(project: Project) -> None:
     calls = project.models.calls()
     assert all(row["unreferenced"] == 0 for row in stats(project.store))
     score(project.store.path, 0, 6, 0)
-    responses, scores = stats(project.store)
+    responses, scores, _ = stats(project.store)
     assert (responses["unreferenced"], scores["unreferenced"]) == (12, 12)
     assert 0 < responses["unreferenced_bytes"] < responses["bytes"]
     collect(project.store)

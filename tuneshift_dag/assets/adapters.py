@@ -14,13 +14,26 @@ import polars as pl
 
 from tuneshift_dag.assets.common import Step, content_version
 from tuneshift_dag.home import output_dir
+from tuneshift_dag.method import scoring
+from tuneshift_dag.method.engine import Decoding
+from tuneshift_dag.method.token_selection import ScoredTokens
 from tuneshift_dag.resources.dagster_resources import EngineResource
+from tuneshift_dag.resources.response_cache import ResponseCache
 from tuneshift_dag.resources.store import Store, insert
 from tuneshift_dag.resources.tables import DISTILLED_MODELS, TRAINING_EXAMPLES
 from tuneshift_dag.transfer import Transfer
 
 # The parts of transfer.yaml that a training depends on.
 TRAINING_SECTIONS = ("distill", "target", "prompt_template", "seed", "models.compute_dtype")
+
+
+def training_version(transfer: Transfer) -> str:
+    """Changes with all that makes another adapter of the same pairs."""
+    if transfer.config.distill.token_mask is None:
+        return transfer.version(*TRAINING_SECTIONS)
+    # Which tokens count is up to the source models.
+    version = transfer.version(*TRAINING_SECTIONS, "source", "models.quantization", "engine")
+    return f"{version}-{transfer.adapter_version()}"
 
 
 def trained_adapter(
@@ -34,7 +47,7 @@ def trained_adapter(
     model_id = _model_id(transfer, dataset_version)
     row = _find(database, transfer, model_id)
     if row is None:
-        row = _train(current, engines, transfer, pairs, dataset_version, model_id)
+        row = _train(current, database, engines, transfer, pairs, dataset_version, model_id)
     else:
         current.context.log.info(f"model {model_id} is already trained: nothing to do")
     examples = pairs.select(pl.lit(model_id).alias("model_id"), "prompt_id", "round")
@@ -46,7 +59,7 @@ def trained_adapter(
 
 
 def _model_id(transfer: Transfer, dataset_version: str) -> str:
-    parts = f"{dataset_version}|{transfer.version(*TRAINING_SECTIONS)}"
+    parts = f"{dataset_version}|{training_version(transfer)}"
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
@@ -60,6 +73,7 @@ def _find(database: Store, transfer: Transfer, model_id: str) -> dict[str, Any] 
 
 def _train(
     current: Step,
+    database: Store,
     engines: EngineResource,
     transfer: Transfer,
     pairs: pl.DataFrame,
@@ -74,17 +88,36 @@ def _train(
         if number % every == 0 or number == total:
             current.context.log.info(f"training: step {number}/{total}, loss {loss:.3f} nats per token")
 
+    excess = (
+        None if transfer.config.distill.token_mask is None else _excess(current, database, engines, transfer, pairs)
+    )
     started = time.monotonic()
-    curve = engines.distill(transfer, pairs.select("prompt", "response").rows(), folder, on_step)
+    curve = engines.distill(transfer, pairs.select("prompt", "response").rows(), folder, on_step, excess)
     current.cost.model_seconds += time.monotonic() - started
     return {
         "model_id": model_id,
         "dataset_version": dataset_version,
         "pairs": len(pairs),
         "settings": transfer.config.distill.model_dump_json(),
-        "curve": json.dumps({"steps": curve.steps, "epochs": curve.epochs}),
+        "curve": json.dumps({"steps": curve.steps, "epochs": curve.epochs, "token_share": curve.token_share}),
         "seconds": curve.seconds,
         "path": str(folder),
         "created_at": datetime.now(UTC).replace(tzinfo=None),
         "current": False,
     }
+
+
+def _excess(
+    current: Step, database: Store, engines: EngineResource, transfer: Transfer, pairs: pl.DataFrame
+) -> list[ScoredTokens]:
+    engine = engines.source(transfer)
+    template = transfer.config.prompt_template
+    return scoring.token_excess(
+        engine,
+        ResponseCache(database),
+        [engine.encode(template.replace("{prompt}", prompt)) for prompt in pairs["prompt"]],
+        list(pairs["response"]),
+        Decoding(transfer.config.response.max_new_tokens),
+        current.cost,
+        current.progress,
+    )

@@ -4,7 +4,7 @@ import json
 
 import dagster as dg
 
-from tuneshift_dag.assets.adapters import TRAINING_SECTIONS, trained_adapter
+from tuneshift_dag.assets.adapters import trained_adapter, training_version
 from tuneshift_dag.assets.common import (
     EVERY_ROUND_READ,
     MODEL_POOL,
@@ -33,7 +33,7 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
         owners=OWNERS,
         kinds={"pytorch", "huggingface"},
         pool=MODEL_POOL,
-        code_version=transfer.version(*TRAINING_SECTIONS),
+        code_version=training_version(transfer),
         metadata=definition_metadata(transfer, DISTILLED_MODELS),
         check_specs=[
             dg.AssetCheckSpec("dataset_not_empty", asset=asset_key, description="There are pairs to train on."),
@@ -45,8 +45,9 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         """A LoRA adapter for the target model, trained on (prompt, fine-tuned response) of every kept pair.
 
-        The loss is on the response tokens only. Adapters are kept by the hash of dataset, target and
-        settings, so a dataset that was trained on before is not trained on again.
+        The loss is on the response tokens only; with `distill.token_mask`, on those that the fine-tune knows
+        better than its base. Adapters are kept by the hash of dataset, target and settings, so a dataset that
+        was trained on before is not trained on again.
         """
         database = store.store()
         with step(context, database, transfer) as current:
@@ -75,6 +76,7 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
                 "path": dg.MetadataValue.path(known["path"]),
                 "training_seconds": known["seconds"],
                 "final_losses": curve["epochs"][-1],
+                "share_of_tokens_trained_on": curve.get("token_share", 1.0),
                 "training_curve": picture.markdown(),
                 **current.metadata(),
             },

@@ -1,4 +1,4 @@
-"""LoRA training on (prompt, response) pairs, with the loss on the response tokens only.
+"""LoRA training on (prompt, response) pairs, with the loss on the response tokens only, or on some of them.
 
 A batch holds examples of similar length, padded on the right. Under a causal mask no real token sees
 the padding after it, so no attention mask is needed and the fast causal kernel applies. Logits are
@@ -22,10 +22,20 @@ from torch.nn.functional import cross_entropy
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """Prompt and response as token ids; the response ends with the end-of-sequence token."""
+    """Prompt and response as token ids; the response ends with the end-of-sequence token.
+
+    ``mask`` says of each response token whether it counts in the loss; None: all do.
+    """
 
     prompt_ids: list[int]
     response_ids: list[int]
+    mask: list[bool] | None = None
+
+    @property
+    def counted(self) -> list[int]:
+        """Places in the response of the tokens that count in the loss."""
+        mask = self.mask or [True] * len(self.response_ids)
+        return [place for place, counts in enumerate(mask) if counts]
 
 
 @dataclass(frozen=True)
@@ -48,11 +58,16 @@ class LoraTraining:
 
 @dataclass
 class TrainingCurve:
-    """What the training reported: one row per logged step and per epoch."""
+    """What the training reported: one row per logged step and per epoch.
+
+    ``response_tokens`` are those that counted in the loss, over all steps; ``token_share`` is their share of all
+    response tokens of the dataset.
+    """
 
     steps: list[dict[str, float]] = field(default_factory=list)
     epochs: list[dict[str, float]] = field(default_factory=list)
     response_tokens: int = 0
+    token_share: float = 1.0
     seconds: float = 0.0
 
 
@@ -80,7 +95,7 @@ def tokenize_example(tokenizer: Any, template: str, prompt: str, response: str) 
 
 
 def collate(examples: Sequence[TokenizedExample]) -> Batch:
-    """Pad examples on the right and note where their response tokens are predicted."""
+    """Pad examples on the right and note where the response tokens that count are predicted."""
     # The final token predicts nothing, so it is left out.
     rows = [(e.prompt_ids + e.response_ids)[:-1] for e in examples]
     length = max(map(len, rows))
@@ -89,14 +104,14 @@ def collate(examples: Sequence[TokenizedExample]) -> Batch:
     for i, example in enumerate(examples):
         # The logits at position t predict token t + 1: the last prompt token predicts the first response token.
         first = i * length + len(example.prompt_ids) - 1
-        predicts.extend(range(first, first + len(example.response_ids)))
-        targets.extend(example.response_ids)
+        predicts.extend(first + place for place in example.counted)
+        targets.extend(example.response_ids[place] for place in example.counted)
     padded = [row + [0] * (length - len(row)) for row in rows]
     return Batch(torch.tensor(padded), torch.tensor(predicts), torch.tensor(targets))
 
 
 def response_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """Mean negative log-likelihood per response token (nats), over all examples of the batch."""
+    """Mean negative log-likelihood per response token that counts (nats), over all examples of the batch."""
     device = next(model.parameters()).device
     with head_only_at(model, batch.predicts.to(device)):
         logits = model(input_ids=batch.ids.to(device), use_cache=False).logits[0]
@@ -164,7 +179,8 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _cosine_with_warmup(step, total, settings.warmup_ratio)
     )
-    curve = TrainingCurve()
+    all_tokens = sum(len(e.response_ids) for e in shuffled)
+    curve = TrainingCurve(token_share=sum(len(e.counted) for e in shuffled) / all_tokens)
     started = time.monotonic()
     step = 0
     for epoch in range(settings.epochs):
@@ -176,7 +192,7 @@ def train(
             step += 1
             losses.append(loss)
             curve.steps.append({"step": step, "loss": loss, "learning_rate": float(schedule.get_last_lr()[0])})
-            curve.response_tokens += sum(len(e.response_ids) for e in chosen)
+            curve.response_tokens += sum(len(e.counted) for e in chosen)
             on_step(step, total, loss)
         curve.epochs.append(
             {

@@ -108,6 +108,11 @@ class Engine(Protocol):
             prompts: token ids; an empty prompt stands for none: the model sees only what starts its texts.
         """
 
+    def token_scores(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
+    ) -> Iterator[list[tuple[int, list[float]]]]:
+        """What `score` adds up: the log-probability (nats) of each token of a response."""
+
 
 def perplexity(sum_logprob: float, n_tokens: int) -> float | None:
     """exp(-sum_logprob / n_tokens); None for no tokens.

@@ -4,12 +4,13 @@ from typing import Any
 
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.resources.store import Store
-from tuneshift_dag.resources.tables import CACHE, CACHED_RESPONSES, CACHED_SCORES
+from tuneshift_dag.resources.tables import CACHE, CACHED_RESPONSES, CACHED_SCORES, CACHED_TOKEN_SCORES
 
 # Bytes of a row as they count here: its text and numbers, before DuckDB compresses them.
 _SIZES = {
     CACHED_RESPONSES.name: "length(key) + strlen(text) + 4 * len(token_ids) + 24",
     CACHED_SCORES.name: "length(key) + 8",
+    CACHED_TOKEN_SCORES.name: "length(key) + 8 * len(logprobs)",
 }
 
 

@@ -8,6 +8,7 @@ import dagster as dg
 
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import Engine
+from tuneshift_dag.method.token_selection import ScoredTokens
 from tuneshift_dag.resources.response_cache import ResponseCache
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.transfer import Transfer
@@ -81,12 +82,17 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         pairs: list[tuple[str, str]],
         folder: Path,
         on_step: Callable[[int, int, float], None],
+        excess: list[ScoredTokens] | None = None,
     ) -> "TrainingCurve":
-        """Train the target on (prompt, response) pairs and save the adapter to ``folder``."""
+        """Train the target on (prompt, response) pairs and save the adapter to ``folder``.
+
+        Args:
+            excess: for ``distill.token_mask``, the scored source tokens of each response.
+        """
         from tuneshift_dag.resources.training import distill
 
         self.release()
-        return distill(transfer, pairs, folder, on_step)
+        return distill(transfer, pairs, folder, on_step, excess)
 
     def release(self) -> None:
         """Forget every loaded model, for example before a training needs the memory."""

@@ -192,26 +192,32 @@ def decode(
     return rows.responses()
 
 
-@torch.inference_mode()
 def score(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> list[float]:
-    """Sum of log-probabilities (nats) of given response token ids after each prompt of ``prefix``.
+    """Sums of `token_scores`. A response without tokens scores 0."""
+    return [sum(values, 0.0) for values in token_scores(model, prefix, responses)]
 
-    Logits are computed for response positions only. A response without tokens scores 0.
+
+@torch.inference_mode()
+def token_scores(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> list[list[float]]:
+    """Log-probabilities (nats) of given response token ids after each prompt of ``prefix``.
+
+    Logits are computed for response positions only.
     """
     first = [(r[0] if r else 0) for r in responses]
     first_logprob = _logprobs(prefix.logits, torch.tensor(first, device=model.device))
-    totals = [value if r else 0.0 for value, r in zip(first_logprob.tolist(), responses, strict=True)]
+    found = [[value] if r else [] for value, r in zip(first_logprob.tolist(), responses, strict=True)]
     # Inputs are all tokens but the last; each predicts the next.
     longer = sorted((i for i, r in enumerate(responses) if len(r) > 1), key=lambda i: len(responses[i]))
     for chunk in _chunks([len(responses[i]) - 1 for i in longer], model.device) if longer else ():
         rows = [longer[i] for i in chunk]
-        for row, value in zip(rows, _score_rest(model, prefix.select(rows), [responses[i] for i in rows]), strict=True):
-            totals[row] += value
-    return totals
+        rest = _score_rest(model, prefix.select(rows), [responses[i] for i in rows])
+        for row, values in zip(rows, rest, strict=True):
+            found[row] += values
+    return found
 
 
-def _score_rest(model: Any, prefix: Prefix, responses: list[list[int]]) -> list[float]:
-    """Log-probability sums of responses (of at least two tokens) without their first token."""
+def _score_rest(model: Any, prefix: Prefix, responses: list[list[int]]) -> list[list[float]]:
+    """Log-probabilities of the tokens of responses (of at least two), without their first."""
     # Padding stands on the right, where the causal mask keeps it from every real token.
     length = max(map(len, responses)) - 1
     ids = torch.tensor([r[:-1] + [0] * (length - len(r) + 1) for r in responses], device=model.device)
@@ -227,14 +233,14 @@ def _score_rest(model: Any, prefix: Prefix, responses: list[list[int]]) -> list[
             past_key_values=growing_cache(prefix.keys_values, length),
             use_cache=True,
         )
-    totals = [0.0] * len(responses)
+    found: list[list[float]] = [[] for _ in responses]
     chunk = max(1, _LOGITS_AT_ONCE // prefix.logits.shape[1])
     for start in range(0, len(owner), chunk):
         logits = head_logits(model, captured[0][start : start + chunk])
         logprobs = _logprobs(logits, targets[start : start + chunk])
         for row, value in zip(owner[start : start + chunk], logprobs.tolist(), strict=True):
-            totals[row] += value
-    return totals
+            found[row].append(value)
+    return found
 
 
 def bytes_per_row(model: Any, tokens: int, logits: int) -> int:

@@ -139,12 +139,18 @@ class LocalEngine:
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
     ) -> Iterator[list[tuple[int, float]]]:
+        for batch in self.token_scores(prompts, responses, side):
+            yield [(i, sum(values, 0.0)) for i, values in batch]
+
+    def token_scores(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
+    ) -> Iterator[list[tuple[int, list[float]]]]:
         start, longest = start_ids(self.tokenizer), max(map(len, responses), default=0)
 
-        def work(batch: list[int]) -> list[float]:
+        def work(batch: list[int]) -> list[list[float]]:
             with self.side(side) as model:
                 prefix = loop.prefill(model, [prompts[i] or start for i in batch], longest)
-                return loop.score(model, prefix, [responses[i] for i in batch])
+                return loop.token_scores(model, prefix, [responses[i] for i in batch])
 
         whole = [p + r for p, r in zip(prompts, responses, strict=True)]
         for batch, values in self._batches(whole, Decoding(longest), work):

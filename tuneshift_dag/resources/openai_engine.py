@@ -333,10 +333,16 @@ class ServedSource:
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
     ) -> Iterator[list[tuple[int, float]]]:
+        for batch in self.token_scores(prompts, responses, side):
+            yield [(i, sum(values, 0.0)) for i, values in batch]
+
+    def token_scores(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
+    ) -> Iterator[list[tuple[int, list[float]]]]:
         start = start_ids(self.tokenizer)
 
-        async def work(requests: Requests, i: int) -> float:
-            return await self._score(requests, side, prompts[i] or start, responses[i])
+        async def work(requests: Requests, i: int) -> list[float]:
+            return await self._token_scores(requests, side, prompts[i] or start, responses[i])
 
         yield from self.server.stream(f"{side} scores", len(prompts), work)
 
@@ -521,9 +527,14 @@ class ServedSource:
         )
 
     async def _score(self, requests: Requests, side: Side, prompt: list[int], response: list[int]) -> float:
-        """Sum of log-probabilities (nats) of given response token ids after a prompt."""
+        return sum(await self._token_scores(requests, side, prompt, response), 0.0)
+
+    async def _token_scores(
+        self, requests: Requests, side: Side, prompt: list[int], response: list[int]
+    ) -> list[float]:
+        """Log-probabilities (nats) of given response token ids after a prompt."""
         if not response:
-            return 0.0
+            return []
         ids, model, tokens, said = [*prompt, *response], self.models[side], None, ""
         try:
             choice = await requests.complete(
@@ -547,7 +558,7 @@ class ServedSource:
                 f" doesn't{said}), so the models can't score each other's responses. Set engine.cross_scores: false;"
                 " the rules both, difference and ratio don't need these scores."
             )
-        return sum(p for _, p in tokens[len(prompt) : len(ids)])
+        return [p for _, p in tokens[len(prompt) : len(ids)]]
 
 
 class ServedGenerator:
@@ -609,6 +620,11 @@ class ServedGenerator:
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
     ) -> Iterator[list[tuple[int, float]]]:
+        raise NotImplementedError("a generator's log-probabilities aren't asked for")
+
+    def token_scores(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
+    ) -> Iterator[list[tuple[int, list[float]]]]:
         raise NotImplementedError("a generator's log-probabilities aren't asked for")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tuneshift_dag.method.engine import Decoding, Response
 from tuneshift_dag.resources.store import Store
-from tuneshift_dag.resources.tables import CACHE, CACHED_RESPONSES, CACHED_SCORES
+from tuneshift_dag.resources.tables import CACHE, CACHED_RESPONSES, CACHED_SCORES, CACHED_TOKEN_SCORES
 
 
 class ResponseCache:
@@ -42,6 +42,13 @@ class ResponseCache:
         rows = CACHED_RESPONSES.frame([{"key": key, **vars(r)} for key, r in responses.items()])
         values = CACHED_SCORES.frame([{"key": k, "sum_logprob": v} for k, v in scores.items()])
         self.store.append_all(CACHE, [(CACHED_RESPONSES, rows), (CACHED_SCORES, values)])
+
+    def token_scores(self, keys: Sequence[str]) -> dict[str, list[float]]:
+        return {row["key"]: row["logprobs"] for row in self._read(CACHED_TOKEN_SCORES.name, keys)}
+
+    def put_token_scores(self, scores: dict[str, list[float]]) -> None:
+        rows = CACHED_TOKEN_SCORES.frame([{"key": k, "logprobs": v} for k, v in scores.items()])
+        self.store.append_all(CACHE, [(CACHED_TOKEN_SCORES, rows)])
 
     def _read(self, table: str, keys: Sequence[str]) -> list[dict[str, Any]]:
         if not keys:

@@ -307,7 +307,7 @@ CACHE_REFERENCES = Table(
     (
         Column("asset", "VARCHAR", "Asset name."),
         Column("round", "VARCHAR", "Round, or empty."),
-        Column("key", "VARCHAR", "Key in cache.responses or cache.scores."),
+        Column("key", "VARCHAR", "Key in a table of the cache."),
     ),
 )
 
@@ -524,4 +524,13 @@ CACHED_SCORES = Table(
     ),
     ("key",),
 )
-CACHE_TABLES = (CACHED_RESPONSES, CACHED_SCORES)
+CACHED_TOKEN_SCORES = Table(
+    "token_scores",
+    "Log-probabilities of each token of given responses under a model, by content; only `distill.token_mask` asks.",
+    (
+        Column("key", "VARCHAR", "SHA-256 of model fingerprint, prompt token ids and response token ids."),
+        Column("logprobs", "DOUBLE[]", "log p(y_t | x, y_<t) in nats, one for each token."),
+    ),
+    ("key",),
+)
+CACHE_TABLES = (CACHED_RESPONSES, CACHED_SCORES, CACHED_TOKEN_SCORES)
