@@ -96,12 +96,14 @@ class TestReport:
         status, out, _ = tuneshift("report", "banking")
         assert status == 0
         assert "round_02" in out and "target_distilled" in out
+        assert "General text" in out and "bits per byte" in out
 
     def test_before_any_run_counts_nothing(self, tuneshift: Run, transfer_folder: Path) -> None:
         status, out, _ = tuneshift("report", "banking", "--json")
         assert status == 0
         figures = json.loads(out)
         assert (figures["rounds"], figures["accuracy"], figures["model"]) == (0, {}, None)
+        assert figures["retention"] == {}
 
 
 class TestErrors:

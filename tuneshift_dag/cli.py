@@ -169,7 +169,7 @@ def run(
 
 @app.command()
 def report(transfer: TransferName, as_json: AsJson = False) -> None:
-    """Figures of a transfer: rounds, pairs, costs of the last run, held-out accuracy."""
+    """Figures of a transfer: rounds, pairs, costs of the last run, held-out accuracy, what the target forgot."""
     from tuneshift_dag.reports.summary import report as make_report
     from tuneshift_dag.resources.store import Store
 
@@ -368,6 +368,9 @@ def _show(figures: dict[str, Any], as_json: bool) -> None:
     _out.print(_table("Rounds", figures["by_round"]))
     accuracy = [{"model": name, **row} for name, row in figures["accuracy"].items()]
     _out.print(_table("Held-out exact match, 95 % interval", accuracy))
+    if figures["retention"]:
+        retained = [{"model": name, **row} for name, row in figures["retention"].items()]
+        _out.print(_table("General text, before and after the distillation", retained))
     cost = [{"asset": asset, "seconds": value} for asset, value in figures["seconds"].items()]
     _out.print(_table("Cost of the last run", cost))
     _out.print(

@@ -1,5 +1,6 @@
 """The asset graph, run with fake models through a real Dagster instance."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from tuneshift_dag.assets.synthetic_prompts import _check_duplicates, _check_hel
 from tuneshift_dag.definitions import build_definitions
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.preflight import AdapterCheck
+from tuneshift_dag.method.retention import general_texts
+from tuneshift_dag.reports.export import model_card
 from tuneshift_dag.reports.summary import report
 from tuneshift_dag.resources.tables import FILTERED_DATASET, SCORED_PAIRS, SYNTHETIC_PROMPTS
 
@@ -273,6 +276,34 @@ class TestRuleChange:
         edit_config("filter.threshold", 0.31)
         assert "scored_pairs" not in {asset for asset, _ in project.run().materialized}
         assert len(source.scored) == before[1] + responses
+
+
+class TestRetention:
+    def test_general_text_is_scored_by_the_target_before_and_after(self, finished: Project) -> None:
+        rows = finished.rows("SELECT model, perplexity, bits_per_byte, tokens, bytes FROM retention ORDER BY model")
+        assert [row[0] for row in rows] == ["target_base", "target_distilled"]
+        # The fake's tokens are characters, at 4 to 5 nats each.
+        for _, perplexity, bits_per_byte, tokens, size in rows:
+            assert math.exp(4) <= perplexity <= math.exp(5)
+            assert bits_per_byte * math.log(2) * size == pytest.approx(math.log(perplexity) * tokens)
+        (record,) = materializations(finished, "evaluation")
+        metadata = record.asset_materialization.metadata
+        assert metadata["target_base_perplexity"].value == rows[0][1]
+        assert metadata["target_distilled_perplexity"].value == rows[1][1]
+        figures = report(finished.store, finished.transfer)
+        assert figures["retention"]["target_distilled"]["perplexity"] == rows[1][1]
+        assert f"| target distilled | {rows[1][1]:.2f} |" in model_card(finished.transfer, figures)
+
+    def test_the_base_is_scored_once_however_often_it_is_distilled(self, project: Project, edit_config: Edit) -> None:
+        project.run()
+        base = project.models.targets["target|"]
+        scored = list(base.scored)
+        assert len(scored) == len(general_texts())
+        edit_config("distill.epochs", 1)
+        assert project.run().materialized == [("distilled_model", None), ("evaluation", None)]
+        assert base.scored == scored
+        distilled = [engine for name, engine in project.models.targets.items() if name != "target|"]
+        assert [len(engine.scored) for engine in distilled] == [len(scored)] * 2
 
 
 class TestTokenMask:

@@ -1,4 +1,4 @@
-"""Training on selected tokens, with the packaged models: SmolLM2 says which, Gemma learns them."""
+"""Small trainings of the packaged models: on selected tokens, and so long that the target forgets the rest."""
 
 import math
 from pathlib import Path
@@ -8,8 +8,9 @@ import pytest
 from safetensors.torch import load_file
 
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import Decoding
-from tuneshift_dag.method.scoring import Cost, token_excess
+from tuneshift_dag.method.engine import Decoding, Engine, Side
+from tuneshift_dag.method.retention import Retention, general_texts, retention
+from tuneshift_dag.method.scoring import Cost, score_alone, token_excess
 from tuneshift_dag.method.token_selection import ScoredTokens
 from tuneshift_dag.resources.dagster_resources import EngineResource
 from tuneshift_dag.resources.model_loading import load_tokenizer
@@ -25,10 +26,13 @@ SHARE = 0.5
 @pytest.fixture
 def transfer() -> Transfer:
     packaged = load_transfer(Path(__file__).parents[2] / "transfers" / "banking_intents")
-    settings = {"epochs": 1, "batch_size": 4, "balance": "none", "token_mask": SHARE}
-    small = packaged.config.distill.model_copy(update=settings)
-    config = packaged.config.model_copy(update={"distill": small})
-    return Transfer(packaged.folder, config, packaged.seeds, packaged.heldout)
+    return with_distill(packaged, epochs=1, batch_size=4, balance="none", token_mask=SHARE)
+
+
+def with_distill(transfer: Transfer, **settings: Any) -> Transfer:
+    distill = transfer.config.distill.model_copy(update=settings)
+    config = transfer.config.model_copy(update={"distill": distill})
+    return Transfer(transfer.folder, config, transfer.seeds, transfer.heldout)
 
 
 @pytest.fixture
@@ -70,3 +74,29 @@ def test_tokens_that_spell_another_text_stop_it_before_a_model_is_loaded(
     with pytest.raises(TuneshiftError, match=r"transfer\.yaml: distill\.token_mask 0\.5: .*Remove token_mask"):
         distill(transfer, pairs, tmp_path / "adapter", lambda *step: None, excess)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_an_overtrained_target_is_worse_at_general_text_and_its_base_is_not(
+    transfer: Transfer, pairs: list[tuple[str, str]], store: Store, tmp_path: Path
+) -> None:
+    models, texts = EngineResource(), general_texts()
+    greedy = with_distill(transfer, epochs=10, learning_rate=3e-3, token_mask=None)
+    models.distill(greedy, pairs[:4], tmp_path / "adapter", lambda *step: None)
+    cost = Cost()
+
+    def measured(engine: Engine, side: Side) -> Retention:
+        tokens = [engine.encode(text, templated=True) for text in texts]
+        # No adapter, another key: the base of the distilled engine is measured and not looked up.
+        cache = ResponseCache(Store(tmp_path / f"{len(caches)}.duckdb"))
+        caches.append(cache)
+        return retention(texts, tokens, score_alone(engine, cache, tokens, side, cost))
+
+    caches: list[ResponseCache] = []
+    before = measured(models.target(transfer), "base")
+    distilled = models.target(transfer, tmp_path / "adapter")
+    assert measured(distilled, "base").perplexity == pytest.approx(before.perplexity, rel=1e-3)
+    after = measured(distilled, "fine_tuned")
+    assert (after.tokens, after.bytes) == (before.tokens, before.bytes)
+    assert 1 < before.perplexity < 100
+    assert after.perplexity > 1.5 * before.perplexity
+    print(before, after)

@@ -1,4 +1,4 @@
-"""``evaluation``: how much of the skill has moved, on the held-out file."""
+"""``evaluation``: how much of the skill has moved, on the held-out file, and what the target forgot meanwhile."""
 
 import hashlib
 import json
@@ -23,15 +23,17 @@ from tuneshift_dag.method import scoring
 from tuneshift_dag.method.engine import Decoding, Engine, Side
 from tuneshift_dag.method.evaluation import bootstrap_accuracy, is_exact_match
 from tuneshift_dag.method.prompting import prompt_id
+from tuneshift_dag.method.retention import Retention, general_texts, retention
 from tuneshift_dag.reports import plots
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
 from tuneshift_dag.resources.store import Store
-from tuneshift_dag.resources.tables import ACCURACY, EVALUATIONS
+from tuneshift_dag.resources.tables import ACCURACY, EVALUATIONS, RETENTION
 from tuneshift_dag.transfer import Transfer
 
 
 def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
-    heldout_hash = hashlib.sha256(json.dumps(transfer.heldout).encode()).hexdigest()
+    texts = general_texts()
+    heldout_hash, text_hash = (hashlib.sha256(json.dumps(t).encode()).hexdigest() for t in (transfer.heldout, texts))
 
     @dg.asset(
         key=key(transfer, "evaluation"),
@@ -41,7 +43,7 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
         kinds={"duckdb", "pytorch"},
         pool=MODEL_POOL,
         code_version=f"{transfer.version('evaluation', 'engine', 'models', 'source', 'target', 'prompt_template')}"
-        f"-{heldout_hash[:8]}-{transfer.adapter_version()}",
+        f"-{heldout_hash[:8]}-{text_hash[:8]}-{transfer.adapter_version()}",
         metadata=definition_metadata(transfer, EVALUATIONS),
     )
     def evaluation(
@@ -50,11 +52,14 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
         """Exact match on `heldout.jsonl` for four models: source base and fine-tuned, target before and after.
 
         Greedy responses, with 95 % bootstrap intervals. The held-out file is used here and nowhere else.
+
+        For the target also the perplexity of a small general text, before and after: what it forgot.
         """
         database = store.store()
         with step(context, database, transfer) as current:
             rows: list[dict[str, Any]] = []
             accuracies: list[dict[str, Any]] = []
+            retained: list[dict[str, Any]] = []
             for name, engine, side in _models(transfer, database, engines):
                 responses = answer_heldout(transfer, store, engine, side, current, name)
                 correct = []
@@ -74,17 +79,23 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
                 accuracy = bootstrap_accuracy(correct, settings.bootstrap_samples, transfer.config.seed)
                 context.log.info(f"{name}: {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]")
                 accuracies.append({"model": name, **vars(accuracy)})
-            answers, summary = EVALUATIONS.frame(rows), ACCURACY.frame(accuracies)
-            database.replace_all(transfer.name, [(EVALUATIONS, answers), (ACCURACY, summary)])
+                if name.startswith("target"):
+                    found = _retention(store, engine, side, texts, current)
+                    context.log.info(f"{name}: perplexity of general text {found.perplexity:.2f}")
+                    retained.append({"model": name, **vars(found)})
+            answers, summary, kept = EVALUATIONS.frame(rows), ACCURACY.frame(accuracies), RETENTION.frame(retained)
+            database.replace_all(transfer.name, [(EVALUATIONS, answers), (ACCURACY, summary), (RETENTION, kept)])
             picture = plots.accuracy_bars(accuracies)
         picture.save(output_dir(transfer.name) / "accuracy.png")
         mistakes = answers.filter((pl.col("model") == "target_distilled") & ~pl.col("correct"))
         return dg.MaterializeResult(
-            data_version=dg.DataVersion(content_version(summary)),
+            data_version=dg.DataVersion(content_version(summary, kept)),
             metadata={
                 "dagster/row_count": len(answers),
                 **{str(row["model"]): row["value"] for row in accuracies},
                 "accuracy": example_rows(summary, ["model", "value", "low", "high", "n"]),
+                **{f"{row['model']}_perplexity": row["perplexity"] for row in retained},
+                "retention": example_rows(kept, ["model", "perplexity", "bits_per_byte", "tokens"]),
                 "chart": picture.markdown(),
                 "mistakes": example_rows(mistakes, ["prompt", "expected", "response"]),
                 "prompt_template": transfer.config.prompt_template,
@@ -107,6 +118,12 @@ def _models(transfer: Transfer, database: Store, engines: EngineResource) -> lis
         ("target_base", engines.target(transfer), "base"),
         ("target_distilled", distilled, "fine_tuned"),
     ]
+
+
+def _retention(store: StoreResource, engine: Engine, side: Side, texts: list[str], current: Step) -> Retention:
+    """The target's base is scored once, however often it is distilled: scores are cached."""
+    tokens = [engine.encode(text, templated=True) for text in texts]
+    return retention(texts, tokens, scoring.score_alone(engine, store.cache(), tokens, side, current.cost))
 
 
 def answer_heldout(

@@ -85,7 +85,28 @@ Greedy responses, 95 % bootstrap intervals, `heldout.jsonl`.
 | model | accuracy | interval | n |
 | --- | --- | --- | --- |
 {rows}
-{_comparison(figures)}"""
+{_retention(figures)}{_comparison(figures)}"""
+
+
+def _retention(figures: dict[str, Any]) -> str:
+    """The card's section on what the model forgot; nothing before an evaluation."""
+    if not figures["retention"]:
+        return ""
+    rows = "\n".join(
+        f"| {name.replace('_', ' ')} | {row['perplexity']:.2f} | {row['bits_per_byte']:.3f} |"
+        for name, row in figures["retention"].items()
+    )
+    tokens = next(iter(figures["retention"].values()))["tokens"]
+    return f"""
+## What was forgotten
+
+Perplexity of a small general text ({tokens} tokens of prose, code, dialogue and lists), before and after. A rise shows
+that the adapter changed more than its task; equal figures don't show that nothing was lost.
+
+| model | perplexity | bits per byte |
+| --- | --- | --- |
+{rows}
+"""
 
 
 def _comparison(figures: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ _DATASET_ASSETS = ("seed_set", "synthetic_prompts", "scored_pairs")
 
 
 def report(store: Store, transfer: Transfer) -> dict[str, Any]:
-    """Counts, accuracies and the cost of the last run (also one that did nothing) as one JSON-ready object."""
+    """Counts, accuracies, retention and the last run's cost (also of one that did nothing): a JSON-ready object."""
     name = transfer.name
 
     def one(query: str) -> Any:
@@ -33,6 +33,7 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
         "seconds_total": wall,
         "model_seconds": round(sum(s["model_seconds"] for s in steps), 2),
         "accuracy": {row.pop("model"): row for row in store.read("SELECT * FROM accuracy", schema=name).to_dicts()},
+        "retention": {row.pop("model"): row for row in store.read("SELECT * FROM retention", schema=name).to_dicts()},
         "comparison": comparison(store, transfer),
         "model": _model(store, name),
     }

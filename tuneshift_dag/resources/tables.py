@@ -251,6 +251,18 @@ ACCURACY = Table(
     ),
     ("model",),
 )
+RETENTION = Table(
+    "retention",
+    "How well the target predicts general text, before and after: what the distillation made it forget.",
+    (
+        Column("model", "VARCHAR", "target_base or target_distilled."),
+        Column("perplexity", "DOUBLE", "Per token of the packaged text."),
+        Column("bits_per_byte", "DOUBLE", "The same per byte, which compares models with different tokenizers."),
+        Column("tokens", "INTEGER", "Tokens of the text."),
+        Column("bytes", "INTEGER", "Its bytes (UTF-8)."),
+    ),
+    ("model",),
+)
 COMPARISON = Table(
     "comparison",
     "Rival filters: held-out accuracy of models trained on equally many pairs of each, with 95 % intervals.",
@@ -325,7 +337,7 @@ RUNS = Table(
 TRANSFER_TABLES = (
     SEED_SET, ROUND_SEEDS, PROPOSALS, SYNTHETIC_PROMPTS, REJECTED_PROMPTS, SCORED_PAIRS, FILTERED_DATASET,
     REJECTED_PAIRS, THRESHOLD_REPORT, DIVERSITY_MAP, DISTILLED_MODELS, TRAINING_EXAMPLES, EVALUATIONS, ACCURACY,
-    COMPARISON, COMPARISON_ANSWERS, STEPS, RUNS, CACHE_REFERENCES,
+    RETENTION, COMPARISON, COMPARISON_ANSWERS, STEPS, RUNS, CACHE_REFERENCES,
 )  # fmt: skip
 
 # Recursion is over generator calls, not prompts: prompts of one call share their ancestors, so there are
