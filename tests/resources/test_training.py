@@ -99,4 +99,3 @@ def test_an_overtrained_target_is_worse_at_general_text_and_its_base_is_not(
     assert (after.tokens, after.bytes) == (before.tokens, before.bytes)
     assert 1 < before.perplexity < 100
     assert after.perplexity > 1.5 * before.perplexity
-    print(before, after)
