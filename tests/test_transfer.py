@@ -1,3 +1,4 @@
+import hashlib
 import json
 import subprocess
 import sys
@@ -57,6 +58,7 @@ def test_transfers_are_the_folders_with_a_transfer_yaml(transfer_folder):
         ("filter", {"refusals": ["no way", " "]}, ["filter", "empty phrase", "remove it"]),
         ("distill.token_mask", 0, ["distill.token_mask", "found 0", "greater than 0"]),
         ("distill.token_mask", 70, ["distill.token_mask", "found 70", "less than or equal to 1"]),
+        ("evaluation.metric", "numbers", ["evaluation.metric", "'numbers'", "'exact_match' or 'numeric'"]),
         ("prompt_template", "Query:", ["prompt_template", "'Query:'", "must contain {prompt}"]),
         ("prompt_template", "{prompt} {prompt}", ["prompt_template", "exactly once"]),
         ("source", {"base": "models/tiny-base"}, ["source.adapter", "missing", "Add it"]),
@@ -78,6 +80,24 @@ def test_a_bad_setting_names_file_key_value_and_repair(transfer_folder, edit_con
     with pytest.raises(TuneshiftError) as error:
         load_transfer(transfer_folder)
     for word in [str(transfer_folder / "transfer.yaml"), *words]:
+        assert word in str(error.value)
+
+
+def test_a_later_key_changes_a_version_only_when_it_is_set(transfer_folder, edit_config):
+    before = json.dumps([1, {"evaluation": {"bootstrap_samples": 2000, "max_new_tokens": 32}}], sort_keys=True)
+    assert load_transfer(transfer_folder).version("evaluation") == hashlib.sha256(before.encode()).hexdigest()[:12]
+    edit_config("evaluation.metric", "exact_match")
+    assert load_transfer(transfer_folder).version("evaluation") == hashlib.sha256(before.encode()).hexdigest()[:12]
+    (transfer_folder / "heldout.jsonl").unlink()
+    edit_config("evaluation.metric", "numeric")
+    assert load_transfer(transfer_folder).version("evaluation") != hashlib.sha256(before.encode()).hexdigest()[:12]
+
+
+def test_a_held_out_answer_without_a_number_is_named(transfer_folder, edit_config):
+    edit_config("evaluation.metric", "numeric")
+    with pytest.raises(TuneshiftError) as error:
+        load_transfer(transfer_folder)
+    for word in [str(transfer_folder / "heldout.jsonl"), "'intent_1'", "evaluation.metric", "#### "]:
         assert word in str(error.value)
 
 

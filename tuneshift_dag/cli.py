@@ -306,15 +306,15 @@ def doctor(
     transfer: Annotated[str | None, typer.Argument(help="A transfer to check; without it, all of them.")] = None,
     models: Annotated[bool, typer.Option(help="Also load the source model and check the adapter.")] = True,
 ) -> None:
-    """Check the environment, the transfer files and the preflight; say what to fix."""
+    """Check the environment, the transfer files and the preflight; say what to fix. Nothing is downloaded."""
     from tuneshift_dag.reports.doctor import examine
 
     ok = True
     for finding in examine(transfer, models):
-        mark = "[green]ok[/green]  " if finding.ok else "[red]fix[/red] "
+        mark = {True: "[green]ok[/green]  ", None: "[yellow]note[/yellow]", False: "[red]fix[/red] "}[finding.ok]
         _out.print(f"{mark} {finding.what}: ", end="")
         _out.print(finding.detail, markup=False, soft_wrap=True)
-        ok = ok and finding.ok
+        ok = ok and finding.ok is not False
     if not ok:
         raise typer.Exit(1)
 
@@ -357,6 +357,9 @@ def _quiet() -> None:
 
 
 def _show(figures: dict[str, Any], as_json: bool) -> None:
+    from tuneshift_dag.method.evaluation import TITLES
+    from tuneshift_dag.reports.summary import by_way
+
     if as_json:
         print(json.dumps(figures, indent=2))
         return
@@ -367,7 +370,8 @@ def _show(figures: dict[str, Any], as_json: bool) -> None:
     )
     _out.print(_table("Rounds", figures["by_round"]))
     accuracy = [{"model": name, **row} for name, row in figures["accuracy"].items()]
-    _out.print(_table("Held-out exact match, 95 % interval", accuracy))
+    accuracy = [{column: row[column] for column in ("model", "value", "low", "high", "n")} for row in by_way(accuracy)]
+    _out.print(_table(f"Held-out {TITLES[figures['metric']]}, 95 % interval", accuracy))
     if figures["retention"]:
         retained = [{"model": name, **row} for name, row in figures["retention"].items()]
         _out.print(_table("General text, before and after the distillation", retained))
@@ -473,7 +477,7 @@ def _plan_table(made: dict[str, Any]) -> Table:
 
 
 def _comparison_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="Held-out exact match by filter, 95 % intervals", title_justify="left")
+    table = Table(title="Held-out accuracy by filter, 95 % intervals", title_justify="left")
     for column in ("arm", "runs", "pairs", "of", "as random", "accuracy", "minus random", "minus unfiltered"):
         table.add_column(column, justify="left" if column == "arm" else "right")
 

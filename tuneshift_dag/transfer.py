@@ -17,7 +17,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.method.evaluation import Metric
 from tuneshift_dag.method.filters import KEEP_RULES, Guards, Rule, verdict_sql
+from tuneshift_dag.method.numeric import expected_number
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.resources.model_ref import adapter_fingerprint, check_adapter_folder, check_reference, is_hub_id
 
@@ -32,6 +34,8 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 # Where a server is and how it is asked doesn't change what it answers.
 _HOW_TO_ASK = {"base_url", "api_key_env", "concurrency", "timeout_seconds", "max_retries"}
 _WITHOUT_EFFECT: Any = {"engine": {"server": _HOW_TO_ASK}, "generator": {"server": _HOW_TO_ASK}}
+# Keys that came later. At their defaults they are no part of a version: nothing made before them is out of date.
+_LATER_KEYS = {"evaluation": {"metric"}}
 
 
 class _Section(BaseModel):
@@ -437,8 +441,16 @@ class Compare(_Section):
 
 
 class Evaluation(_Section):
-    """Exact match on the held-out file."""
+    """Accuracy on the held-out file."""
 
+    metric: Metric = Field(
+        "exact_match",
+        description=(
+            "`exact_match`: the response equals the held-out one, outer white space aside. `numeric`: its number does,"
+            " found as lm-evaluation-harness does for GSM8K, in two ways that are both reported: strict (after"
+            " `#### `) and flexible (the last number)."
+        ),
+    )
     max_new_tokens: int = Field(32, ge=1, description="Longest answer, in tokens.")
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples behind the 95 % intervals.")
 
@@ -584,6 +596,11 @@ class Transfer:
             code: raised by hand when the meaning of the code that uses them changes.
         """
         dump = self.config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+        for section, keys in _LATER_KEYS.items():
+            fields = type(getattr(self.config, section)).model_fields
+            for key in keys:
+                if dump[section][key] == fields[key].default:
+                    del dump[section][key]
         parts = {section: _dig(dump, section) for section in sections}
         return hashlib.sha256(json.dumps([code, parts], sort_keys=True).encode()).hexdigest()[:12]
 
@@ -616,6 +633,8 @@ def load_transfer(folder: Path) -> Transfer:
     seeds, heldout = check_examples(
         seed_rows, read_jsonl(heldout_file, HELD_OUT_SHAPE) if heldout_file.exists() else []
     )
+    if config.evaluation.metric == "numeric":
+        _refuse_answers_without_number(heldout_file, heldout)
     labelled = _read_labelled(config, config_file, folder, heldout)
     served = config.engine.type == "openai"
     check_reference(config.source.base, folder, f"{config_file}: source.base", weights=not served)
@@ -718,6 +737,15 @@ def _refuse_seeds_in_heldout(seeds: list[str], heldout: list[tuple[str, str]]) -
     for at, prompt in heldout:
         if prompt_id(prompt) in known:
             raise TuneshiftError(f"{at}: {prompt!r} is also a seed, so it would be trained on. Remove one of them.")
+
+
+def _refuse_answers_without_number(file: Path, heldout: list[tuple[str, str]]) -> None:
+    for prompt, response in heldout:
+        if expected_number(response) is None:
+            raise TuneshiftError(
+                f"{file}: the response to {prompt!r} gives no number (found {response!r}), which evaluation.metric"
+                " 'numeric' compares. End it with '#### ' and the number, or write the number alone."
+            )
 
 
 def _read_labelled(

@@ -56,6 +56,12 @@ def buckets(count: int, width: int) -> list[dict]:
     return [{"low": i * width, "high": (i + 1) * width - 1, "kept": i, "dropped": 2} for i in range(count)]
 
 
+def accuracies(flexible: float | None) -> list[dict]:
+    loose = dict.fromkeys(("flexible", "flexible_low", "flexible_high"), flexible)
+    models = ("source_base", "source_fine_tuned", "target_base", "target_distilled")
+    return [{"model": model, "value": 0.5, "low": 0.4, "high": 0.6, "n": 9, **loose} for model in models]
+
+
 PICTURES: dict[str, Callable[[], plots.Picture]] = {
     **{
         f"{kind} {rule} {count}": lambda draw=draw, rule=rule, count=count: draw(pairs(count), rule, 1.5)
@@ -71,6 +77,8 @@ PICTURES: dict[str, Callable[[], plots.Picture]] = {
     "thresholds of three rules": lambda: plots.kept_by_threshold(cells("both", "ratio", "difference")),
     "thresholds of all rules": lambda: plots.kept_by_threshold(cells(*RULES)),
     **{f"{n} rounds": lambda n=n: plots.acceptance_by_round(verdicts(n)) for n in (0, 1, 3, 12, 40)},
+    "accuracies": lambda: plots.accuracy_bars(accuracies(None)),
+    "accuracies of both ways to find a number": lambda: plots.accuracy_bars(accuracies(0.7)),
     **{f"{n} lengths": lambda n=n: plots.response_lengths(buckets(n, 1 + n)) for n in (0, 1, 12)},
     **{f"map of {n}": lambda n=n: plots.diversity_map(points(n)) for n in (0, 1, 2, 600)},
     "map without seeds": lambda: plots.diversity_map(points(20, seeds=0)),

@@ -24,7 +24,7 @@ from tuneshift_dag.assets.common import (
 )
 from tuneshift_dag.assets.evaluation import answer_heldout
 from tuneshift_dag.home import output_dir
-from tuneshift_dag.method.evaluation import Interval, bootstrap_runs, is_exact_match
+from tuneshift_dag.method.evaluation import Interval, bootstrap_runs, mark
 from tuneshift_dag.method.filters import verdict_sql
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.reports import plots
@@ -217,7 +217,7 @@ def _mark(
     """Which responses are right; each is noted in ``answers``."""
     correct = []
     for (prompt, expected), response in zip(transfer.heldout, responses, strict=True):
-        correct.append(is_exact_match(response, expected))
+        correct.append(mark(transfer.config.evaluation.metric, response, expected)[0])
         answers.append(
             {
                 "arm": name,

@@ -21,7 +21,8 @@ from tuneshift_dag.assets.common import (
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.method import scoring
 from tuneshift_dag.method.engine import Decoding, Engine, Side
-from tuneshift_dag.method.evaluation import bootstrap_accuracy, is_exact_match
+from tuneshift_dag.method.evaluation import bootstrap_accuracy, mark
+from tuneshift_dag.method.numeric import next_question
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.method.retention import Retention, general_texts, retention
 from tuneshift_dag.reports import plots
@@ -49,9 +50,10 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
     def evaluation(
         context: dg.AssetExecutionContext, store: StoreResource, engines: EngineResource
     ) -> dg.MaterializeResult:
-        """Exact match on `heldout.jsonl` for four models: source base and fine-tuned, target before and after.
+        """Accuracy on `heldout.jsonl` of four models: source base and fine-tuned, target before and after.
 
-        Greedy responses, with 95 % bootstrap intervals. The held-out file is used here and nowhere else.
+        By `evaluation.metric`, of greedy responses, with 95 % bootstrap intervals. The held-out file is used here and
+        nowhere else.
 
         For the target also the perplexity of a small general text, before and after: what it forgot.
         """
@@ -62,9 +64,9 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
             retained: list[dict[str, Any]] = []
             for name, engine, side in _models(transfer, database, engines):
                 responses = answer_heldout(transfer, store, engine, side, current, name)
-                correct = []
+                marks = []
                 for (prompt, expected), response in zip(transfer.heldout, responses, strict=True):
-                    correct.append(is_exact_match(response, expected))
+                    marks.append(mark(transfer.config.evaluation.metric, response, expected))
                     rows.append(
                         {
                             "model": name,
@@ -72,13 +74,12 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
                             "prompt": prompt,
                             "expected": expected,
                             "response": response.strip(),
-                            "correct": correct[-1],
+                            "correct": marks[-1][0],
+                            "correct_flexible": marks[-1][1],
                         }
                     )
-                settings = transfer.config.evaluation
-                accuracy = bootstrap_accuracy(correct, settings.bootstrap_samples, transfer.config.seed)
-                context.log.info(f"{name}: {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]")
-                accuracies.append({"model": name, **vars(accuracy)})
+                accuracies.append({"model": name, **_accuracy(transfer, marks)})
+                context.log.info("{model}: {value:.3f} [{low:.3f}, {high:.3f}]".format(**accuracies[-1]))
                 if name.startswith("target"):
                     found = _retention(store, engine, side, texts, current)
                     context.log.info(f"{name}: perplexity of general text {found.perplexity:.2f}")
@@ -93,7 +94,8 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
             metadata={
                 "dagster/row_count": len(answers),
                 **{str(row["model"]): row["value"] for row in accuracies},
-                "accuracy": example_rows(summary, ["model", "value", "low", "high", "n"]),
+                **{f"{row['model']}_flexible": row["flexible"] for row in accuracies if row["flexible"] is not None},
+                "accuracy": example_rows(summary, [c for c in summary.columns if summary[c].null_count() == 0]),
                 **{f"{row['model']}_perplexity": row["perplexity"] for row in retained},
                 "retention": example_rows(kept, ["model", "perplexity", "bits_per_byte", "tokens"]),
                 "chart": picture.markdown(),
@@ -104,6 +106,20 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
         )
 
     return evaluation
+
+
+def _accuracy(transfer: Transfer, marks: list[tuple[bool, bool | None]]) -> dict[str, float | None]:
+    """A row of the table ``accuracy`` without the model's name."""
+
+    def interval(place: int) -> dict[str, float]:
+        correct = [bool(both[place]) for both in marks]
+        return vars(bootstrap_accuracy(correct, transfer.config.evaluation.bootstrap_samples, transfer.config.seed))
+
+    row: dict[str, float | None] = {**interval(0), "flexible": None, "flexible_low": None, "flexible_high": None}
+    if transfer.config.evaluation.metric == "numeric":
+        loose = interval(1)
+        row |= {"flexible": loose["value"], "flexible_low": loose["low"], "flexible_high": loose["high"]}
+    return row
 
 
 def _models(transfer: Transfer, database: Store, engines: EngineResource) -> list[tuple[str, Engine, Side]]:
@@ -130,14 +146,15 @@ def answer_heldout(
     transfer: Transfer, store: StoreResource, engine: Engine, side: Side, current: Step, name: str
 ) -> list[str]:
     """The model's greedy response to every held-out prompt."""
-    template = transfer.config.prompt_template
+    template, settings = transfer.config.prompt_template, transfer.config.evaluation
+    stop = next_question(template) if settings.metric == "numeric" else ""
     responses = scoring.generate(
         engine,
         store.cache(),
         [engine.encode(template.replace("{prompt}", prompt)) for prompt, _ in transfer.heldout],
         side,
-        Decoding(transfer.config.evaluation.max_new_tokens),
+        Decoding(settings.max_new_tokens, stop=stop),
         current.cost,
         on_progress=current.progress(f"evaluating {name}"),
     )
-    return [response.text for response in responses]
+    return [response.text.split(stop)[0] if stop else response.text for response in responses]

@@ -1,10 +1,16 @@
-"""Held-out accuracy: exact match of stripped responses, with bootstrap intervals."""
+"""Held-out accuracy: whether a response is right by the chosen metric, and bootstrap intervals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tuneshift_dag.method.numeric import expected_number, flexible_number, strict_number
+
+Metric = Literal["exact_match", "numeric"]
+TITLES: dict[Metric, str] = {"exact_match": "exact match", "numeric": "numeric answers"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,14 @@ class Interval:
 
 def is_exact_match(response: str, expected: str) -> bool:
     return response.strip() == expected.strip()
+
+
+def mark(metric: Metric, response: str, expected: str) -> tuple[bool, bool | None]:
+    """Whether a response is right: by the metric (strict, for ``numeric``), and by its flexible form if it has one."""
+    if metric == "exact_match":
+        return is_exact_match(response, expected), None
+    number = expected_number(expected)
+    return strict_number(response) == number, flexible_number(response) == number
 
 
 def bootstrap_accuracy(correct: Sequence[bool], samples: int, seed: int) -> Accuracy:

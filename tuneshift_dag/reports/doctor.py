@@ -1,4 +1,7 @@
-"""``tuneshift doctor``: is everything there that a run needs? Each finding says what to fix."""
+"""``tuneshift doctor``: is everything there that a run needs? Each finding says what to fix.
+
+Nothing is downloaded: models of the hub that aren't on this machine are named, and what needs them isn't checked.
+"""
 
 import importlib.metadata
 import shutil
@@ -19,7 +22,8 @@ _FREE_GIB = 2
 @dataclass(frozen=True)
 class Finding:
     what: str
-    ok: bool
+    ok: bool | None
+    """None: a run takes care of it, but it wasn't checked."""
     detail: str
 
 
@@ -42,8 +46,12 @@ def examine(name: str | None, with_models: bool) -> Iterator[Finding]:
         warnings = run_warnings(transfer)
         if warnings:
             yield Finding(f"{folder.name} memory", False, " ".join(warnings))
-        if with_models:
+        missing = _not_here(transfer)
+        if missing:
+            yield Finding(f"{folder.name} models", None, _to_fetch(missing))
+        if with_models and "generator.model" not in missing:
             yield from _generator(transfer)
+        if with_models and not missing.keys() & {"source.base", "source.adapter"}:
             yield from _preflight(transfer)
 
 
@@ -67,6 +75,29 @@ def _environment() -> Iterator[Finding]:
         yield Finding("database", True, str(database_file()))
     except TuneshiftError as error:
         yield Finding("database", False, str(error))
+
+
+def _not_here(transfer: Transfer) -> dict[str, str]:
+    """Models of the hub that a run would fetch, by key of ``transfer.yaml``."""
+    from tuneshift_dag.resources.model_ref import hub_files_here
+
+    config = transfer.config
+    models = {
+        "source.base": config.source.base,
+        "source.adapter": config.source.adapter,
+        "target.base": config.target.base,
+    }
+    if config.generator.server is None:
+        models["generator.model"] = config.generator.model
+    return {key: name for key, name in models.items() if not hub_files_here(name, transfer.folder)}
+
+
+def _to_fetch(missing: dict[str, str]) -> str:
+    names = ", ".join(f"{name} ({key})" for key, name in missing.items())
+    return (
+        f"not on this machine, and so not checked: {names}. A run fetches them from the hub; `hf download NAME` does so"
+        " now, after `hf auth login` for a gated model."
+    )
 
 
 def _generator(transfer: Transfer) -> Iterator[Finding]:

@@ -8,7 +8,8 @@ from typing import Any
 import polars as pl
 
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.reports.summary import conclusion, report
+from tuneshift_dag.method.evaluation import TITLES
+from tuneshift_dag.reports.summary import by_way, conclusion, report
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.transfer import Transfer
 
@@ -45,8 +46,8 @@ def model_card(transfer: Transfer, figures: dict[str, Any]) -> str:
     """A Hugging Face model card: source, seeds, thresholds, dataset version and accuracy."""
     config = transfer.config
     rows = "\n".join(
-        f"| {name.replace('_', ' ')} | {a['value']:.3f} | {a['low']:.3f} to {a['high']:.3f} | {a['n']} |"
-        for name, a in figures["accuracy"].items()
+        f"| {a['model'].replace('_', ' ')} | {a['value']:.3f} | {a['low']:.3f} to {a['high']:.3f} | {a['n']} |"
+        for a in by_way([{"model": name, **row} for name, row in figures["accuracy"].items()])
     )
     seeds = "\n".join(f"- {seed}" for seed in transfer.seeds)
     front = f"---\nlibrary_name: peft\nbase_model: {json.dumps(config.target.base)}\ntags: [lora, tuneshift-kd]\n---\n"
@@ -78,7 +79,7 @@ The model sees exactly this before its response, tokenized with the tokenizer's 
 {config.prompt_template}
 ```
 
-## Held-out exact match
+## Held-out {TITLES[config.evaluation.metric]}
 
 Greedy responses, 95 % bootstrap intervals, `heldout.jsonl`.
 
@@ -128,7 +129,7 @@ def _comparison(figures: dict[str, Any]) -> str:
     return f"""
 ## Is the filter worth it?
 
-Other models, trained on equally many pairs of each filter, several times each; held-out exact match with 95 %
+Other models, trained on equally many pairs of each filter, several times each; held-out accuracy with 95 %
 bootstrap intervals over trainings and prompts, differences paired. {conclusion(rows)}
 
 | filter | pairs | trainings | accuracy | minus random | minus unfiltered |

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
+from tuneshift_dag.reports.summary import by_way
+
 _TEXT = "#7d8590"
 _COLORS = ["#4493f8", "#e0823d", "#3fb950", "#ab7df8", "#db61a2", "#c69026"]
 _KEPT, _DROPPED = "#3fb950", "#e0823d"
@@ -74,8 +76,13 @@ def training_curve(curve: dict[str, Any]) -> Picture:
 
 
 def accuracy_bars(rows: Sequence[dict[str, Any]]) -> Picture:
-    """Held-out accuracy of each model with its 95 % interval."""
-    figure, axes = _axes("Held-out exact match", "")
+    """Held-out accuracy of each model with its 95 % interval; for a numeric metric by both ways to find the number.
+
+    Args:
+        rows: of the table ``accuracy``.
+    """
+    figure, axes = _axes("Held-out accuracy", "")
+    rows = by_way(rows)
     names = [row["model"].replace("_", " ") for row in rows]
     values = [row["value"] for row in rows]
     errors = [[r["value"] - r["low"] for r in rows], [r["high"] - r["value"] for r in rows]]
@@ -93,7 +100,7 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Picture:
     Args:
         rows: of the table ``comparison``.
     """
-    figure, axes = _axes("Held-out exact match", "", (6.4, 1.2 + 0.42 * len(rows)))
+    figure, axes = _axes("Held-out accuracy", "", (6.4, 1.2 + 0.42 * len(rows)))
     for place, row in enumerate(rows):
         color = _TEXT if row["pairs"] is None else _COLORS[0]
         axes.hlines(place, row["low"], row["high"], color=color, linewidth=2)

@@ -1,5 +1,6 @@
 """The figures of one transfer: what ``tuneshift report`` prints."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from tuneshift_dag.resources.store import Store
@@ -32,7 +33,8 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
         "seconds": _seconds(steps),
         "seconds_total": wall,
         "model_seconds": round(sum(s["model_seconds"] for s in steps), 2),
-        "accuracy": {row.pop("model"): row for row in store.read("SELECT * FROM accuracy", schema=name).to_dicts()},
+        "metric": transfer.config.evaluation.metric,
+        "accuracy": _accuracy(store, name),
         "retention": {row.pop("model"): row for row in store.read("SELECT * FROM retention", schema=name).to_dicts()},
         "comparison": comparison(store, transfer),
         "model": _model(store, name),
@@ -85,6 +87,25 @@ def _seconds(steps: list[dict[str, Any]]) -> dict[str, float]:
     for step in steps:
         seconds[step["asset"]] = seconds.get(step["asset"], 0.0) + step["seconds"]
     return {asset: round(value, 2) for asset, value in seconds.items()}
+
+
+def by_way(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the table ``accuracy``, one for each way to find a number where the metric has two."""
+    found = []
+    for row in rows:
+        if row.get("flexible") is None:
+            found.append(row)
+            continue
+        flexible = {"value": row["flexible"], "low": row["flexible_low"], "high": row["flexible_high"]}
+        found.append({**row, "model": f"{row['model']}, strict"})
+        found.append({**row, **flexible, "model": f"{row['model']}, flexible"})
+    return found
+
+
+def _accuracy(store: Store, name: str) -> dict[str, dict[str, float]]:
+    """Rows of the table ``accuracy`` by model, without the columns that the metric doesn't have."""
+    rows = store.read("SELECT * FROM accuracy", schema=name).to_dicts()
+    return {row.pop("model"): {key: value for key, value in row.items() if value is not None} for row in rows}
 
 
 def _model(store: Store, name: str) -> dict[str, Any] | None:

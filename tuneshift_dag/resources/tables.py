@@ -228,14 +228,19 @@ TRAINING_EXAMPLES = Table(
 )
 EVALUATIONS = Table(
     "evaluations",
-    "Exact match of each model's response on the held-out file, prompt by prompt.",
+    "Each model's response to the held-out file, and whether it is right, prompt by prompt.",
     (
         Column("model", "VARCHAR", "source_base, source_fine_tuned, target_base or target_distilled."),
         _PROMPT_ID,
         _PROMPT,
         Column("expected", "VARCHAR", "The held-out response."),
         Column("response", "VARCHAR", "The model's greedy response, stripped."),
-        Column("correct", "BOOLEAN", "Whether they are equal."),
+        Column(
+            "correct", "BOOLEAN", "Whether they are equal; of evaluation.metric numeric, whether the number after ####."
+        ),
+        Column(
+            "correct_flexible", "BOOLEAN", "Whether the last number of the response is right; NULL for exact_match."
+        ),
     ),
     ("model", "prompt_id"),
 )
@@ -244,10 +249,13 @@ ACCURACY = Table(
     "Held-out accuracy by model with a 95 % bootstrap interval.",
     (
         Column("model", "VARCHAR", "source_base, source_fine_tuned, target_base or target_distilled."),
-        Column("value", "DOUBLE", "Share of held-out prompts answered exactly."),
+        Column("value", "DOUBLE", "Share of held-out prompts answered right (`evaluations.correct`)."),
         Column("low", "DOUBLE", "Lower end of the 95 % interval."),
         Column("high", "DOUBLE", "Upper end of the 95 % interval."),
         Column("n", "INTEGER", "Held-out prompts."),
+        Column("flexible", "DOUBLE", "Share by `evaluations.correct_flexible`; NULL for exact_match."),
+        Column("flexible_low", "DOUBLE", "Lower end of its 95 % interval."),
+        Column("flexible_high", "DOUBLE", "Upper end."),
     ),
     ("model",),
 )
@@ -294,7 +302,7 @@ COMPARISON_ANSWERS = Table(
         Column("seed", "INTEGER", "Seed of the training; NULL for a model that wasn't trained here."),
         _PROMPT_ID,
         Column("response", "VARCHAR", "The model's greedy response, stripped."),
-        Column("correct", "BOOLEAN", "Whether it equals the held-out response."),
+        Column("correct", "BOOLEAN", "As in evaluations."),
     ),
 )
 STEPS = Table(
