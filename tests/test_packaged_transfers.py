@@ -8,12 +8,15 @@ from types import ModuleType
 import pytest
 
 from tuneshift_dag.definitions import build_definitions
+from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.reports.doctor import examine
+from tuneshift_dag.resources.dagster_resources import EngineResource
 from tuneshift_dag.transfer import find_transfers, load_transfer
 
 ROOT = Path(__file__).parents[1] / "transfers"
 FOLDERS = find_transfers(ROOT)
+HUB = "gsm8k_llama"
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -21,9 +24,12 @@ class TestEveryTransfer:
     def test_the_doctor_finds_nothing_to_fix(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TUNESHIFT_TRANSFERS", str(ROOT))
         findings = list(examine(folder.name, with_models=False))
-        assert [f for f in findings if not f.ok] == []
+        assert [f for f in findings if f.ok is False] == []
         assert folder.name in [f.what for f in findings]
 
+
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if f.name != HUB], ids=lambda folder: folder.name)
+class TestEveryTransferOfPackagedModels:
     def test_it_is_small_and_can_be_made_again(self, folder: Path) -> None:
         assert len(load_transfer(folder).seeds) == 5
         assert len(load_transfer(folder).heldout) >= 200
@@ -33,10 +39,35 @@ class TestEveryTransfer:
 
 def test_each_is_an_asset_group_of_its_own(tmp_path: Path) -> None:
     transfers = [load_transfer(folder) for folder in FOLDERS]
-    assert len(transfers) >= 2
+    assert len(transfers) >= 3
     graph = build_definitions(transfers, tmp_path / "t.duckdb").resolve_asset_graph()
     groups = {key.path[0]: graph.get(key).group_name for key in graph.get_all_asset_keys()}
     assert groups == {transfer.name: transfer.name for transfer in transfers}
+
+
+class TestTransferOfHubModels:
+    """One whose models aren't on this machine."""
+
+    @pytest.fixture(autouse=True)
+    def empty_hub_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TUNESHIFT_TRANSFERS", str(ROOT))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def test_the_doctor_names_what_a_run_would_fetch_and_fetches_nothing(self) -> None:
+        findings = {f.what: f for f in examine(HUB, with_models=True)}
+        config = load_transfer(ROOT / HUB).config
+        missing = findings[f"{HUB} models"]
+        assert missing.ok is None and "hf download" in missing.detail
+        for model in (config.source.base, config.source.adapter, config.target.base, config.generator.model):
+            assert model in missing.detail
+        assert not findings.keys() & {f"{HUB} generator", f"{HUB} preflight"}
+
+    def test_a_run_says_which_model_it_has_not_got(self) -> None:
+        transfer = load_transfer(ROOT / HUB)
+        with pytest.raises(
+            TuneshiftError, match=r"source\.adapter: the hub model 'your-account/.* name a local folder"
+        ):
+            EngineResource().source(transfer)
 
 
 class TestMeetingSlots:

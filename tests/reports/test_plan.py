@@ -135,7 +135,8 @@ class TestSizes:
             plans.model_sizes(load_transfer(sized), {})
         assert str(error.value) == (
             f"{sized / 'transfer.yaml'}: target.base: 'someone/never-downloaded' isn't on this machine yet, so its size"
-            " isn't known: give its size with --target-parameters 8B, or get it with `tuneshift doctor banking`."
+            " isn't known: give its size with --target-parameters 8B, or get it with"
+            " `hf download someone/never-downloaded`."
         )
         assert plans.model_sizes(load_transfer(sized), {"target": 1e9})["target"].parameters > 9e8
 

@@ -94,7 +94,7 @@ def model_sizes(transfer: Transfer, given: Mapping[str, float]) -> dict[str, Mod
         if file is None:
             raise TuneshiftError(
                 f"{where}: {references[name]!r} isn't on this machine yet, so its size isn't known: {fix},"
-                f" or get it with `tuneshift doctor {transfer.name}`."
+                f" or get it with `hf download {references[name]}`."
             )
         try:
             sizes[name] = ModelSize.from_config(json.loads(file.read_text()))
