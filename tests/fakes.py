@@ -184,6 +184,8 @@ class FakeModels:
         self.targets: dict[str, FakeEngine] = {}
         self.trained: list[list[tuple[str, str]]] = []
         self.excess: list[list[ScoredTokens] | None] = []
+        self.task_runs: list[tuple[str, str, Side]] = []
+        self.failing_task = ""
 
     def calls(self) -> int:
         """Responses generated and scored, by all engines."""
@@ -203,6 +205,9 @@ class FakeModels:
             def target(self, transfer: Transfer, adapter: Path | None = None) -> FakeEngine:
                 name = f"target|{adapter.name if adapter else ''}"
                 return models.targets.setdefault(name, FakeEngine(name))
+
+            def harness(self, transfer: Transfer) -> Any:
+                return FakeHarness(transfer, models)
 
             def distill(
                 self,
@@ -226,6 +231,25 @@ class FakeModels:
                 )
 
         return FakeEngines()
+
+
+class FakeHarness:
+    """Stands for `tuneshift_dag.resources.harness.Harness`: every task gives one score."""
+
+    def __init__(self, transfer: Transfer, models: FakeModels) -> None:
+        self.names = transfer.config.evaluation.tasks
+        self.limit = transfer.config.evaluation.task_limit
+        self.models = models
+
+    def version(self, name: str) -> str:
+        return f"{name}|{self.limit}"
+
+    def run(self, name: str, engine: FakeEngine, side: Side) -> list[dict[str, Any]]:
+        if name == self.models.failing_task:
+            raise RuntimeError("the harness was killed")
+        self.models.task_runs.append((name, engine.name, side))
+        scores = {"value": 0.5, "stderr": None, "n": self.limit}
+        return [{"task": name, "task_version": "1", "metric": "acc", "filter": "none", **scores}]
 
 
 def _number(*parts: object) -> int:

@@ -375,6 +375,8 @@ def _show(figures: dict[str, Any], as_json: bool) -> None:
     if figures["retention"]:
         retained = [{"model": name, **row} for name, row in figures["retention"].items()]
         _out.print(_table("General text, before and after the distillation", retained))
+    if figures["tasks"]:
+        _out.print(_table("Standard tasks, with standard errors", figures["tasks"]))
     cost = [{"asset": asset, "seconds": value} for asset, value in figures["seconds"].items()]
     _out.print(_table("Cost of the last run", cost))
     _out.print(

@@ -5,6 +5,7 @@ Every key says what it means, its unit and where its default comes from. Nothing
 """
 
 import hashlib
+import importlib.util
 import json
 import math
 import re
@@ -21,7 +22,13 @@ from tuneshift_dag.method.evaluation import Metric
 from tuneshift_dag.method.filters import KEEP_RULES, Guards, Rule, verdict_sql
 from tuneshift_dag.method.numeric import expected_number
 from tuneshift_dag.method.prompting import prompt_id
-from tuneshift_dag.resources.model_ref import adapter_fingerprint, check_adapter_folder, check_reference, is_hub_id
+from tuneshift_dag.resources.model_ref import (
+    adapter_fingerprint,
+    check_adapter_folder,
+    check_reference,
+    fingerprint_of,
+    is_hub_id,
+)
 
 Rows = list[tuple[str, dict[str, Any]]]
 """Examples as read from a file, each with its place there, for messages."""
@@ -34,8 +41,6 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 # Where a server is and how it is asked doesn't change what it answers.
 _HOW_TO_ASK = {"base_url", "api_key_env", "concurrency", "timeout_seconds", "max_retries"}
 _WITHOUT_EFFECT: Any = {"engine": {"server": _HOW_TO_ASK}, "generator": {"server": _HOW_TO_ASK}}
-# Keys that came later. At their defaults they are no part of a version: nothing made before them is out of date.
-_LATER_KEYS = {"evaluation": {"metric"}}
 
 
 class _Section(BaseModel):
@@ -441,10 +446,12 @@ class Compare(_Section):
 
 
 class Evaluation(_Section):
-    """Accuracy on the held-out file."""
+    """Accuracy on the held-out file, and on standard tasks."""
 
+    # Keys that came later aren't part of a version at their defaults: nothing made before them is out of date.
     metric: Metric = Field(
         "exact_match",
+        exclude_if=lambda value: value == "exact_match",
         description=(
             "`exact_match`: the response equals the held-out one, outer white space aside. `numeric`: its number does,"
             " found as lm-evaluation-harness does for GSM8K, in two ways that are both reported: strict (after"
@@ -453,6 +460,28 @@ class Evaluation(_Section):
     )
     max_new_tokens: int = Field(32, ge=1, description="Longest answer, in tokens.")
     bootstrap_samples: int = Field(2000, ge=100, description="Resamples behind the 95 % intervals.")
+    tasks: tuple[str, ...] = Field(
+        (),
+        exclude_if=lambda value: not value,
+        description=(
+            "Tasks of lm-evaluation-harness to measure the target on before and after, such as `[gsm8k, mbpp, bbh]`;"
+            " needs the extra `lm-eval`."
+        ),
+    )
+    task_folder: str | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "Folder of task files of your own (a path relative to this one), for other tasks or for data on this"
+            " machine; its data files are named from that folder."
+        ),
+    )
+    task_limit: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda value: value is None,
+        description="At most this many examples of each task; for a try, since the scores are then rough.",
+    )
 
 
 class TransferConfig(_Section):
@@ -596,11 +625,6 @@ class Transfer:
             code: raised by hand when the meaning of the code that uses them changes.
         """
         dump = self.config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
-        for section, keys in _LATER_KEYS.items():
-            fields = type(getattr(self.config, section)).model_fields
-            for key in keys:
-                if dump[section][key] == fields[key].default:
-                    del dump[section][key]
         parts = {section: _dig(dump, section) for section in sections}
         return hashlib.sha256(json.dumps([code, parts], sort_keys=True).encode()).hexdigest()[:12]
 
@@ -608,6 +632,13 @@ class Transfer:
         """Changes with the source adapter's files; empty for an adapter on the hub."""
         path = (self.folder / self.config.source.adapter).expanduser()
         return adapter_fingerprint(path)[:8] if path.is_dir() else ""
+
+    def tasks_version(self) -> str:
+        """Changes with the files of ``evaluation.task_folder``; empty without one."""
+        if not self.config.evaluation.task_folder:
+            return ""
+        folder = (self.folder / self.config.evaluation.task_folder).expanduser()
+        return "-" + fingerprint_of(file for file in folder.rglob("*") if file.is_file())[:8]
 
 
 def round_key(number: int) -> str:
@@ -633,6 +664,7 @@ def load_transfer(folder: Path) -> Transfer:
     seeds, heldout = check_examples(
         seed_rows, read_jsonl(heldout_file, HELD_OUT_SHAPE) if heldout_file.exists() else []
     )
+    _check_tasks(config.evaluation, config_file, folder)
     if config.evaluation.metric == "numeric":
         _refuse_answers_without_number(heldout_file, heldout)
     labelled = _read_labelled(config, config_file, folder, heldout)
@@ -737,6 +769,20 @@ def _refuse_seeds_in_heldout(seeds: list[str], heldout: list[tuple[str, str]]) -
     for at, prompt in heldout:
         if prompt_id(prompt) in known:
             raise TuneshiftError(f"{at}: {prompt!r} is also a seed, so it would be trained on. Remove one of them.")
+
+
+def _check_tasks(settings: Evaluation, config_file: Path, folder: Path) -> None:
+    """What can be seen without importing lm-evaluation-harness, which takes seconds."""
+    if settings.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise TuneshiftError(
+            f"{config_file}: evaluation.tasks {list(settings.tasks)} needs lm-evaluation-harness, which isn't"
+            " installed: run `pip install 'tuneshift-dag[lm-eval]'`, or remove the key."
+        )
+    if settings.task_folder and not (folder / settings.task_folder).expanduser().is_dir():
+        raise TuneshiftError(
+            f"{config_file}: evaluation.task_folder: there is no folder {folder / settings.task_folder}. Correct it, or"
+            " remove the key."
+        )
 
 
 def _refuse_answers_without_number(file: Path, heldout: list[tuple[str, str]]) -> None:

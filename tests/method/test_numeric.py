@@ -1,25 +1,32 @@
-import pytest
+from pathlib import Path
 
+import pytest
+import yaml
+
+from tuneshift_dag.method.evaluation import mark
 from tuneshift_dag.method.numeric import expected_number, flexible_number, next_question, strict_number
+
+
+FOUND = [
+    ("He has 3 + 4 = 7 apples.\n#### 7", "7", "7"),
+    ("That is $1,234.50.\n#### 1,234.50", "1234.50", "1234.50"),
+    ("#### -12\nso it is 13", "-12", "13"),
+    ("#### 5. #### 6.", "5", "6"),
+    ("The answer is $18.", None, "18"),
+    ("The answer is 18 dollars, at 3% a year.", None, "3"),
+    ("#### eighteen", None, None),
+    ("####18", None, "18"),
+    ("I don't know", None, None),
+    ("", None, None),
+    # The harness's own pattern takes any run of two of these marks for a number.
+    ("It is 4...", None, "4.."),
+    ("4, then ...", None, ".."),
+]
 
 
 @pytest.mark.parametrize(
     ("response", "strict", "flexible"),
-    [
-        ("He has 3 + 4 = 7 apples.\n#### 7", "7", "7"),
-        ("That is $1,234.50.\n#### 1,234.50", "1234.50", "1234.50"),
-        ("#### -12\nso it is 13", "-12", "13"),
-        ("#### 5. #### 6.", "5", "6"),
-        ("The answer is $18.", None, "18"),
-        ("The answer is 18 dollars, at 3% a year.", None, "3"),
-        ("#### eighteen", None, None),
-        ("####18", None, "18"),
-        ("I don't know", None, None),
-        ("", None, None),
-        # The harness's own pattern takes any run of two of these marks for a number.
-        ("It is 4...", None, "4.."),
-        ("4, then ...", None, ".."),
-    ],
+    FOUND,
 )
 def test_numbers_are_found_strictly_and_flexibly(response: str, strict: str | None, flexible: str | None) -> None:
     assert (strict_number(response), flexible_number(response)) == (strict, flexible)
@@ -52,3 +59,25 @@ def test_a_held_out_answer_gives_its_last_number_or_is_one(answer: str, number: 
 )
 def test_a_response_is_over_where_the_template_would_open_anew(template: str, stop: str) -> None:
     assert next_question(template) == stop
+
+
+def test_responses_are_marked_as_the_harness_marks_them() -> None:
+    """Its own task file, filters and comparison, on the responses above and some more."""
+    harness = pytest.importorskip("lm_eval", reason="the extra lm-eval isn't installed")
+    from lm_eval.api.metrics import exact_match_hf_evaluate
+    from lm_eval.filters.extraction import RegexFilter
+
+    task = yaml.safe_load((Path(harness.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml").read_text())
+    assert task["metadata"]["version"] == 3.0
+    filters = {f["name"]: dict(f["filter"][0]) for f in task["filter_list"]}
+    (metric,) = task["metric_list"]
+    responses = [response for response, *_ in FOUND] + ["#### 7.", "$7", "7.0", "-7", "7 of 8", "#### 7,000 or 7"]
+    for answer in ("3 + 4 = 7\n#### 7", "#### 1,234.50", "18", "#### -12"):
+        for response in responses:
+            marks = []
+            for name in ("strict-match", "flexible-extract"):
+                options = {key: value for key, value in filters[name].items() if key != "function"}
+                ((found,),) = RegexFilter(**options).apply([[response]], [{}])
+                rules = {"regexes_to_ignore": metric["regexes_to_ignore"], "ignore_case": metric["ignore_case"]}
+                marks.append(bool(exact_match_hf_evaluate([found], [answer], **rules)["exact_match"]))
+            assert mark("numeric", response, answer) == tuple(marks), (response, answer)

@@ -17,7 +17,7 @@ from tuneshift_dag.transfer import Transfer
 
 
 def build_assets(transfer: Transfer) -> list[dg.AssetsDefinition | dg.AssetSpec]:
-    """All assets of a transfer; ``evaluation`` needs a held-out file; two have a switch in ``transfer.yaml``."""
+    """All assets; ``evaluation`` needs a held-out file or tasks; two have a switch in ``transfer.yaml``."""
     assets: list[dg.AssetsDefinition | dg.AssetSpec] = [
         build_seed_set(transfer),
         build_round_seeds(transfer),
@@ -27,7 +27,7 @@ def build_assets(transfer: Transfer) -> list[dg.AssetsDefinition | dg.AssetSpec]
         build_threshold_report(transfer),
         build_distilled_model(transfer),
     ]
-    if transfer.heldout:
+    if transfer.heldout or transfer.config.evaluation.tasks:
         assets.append(build_evaluation(transfer))
     if transfer.config.diversity_map:
         assets.append(build_diversity_map(transfer))

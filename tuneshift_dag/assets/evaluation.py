@@ -18,6 +18,7 @@ from tuneshift_dag.assets.common import (
     key,
     step,
 )
+from tuneshift_dag.assets.task_scores import TASK_COLUMNS, score_tasks
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.method import scoring
 from tuneshift_dag.method.engine import Decoding, Engine, Side
@@ -44,7 +45,7 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
         kinds={"duckdb", "pytorch"},
         pool=MODEL_POOL,
         code_version=f"{transfer.version('evaluation', 'engine', 'models', 'source', 'target', 'prompt_template')}"
-        f"-{heldout_hash[:8]}-{text_hash[:8]}-{transfer.adapter_version()}",
+        f"-{heldout_hash[:8]}-{text_hash[:8]}-{transfer.adapter_version()}{transfer.tasks_version()}",
         metadata=definition_metadata(transfer, EVALUATIONS),
     )
     def evaluation(
@@ -55,14 +56,17 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
         By `evaluation.metric`, of greedy responses, with 95 % bootstrap intervals. The held-out file is used here and
         nowhere else.
 
-        For the target also the perplexity of a small general text, before and after: what it forgot.
+        For the target also the perplexity of a small general text, before and after: what it forgot; and with
+        `evaluation.tasks` its scores on standard tasks.
         """
         database = store.store()
         with step(context, database, transfer) as current:
             rows: list[dict[str, Any]] = []
             accuracies: list[dict[str, Any]] = []
             retained: list[dict[str, Any]] = []
-            for name, engine, side in _models(transfer, database, engines):
+            harness = engines.harness(transfer) if transfer.config.evaluation.tasks else None
+            models = _models(transfer, database, engines)
+            for name, engine, side in models:
                 responses = answer_heldout(transfer, store, engine, side, current, name)
                 marks = []
                 for (prompt, expected), response in zip(transfer.heldout, responses, strict=True):
@@ -78,19 +82,26 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
                             "correct_flexible": marks[-1][1],
                         }
                     )
-                accuracies.append({"model": name, **_accuracy(transfer, marks)})
-                context.log.info("{model}: {value:.3f} [{low:.3f}, {high:.3f}]".format(**accuracies[-1]))
+                if marks:
+                    accuracies.append({"model": name, **_accuracy(transfer, marks)})
+                    context.log.info("{model}: {value:.3f} [{low:.3f}, {high:.3f}]".format(**accuracies[-1]))
                 if name.startswith("target"):
                     found = _retention(store, engine, side, texts, current)
                     context.log.info(f"{name}: perplexity of general text {found.perplexity:.2f}")
                     retained.append({"model": name, **vars(found)})
             answers, summary, kept = EVALUATIONS.frame(rows), ACCURACY.frame(accuracies), RETENTION.frame(retained)
             database.replace_all(transfer.name, [(EVALUATIONS, answers), (ACCURACY, summary), (RETENTION, kept)])
+            task_scores = score_tasks(transfer, database, harness, models, current)
+        extra: dict[str, Any] = {}
+        if accuracies:
             picture = plots.accuracy_bars(accuracies)
-        picture.save(output_dir(transfer.name) / "accuracy.png")
+            picture.save(output_dir(transfer.name) / "accuracy.png")
+            extra["chart"] = picture.markdown()
+        if len(task_scores):
+            extra["tasks"] = example_rows(task_scores, TASK_COLUMNS, len(task_scores))
         mistakes = answers.filter((pl.col("model") == "target_distilled") & ~pl.col("correct"))
         return dg.MaterializeResult(
-            data_version=dg.DataVersion(content_version(summary, kept)),
+            data_version=dg.DataVersion(content_version(summary, kept, task_scores.select(TASK_COLUMNS))),
             metadata={
                 "dagster/row_count": len(answers),
                 **{str(row["model"]): row["value"] for row in accuracies},
@@ -98,7 +109,7 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
                 "accuracy": example_rows(summary, [c for c in summary.columns if summary[c].null_count() == 0]),
                 **{f"{row['model']}_perplexity": row["perplexity"] for row in retained},
                 "retention": example_rows(kept, ["model", "perplexity", "bits_per_byte", "tokens"]),
-                "chart": picture.markdown(),
+                **extra,
                 "mistakes": example_rows(mistakes, ["prompt", "expected", "response"]),
                 "prompt_template": transfer.config.prompt_template,
                 **current.metadata(),

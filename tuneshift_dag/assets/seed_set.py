@@ -54,6 +54,9 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
         Before anything is computed, the source adapter is checked on them: a silently unapplied adapter
         would make both models equal and every later result meaningless. Reports the seeds of round_01.
         """
+        if transfer.config.evaluation.tasks:
+            # Now, not after hours of work: a misspelt task, or one whose data can't be had.
+            engines.harness(transfer)
         with step(context, store.store(), transfer) as current:
             started = time.monotonic()
             source = engines.source(transfer)

@@ -46,6 +46,8 @@ def examine(name: str | None, with_models: bool) -> Iterator[Finding]:
         warnings = run_warnings(transfer)
         if warnings:
             yield Finding(f"{folder.name} memory", False, " ".join(warnings))
+        if transfer.config.evaluation.tasks:
+            yield _tasks(transfer)
         missing = _not_here(transfer)
         if missing:
             yield Finding(f"{folder.name} models", None, _to_fetch(missing))
@@ -75,6 +77,17 @@ def _environment() -> Iterator[Finding]:
         yield Finding("database", True, str(database_file()))
     except TuneshiftError as error:
         yield Finding("database", False, str(error))
+
+
+def _tasks(transfer: Transfer) -> Finding:
+    from tuneshift_dag.resources.harness import check_names
+
+    what = f"{transfer.name} tasks"
+    try:
+        check_names(transfer)
+    except TuneshiftError as error:
+        return Finding(what, False, str(error))
+    return Finding(what, True, ", ".join(transfer.config.evaluation.tasks))
 
 
 def _not_here(transfer: Transfer) -> dict[str, str]:

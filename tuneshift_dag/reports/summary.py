@@ -36,9 +36,19 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
         "metric": transfer.config.evaluation.metric,
         "accuracy": _accuracy(store, name),
         "retention": {row.pop("model"): row for row in store.read("SELECT * FROM retention", schema=name).to_dicts()},
+        "tasks": tasks(store, transfer),
         "comparison": comparison(store, transfer),
         "model": _model(store, name),
     }
+
+
+def tasks(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
+    """Scores of the target on standard tasks; [] without ``evaluation.tasks``."""
+    return store.read(
+        "SELECT task, metric, filter, model, value, stderr, n FROM task_scores WHERE current"
+        " ORDER BY task, metric, filter, model",
+        schema=transfer.name,
+    ).to_dicts()
 
 
 def comparison(store: Store, transfer: Transfer) -> list[dict[str, Any]]:

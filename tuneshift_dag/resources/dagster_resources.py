@@ -15,6 +15,7 @@ from tuneshift_dag.transfer import Transfer
 
 if TYPE_CHECKING:
     from tuneshift_dag.method.distillation import TrainingCurve
+    from tuneshift_dag.resources.harness import Harness
     from tuneshift_dag.resources.model_ref import ModelFiles
 
 # Engines live as long as the process: the steps of a run share loaded models.
@@ -75,6 +76,12 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
         files = resolve_adapter(str(adapter), transfer.folder, "distilled adapter") if adapter else None
         return self._engine(transfer, transfer.config.target.base, "target.base", files)
+
+    def harness(self, transfer: Transfer) -> "Harness":
+        """The tasks of ``evaluation.tasks``, with their data; no model is loaded."""
+        from tuneshift_dag.resources.harness import Harness
+
+        return Harness(transfer)
 
     def distill(
         self,

@@ -271,6 +271,26 @@ RETENTION = Table(
     ),
     ("model",),
 )
+TASK_SCORES = Table(
+    "task_scores",
+    "What lm-evaluation-harness measured on `evaluation.tasks`, for the target before and after, by task.",
+    (
+        Column(
+            "key", "VARCHAR", "SHA-256 of model fingerprint, task, its examples and settings, limit, harness version."
+        ),
+        Column("model", "VARCHAR", "target_base or target_distilled."),
+        Column("task", "VARCHAR", "Task, or group of tasks."),
+        Column("task_version", "VARCHAR", "Version that the task's file gives."),
+        Column("metric", "VARCHAR", "Such as exact_match or acc."),
+        Column("filter", "VARCHAR", "How the answer was taken from the response, such as strict-match; none."),
+        Column("value", "DOUBLE", "The score."),
+        Column("stderr", "DOUBLE", "Its standard error, as the harness gives it; NULL where it gives none."),
+        Column("n", "INTEGER", "Examples."),
+        Column("example_limit", "INTEGER", "`evaluation.task_limit`, or NULL."),
+        Column("current", "BOOLEAN", "Whether the last evaluation used it."),
+    ),
+    ("key", "task", "metric", "filter"),
+)
 COMPARISON = Table(
     "comparison",
     "Rival filters: held-out accuracy of models trained on equally many pairs of each, with 95 % intervals.",
@@ -345,7 +365,7 @@ RUNS = Table(
 TRANSFER_TABLES = (
     SEED_SET, ROUND_SEEDS, PROPOSALS, SYNTHETIC_PROMPTS, REJECTED_PROMPTS, SCORED_PAIRS, FILTERED_DATASET,
     REJECTED_PAIRS, THRESHOLD_REPORT, DIVERSITY_MAP, DISTILLED_MODELS, TRAINING_EXAMPLES, EVALUATIONS, ACCURACY,
-    RETENTION, COMPARISON, COMPARISON_ANSWERS, STEPS, RUNS, CACHE_REFERENCES,
+    RETENTION, TASK_SCORES, COMPARISON, COMPARISON_ANSWERS, STEPS, RUNS, CACHE_REFERENCES,
 )  # fmt: skip
 
 # Recursion is over generator calls, not prompts: prompts of one call share their ancestors, so there are

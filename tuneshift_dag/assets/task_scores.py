@@ -1,0 +1,51 @@
+"""The part of ``evaluation`` that measures standard tasks, ``evaluation.tasks``, on the target before and after."""
+
+import hashlib
+import time
+from typing import Any
+
+import polars as pl
+
+from tuneshift_dag.assets.common import Step
+from tuneshift_dag.method.engine import Engine, Side
+from tuneshift_dag.resources.store import Store
+from tuneshift_dag.resources.tables import TASK_SCORES
+from tuneshift_dag.transfer import Transfer
+
+TASK_COLUMNS = ["model", "task", "metric", "filter", "value", "stderr", "n"]
+
+
+def score_tasks(
+    transfer: Transfer, database: Store, harness: Any, models: list[tuple[str, Engine, Side]], current: Step
+) -> pl.DataFrame:
+    """Rows of ``task_scores`` for both target models; what a model scored before isn't computed again.
+
+    A task is written when it is done, so a killed run loses at most one.
+
+    Args:
+        harness: a `tuneshift_dag.resources.harness.Harness`; without one there are no rows.
+        models: name, engine and side, of which those of the target are measured.
+    """
+    keys = []
+    for name, engine, side in models:
+        if not name.startswith("target_"):
+            continue
+        for task in harness.names if harness else ():
+            asked = f"{engine.fingerprint(side)}|{task}|{harness.version(task)}"
+            keys.append(hashlib.sha256(asked.encode()).hexdigest())
+            known = database.read("SELECT n FROM task_scores WHERE key = ?", [keys[-1]], transfer.name)
+            if len(known):
+                current.cost.cache_hits += 1
+                continue
+            current.context.log.info(f"{name}: {task}")
+            started = time.monotonic()
+            rows = harness.run(task, engine, side)
+            current.cost.model_seconds += time.monotonic() - started
+            current.cost.model_calls += max((row["n"] or 0 for row in rows), default=0)
+            marks = {"key": keys[-1], "model": name, "example_limit": harness.limit, "current": False}
+            database.append_all(transfer.name, [(TASK_SCORES, TASK_SCORES.frame([{**marks, **row} for row in rows]))])
+    with database.transaction(transfer.name) as connection:
+        connection.execute("UPDATE task_scores SET current = key IN (SELECT unnest(?))", [keys])
+    return database.read(
+        "SELECT * FROM task_scores WHERE current ORDER BY task, metric, filter, model", schema=transfer.name
+    )
