@@ -6,7 +6,6 @@ import yaml
 from tuneshift_dag.method.evaluation import mark
 from tuneshift_dag.method.numeric import expected_number, flexible_number, next_question, strict_number
 
-
 FOUND = [
     ("He has 3 + 4 = 7 apples.\n#### 7", "7", "7"),
     ("That is $1,234.50.\n#### 1,234.50", "1234.50", "1234.50"),
