@@ -289,14 +289,14 @@ def _convert_gguf(file: Path, folder: Path) -> None:
 def hub_files_here(reference: str, folder: Path) -> bool:
     """Whether nothing is to be fetched for a reference: it is no hub id, or the hub's cache has it (maybe in part)."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     if (folder / reference).expanduser().exists() or not is_hub_id(reference):
         return True
     repo, _, revision = reference.partition("@")
     try:
         snapshot_download(repo, revision=revision or None, local_files_only=True)
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):
         return False
     return True
 
