@@ -376,13 +376,23 @@ def _show(figures: dict[str, Any], as_json: bool) -> None:
         retained = [{"model": name, **row} for name, row in figures["retention"].items()]
         _out.print(_table("General text, before and after the distillation", retained))
     if figures["tasks"]:
-        _out.print(_table("Standard tasks, with standard errors", figures["tasks"]))
+        _out.print(_table("Standard tasks, ± standard error", _side_by_side(figures["tasks"])))
     cost = [{"asset": asset, "seconds": value} for asset, value in figures["seconds"].items()]
     _out.print(_table("Cost of the last run", cost))
     _out.print(
         f"Last run: {figures['model_calls']} model calls for the dataset,"
         f" {figures['evaluation_calls']} for the evaluation; {figures['cache_hits']} answers from the cache."
     )
+
+
+def _side_by_side(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Scores of standard tasks with one column for each model."""
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for score in tasks:
+        names = {column: score[column] for column in ("task", "metric", "filter", "n")}
+        error = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"
+        rows.setdefault(tuple(map(str, names.values())), names)[score["model"]] = f"{score['value']:.3f}{error}"
+    return list(rows.values())
 
 
 def _add_calls(tree: Tree, prompt: "Prompt") -> None:
