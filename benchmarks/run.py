@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import dataflow, scoring, servers, training
+from benchmarks import cluster, dataflow, scoring, servers, training
 
 RESULTS = Path(__file__).with_name("results.json")
 BENCHMARKS = {
@@ -20,6 +20,8 @@ BENCHMARKS = {
     "filter": dataflow.filter_rows,
     "overhead": dataflow.overhead,
     "client_overhead": servers.client_overhead,
+    "ray_vs_local": cluster.ray_vs_local,
+    "writer_memory": cluster.writer_memory,
 }
 
 

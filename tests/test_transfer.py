@@ -72,6 +72,15 @@ def test_transfers_are_the_folders_with_a_transfer_yaml(transfer_folder):
         ("engine", {**SERVED, "server": {"base_url": "a:8000"}}, ["engine.server.base_url", "'a:8000'", "http://"]),
         ("engine", {**SERVED, "fine_tuned": {"model": "base"}}, ["engine", "both 'base'", "--lora-modules"]),
         ("engine", {**SERVED, "server": {"base_url": "http://a/v1", "concurrency": 0}}, ["concurrency", "found 0"]),
+        ("engine", {"ray": {"actors": 4}}, ["engine", "ray has no meaning", "'local'", "set type: ray"]),
+        ("engine", {"type": "ray", "cross_scores": False}, ["engine", "cross_scores", "cost 'ray' little"]),
+        ("engine", {"type": "ray", "ray": {"actors": 0}}, ["engine.ray.actors", "found 0"]),
+        ("engine", {"type": "ray", "ray": {"gpus_per_actor": 1.5}}, ["engine.ray.gpus_per_actor", "whole number"]),
+        (
+            "engine",
+            {"type": "ray", "ray": {"address": "ray://a:1"}},
+            ["engine.ray.address", "'ray://a:1'", "host:port"],
+        ),
         ("generator.server", {"base_url": "http://me:secret@a/v1"}, ["generator.server.base_url", "api_key_env"]),
     ],
 )
@@ -139,6 +148,15 @@ def test_a_served_generator_is_a_name_and_no_reference(transfer_folder, edit_con
     assert load_transfer(transfer_folder).version("generator") == version
     edit_config("generator.server.revision", "2")
     assert load_transfer(transfer_folder).version("generator") != version
+
+
+def test_a_cluster_changes_no_version(transfer_folder, edit_config):
+    sections = ("engine", "models")
+    versions = {load_transfer(transfer_folder).version(*sections)}
+    for engine in ({"type": "ray"}, {"type": "ray", "ray": {"actors": 8, "gpus_per_actor": 0.5}}):
+        edit_config("engine", engine)
+        versions.add(load_transfer(transfer_folder).version(*sections))
+    assert len(versions) == 1
 
 
 def test_every_bad_setting_is_named_at_once(transfer_folder, edit_config):

@@ -40,7 +40,7 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 
 # Where a server is and how it is asked doesn't change what it answers.
 _HOW_TO_ASK = {"base_url", "api_key_env", "concurrency", "timeout_seconds", "max_retries"}
-_WITHOUT_EFFECT: Any = {"engine": {"server": _HOW_TO_ASK}, "generator": {"server": _HOW_TO_ASK}}
+_WITHOUT_EFFECT: Any = {"engine": {"server": _HOW_TO_ASK, "ray": True}, "generator": {"server": _HOW_TO_ASK}}
 
 
 class _Section(BaseModel):
@@ -126,17 +126,48 @@ class ServedModel(_Section):
     )
 
 
+class RayCluster(_Section):
+    """The actors of a Ray cluster."""
+
+    address: str = Field(
+        "",
+        description=(
+            "`host:port` of the cluster's head, or `auto` on one of its nodes; empty starts a cluster of this machine"
+            " that ends with the step."
+        ),
+    )
+    actors: int = Field(2, ge=1, le=4096, description="Actors at work at once; each loads the model.")
+    cpus_per_actor: int = Field(1, ge=1, description="CPUs, and so threads, of an actor.")
+    gpus_per_actor: float = Field(0, ge=0, description="GPUs of an actor; with 0.5, two actors share one.")
+
+    @field_validator("address")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        if not re.fullmatch(r"|auto|[\w.-]+:\d+", value):
+            raise ValueError("must be host:port of a Ray head, such as 10.0.0.5:6379, or auto, or empty")
+        return value
+
+    @field_validator("gpus_per_actor")
+    @classmethod
+    def _is_share(cls, value: float) -> float:
+        if value > 1 and not value.is_integer():
+            raise ValueError("must be a whole number of GPUs, or a share of one")
+        return value
+
+
 class EngineConfig(_Section):
     """What runs the source models; the target is always trained and run in this process."""
 
-    type: Literal["local", "openai"] = Field(
+    type: Literal["local", "openai", "ray"] = Field(
         "local",
         description=(
             "`local` loads the source models in this process; `openai` asks a server such as vLLM's or llama.cpp's"
             " (docs/servers.md). `source.base` then only names the tokenizer, and `source.adapter` what the server"
-            " was given."
+            " was given. `ray` loads the source models, and a generator without a server, in the actors of a Ray"
+            " cluster (docs/cluster.md); the results are those of `local`."
         ),
     )
+    ray: RayCluster = Field(RayCluster(), description="`ray`: the cluster.")
     server: Server | None = Field(None, description="`openai`: the server of the source models.")
     base: ServedModel | None = Field(None, description="`openai`: the source base model.")
     fine_tuned: ServedModel | None = Field(None, description="`openai`: the same with the adapter.")
@@ -154,9 +185,11 @@ class EngineConfig(_Section):
             given = getattr(self, name) is not None
             if given != (self.type == "openai"):
                 raise ValueError(f"{name} must be given with type 'openai' and only then (type is {self.type!r})")
-        if self.type == "local" and not self.cross_scores:
+        if self.type != "ray" and "ray" in self.model_fields_set:
+            raise ValueError(f"ray has no meaning with type {self.type!r}; remove it, or set type: ray")
+        if self.type != "openai" and not self.cross_scores:
             raise ValueError(
-                "cross_scores can only be switched off with type 'openai': they cost the local engine little"
+                f"cross_scores can only be switched off with type 'openai': they cost {self.type!r} little"
             )
         if self.base is not None and self.base == self.fine_tuned:
             raise ValueError(
@@ -625,6 +658,8 @@ class Transfer:
             code: raised by hand when the meaning of the code that uses them changes.
         """
         dump = self.config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+        if dump["engine"]["type"] == "ray":
+            dump["engine"]["type"] = "local"  # whose results are the same
         parts = {section: _dig(dump, section) for section in sections}
         return hashlib.sha256(json.dumps([code, parts], sort_keys=True).encode()).hexdigest()[:12]
 

@@ -1,5 +1,6 @@
 """Dagster's resources: settings plus lazy construction of plain objects. No model is loaded here."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,18 +39,18 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     """Models for generation and scoring: the source pair, the generator and the target."""
 
     def source(self, transfer: Transfer) -> Engine:
-        """The source base model with the source adapter, in this process or on a server."""
+        """The source base model with the source adapter, in this process, on a cluster or on a server."""
         from tuneshift_dag.resources.model_ref import resolve_adapter, resolve_tokenizer
 
         source, settings = transfer.config.source, transfer.config.engine
         adapter = resolve_adapter(source.adapter, transfer.folder, "source.adapter")
         if settings.server is None:
-            return self._engine(transfer, source.base, "source.base", adapter)
+            return self._engine(transfer, source.base, "source.base", adapter, on_ray=settings.type == "ray")
         assert settings.base is not None and settings.fine_tuned is not None
         tokenizer = resolve_tokenizer(source.base, transfer.folder, "source.base")
         name = f"{tokenizer.fingerprint}|{adapter.fingerprint}|{settings.model_dump_json()}"
         if name not in _ENGINES:
-            served = _served()
+            served = _optional("openai_engine", "openai", "servers", "transfer.yaml names a server")
             _ENGINES[name] = served.ServedSource(
                 served.OpenAIServer(settings.server, "engine.server"),
                 settings.base,
@@ -61,14 +62,15 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return _ENGINES[name]
 
     def generator(self, transfer: Transfer) -> Engine:
-        """The model that writes prompts, in this process or on a server."""
+        """The model that writes prompts, in this process, on a cluster or on a server."""
         settings = transfer.config.generator
         if settings.server is not None:
-            served = _served()
+            served = _optional("openai_engine", "openai", "servers", "transfer.yaml names a server")
             server = served.OpenAIServer(settings.server, "generator.server")
             generator: Engine = served.ServedGenerator(server, settings.model, chat=settings.mode == "chat")
             return generator
-        return self._engine(transfer, transfer.config.generator.model, "generator.model")
+        on_ray = transfer.config.engine.type == "ray"
+        return self._engine(transfer, settings.model, "generator.model", on_ray=on_ray)
 
     def target(self, transfer: Transfer, adapter: Path | None = None) -> Engine:
         """The target base model, with a distilled adapter when a folder is given."""
@@ -105,25 +107,41 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         """Forget every loaded model, for example before a training needs the memory."""
         _ENGINES.clear()
 
-    def _engine(self, transfer: Transfer, reference: str, key: str, adapter: "ModelFiles | None" = None) -> Engine:
+    def _engine(
+        self,
+        transfer: Transfer,
+        reference: str,
+        key: str,
+        adapter: "ModelFiles | None" = None,
+        on_ray: bool = False,
+    ) -> Engine:
         from tuneshift_dag.resources.local_engine import LocalEngine
         from tuneshift_dag.resources.model_ref import resolve_model
 
-        models = transfer.config.models
+        models, cluster = transfer.config.models, transfer.config.engine.ray
+        if on_ray:
+            # Before a model is fetched.
+            ray_engine = _optional("ray_engine", "ray", "ray", "engine.type in transfer.yaml is ray")
         files = resolve_model(reference, transfer.folder, key)
         name = f"{files.fingerprint}|{adapter.fingerprint if adapter else ''}|{models.model_dump_json()}"
+        if on_ray:
+            name += f"|{cluster.model_dump_json()}"
         if name not in _ENGINES:
-            _ENGINES[name] = LocalEngine(files, adapter, models.quantization, models.compute_dtype, models.batch_size)
+            engine: Engine = LocalEngine(files, adapter, models.quantization, models.compute_dtype, models.batch_size)
+            if on_ray:
+                needed = [files.path, *([adapter.path] if adapter else [])]
+                engine = ray_engine.RayEngine(engine, models.batch_size, cluster, needed)
+            _ENGINES[name] = engine
         return _ENGINES[name]
 
 
-def _served() -> Any:
+def _optional(module: str, package: str, extra: str, why: str) -> Any:
+    """A module of `tuneshift_dag.resources` that needs a package which only an extra installs."""
     try:
-        from tuneshift_dag.resources import openai_engine
+        return importlib.import_module(f"tuneshift_dag.resources.{module}")
     except ModuleNotFoundError as error:
-        if error.name != "openai":
+        if error.name != package:
             raise
         raise TuneshiftError(
-            "transfer.yaml names a server, which needs the extra `servers`: run `pip install 'tuneshift-dag[servers]'`."
+            f"{why}, which needs the extra `{extra}`: run `pip install 'tuneshift-dag[{extra}]'`."
         ) from error
-    return openai_engine
