@@ -133,7 +133,7 @@ class RayCluster(_Section):
         "",
         description=(
             "`host:port` of the cluster's head, or `auto` on one of its nodes; empty starts a cluster of this machine"
-            " that ends with the step."
+            " that ends with the process."
         ),
     )
     actors: int = Field(2, ge=1, le=4096, description="Actors at work at once; each loads the model.")
@@ -164,7 +164,7 @@ class EngineConfig(_Section):
             "`local` loads the source models in this process; `openai` asks a server such as vLLM's or llama.cpp's"
             " (docs/servers.md). `source.base` then only names the tokenizer, and `source.adapter` what the server"
             " was given. `ray` loads the source models, and a generator without a server, in the actors of a Ray"
-            " cluster (docs/cluster.md); the results are those of `local`."
+            " cluster (docs/ray.md); the results are those of `local`."
         ),
     )
     ray: RayCluster = Field(RayCluster(), description="`ray`: the cluster.")

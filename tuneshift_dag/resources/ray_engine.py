@@ -214,6 +214,8 @@ def connect(settings: RayCluster) -> None:
                 **({} if settings.address else own),
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
+            if not settings.address:
+                raise
             raise TuneshiftError(
                 f"engine.ray.address: no Ray cluster answers at {settings.address!r} ({_first_line(error)}). Start one"
                 " with `ray start --head`; if it wants a token, export RAY_AUTH_MODE=token; or leave the address out to"
