@@ -117,6 +117,15 @@ def test_sampled_responses_and_scores_are_each_prompts_own() -> None:
     assert collect(engine.score(prompts, responses, "base")) == collect(fake.score(prompts, responses, "base"))
 
 
+def test_many_batches_are_split_over_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_engine, "_TURNS", 1)
+    fake = FakeEngine()
+    prompts = [fake.encode("x" * n) for n in (3, 9, 1)]
+    expected = collect(fake.generate(prompts, "base", GREEDY))
+    assert collect(RayEngine(fake, 1, CLUSTER).generate(prompts, "base", GREEDY)) == expected
+    assert collect(RayEngine(fake, 1, CLUSTER).generate([], "base", GREEDY)) == []
+
+
 def test_an_actors_exception_arrives_with_its_traceback_and_ends_the_actors(tmp_path: Path) -> None:
     log = tmp_path / "log"
     engine = RayEngine(BrokenEngine(1, fatal=False, log=log), 1, CLUSTER)

@@ -34,6 +34,9 @@ from tuneshift_dag.transfer import RayCluster
 T = TypeVar("T")
 # A batch that has killed this many more actors would kill the next one too.
 _RETRIES = 3
+# Batches of each actor in one Ray dataset. Ray keeps note of every batch of a dataset in the driver's memory, which so
+# doesn't grow with the number of prompts; a next dataset starts its actors anew.
+_TURNS = 250
 # Bytes for prompts and results on their way, in a cluster of our own; Ray writes to disk what doesn't fit.
 _OBJECT_STORE = 256 * 2**20
 
@@ -100,8 +103,10 @@ class RayEngine:
     def _map(self, lengths: list[int], call: Callable[[list[int]], methodcaller]) -> Iterator[list[tuple[int, Any]]]:
         """Results of calls on batches of rows, each with the index of its row."""
         batches = balanced_batches(lengths, self.batch_size, self.settings.actors)
-        for number, results in self._run(map(call, batches)):
-            yield [(batches[number][i], result) for i, result in results]
+        most = _TURNS * self.settings.actors
+        for start in range(0, len(batches), most):
+            for number, results in self._run(map(call, batches[start : start + most])):
+                yield [(batches[start + number][i], result) for i, result in results]
 
     def _run(self, calls: Iterable[methodcaller]) -> Iterator[tuple[int, Any]]:
         """Results of calls on the actors' engines as they finish, each with its place in ``calls``.
@@ -109,8 +114,6 @@ class RayEngine:
         Closing the iterator ends the actors.
         """
         items = [{"number": number, "pickled": pickle.dumps(call)} for number, call in enumerate(calls)]
-        if not items:
-            return
         connect(self.settings)
         actors = min(self.settings.actors, len(items))
         dataset = ray.data.from_items(items, override_num_blocks=len(items))
