@@ -212,6 +212,11 @@ class TestWarnings:
         warnings = plans.run_warnings(load_transfer(huge))
         assert [line.split()[0] for line in warnings] == ["synthetic_prompts", *AFTER_ROUNDS]
 
+    def test_models_on_other_nodes_need_no_memory_here(self, huge: Path, edit_config: Edit) -> None:
+        edit_config("engine", {"type": "ray", "ray": {"address": "10.0.0.5:6379"}})
+        warnings = plans.run_warnings(load_transfer(huge))
+        assert [line.split()[0] for line in warnings] == AFTER_ROUNDS
+
     def test_unknown_sizes_give_none(self, transfer_folder: Path) -> None:
         assert plans.run_warnings(load_transfer(transfer_folder)) == []
 

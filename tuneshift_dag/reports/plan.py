@@ -391,6 +391,7 @@ def memory_warnings(transfer: Transfer, work: Workload, gpu: Hardware) -> list[s
     elsewhere: set[str] = set()
     if gpu.name == HERE:
         elsewhere |= {"scored_pairs"} if config.engine.server else set()
+        elsewhere |= {"scored_pairs", "synthetic_prompts"} if config.engine.ray.address else set()
         elsewhere |= {"synthetic_prompts"} if config.generator.server else set()
     batches = {"synthetic_prompts": work.proposals, "scored_pairs": work.pairs[0]}
     lines = []

@@ -34,8 +34,7 @@ from tuneshift_dag.transfer import RayCluster
 T = TypeVar("T")
 # A batch that has killed this many more actors would kill the next one too.
 _RETRIES = 3
-# Batches of each actor in one Ray dataset. Ray keeps note of every batch of a dataset in the driver's memory, which so
-# doesn't grow with the number of prompts; a next dataset starts its actors anew.
+# Batches of each actor in one Ray dataset, all of which Ray keeps until its end. A next dataset starts its actors anew.
 _TURNS = 250
 # Bytes for prompts and results on their way, in a cluster of our own; Ray writes to disk what doesn't fit.
 _OBJECT_STORE = 256 * 2**20
@@ -189,7 +188,7 @@ def balanced_batches(lengths: Sequence[int], batch_size: int, actors: int) -> li
 
     There are as few batches as ``batch_size`` allows, but as many for every actor.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     turns = math.ceil(len(order) / (batch_size * actors))
     size = max(1, math.ceil(len(order) / max(1, turns * actors)))
     return [order[start : start + size] for start in range(0, len(order), size)]
