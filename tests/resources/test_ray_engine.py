@@ -187,6 +187,17 @@ def test_the_graph_gives_the_same_table_with_ray(project: Project) -> None:
     assert project.rows("SELECT * FROM scored_pairs ORDER BY prompt_id") == rows
 
 
+def test_actors_share_a_gpu() -> None:
+    """Ray takes our word for the GPU, and the fake engine needs none."""
+    ray_engine.ray.shutdown()
+    ray_engine.ray.init("local", num_cpus=2, num_gpus=1, object_store_memory=2**27, include_dashboard=False)
+    fake = FakeEngine()
+    prompts = [fake.encode("x" * n) for n in (3, 9, 1)]
+    engine = RayEngine(fake, 1, RayCluster(actors=2, gpus_per_actor=0.5))
+    expected = collect(fake.generate(prompts, "base", GREEDY))
+    assert collect(engine.generate(prompts, "base", GREEDY)) == expected
+
+
 def test_the_setting_puts_source_and_generator_on_the_cluster(transfer_folder, edit_config) -> None:
     edit_config("engine", {"type": "ray", "ray": {"actors": 3}})
     transfer, engines = load_transfer(transfer_folder), EngineResource()

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 # Read by Ray when it is imported, and on Linux too: a cluster that `ray.init` starts listens on 127.0.0.1 alone.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -31,7 +31,6 @@ from tuneshift_dag.method.engine import Decoding, Engine, Pair, Response, Side
 from tuneshift_dag.method.preflight import AdapterCheck
 from tuneshift_dag.transfer import RayCluster
 
-T = TypeVar("T")
 # A batch that has killed this many more actors would kill the next one too.
 _RETRIES = 3
 # Batches of each actor in one Ray dataset, all of which Ray keeps until its end. A next dataset starts its actors anew.
@@ -128,7 +127,7 @@ class RayEngine:
                     # One at work and one that waits in the actor, so that it needn't wait for us.
                     max_tasks_in_flight_per_actor=2,
                 ),
-                batch_size=None,
+                batch_size=1,
                 batch_format="pyarrow",
                 num_cpus=self.settings.cpus_per_actor,
                 num_gpus=self.settings.gpus_per_actor,
