@@ -93,8 +93,18 @@ class RayEngine:
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
     ) -> Iterator[list[tuple[int, float]]]:
+        yield from self._scores("score", prompts, responses, side)
+
+    def token_scores(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
+    ) -> Iterator[list[tuple[int, list[float]]]]:
+        yield from self._scores("token_scores", prompts, responses, side)
+
+    def _scores(
+        self, method: str, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
+    ) -> Iterator[list[tuple[int, Any]]]:
         def call(batch: list[int]) -> methodcaller:
-            return methodcaller("score", [prompts[i] for i in batch], [responses[i] for i in batch], side)
+            return methodcaller(method, [prompts[i] for i in batch], [responses[i] for i in batch], side)
 
         yield from self._map([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], call)
 
