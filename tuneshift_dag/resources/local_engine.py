@@ -15,7 +15,14 @@ from tuneshift_dag.method.scoring import SIDES
 from tuneshift_dag.resources import decoding as loop
 from tuneshift_dag.resources import memory
 from tuneshift_dag.resources.batching import in_batches
-from tuneshift_dag.resources.model_loading import ADAPTER, Quantization, load_for_inference, load_tokenizer, start_ids
+from tuneshift_dag.resources.model_loading import (
+    ADAPTER,
+    Quantization,
+    load_for_inference,
+    load_tokenizer,
+    quantized_dir,
+    start_ids,
+)
 from tuneshift_dag.resources.model_ref import ModelFiles
 
 T = TypeVar("T")
@@ -60,7 +67,7 @@ class LocalEngine:
             self._model = load_for_inference(self.base, self.adapter, self.quantization, dtype)
             with loop.contiguous_head(self._model):
                 loop.check_head(self._model)
-            memory.drop_file_pages()
+            memory.drop_file_pages(quantized_dir())
         return self._model
 
     def fingerprint(self, side: Side) -> str:

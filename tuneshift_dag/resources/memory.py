@@ -66,8 +66,8 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def drop_file_pages() -> None:
-    """Drop what is resident of mapped weight files; what is still used is read again at its next use.
+def drop_file_pages(folder: Path) -> None:
+    """Drop what is resident of mapped files below ``folder``; what is still used is read again at its next use.
 
     4-bit weights are repacked into memory of their own, and the pages they came from would stay beside them.
     """
@@ -75,6 +75,7 @@ def drop_file_pages() -> None:
         return
     libc = ctypes.CDLL(None)
     for line in (_PROC / "maps").read_text().splitlines():
-        if line.endswith(".safetensors"):
-            start, end = (int(address, 16) for address in line.split()[0].split("-"))
+        addresses, *_, path = line.split(maxsplit=5)
+        if path.startswith(f"{folder}/"):
+            start, end = (int(address, 16) for address in addresses.split("-"))
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)

@@ -86,6 +86,11 @@ def assert_trainable_layout(model: torch.nn.Module) -> None:
             )
 
 
+def quantized_dir() -> Path:
+    """Where 4-bit weights are kept."""
+    return cache_dir() / "quantized"
+
+
 def _keep_layout(model: torch.nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights at the first forward in eval mode."""
     for module in model.modules():
@@ -98,7 +103,7 @@ def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype) -> 
         return _read(files.path, _attention(files), quantization, dtype)
     # The version is in the name because the layout of 4-bit weights belongs to bitsandbytes.
     parts = [files.fingerprint, quantization, str(dtype), bitsandbytes.__version__]
-    folder = cache_dir() / "quantized" / hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+    folder = quantized_dir() / hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
     if not folder.is_dir():
         model = _read(files.path, _attention(files), quantization, dtype)
         folder.parent.mkdir(parents=True, exist_ok=True)
