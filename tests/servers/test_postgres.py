@@ -24,7 +24,7 @@ import yaml
 from dagster._config import process_config
 
 from tests.conftest import Project, make_transfer_folder
-from tests.ui.server import Server, free_port, wait_for
+from tests.ui.server import Server, end_group, free_port, wait_for
 from tuneshift_dag.assets.common import MODEL_POOL, ROUND_ASSETS
 from tuneshift_dag.resources.store import Store
 
@@ -213,11 +213,7 @@ class Host:
         return False
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        end_group(self.process)
 
 
 @contextlib.contextmanager

@@ -60,11 +60,7 @@ class Server:
         wait_for(self._is_up, START_SECONDS, f"dagster dev doesn't answer; see {self.log}")
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        end_group(self.process)
 
     def _is_up(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()[-2000:]
@@ -151,6 +147,15 @@ class Server:
         nodes = self.query(query, k=[{"path": [transfer, asset]} for asset in assets], p=by_round)["assetNodes"]
         assert len(nodes) == len(assets)
         return {node["assetKey"]["path"][-1]: node for node in nodes}
+
+
+def end_group(process: "subprocess.Popen[bytes]") -> None:
+    """End a process that leads a group, and then whatever is left of the group."""
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, otherwise: str, pause: float = 0.5) -> Any:

@@ -2,11 +2,12 @@
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import psutil
 import torch
+
+from tuneshift_dag.resources.memory import container_bytes
 
 T = TypeVar("T")
 # Share of the free memory that a batch may plan with: the estimate leaves out activations and the allocator's waste.
@@ -58,10 +59,5 @@ def free_memory() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-    except (OSError, ValueError):  # no cgroup, or "max": no limit
-        return free
-    return min(free, limit - used)
+    limit, used = container_bytes("max"), container_bytes("current")
+    return free if limit is None or used is None else min(free, limit - used)

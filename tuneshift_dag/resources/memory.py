@@ -36,11 +36,16 @@ def total_bytes() -> int:
         import torch
 
         return int(torch.cuda.mem_get_info()[1])
-    total = int(psutil.virtual_memory().total)
+    total, limit = int(psutil.virtual_memory().total), container_bytes("max")
+    return total if limit is None else min(total, limit)
+
+
+def container_bytes(what: str) -> int | None:
+    """Memory of this container, ``max`` or ``current``; None without a container, or for "max" without a limit."""
     try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no cgroup, or "max": no limit
-        return total
+        return int(Path(f"/sys/fs/cgroup/memory.{what}").read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def peak_bytes() -> int:
