@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -91,9 +90,8 @@ def _train(
     excess = (
         None if transfer.config.distill.token_mask is None else _excess(current, database, engines, transfer, pairs)
     )
-    started = time.monotonic()
-    curve = engines.distill(transfer, pairs.select("prompt", "response").rows(), folder, on_step, excess)
-    current.cost.model_seconds += time.monotonic() - started
+    with current.cost.model_time():
+        curve = engines.distill(transfer, pairs.select("prompt", "response").rows(), folder, on_step, excess)
     return {
         "model_id": model_id,
         "dataset_version": dataset_version,

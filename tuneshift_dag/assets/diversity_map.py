@@ -1,6 +1,5 @@
 """``diversity_map``: do the rounds explore the task, or circle around the seeds?"""
 
-import time
 from typing import Any
 
 import dagster as dg
@@ -79,9 +78,8 @@ def _place(current: Step, database: Store, transfer: Transfer) -> str | None:
         # Old positions would be shown as if they were of the prompts that there are now.
         database.replace(transfer.name, DIVERSITY_MAP, DIVERSITY_MAP.empty())
         return missing
-    started = time.monotonic()
-    embeddings = encoder.embed(prompts["prompt"].to_list())
-    current.cost.model_seconds += time.monotonic() - started
+    with current.cost.model_time():
+        embeddings = encoder.embed(prompts["prompt"].to_list())
     places = encoder.project(embeddings)
     points = prompts.select("prompt_id").with_columns(x=pl.Series(places[:, 0]), y=pl.Series(places[:, 1]))
     database.replace(transfer.name, DIVERSITY_MAP, points)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 
 import dagster as dg
 
@@ -58,11 +57,10 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
             # Now, not after hours of work: a misspelt task, or one whose data can't be had.
             engines.harness(transfer)
         with step(context, store.store(), transfer) as current:
-            started = time.monotonic()
-            source = engines.source(transfer)
             rendered = [transfer.config.prompt_template.replace("{prompt}", seed) for seed in transfer.seeds]
-            applied = source.check_adapter(rendered)
-            current.cost.model_seconds += time.monotonic() - started
+            with current.cost.model_time():
+                source = engines.source(transfer)
+                applied = source.check_adapter(rendered)
             current.cost.model_calls += 2 * len(transfer.seeds)
             if applied.problems:
                 raise dg.Failure(_refusal(transfer, applied.problems), allow_retries=False)

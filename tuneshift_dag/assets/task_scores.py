@@ -1,7 +1,6 @@
 """The part of ``evaluation`` that measures standard tasks, ``evaluation.tasks``, on the target before and after."""
 
 import hashlib
-import time
 from typing import Any
 
 import polars as pl
@@ -38,9 +37,8 @@ def score_tasks(
                 current.cost.cache_hits += 1
                 continue
             current.context.log.info(f"{name}: {task}")
-            started = time.monotonic()
-            rows = harness.run(task, engine, side)
-            current.cost.model_seconds += time.monotonic() - started
+            with current.cost.model_time():
+                rows = harness.run(task, engine, side)
             current.cost.model_calls += max((row["n"] or 0 for row in rows), default=0)
             marks = {"key": keys[-1], "model": name, "example_limit": harness.limit, "current": False}
             database.append_all(transfer.name, [(TASK_SCORES, TASK_SCORES.frame([{**marks, **row} for row in rows]))])

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
@@ -39,12 +40,18 @@ class Cost:
     def timed(self, batches: Iterator[T]) -> Iterator[T]:
         """The same batches; the time it takes to compute them is added to ``model_seconds``."""
         while True:
-            started = time.monotonic()
-            batch = next(batches, None)
-            self.model_seconds += time.monotonic() - started
+            with self.model_time():
+                batch = next(batches, None)
             if batch is None:
                 return
             yield batch
+
+    @contextmanager
+    def model_time(self) -> Iterator[None]:
+        """The time that the block takes is added to ``model_seconds``."""
+        started = time.monotonic()
+        yield
+        self.model_seconds += time.monotonic() - started
 
 
 def generate(
