@@ -20,6 +20,7 @@ from rich.tree import Tree
 
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file, transfers_dir, use_dagster_home
+from tuneshift_dag.method.filters import KEEP_RULES, RULES
 from tuneshift_dag.transfer import Mode
 
 if TYPE_CHECKING:
@@ -184,14 +185,16 @@ def sweep(
         list[str] | None,
         typer.Option(
             "--rule",
-            help="both, difference, ratio, cross_ratio, ifd, top_excess, random or unfiltered; may be repeated."
+            help=f"{', '.join(RULES[:-1])} or {RULES[-1]}; may be repeated."
             " Without it, all; with a grid, those that can take it.",
         ),
     ] = None,
     grid: Annotated[
         str,
         typer.Option(
-            "--grid", help="1.1,1.2,1.5 or start:stop:step, of top_excess and random what to keep; without it, chosen."
+            "--grid",
+            help=f"1.1,1.2,1.5 or start:stop:step, of {', '.join(KEEP_RULES[:-1])} and {KEEP_RULES[-1]} what to keep;"
+            " without it, chosen.",
         ),
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list of cells and nothing else.")] = False,

@@ -298,8 +298,9 @@ class Filter(_Section):
             " `cross_ratio`: PPL_b(y_f) / PPL_f(y_f) > threshold."
             " `ifd`: threshold < PPL_b(y_f given the prompt) / PPL_b(y_f alone) < 1 (arXiv 2402.00530); costs one"
             " more score a pair. `top_excess`: the pairs with the largest mean of log p_f - log p_b over the tokens"
-            " of y_f (TiTok, arXiv 2510.04682). `random`: a draw by hash from the pairs that pass the guards."
-            " `unfiltered`: every pair with a response, the guards off too."
+            " of y_f (TiTok, arXiv 2510.04682). `balanced_confidence`: the pair with the lowest PPL_f(y_f) of every"
+            " distinct response, then the second of each, and so on. `random`: a draw by hash from the pairs that pass"
+            " the guards. `unfiltered`: every pair with a response, the guards off too."
         ),
     )
     threshold: float = Field(
@@ -309,9 +310,9 @@ class Filter(_Section):
         None,
         gt=0,
         description=(
-            "How much `top_excess` and `random` keep: up to 1, the share of each round's pairs that pass the guards"
-            " (TiTok: 0.5); above 1, the number of pairs in all rounds, of which every round has an equal quota,"
-            " since its kept pairs seed the next round before that one exists."
+            "How much `top_excess`, `balanced_confidence` and `random` keep: up to 1, the share of each round's pairs"
+            " that pass the guards (TiTok: 0.5); above 1, the number of pairs in all rounds, of which every round has"
+            " an equal quota, since its kept pairs seed the next round before that one exists."
         ),
     )
     allow_truncated: bool = Field(

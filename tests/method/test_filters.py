@@ -3,13 +3,13 @@ import math
 import pytest
 
 from tests.fakes import CONFIDENT_PAIR
+from tuneshift_dag.method.filters import KEEP_RULES, Guards, repetition_sql, verdict_sql
 from tuneshift_dag.method.filters import RULES as ALL_RULES
-from tuneshift_dag.method.filters import Guards, repetition_sql, verdict_sql
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.resources.tables import SCORED_PAIRS
 
 RULES = ("both", "difference", "ratio", "cross_ratio")
-JUDGED = (*RULES, "ifd", "top_excess", "random")
+JUDGED = (*RULES, "ifd", *KEEP_RULES)
 
 
 def verdicts(store: Store, rule: str, threshold: float, pairs: list[dict], rounds: int | None = None, **guards) -> list:
@@ -109,7 +109,29 @@ def test_top_excess_keeps_the_largest_mean_excess(store):
     assert reasons(store, "top_excess", 3, pairs) == [None, None, "below_the_top", None]
 
 
-@pytest.mark.parametrize("rule", ["top_excess", "random"])
+def test_balanced_confidence_takes_the_most_confident_of_every_response_in_turn(store):
+    pairs = [
+        {"fine_tuned_response": response, "ppl_fine_tuned": ppl}
+        for response, ppl in ((" a", 1.01), (" a", 1.03), (" a", 1.02), (" b", 1.4), ("b", 1.3), (" c", 9.0))
+    ]
+    found = verdicts(store, "balanced_confidence", 4, pairs)
+    assert [reason for reason, _ in found] == [None, "below_the_top", None, "below_the_top", None, None]
+    assert [margin for _, margin in found] == pytest.approx(
+        [1 / 1.01 - 1, 1 / 1.03 - 3, 1 / 1.02 - 2, 1 / 1.4 - 2, 1 / 1.3 - 1, 1 / 9 - 1]
+    )
+
+
+def test_balanced_confidence_counts_the_responses_of_each_round_apart(store):
+    pairs = [{"round": f"round_{r:02}", "fine_tuned_response": "a", "ppl_fine_tuned": 1.5 - r / 10} for r in (1, 2)]
+    assert reasons(store, "balanced_confidence", 2, pairs, rounds=2) == [None, None]
+    bad = {"fine_tuned_response": "a", "ppl_fine_tuned": 1.0, "fine_tuned_finish": "length"}
+    found = verdicts(store, "balanced_confidence", 2, [*pairs, bad])
+    assert found[:2] == [(None, pytest.approx(1 / 1.4 - 2)), (None, pytest.approx(1 / 1.3 - 1))], (
+        "a dropped pair has no place"
+    )
+
+
+@pytest.mark.parametrize("rule", KEEP_RULES)
 def test_a_share_is_of_each_rounds_pairs_that_pass_the_guards(store, rule):
     pairs = [{"round": f"round_{1 + i % 2:02}", "ppl_base_cross": 3.0 + i} for i in range(20)]
     bad = [{"round": "round_02", "fine_tuned_finish": "length", "ppl_base_cross": 99.0}] * 7
@@ -120,7 +142,7 @@ def test_a_share_is_of_each_rounds_pairs_that_pass_the_guards(store, rule):
     assert reasons(store, rule, 0.01, pairs, rounds=2).count(None) == 2, "a round keeps at least one pair to go on"
 
 
-@pytest.mark.parametrize("rule", ["top_excess", "random"])
+@pytest.mark.parametrize("rule", KEEP_RULES)
 def test_a_number_is_shared_by_the_rounds_whatever_each_of_them_holds(store, rule):
     def kept(*sizes: int) -> list[int]:
         names = [f"round_{r:02}" for r, size in enumerate(sizes, 1) for _ in range(size)]

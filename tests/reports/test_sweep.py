@@ -8,6 +8,7 @@ from tests.conftest import Project
 from tests.fakes import CONFIDENT_PAIR
 from tuneshift_dag import cli
 from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.method.filters import KEEP_RULES
 from tuneshift_dag.method.filters import RULES as ALL_RULES
 from tuneshift_dag.reports.sweep import default_grid, parse_grid, sweep
 from tuneshift_dag.resources.store import Store
@@ -116,7 +117,7 @@ class TestCells:
         """Of round_01 ten pairs pass the guards and of round_02 four; transfer.yaml has two rounds."""
         more = [{"round": "round_02"}] * 4
         score(store, *({"ppl_base_cross": 3.0 + i} for i in range(10)), *more, {"fine_tuned_finish": "length"})
-        for rule in ("top_excess", "random"):
+        for rule in KEEP_RULES:
             cells = sweep(store, transfer, [rule], [0.5, 1, 6])
             assert [cell["by_round"] for cell in cells] == [
                 {"round_01": 5, "round_02": 2}, {"round_01": 10, "round_02": 4}, {"round_01": 3, "round_02": 3},
@@ -138,9 +139,9 @@ class TestCells:
         score(store, {"ppl_base_alone": 20.0})
         tried = {grid: {c["rule"] for c in sweep(store, transfer, (), [grid])} for grid in (0.5, 1.5, 30)}
         assert tried == {
-            0.5: {"difference", "ifd", "top_excess", "random"},
+            0.5: {"difference", "ifd", *KEEP_RULES},
             1.5: set(RULES),
-            30: {*RULES, "top_excess", "random"},
+            30: {*RULES, *KEEP_RULES},
         }
         with pytest.raises(TuneshiftError, match="No rule takes all of the thresholds -1, 2"):
             sweep(store, transfer, (), [-1, 2])

@@ -25,7 +25,7 @@ from tuneshift_dag.assets.common import (
 from tuneshift_dag.assets.evaluation import answer_heldout
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.method.evaluation import Interval, bootstrap_runs, mark
-from tuneshift_dag.method.filters import verdict_sql
+from tuneshift_dag.method.filters import KEEP_RULES, RANKING_RULES, verdict_sql
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.reports import plots
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
@@ -136,7 +136,7 @@ def _candidates(database: Store, transfer: Transfer) -> dict[str, pl.DataFrame]:
                 f" {transfer.folder / 'transfer.yaml'}.",
                 allow_retries=False,
             )
-        if arm.rule != "top_excess":
+        if arm.rule not in RANKING_RULES:
             # Drawn from by hash: the margin ranks nothing.
             found[arm.name] = found[arm.name].with_columns(margin=pl.lit(None, pl.Float64))
     if transfer.labelled:
@@ -152,7 +152,7 @@ def _candidates(database: Store, transfer: Transfer) -> dict[str, pl.DataFrame]:
 def _verdict(transfer: Transfer, arm: Arm) -> str:
     """Verdicts of an arm over all rounds at once: nothing is seeded by them."""
     settings = transfer.config.filter
-    cut = arm.threshold or (1.0 if arm.rule in ("random", "top_excess", "unfiltered") else settings.threshold)
+    cut = arm.threshold or (1.0 if arm.rule in (*KEEP_RULES, "unfiltered") else settings.threshold)
     return verdict_sql(arm.rule, settings.guards, f"{cut!r}::DOUBLE", seed=transfer.config.seed)
 
 

@@ -110,7 +110,7 @@ def refilter(database: Store, transfer: Transfer, round_: str, threshold: float)
     version is a hash of the kept prompts and responses, whatever the rule and threshold that kept them.
 
     Args:
-        threshold: or, of `top_excess` and `random`, how much is kept (`Filter.cut`).
+        threshold: or, of `filters.KEEP_RULES`, how much is kept (`Filter.cut`).
 
     Raises:
         dg.Failure: when no pair is kept up to this round. The rows that were there stay: for Dagster this

@@ -5,16 +5,20 @@ a model. f is the fine-tuned model, b the base; y_f and y_b are their responses.
 2603.24518) §3 publishes one threshold (1.5) and leaves open whether the cut is on each perplexity, on
 their difference or on their ratio; the first reading is the default. Its rivals are here too: the mean
 token excess of TiTok (arXiv 2510.04682), the instruction-following difficulty of Cherry LLM (arXiv
-2308.12032) and Superfiltering (arXiv 2402.00530), a random draw, and no filter at all.
+2308.12032) and Superfiltering (arXiv 2402.00530), the most confident pairs of every response, a random
+draw, and no filter at all.
 """
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Rule = Literal["both", "difference", "ratio", "cross_ratio", "ifd", "top_excess", "random", "unfiltered"]
+Rule = Literal[
+    "both", "difference", "ratio", "cross_ratio", "ifd", "top_excess", "balanced_confidence", "random", "unfiltered"
+]
 RULES: tuple[Rule, ...] = get_args(Rule)
 # These keep a share or number of the pairs (`filter.keep`) instead of what passes a threshold.
-KEEP_RULES: tuple[Rule, ...] = ("top_excess", "random")
+RANKING_RULES: tuple[Rule, ...] = ("top_excess", "balanced_confidence")
+KEEP_RULES: tuple[Rule, ...] = (*RANKING_RULES, "random")
 
 # By how much a pair passes. Of a rule with a threshold {t}, what is above 0 is kept.
 MARGIN: dict[Rule, str] = {
@@ -25,6 +29,8 @@ MARGIN: dict[Rule, str] = {
     "ifd": "least(ppl_base_cross / ppl_base_alone - {t}, 1 - ppl_base_cross / ppl_base_alone)",
     # log p_f(y_f) - log p_b(y_f), per token: the mean token excess in nats.
     "top_excess": "ln(ppl_base_cross / ppl_fine_tuned)",
+    # The most confident pair of every response comes first, then the second of each; 1 / PPL orders those between.
+    "balanced_confidence": "1 / ppl_fine_tuned - place_in_response",
     "random": "NULL::DOUBLE",
     "unfiltered": "NULL::DOUBLE",
 }
@@ -36,6 +42,7 @@ READS: dict[Rule, tuple[str, ...]] = {
     "cross_ratio": ("ppl_fine_tuned", "ppl_base_cross"),
     "ifd": ("ppl_base_cross", "ppl_base_alone"),
     "top_excess": ("ppl_fine_tuned", "ppl_base_cross"),
+    "balanced_confidence": ("ppl_fine_tuned",),
     "random": (),
     "unfiltered": (),
 }
@@ -61,7 +68,7 @@ def verdict_sql(rule: Rule, guards: Guards, cut: str = "$t", rounds: int | None 
     """SELECT of every scored pair with its ``margin`` and ``reason`` (NULL when kept). Reads ``scored_pairs``.
 
     Args:
-        cut: SQL of the threshold, or of how much `top_excess` and `random` keep (up to 1 a share of the
+        cut: SQL of the threshold, or of how much one of `KEEP_RULES` keeps (up to 1 a share of the
             pairs that pass the guards, above 1 a number): a parameter, or a column when the SELECT is
             joined laterally.
         rounds: how many rounds share a number. Each then has an equal quota of its own, and a share is of
@@ -77,14 +84,14 @@ def verdict_sql(rule: Rule, guards: Guards, cut: str = "$t", rounds: int | None 
             FROM (SELECT *, {flaw} AS flaw FROM scored_pairs)
         """
     # Hashes order the pairs for a draw: the same ones each time, and a few new pairs displace few others.
-    if rule == "top_excess":
-        order, beyond = f"{MARGIN[rule]} DESC", "THEN 'below_the_top'"
+    if rule in RANKING_RULES:
+        order, beyond = "margin DESC", "THEN 'below_the_top'"
     else:
         order, beyond = f"sha256('{seed}|' || prompt_id)", "THEN 'not_drawn'"
     together = "flaw IS NULL" if rounds is None else "flaw IS NULL, round"
     quota = cut if rounds is None else f"(floor({cut} * number / {rounds}) - floor({cut} * (number - 1) / {rounds}))"
     return f"""
-        SELECT * EXCLUDE (flaw, place, usable, number), {MARGIN[rule]} AS margin,
+        SELECT * EXCLUDE (flaw, place_in_response, place, usable, number),
             CASE WHEN flaw IS NOT NULL THEN flaw
                 WHEN place > CASE WHEN {cut} <= 1 THEN greatest(1, round({cut} * usable)) ELSE {quota} END {beyond}
             END AS reason
@@ -92,7 +99,13 @@ def verdict_sql(rule: Rule, guards: Guards, cut: str = "$t", rounds: int | None 
             SELECT *, row_number() OVER (PARTITION BY {together} ORDER BY {order}, prompt_id, round) AS place,
                 count(*) OVER (PARTITION BY {together}) AS usable,
                 regexp_extract(round, '[0-9]+$')::INTEGER AS number
-            FROM (SELECT *, {flaw} AS flaw FROM scored_pairs)
+            FROM (
+                SELECT *, {MARGIN[rule]} AS margin FROM (
+                    SELECT *, row_number() OVER (PARTITION BY {together}, trim(fine_tuned_response)
+                        ORDER BY ppl_fine_tuned, prompt_id, round) AS place_in_response
+                    FROM (SELECT *, {flaw} AS flaw FROM scored_pairs)
+                )
+            )
         )
     """
 

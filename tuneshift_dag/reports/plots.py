@@ -41,6 +41,7 @@ _RULE_AXIS = {
     "cross_ratio": "Threshold on PPL base / fine-tuned,\nboth of the fine-tuned response",
     "ifd": "Threshold on PPL base with / without\nthe prompt, of the fine-tuned response",
     "top_excess": "Keep, of the largest excess",
+    "balanced_confidence": "Keep, of the most confident of every response",
     "random": "Keep, of a draw",
 }
 

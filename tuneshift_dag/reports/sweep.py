@@ -37,7 +37,7 @@ def sweep(
 
     Args:
         rules: the rules to try; without any, all of them: of a grid, those that can take all of it.
-        grid: the thresholds to try, or of `top_excess` and `random` what to keep (`filter.keep`); without
+        grid: the thresholds to try, or of `filters.KEEP_RULES` what to keep (`filter.keep`); without
             any, `default_grid` of each rule.
 
     Returns:
@@ -81,7 +81,7 @@ def default_grid(store: Store, transfer: Transfer, rule: Rule) -> list[float]:
 
     The rule of ``transfer.yaml`` gets its current threshold too; it means nothing to the other rules.
     Quantiles rather than equal steps, because perplexity ratios may span four orders of magnitude. Of
-    `top_excess` and `random`, shares; `unfiltered` has the one value 1.
+    `filters.KEEP_RULES`, shares; `unfiltered` has the one value 1.
     """
     settings = transfer.config.filter
     mine = [settings.cut] if rule == settings.rule else []

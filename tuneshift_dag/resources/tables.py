@@ -169,7 +169,8 @@ FILTERED_DATASET = Table(
         Column(
             "margin",
             "DOUBLE",
-            "By how much the pair passes the rule; of top_excess the mean token excess in nats; NULL for a draw.",
+            "By how much the pair passes the rule; of top_excess the mean token excess in nats, of balanced_confidence"
+            " 1 / PPL minus the place in its response; NULL for a draw.",
         ),
     ),
     # No key here and in rejected_pairs: a million rows are rewritten four times as fast without its index.
@@ -184,7 +185,7 @@ THRESHOLD_REPORT = Table(
     "How many pairs each rule would keep at each threshold of a grid.",
     (
         Column("rule", "VARCHAR", "Filter rule."),
-        Column("threshold", "DOUBLE", "The cut; of top_excess and random what `filter.keep` says, of unfiltered 1."),
+        Column("threshold", "DOUBLE", "The cut; what `filter.keep` says for rules that have it, of unfiltered 1."),
         Column("pairs_kept", "BIGINT", "Scored pairs that pass."),
         Column("kept_share", "DOUBLE", "Their share of all scored pairs."),
         Column("distinct_responses", "BIGINT", "Different responses among them, outer spaces aside."),
