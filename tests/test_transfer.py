@@ -58,6 +58,9 @@ def test_transfers_are_the_folders_with_a_transfer_yaml(transfer_folder):
         ("filter", {"refusals": ["no way", " "]}, ["filter", "empty phrase", "remove it"]),
         ("distill.token_mask", 0, ["distill.token_mask", "found 0", "greater than 0"]),
         ("distill.token_mask", 70, ["distill.token_mask", "found 70", "less than or equal to 1"]),
+        ("distill.optimizer", "sgd", ["distill.optimizer", "'sgd'", "'adamw' or 'paged_adamw_8bit'"]),
+        ("distill.gradient_accumulation", 0, ["distill.gradient_accumulation", "found 0"]),
+        ("models.device_map", "cuda:0", ["models.device_map", "'cuda:0'", "'auto' or 'single'"]),
         ("evaluation.metric", "numbers", ["evaluation.metric", "'numbers'", "'exact_match' or 'numeric'"]),
         ("prompt_template", "Query:", ["prompt_template", "'Query:'", "must contain {prompt}"]),
         ("prompt_template", "{prompt} {prompt}", ["prompt_template", "exactly once"]),
@@ -280,6 +283,31 @@ def test_a_token_mask_that_is_off_leaves_versions_as_they_were_before_there_was_
     assert load_transfer(transfer_folder).version("distill") == without.version("distill")
     edit_config("distill.token_mask", 0.7)
     assert load_transfer(transfer_folder).version("distill") != without.version("distill")
+
+
+def test_keys_of_a_gpu_leave_versions_as_they_were_before_there_were_any(transfer_folder, edit_config):
+    models = {"batch_size": 32, "compute_dtype": "bfloat16", "quantization": "nf4"}
+    distill = {
+        **{"quantization": "none", "rank": 16, "alpha": 32, "dropout": 0.0, "learning_rate": 5e-4, "epochs": 5},
+        **{"batch_size": 16, "balance": "none", "warmup_ratio": 0.05, "weight_decay": 0.0, "max_grad_norm": 1.0},
+        **{"validation_fraction": 0.05},
+    }
+    parts = json.dumps([1, {"models": models, "distill": distill}], sort_keys=True)
+    before = hashlib.sha256(parts.encode()).hexdigest()[:12]
+    assert load_transfer(transfer_folder).version("models", "distill") == before
+    for key, value in [("models.device_map", "single"), ("models.compute_dtype", "bfloat16"), ("distill.processes", 4)]:
+        edit_config(key, value)
+        assert load_transfer(transfer_folder).version("models", "distill") == before
+    versions = {before}
+    for key, value in [
+        ("distill.gradient_accumulation", 4),
+        ("distill.gradient_checkpointing", True),
+        ("distill.optimizer", "paged_adamw_8bit"),
+        ("models.compute_dtype", "float16"),
+    ]:
+        edit_config(key, value)
+        versions.add(load_transfer(transfer_folder).version("models", "distill"))
+    assert len(versions) == 5
 
 
 def test_the_adapter_version_changes_with_its_weights(transfer_folder):

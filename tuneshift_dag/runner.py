@@ -20,6 +20,7 @@ from tuneshift_dag.definitions import build_definitions
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file
 from tuneshift_dag.resources.dagster_resources import EngineResource
+from tuneshift_dag.resources.hardware import check_training
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.resources.tables import RUNS
 from tuneshift_dag.staleness import Staleness
@@ -66,6 +67,8 @@ class Runner:
         """
         started = time.monotonic()
         close_dead_runs(self.instance)
+        if self._causes("distilled_model", None) != []:
+            check_training(self.transfer)  # now, not after hours of work
         if self._causes("seed_set", None) != []:
             self._materialize(["seed_set"], None)
         for round_ in self.transfer.round_keys:

@@ -38,9 +38,14 @@ HELD_OUT_SHAPE = '{"prompt": "...", "response": "..."}'
 Mode = Literal["chat", "continuation", "by_response"]
 Probability = Annotated[float, Field(gt=0, le=1)]
 
-# Where a server is and how it is asked doesn't change what it answers.
+# Where a server is and how it is asked doesn't change what it answers, nor does where a model lies or who trains it.
 _HOW_TO_ASK = {"base_url", "api_key_env", "concurrency", "timeout_seconds", "max_retries"}
-_WITHOUT_EFFECT: Any = {"engine": {"server": _HOW_TO_ASK, "ray": True}, "generator": {"server": _HOW_TO_ASK}}
+_WITHOUT_EFFECT: Any = {
+    "engine": {"server": _HOW_TO_ASK, "ray": True},
+    "generator": {"server": _HOW_TO_ASK},
+    "models": {"device_map"},
+    "distill": {"processes"},
+}
 
 
 class _Section(BaseModel):
@@ -66,8 +71,19 @@ class Models(_Section):
     quantization: Literal["nf4", "fp4", "none"] = Field(
         "nf4", description="4-bit data type of every scoring model; `none` keeps the compute dtype."
     )
-    compute_dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="Dtype of activations and of weights that aren't 4-bit."
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description=(
+            "Dtype of activations and of weights that aren't 4-bit. `auto` is bfloat16, and float16 on a GPU that"
+            " has no bfloat16 of its own (before NVIDIA's Ampere)."
+        ),
+    )
+    device_map: Literal["auto", "single"] = Field(
+        "auto",
+        description=(
+            "With several GPUs: `auto` spreads each model's layers over all of them (accelerate), `single` puts each"
+            " model on the first one."
+        ),
     )
     batch_size: int = Field(32, ge=1, le=1024, description="Most prompts decoded at once; fewer when memory is short.")
 
@@ -404,6 +420,7 @@ def check_cut(rule: Rule, cut: float) -> None:
 class Distill(_Section):
     """LoRA training of the target. The paper doesn't publish its values."""
 
+    # Keys that came later are left out of what is hashed at their defaults: models trained before them stay current.
     quantization: Literal["nf4", "fp4", "none"] = Field(
         "none", description="4-bit type of the frozen target while it is trained (QLoRA); `none` for the dtype."
     )
@@ -412,7 +429,37 @@ class Distill(_Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout.")
     learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
     epochs: int = Field(5, ge=1, description="Passes over the dataset.")
-    batch_size: int = Field(16, ge=1, description="Pairs in one optimizer step.")
+    batch_size: int = Field(16, ge=1, description="Pairs in one forward pass.")
+    gradient_accumulation: int = Field(
+        1,
+        ge=1,
+        exclude_if=lambda value: value == 1,
+        description=(
+            "Forward passes in one optimizer step, so that it is on `batch_size` times as many pairs; its loss is the"
+            " mean over all their tokens."
+        ),
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        exclude_if=lambda value: value is False,
+        description="Keep only each layer's input for the backward pass, compute the rest again: less memory, slower.",
+    )
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = Field(
+        "adamw",
+        exclude_if=lambda value: value == "adamw",
+        description=(
+            "`paged_adamw_8bit` keeps AdamW's moments in 8 bits, and in memory that the GPU moves to the CPU's when its"
+            " own is full (bitsandbytes, QLoRA); needs CUDA."
+        ),
+    )
+    processes: int = Field(
+        1,
+        ge=1,
+        description=(
+            "Processes that share every batch, each with the whole target on a GPU of its own; the result is that of"
+            " one. Without a GPU they share the CPU."
+        ),
+    )
     balance: Literal["response", "none"] = Field(
         "none",
         description=(
@@ -424,7 +471,6 @@ class Distill(_Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping norm.")
     validation_fraction: float = Field(0.05, ge=0, lt=1, description="Share of the pairs held back from training.")
-    # Left out of what is hashed while it is off: models that were trained before there was such a key stay current.
     token_mask: Probability | None = Field(
         None,
         exclude_if=lambda value: value is None,
@@ -661,6 +707,8 @@ class Transfer:
         dump = self.config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
         if dump["engine"]["type"] == "ray":
             dump["engine"]["type"] = "local"  # whose results are the same
+        if dump["models"]["compute_dtype"] == "auto":
+            dump["models"]["compute_dtype"] = "bfloat16"  # which it is, but on old GPUs
         parts = {section: _dig(dump, section) for section in sections}
         return hashlib.sha256(json.dumps([code, parts], sort_keys=True).encode()).hexdigest()[:12]
 

@@ -3,10 +3,19 @@
 import random
 from dataclasses import replace
 
+import bitsandbytes
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from tuneshift_dag.method.distillation import (
     LoraTraining,
@@ -49,6 +58,23 @@ def tiny_soft_capped_model() -> Gemma2ForCausalLM:
         attn_implementation="eager",
     )
     return Gemma2ForCausalLM(config).requires_grad_(False).train()
+
+
+def tiny_gemma() -> Gemma3ForCausalLM:
+    """Two layers of which one attends to a sliding window, as in Gemma 3."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    return Gemma3ForCausalLM(config).requires_grad_(False).train()
 
 
 def examples(count: int) -> list[TokenizedExample]:
@@ -137,6 +163,116 @@ def test_gradients_equal_those_of_unpadded_examples(build) -> None:
         loss_of(model).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+ONE_STEP = replace(SETTINGS, epochs=1, batch_size=16, validation_fraction=0.0, max_grad_norm=1e9)
+
+
+def one_step(settings: LoraTraining, build=tiny_model) -> tuple[float, torch.Tensor]:
+    """The loss and the gradients of the one step of a training on 16 examples."""
+    model = add_lora(build(), settings)
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
+    seen: list[torch.Tensor] = []
+
+    def keep(optimizer, args, kwargs) -> None:
+        seen.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]))
+
+    handle = register_optimizer_step_pre_hook(keep)
+    try:
+        curve = train(model, examples(16), settings)
+    finally:
+        handle.remove()
+    [gradients], [step] = seen, curve.steps
+    return step["loss"], gradients
+
+
+def test_a_step_in_several_passes_is_that_of_all_its_examples_at_once() -> None:
+    whole_loss, whole = one_step(ONE_STEP)
+    loss, gradients = one_step(replace(ONE_STEP, batch_size=4, gradient_accumulation=4))
+    assert loss == pytest.approx(whole_loss, rel=1e-5)
+    torch.testing.assert_close(gradients, whole, rtol=1e-4, atol=1e-6)
+    # The mean of the passes' means would be another: they have unequal numbers of tokens.
+    order = sorted(examples(16), key=lambda e: len(e.prompt_ids) + len(e.response_ids))
+    passes = [collate(order[start : start + 4]) for start in range(0, 16, 4)]
+    assert len({len(batch.targets) for batch in passes}) > 1
+    means = [float(response_loss(tiny_model(), batch)) for batch in passes]
+    assert abs(sum(means) / 4 - float(response_loss(tiny_model(), collate(order)))) > 1e-4
+
+
+def test_steps_are_those_of_the_optimizer() -> None:
+    settings = replace(SETTINGS, batch_size=2, gradient_accumulation=4, validation_fraction=0.0)
+    steps = []
+    curve = train(add_lora(tiny_model(), settings), examples(20), settings, lambda *step: steps.append(step[:2]))
+    assert steps == [(i, 6) for i in range(1, 7)]  # two passes over 8, 8 and 4 examples
+    assert [row["step"] for row in curve.steps] == [1, 2, 3, 4, 5, 6]
+    assert curve.steps[-1]["learning_rate"] == 0
+    assert curve.response_tokens == 2 * sum(len(e.response_ids) for e in examples(20))
+
+
+@pytest.mark.parametrize("build", [tiny_model, tiny_gemma])
+def test_checkpointing_keeps_less_and_changes_no_gradient(build) -> None:
+    kept: list[int] = []
+
+    def measured(settings: LoraTraining) -> tuple[float, torch.Tensor]:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            found = one_step(settings, build)
+        kept.append(sum(sizes.values()))
+        return found
+
+    loss, gradients = measured(ONE_STEP)
+    checkpointed_loss, checkpointed = measured(replace(ONE_STEP, gradient_checkpointing=True))
+    assert checkpointed_loss == loss
+    torch.testing.assert_close(checkpointed, gradients, rtol=1e-5, atol=1e-7)
+    assert kept[1] < 0.6 * kept[0]
+
+
+def test_the_paged_optimizer_keeps_8_bit_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes leaves the paging out on a CPU, and smaller tensors than 4,096 numbers in 32 bits."""
+    made = []
+
+    class Recorded(bitsandbytes.optim.PagedAdamW8bit):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(bitsandbytes.optim, "PagedAdamW8bit", Recorded)
+    settings = replace(SETTINGS, rank=64, optimizer="paged_adamw_8bit", weight_decay=0.01)
+    curve = train(add_lora(tiny_model(), settings), examples(16), settings)
+    assert curve.epochs[1]["train_loss"] < curve.epochs[0]["train_loss"]
+    [optimizer] = made
+    assert optimizer.is_paged and optimizer.defaults["weight_decay"] == 0.01
+    assert optimizer.defaults["lr"] == settings.learning_rate
+    large = [state for parameter, state in optimizer.state.items() if parameter.numel() >= 4096]
+    assert {state["state1"].dtype for state in large} == {torch.uint8}
+
+
+def test_float16_is_trained_with_a_scaled_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    scalers, scaler = [], torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scalers.append(scaler(*a, **k)) or scalers[-1])
+    curves = [
+        train(add_lora(tiny_model().to(dtype), SETTINGS), examples(16), SETTINGS)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ]
+    assert [one.is_enabled() for one in scalers] == [False, False, True]
+    whole, _, half = [[row["loss"] for row in curve.steps] for curve in curves]
+    assert whole[-1] < whole[0] - 0.1
+    assert half == pytest.approx(whole, rel=0.01)
+
+
+def test_a_base_that_overflows_is_named() -> None:
+    model = add_lora(tiny_model().half(), SETTINGS)
+    model.get_input_embeddings().weight.data.fill_(6e4)
+    model.get_base_model().lm_head.weight.data.fill_(6e4)
+    with pytest.raises(RuntimeError, match=r"overflows in torch\.float16\. Set models\.compute_dtype: float32"):
+        train(model, examples(8), SETTINGS)
 
 
 def test_training_lowers_the_loss_and_reports_every_epoch() -> None:

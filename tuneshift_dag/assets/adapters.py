@@ -17,6 +17,7 @@ from tuneshift_dag.method import scoring
 from tuneshift_dag.method.engine import Decoding
 from tuneshift_dag.method.token_selection import ScoredTokens
 from tuneshift_dag.resources.dagster_resources import EngineResource
+from tuneshift_dag.resources.hardware import check_training
 from tuneshift_dag.resources.response_cache import ResponseCache
 from tuneshift_dag.resources.store import Store, insert
 from tuneshift_dag.resources.tables import DISTILLED_MODELS, TRAINING_EXAMPLES
@@ -80,11 +81,11 @@ def _train(
     model_id: str,
 ) -> dict[str, Any]:
     """Train, and return the new row of ``distilled_models``."""
+    check_training(transfer)
     folder = output_dir(transfer.name) / "models" / model_id
-    every = max(1, transfer.config.distill.epochs * len(pairs) // transfer.config.distill.batch_size // 20)
 
     def on_step(number: int, total: int, loss: float) -> None:
-        if number % every == 0 or number == total:
+        if number % max(1, total // 20) == 0 or number == total:
             current.context.log.info(f"training: step {number}/{total}, loss {loss:.3f} nats per token")
 
     excess = (

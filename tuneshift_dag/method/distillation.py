@@ -4,20 +4,29 @@ A batch holds examples of similar length, padded on the right. Under a causal ma
 the padding after it, so no attention mask is needed and the fast causal kernel applies. Logits are
 computed only at positions that predict a response token: for a model with a small body and a large
 vocabulary (Gemma 3 270M: 262k) the rest would be most of the work.
+
+A step may be divided into several forward passes (`LoraTraining.gradient_accumulation`), and each of these among the
+processes of a group (`tuneshift_dag.resources.processes`). Every part's loss is weighted by its tokens, so that the
+step's gradient is that of all its examples at once.
 """
 
 import math
 import random
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import bitsandbytes
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
+
+T = TypeVar("T")
+Optimizer = Literal["adamw", "paged_adamw_8bit"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,11 @@ class TokenizedExample:
 
 @dataclass(frozen=True)
 class LoraTraining:
-    """Hyper-parameters of one LoRA training. The paper doesn't publish its own values."""
+    """Hyper-parameters of one LoRA training. The paper doesn't publish its own values.
+
+    An optimizer step is on ``batch_size`` times ``gradient_accumulation`` examples. ``gradient_checkpointing`` keeps
+    only each layer's input for the backward pass, and computes the rest again (arXiv 1604.06174).
+    """
 
     rank: int = 16
     alpha: int = 32
@@ -48,6 +61,9 @@ class LoraTraining:
     learning_rate: float = 5e-4
     epochs: int = 5
     batch_size: int = 16
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    optimizer: Optimizer = "adamw"
     balance: Literal["response", "none"] = "none"
     warmup_ratio: float = 0.05
     weight_decay: float = 0.0
@@ -113,9 +129,9 @@ def collate(examples: Sequence[TokenizedExample]) -> Batch:
 def response_loss(model: Any, batch: Batch) -> torch.Tensor:
     """Mean negative log-likelihood per response token that counts (nats), over all examples of the batch."""
     device = next(model.parameters()).device
-    with head_only_at(model, batch.predicts.to(device)):
+    with head_only_at(model, batch.predicts):
         logits = model(input_ids=batch.ids.to(device), use_cache=False).logits[0]
-    return cross_entropy(logits.float(), batch.targets.to(device))
+    return cross_entropy(logits.float(), batch.targets.to(logits.device))
 
 
 @contextmanager
@@ -126,7 +142,8 @@ def head_only_at(model: Any, positions: torch.Tensor) -> Iterator[None]:
     """
 
     def select(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return inputs[0].flatten(0, 1)[positions].unsqueeze(0)
+        # The head may be on another GPU than the embeddings.
+        return inputs[0].flatten(0, 1)[positions.to(inputs[0].device)].unsqueeze(0)
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
@@ -138,6 +155,11 @@ def head_only_at(model: Any, positions: torch.Tensor) -> Iterator[None]:
 def add_lora(model: Any, settings: LoraTraining) -> PeftModel:
     """A fresh LoRA on every linear layer of the body, in float32, reproducible from the seed."""
     torch.manual_seed(settings.seed)
+    if settings.gradient_checkpointing:
+        with warnings.catch_warnings():
+            # It was renamed in a later transformers than the oldest that is supported.
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -156,13 +178,15 @@ def train(
 ) -> TrainingCurve:
     """Train the adapter in place with AdamW and a cosine schedule; return the curve.
 
+    In a process group each process must call this with the same arguments; all end with the same adapter and curve.
+
     Args:
         model: a PEFT model in train mode whose base was loaded for training.
         examples: all pairs; a slice of ``validation_fraction`` is held back for the epoch losses.
         on_step: called after each optimizer step with (step, total steps, loss in nats per token).
 
     Raises:
-        RuntimeError: when a trainable parameter gets no gradient in the first step.
+        RuntimeError: when a trainable parameter gets no gradient in the first step, or its loss isn't finite.
     """
     rng = random.Random(settings.seed)
     shuffled = rng.sample(list(examples), len(examples))
@@ -171,13 +195,11 @@ def train(
     if not training:
         raise ValueError("no training examples")
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=True
-    )
-    total = math.ceil(len(training) / settings.batch_size) * settings.epochs
+    optimizer = _Optimizer(model, settings)
+    pairs_a_step = settings.batch_size * settings.gradient_accumulation
+    total = math.ceil(len(training) / pairs_a_step) * settings.epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _cosine_with_warmup(step, total, settings.warmup_ratio)
+        optimizer.adamw, lambda step: _cosine_with_warmup(step, total, settings.warmup_ratio)
     )
     all_tokens = sum(len(e.response_ids) for e in shuffled)
     curve = TrainingCurve(token_share=sum(len(e.counted) for e in shuffled) / all_tokens)
@@ -186,8 +208,9 @@ def train(
     for epoch in range(settings.epochs):
         losses: list[float] = []
         drawn = balanced_epoch(training, rng) if settings.balance == "response" else training
-        for chosen in length_bucketed_batches(drawn, settings.batch_size, rng):
-            loss = _step(model, collate(chosen), parameters, optimizer, settings, first=step == 0)
+        for chosen in length_bucketed_batches(drawn, pairs_a_step, rng):
+            loss = _backward(model, chosen, settings, optimizer, first=step == 0)
+            optimizer.step()
             schedule.step()
             step += 1
             losses.append(loss)
@@ -214,16 +237,19 @@ def evaluate_loss(model: PeftModel, examples: Sequence[TokenizedExample], batch_
     if not examples:
         return math.nan
     dropouts = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    chunks = list(_chunks(sorted(examples, key=_length), batch_size))
     total, tokens = 0.0, 0
     for module in dropouts:
         module.eval()
     with torch.no_grad(), _autocast(model):
-        for batch in map(collate, _chunks(sorted(examples, key=_length), batch_size)):
+        for batch in map(collate, _own_share(chunks)):
             total += float(response_loss(model, batch)) * len(batch.targets)
             tokens += len(batch.targets)
     for module in dropouts:
         module.train()
-    return total / tokens
+    sums = torch.tensor([total, tokens], dtype=torch.float64, device=next(model.parameters()).device)
+    _add_over_processes([sums])
+    return float(sums[0] / sums[1])
 
 
 def balanced_epoch(examples: Sequence[TokenizedExample], rng: random.Random) -> list[TokenizedExample]:
@@ -243,34 +269,99 @@ def length_bucketed_batches(
     yield from batches
 
 
-def _step(
-    model: PeftModel,
-    batch: Batch,
-    parameters: list[torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    settings: LoraTraining,
-    first: bool,
+class _Optimizer:
+    """AdamW on the adapter's parameters, with gradient clipping and, in float16, a scaled loss.
+
+    Gradients too small for float16 would be zero; `torch.amp.GradScaler` multiplies the loss before the backward pass,
+    divides the gradients after it, and leaves a step out when one has overflowed.
+    """
+
+    def __init__(self, model: PeftModel, settings: LoraTraining) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.max_grad_norm = settings.max_grad_norm
+        options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+        self.adamw: torch.optim.Optimizer = (
+            bitsandbytes.optim.PagedAdamW8bit(self.parameters, **options)
+            if settings.optimizer == "paged_adamw_8bit"
+            else torch.optim.AdamW(self.parameters, foreach=True, **options)
+        )
+        device = next(model.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=_base_dtype(model) == torch.float16)
+
+    def step(self) -> None:
+        self.scaler.unscale_(self.adamw)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.scaler.step(self.adamw)
+        self.scaler.update()
+        self.adamw.zero_grad(set_to_none=True)
+
+
+def _backward(
+    model: PeftModel, chosen: list[TokenizedExample], settings: LoraTraining, optimizer: _Optimizer, first: bool
 ) -> float:
-    with _autocast(model):
-        loss = response_loss(model, batch)
-    loss.backward()  # type: ignore[no-untyped-call]
-    if first and any(p.grad is None for p in parameters):
-        missing = sum(p.grad is None for p in parameters)
+    """Gradients of the mean loss over all counted tokens of ``chosen``, in passes of ``batch_size``; that loss.
+
+    Means of passes with unequal tokens must not be averaged: each pass is weighted by its share of the tokens.
+    """
+    tokens = sum(len(e.counted) for e in chosen)
+    loss = torch.zeros((), device=next(model.parameters()).device)
+    shares = [share for share in map(_own_share, _chunks(chosen, settings.batch_size)) if share]
+    for share in shares:
+        batch = collate(share)
+        with _autocast(model):
+            part = response_loss(model, batch) * (len(batch.targets) / tokens)
+        optimizer.scaler.scale(part).backward()  # type: ignore[no-untyped-call]
+        loss += part.detach()
+    if first and shares and any(p.grad is None for p in optimizer.parameters):
+        missing = sum(p.grad is None for p in optimizer.parameters)
         raise RuntimeError(
-            f"{missing} of {len(parameters)} adapter tensors got no gradient: the base model was used for"
+            f"{missing} of {len(optimizer.parameters)} adapter tensors got no gradient: the base model was used for"
             " inference before this training. Load it again for training."
         )
-    torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    _add_over_processes([loss, *_gradients(optimizer.parameters)])
+    if first and not loss.isfinite():
+        raise RuntimeError(
+            f"the first loss is {loss.item()}: the base model overflows in {_base_dtype(model)}. Set"
+            " models.compute_dtype: float32."
+        )
     return loss.item()
+
+
+def _gradients(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """One for each parameter: zeros in a process whose share of a step was empty."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _own_share(items: Sequence[T]) -> Sequence[T]:
+    """What this process does of ``items``: all of them, or one of as many as the group has processes."""
+    if not torch.distributed.is_initialized():
+        return items
+    return items[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+
+
+def _add_over_processes(tensors: list[torch.Tensor]) -> None:
+    """Replace each tensor by its sum over the processes of the group, in one exchange."""
+    if not torch.distributed.is_initialized():
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    for tensor, added in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(added.view_as(tensor))
+
+
+def _base_dtype(model: PeftModel) -> torch.dtype | None:
+    """Of the frozen weights that aren't 4-bit."""
+    return next((p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()), None)
 
 
 def _autocast(model: PeftModel) -> Any:
     # Adapter weights are kept in float32 for the optimizer and computed in the base's dtype.
-    base = next((p for p in model.parameters() if not p.requires_grad and p.is_floating_point()), None)
-    half = base is not None and base.dtype == torch.bfloat16
-    return torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16, enabled=half)
+    dtype = _base_dtype(model)
+    half = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(next(model.parameters()).device.type, dtype=dtype if half else torch.bfloat16, enabled=half)
 
 
 def _cosine_with_warmup(step: int, total: int, warmup_ratio: float) -> float:

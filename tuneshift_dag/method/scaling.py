@@ -22,8 +22,11 @@ _FOUR_BIT_BYTES = 4.127 / 8
 _SAVED_BYTES = 16
 # Logits in bfloat16, their float32 copy and its gradient.
 _LOGIT_BYTES = 10
-# A LoRA weight, its gradient and AdamW's two moments, in float32.
+# With gradient checkpointing that of one layer only, and the input of the others: one bfloat16 of the hidden width.
+_INPUT_BYTES = 2
+# A LoRA weight, its gradient and AdamW's two moments, in float32 or in 8 bits.
 _LORA_BYTES = 16
+_LORA_BYTES_8BIT = 10
 # The libraries of a process: what the packaged transfer's `seed_set` peaked at, less its model.
 _PROCESS_BYTES = 800_000_000
 # As `tuneshift_dag.resources.batching`: the share of the free memory that a batch may plan with.
@@ -257,6 +260,8 @@ class Training:
         tokens: of an example, prompt and response.
         response: those of them that the loss is on.
         longest: tokens of the longest example.
+        checkpointing: whether only the layers' inputs are kept, and each layer computed again in the backward pass.
+        moments_8bit: whether AdamW's moments are in 8 bits.
     """
 
     model: ModelSize
@@ -267,23 +272,30 @@ class Training:
     tokens: float
     response: float
     longest: float
+    checkpointing: bool = False
+    moments_8bit: bool = False
 
     def seconds(self, gpu: Hardware, fractions: Fractions) -> float:
-        """Forward and the gradient of the activations, 2 operations each a weight; of LoRA weights 2 more."""
-        weights = 4 * self.model.body + 6 * self.model.lora_parameters(self.rank)
+        """Forward and the gradient of the activations, 2 operations each a weight; of LoRA weights 2 more; with
+        checkpointing the forward of the layers twice."""
+        again = 1 if self.checkpointing else 0
+        lora = self.model.lora_parameters(self.rank)
+        weights = 4 * self.model.body + 6 * lora + again * 2 * (self.model.body + lora)
         operations = self.examples * (self.tokens * weights + self.response * 4 * self.model.head)
         steps = math.ceil(self.examples / self.batch)
-        read = steps * 2 * (self.model.body_bytes(self.quantized) + 2 * self.model.head)
+        read = steps * ((2 + again) * self.model.body_bytes(self.quantized) + 4 * self.model.head)
         limit = max(operations / gpu.flops, read / gpu.bandwidth)
         # Forward and backward; that backward starts as many kernels is an assumption.
-        return max(limit / fractions.training, steps * 2 * gpu.launch * self.model.layers)
+        return max(limit / fractions.training, steps * (2 + again) * gpu.launch * self.model.layers)
 
     @property
     def memory(self) -> float:
-        """Weights, LoRA with its optimizer, activations and logits of a batch of the longest examples."""
-        activations = self.longest * self.model.layers * _SAVED_BYTES * (self.model.hidden + self.model.intermediate)
+        """Weights, LoRA with its optimizer, activations and logits of one pass of the longest examples."""
+        layer, layers = _SAVED_BYTES * (self.model.hidden + self.model.intermediate), self.model.layers
+        kept = layer + layers * _INPUT_BYTES * self.model.hidden if self.checkpointing else layers * layer
+        activations = self.longest * kept
         logits = self.response * self.model.vocabulary * _LOGIT_BYTES
-        lora = _LORA_BYTES * self.model.lora_parameters(self.rank)
+        lora = (_LORA_BYTES_8BIT if self.moments_8bit else _LORA_BYTES) * self.model.lora_parameters(self.rank)
         return _PROCESS_BYTES + self.model.weight_bytes(self.quantized) + lora + self.batch * (activations + logits)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file, home_dir, transfers_dir
 from tuneshift_dag.reports.plan import run_warnings
+from tuneshift_dag.resources.hardware import training_problem
 from tuneshift_dag.transfer import Transfer, find_transfers, load_transfer
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "dagster", "duckdb", "polars")
@@ -23,7 +24,7 @@ _FREE_GIB = 2
 class Finding:
     what: str
     ok: bool | None
-    """None: a run takes care of it, but it wasn't checked."""
+    """None: nothing to fix in the transfer, but to know before a run on this machine."""
     detail: str
 
 
@@ -46,6 +47,9 @@ def examine(name: str | None, with_models: bool) -> Iterator[Finding]:
         warnings = run_warnings(transfer)
         if warnings:
             yield Finding(f"{folder.name} memory", False, " ".join(warnings))
+        problem = training_problem(transfer)
+        if problem is not None:
+            yield Finding(f"{folder.name} training", None, problem)
         if transfer.config.evaluation.tasks:
             yield _tasks(transfer)
         missing = _not_here(transfer)

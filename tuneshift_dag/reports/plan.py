@@ -23,7 +23,7 @@ from tuneshift_dag.method.scaling import (
     Workload,
 )
 from tuneshift_dag.method.scaling import estimate as estimate_gpus
-from tuneshift_dag.resources.memory import has_gpu, total_bytes
+from tuneshift_dag.resources.memory import gpu_count, total_bytes
 from tuneshift_dag.resources.model_ref import known_config
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.transfer import Transfer
@@ -64,10 +64,11 @@ def gpu_named(name: str) -> Hardware:
     return replace(GPUS[name], memory=total_bytes()) if name == "cpu" else GPUS[name]
 
 
-def this_machine() -> Hardware:
-    """The memory of this machine; its speed is only known from recorded runs."""
-    usable = Hardware.usable if has_gpu() else CPU_USABLE
-    return Hardware(HERE, math.inf, math.inf, total_bytes(), usable=usable)
+def this_machine(transfer: Transfer) -> Hardware:
+    """The memory that a model of this transfer has on this machine; its speed is only known from recorded runs."""
+    usable = Hardware.usable if gpu_count() else CPU_USABLE
+    one = transfer.config.models.device_map == "single"
+    return Hardware(HERE, math.inf, math.inf, total_bytes(1 if one else None), usable=usable)
 
 
 def model_sizes(transfer: Transfer, given: Mapping[str, float]) -> dict[str, ModelSize]:
@@ -213,6 +214,8 @@ def workload(transfer: Transfer, sizes: Mapping[str, ModelSize], known: Lengths,
             shared + prompt + known.fine_tuned[0],
             known.fine_tuned[0],
             longest + config.response.max_new_tokens,
+            train.gradient_checkpointing,
+            train.optimizer == "paged_adamw_8bit",
         ),
         [*of_source, *of_target] if heldout else [],
         {
@@ -313,7 +316,7 @@ def plan(
     if gpu:
         hardware = gpu_named(gpu)
     else:
-        hardware = this_machine()
+        hardware = this_machine(transfer)
         speeds = recorded_speeds(store, transfer)
         missing = [step for step in steps if step not in speeds]
         if missing:
@@ -379,7 +382,7 @@ def run_warnings(transfer: Transfer) -> list[str]:
     except TuneshiftError:
         return []
     work = workload(transfer, sizes, lengths(Store(database_file()), transfer), here=True)
-    return memory_warnings(transfer, work, this_machine())
+    return memory_warnings(transfer, work, this_machine(transfer))
 
 
 def memory_warnings(transfer: Transfer, work: Workload, gpu: Hardware) -> list[str]:

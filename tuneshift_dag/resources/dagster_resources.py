@@ -127,7 +127,9 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         if on_ray:
             name += f"|{cluster.model_dump_json()}"
         if name not in _ENGINES:
-            engine: Engine = LocalEngine(files, adapter, models.quantization, models.compute_dtype, models.batch_size)
+            engine: Engine = LocalEngine(
+                files, adapter, models.quantization, models.compute_dtype, models.batch_size, models.device_map
+            )
             if on_ray:
                 needed = [files.path, *([adapter.path] if adapter else [])]
                 engine = ray_engine.RayEngine(engine, models.batch_size, cluster, needed)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 
+from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import Decoding, Response
 from tuneshift_dag.resources import memory
 from tuneshift_dag.resources.kv_cache import KeysValues, growing_cache
@@ -51,7 +52,8 @@ class Prefix:
     def select(self, rows: Sequence[int]) -> "Prefix":
         if list(rows) == list(range(len(self.mask))):
             return self
-        index = torch.tensor(list(rows), device=self.mask.device)
+        # On the CPU: layers may be on several GPUs.
+        index = torch.tensor(list(rows))
         kv = [(k[index], v[index]) for k, v in self.keys_values]
         return Prefix(kv, self.mask[index], self.logits[index])
 
@@ -225,7 +227,7 @@ def _score_rest(model: Any, prefix: Prefix, responses: list[list[int]]) -> list[
     owner = [i for i, r in enumerate(responses) for _ in r[1:]]
     predicts = [i * length + t for i, r in enumerate(responses) for t in range(len(r) - 1)]
     targets = torch.tensor([token for r in responses for token in r[1:]], device=model.device)
-    with _capture_hidden(model, torch.tensor(predicts, device=model.device)) as captured:
+    with _capture_hidden(model, torch.tensor(predicts)) as captured:
         model(
             input_ids=ids,
             attention_mask=mask,
@@ -264,9 +266,14 @@ def check_head(model: Any) -> None:
     ids = torch.tensor([[1, 2, 3]], device=model.device)
     with torch.inference_mode():
         own = model(input_ids=ids, use_cache=False).logits[0].float()
-        with _capture_hidden(model, torch.arange(3, device=model.device)) as captured:
+        with _capture_hidden(model, torch.arange(3)) as captured:
             model(input_ids=ids, use_cache=False)
-        ours = head_logits(model, captured[0]).float()
+        ours = head_logits(model, captured[0]).float().to(own.device)
+    if not own.isfinite().all():
+        raise TuneshiftError(
+            f"{model.config.model_type}: its activations overflow in {model.dtype}, so it can't answer. Set"
+            " models.compute_dtype: float32."
+        )
     if not torch.allclose(own, ours, atol=0.1, rtol=0.02):
         raise RuntimeError(
             f"{model.config.model_type}: its logits aren't a linear head with an optional soft cap, so given"
@@ -290,7 +297,8 @@ def _capture_hidden(model: Any, positions: torch.Tensor) -> Iterator[list[torch.
     captured: list[torch.Tensor] = []
 
     def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        captured.append(inputs[0].flatten(0, 1)[positions])
+        # The head may be on another GPU than the embeddings.
+        captured.append(inputs[0].flatten(0, 1)[positions.to(inputs[0].device)])
         return inputs[0][0, :1].contiguous()  # (1, D): for (1, 1, D) the head would copy its weight
 
     handle = model.get_output_embeddings().register_forward_pre_hook(hook, prepend=True)
@@ -358,7 +366,7 @@ def _logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Float32 log-probability of one token per row (N, V). A few rows at a time, never a float32 copy."""
     step = max(1, _FLOAT_AT_ONCE // logits.shape[1])
     totals = torch.cat([logits[i : i + step].float().logsumexp(1) for i in range(0, len(logits), step)])
-    return logits.gather(1, tokens[:, None])[:, 0].float() - totals
+    return logits.gather(1, tokens[:, None].to(logits.device))[:, 0].float() - totals
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

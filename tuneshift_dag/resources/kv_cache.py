@@ -47,7 +47,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.keys, self.values = self.keys[indices], self.values[indices]
+        own = indices.to(self.keys.device)  # layers may be on several GPUs
+        self.keys, self.values = self.keys[own], self.values[own]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length of the tensors once ``query_length`` more tokens are in, and where they begin."""

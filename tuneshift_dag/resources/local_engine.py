@@ -17,7 +17,9 @@ from tuneshift_dag.resources import memory
 from tuneshift_dag.resources.batching import in_batches
 from tuneshift_dag.resources.model_loading import (
     ADAPTER,
+    DeviceMap,
     Quantization,
+    dtype_name,
     load_for_inference,
     load_tokenizer,
     quantized_dir,
@@ -43,14 +45,16 @@ class LocalEngine:
         base: ModelFiles,
         adapter: ModelFiles | None = None,
         quantization: Quantization = "nf4",
-        compute_dtype: str = "bfloat16",
+        compute_dtype: str = "auto",
         batch_size: int = 32,
+        device_map: DeviceMap = "auto",
     ) -> None:
         self.base = base
         self.adapter = adapter
         self.quantization = quantization
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = dtype_name(compute_dtype)
         self.batch_size = batch_size
+        self.device_map = device_map
         self._model: Any = None
         self._tokenizer: Any = None
 
@@ -64,7 +68,7 @@ class LocalEngine:
     def model(self) -> Any:
         if self._model is None:
             dtype = getattr(torch, self.compute_dtype)
-            self._model = load_for_inference(self.base, self.adapter, self.quantization, dtype)
+            self._model = load_for_inference(self.base, self.adapter, self.quantization, dtype, self.device_map)
             with loop.contiguous_head(self._model):
                 loop.check_head(self._model)
             memory.drop_file_pages(quantized_dir())

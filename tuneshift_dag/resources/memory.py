@@ -16,26 +16,28 @@ def reset_peak() -> None:
     """Let the peak start again from what is used now. Where only Linux can, elsewhere it stays the process's."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+        for number in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(number)
     with contextlib.suppress(OSError):
         (_PROC / "clear_refs").write_text("5")
 
 
-def has_gpu() -> bool:
-    """Whether PyTorch sees a GPU; where there is no driver it isn't imported to find that out, which takes seconds."""
+def gpu_count() -> int:
+    """How many GPUs PyTorch sees; where there is no driver it isn't imported to find out, which takes seconds."""
     if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
-        return False
+        return 0
     import torch
 
-    return bool(torch.cuda.is_available())
+    return int(torch.cuda.device_count()) if torch.cuda.is_available() else 0
 
 
-def total_bytes() -> int:
-    """Memory of the GPU, or of this machine and this container."""
-    if has_gpu():
+def total_bytes(gpus: int | None = None) -> int:
+    """Memory of the first ``gpus`` GPUs (None: all) together, or of this machine and this container."""
+    count = gpu_count()
+    if count:
         import torch
 
-        return int(torch.cuda.mem_get_info()[1])
+        return sum(int(torch.cuda.mem_get_info(number)[1]) for number in range(gpus or count))
     total, limit = int(psutil.virtual_memory().total), container_bytes("max")
     return total if limit is None else min(total, limit)
 
@@ -49,10 +51,10 @@ def container_bytes(what: str) -> int | None:
 
 
 def peak_bytes() -> int:
-    """The most bytes in use at once since `reset_peak`."""
+    """The most bytes in use at once since `reset_peak`: of all GPUs together, or of the process."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+        return sum(int(torch.cuda.max_memory_allocated(number)) for number in range(torch.cuda.device_count()))
     try:
         peak = re.search(r"VmHWM:\s+(\d+) kB", (_PROC / "status").read_text())
     except OSError:

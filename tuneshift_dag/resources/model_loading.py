@@ -26,6 +26,7 @@ from tuneshift_dag.resources import attention, lora_inference
 from tuneshift_dag.resources.model_ref import ModelFiles, cache_dir
 
 Quantization = Literal["nf4", "fp4", "none"]
+DeviceMap = Literal["auto", "single"]
 ADAPTER = "fine_tuned"
 
 
@@ -47,14 +48,28 @@ def start_ids(tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
 
 
+def dtype_name(setting: str) -> str:
+    """The name of the dtype that ``models.compute_dtype`` means on this machine."""
+    if setting != "auto":
+        return setting
+    # A GPU without bfloat16 emulates it, in float32's time.
+    emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "float16" if emulated else "bfloat16"
+
+
 def load_for_inference(
     files: ModelFiles,
     adapter: ModelFiles | None,
     quantization: Quantization,
     dtype: torch.dtype,
+    device_map: DeviceMap = "auto",
 ) -> PreTrainedModel | PeftModel:
-    """A model in eval mode, with the adapter (if any) attached, unmerged, under the name `ADAPTER`."""
-    model: Any = _load(files, quantization, dtype)
+    """A model in eval mode, with the adapter (if any) attached, unmerged, under the name `ADAPTER`.
+
+    Raises:
+        TuneshiftError: when the GPUs haven't the memory.
+    """
+    model: Any = _load(files, quantization, dtype, device_map)
     if dtype != torch.bfloat16:
         # The repacked layout's kernel computes in bfloat16 whatever the dtype asked for.
         _keep_layout(model)
@@ -68,9 +83,15 @@ def load_for_inference(
     return model.eval().requires_grad_(False)
 
 
-def load_for_training(files: ModelFiles, quantization: Quantization, dtype: torch.dtype) -> PreTrainedModel:
-    """A base model in train mode whose 4-bit weights stay in the layout that has gradients."""
-    model = _load(files, quantization, dtype)
+def load_for_training(
+    files: ModelFiles, quantization: Quantization, dtype: torch.dtype, device_map: DeviceMap = "auto"
+) -> PreTrainedModel:
+    """A base model in train mode whose 4-bit weights stay in the layout that has gradients.
+
+    Raises:
+        TuneshiftError: when the GPUs haven't the memory.
+    """
+    model = _load(files, quantization, dtype, device_map)
     _keep_layout(model)
     return model.requires_grad_(False).train()
 
@@ -98,14 +119,15 @@ def _keep_layout(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype) -> PreTrainedModel:
+def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype, device_map: DeviceMap) -> PreTrainedModel:
+    placed = _device_map(device_map)
     if quantization == "none":
-        return _read(files.path, _attention(files), quantization, dtype)
+        return _refuse_offloaded(files, _read(files.path, _attention(files), quantization, dtype, placed))
     # The version is in the name because the layout of 4-bit weights belongs to bitsandbytes.
     parts = [files.fingerprint, quantization, str(dtype), bitsandbytes.__version__]
     folder = quantized_dir() / hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
     if not folder.is_dir():
-        model = _read(files.path, _attention(files), quantization, dtype)
+        model = _read(files.path, _attention(files), quantization, dtype, placed)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
             # Before any forward: that may repack the weights, and a repacked model is saved as garbage.
@@ -113,11 +135,37 @@ def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype) -> 
             with contextlib.suppress(OSError):  # another process was first
                 (Path(staging) / "model").rename(folder)
         del model
-    return _read(folder, _attention(files), "saved", dtype)
+    return _read(folder, _attention(files), "saved", dtype, placed)
+
+
+def _device_map(setting: DeviceMap) -> str | dict[str, int] | None:
+    """What transformers is told; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return "auto" if setting == "auto" else {"": torch.cuda.current_device()}
+
+
+def _refuse_offloaded(files: ModelFiles, model: PreTrainedModel) -> PreTrainedModel:
+    """The model, unless accelerate has left a part of it out of the GPUs, where it would crawl and can't be trained.
+
+    Of a 4-bit model transformers refuses this itself.
+    """
+    outside = [name for name, device in getattr(model, "hf_device_map", {}).items() if device in ("cpu", "disk")]
+    if outside and torch.cuda.is_available():
+        raise TuneshiftError(
+            f"{files.reference} doesn't fit in the free memory of {torch.cuda.device_count()} GPU(s): {len(outside)} of"
+            f" its parts, such as {outside[0]}, would be left out. Set models.quantization: nf4 (when it is trained,"
+            " distill.quantization: nf4), free the GPUs' memory or use more of them."
+        )
+    return model
 
 
 def _read(
-    folder: Path, attention_name: str, quantization: Quantization | Literal["saved"], dtype: torch.dtype
+    folder: Path,
+    attention_name: str,
+    quantization: Quantization | Literal["saved"],
+    dtype: torch.dtype,
+    device_map: str | dict[str, int] | None,
 ) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention_name}
     if quantization not in ("none", "saved"):
@@ -127,8 +175,8 @@ def _read(
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=True,
         )
-    if torch.cuda.is_available():
-        options["device_map"] = "auto"
+    if device_map is not None:
+        options["device_map"] = device_map
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,16 @@ from tuneshift_dag.method.distillation import (
     train,
 )
 from tuneshift_dag.method.token_selection import ScoredTokens, TokenBytes, select_tokens
-from tuneshift_dag.resources.model_loading import assert_trainable_layout, load_for_training, load_tokenizer
-from tuneshift_dag.resources.model_ref import resolve_model, resolve_tokenizer
+from tuneshift_dag.resources.model_loading import (
+    DeviceMap,
+    Quantization,
+    assert_trainable_layout,
+    dtype_name,
+    load_for_training,
+    load_tokenizer,
+)
+from tuneshift_dag.resources.model_ref import ModelFiles, resolve_model, resolve_tokenizer
+from tuneshift_dag.resources.processes import in_processes
 from tuneshift_dag.transfer import Transfer
 
 
@@ -44,23 +52,61 @@ def distill(
     config = transfer.config
     files = resolve_model(config.target.base, transfer.folder, "target.base")
     tokenizer = load_tokenizer(files)
-    settings = LoraTraining(seed=config.seed, **config.distill.model_dump(exclude={"quantization", "token_mask"}))
+    loading = {"quantization", "token_mask", "processes"}
+    settings = LoraTraining(seed=config.seed, **config.distill.model_dump(exclude=loading))
     examples = [tokenize_example(tokenizer, config.prompt_template, p, r) for p, r in pairs]
     if excess is not None:
         examples = _masked(transfer, tokenizer, examples, excess)
-    base = load_for_training(files, config.distill.quantization, getattr(torch, config.models.compute_dtype))
-    model = add_lora(base, settings)
-    assert_trainable_layout(model)
-    curve = train(model, examples, settings, on_step)
-    assert_trainable_layout(model)
-
-    model.peft_config["default"].base_model_name_or_path = config.target.base
+    count = config.distill.processes
+    job = _Job(
+        files,
+        config.target.base,
+        config.distill.quantization,
+        dtype_name(config.models.compute_dtype),
+        config.models.device_map if count == 1 else "single",
+        settings,
+        examples,
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    # The embeddings aren't trained; looking for changed ones would need the base's config from a hub.
-    model.save_pretrained(partial, save_embedding_layers=False)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging:
+        partial = Path(staging) / "adapter"
+        if count == 1:
+            curve = _run(on_step, job, partial)
+        else:
+            curve = in_processes(count, _run_in_group, job, partial, on_message=lambda message: on_step(*message))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    return curve
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that a process needs to train."""
+
+    files: ModelFiles
+    reference: str
+    quantization: Quantization
+    dtype: str
+    device_map: DeviceMap
+    settings: LoraTraining
+    examples: list[TokenizedExample]
+
+
+def _run_in_group(send: Callable[[Any], None], job: _Job, folder: Path) -> TrainingCurve:
+    return _run(lambda *progress: send(progress), job, folder)
+
+
+def _run(on_step: Callable[[int, int, float], None], job: _Job, folder: Path) -> TrainingCurve:
+    """Train, and save the adapter to ``folder``; in a group its first process does."""
+    base = load_for_training(job.files, job.quantization, getattr(torch, job.dtype), job.device_map)
+    model = add_lora(base, job.settings)
+    assert_trainable_layout(model)
+    curve = train(model, job.examples, job.settings, on_step)
+    assert_trainable_layout(model)
+    model.peft_config["default"].base_model_name_or_path = job.reference
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        # The embeddings aren't trained; looking for changed ones would need the base's config from a hub.
+        model.save_pretrained(folder, save_embedding_layers=False)
     del model, base
     gc.collect()
     return curve

@@ -1,0 +1,77 @@
+"""A function in several processes of this machine that form one group, through accelerate: a process for each GPU, or
+processes on the CPU where there is none.
+
+The processes find each other through a file, so nothing listens on a port that others could know.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.multiprocessing
+from accelerate import PartialState
+from torch.multiprocessing.spawn import spawn
+
+T = TypeVar("T")
+# How long the messages of a process may wait, in seconds.
+_EVERY = 0.2
+
+
+def in_processes(count: int, work: Callable[..., T], *arguments: Any, on_message: Callable[[Any], None]) -> T:
+    """Run ``work(send, *arguments)`` in ``count`` new processes; return what the first one returns.
+
+    Args:
+        work: a function of a module, since it is sent to the processes; so are its arguments and its result.
+        on_message: called here with whatever the first process passes to ``send``.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: when one fails, with its traceback; the others are ended.
+    """
+    inbox = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    results: list[T] = []
+    with tempfile.TemporaryDirectory() as folder:
+        meeting_point = (Path(folder) / "group").as_uri()
+        threads = max(1, torch.get_num_threads() // count)
+        passed = (count, meeting_point, threads, inbox, work, arguments)
+        running = spawn(_process, passed, nprocs=count, join=False)  # type: ignore[no-untyped-call]
+        ended = False
+        while not ended:
+            ended = running.join(timeout=_EVERY)
+            while not inbox.empty():
+                is_result, content = inbox.get()
+                if is_result:
+                    results.append(content)
+                else:
+                    on_message(content)
+    return results[0]
+
+
+def _process(
+    rank: int,
+    count: int,
+    meeting_point: str,
+    threads: int,
+    outbox: Any,
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(threads)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ.update({name: str(number) for name, number in numbers.items()}, OMP_NUM_THREADS=str(threads))
+    # Puts the process on its own GPU, and chooses NCCL there and Gloo on a CPU.
+    on_cpu = not torch.cuda.is_available()
+    PartialState(cpu=on_cpu, init_method=meeting_point, rank=rank, world_size=count)
+
+    def send(content: Any) -> None:
+        if rank == 0:
+            outbox.put((False, content))
+
+    try:
+        result = work(send, *arguments)
+        if rank == 0:
+            outbox.put((True, result))
+    finally:
+        torch.distributed.destroy_process_group()
