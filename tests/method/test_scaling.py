@@ -160,6 +160,14 @@ class TestScaling:
         least = 6 * (1 + DEMO.proposals.longest) * GEMMA.layers * H100.launch
         assert eager.seconds["synthetic_prompts"] == pytest.approx(least)
 
+    def test_checkpointing_runs_the_layers_once_more(self) -> None:
+        plain, fractions = DEMO.training, Fractions()
+        again = replace(plain, checkpointing=True)
+        more = 4695 * 32.2 * 2 * (GEMMA.body + 3_796_992) / GPUS["cpu"].flops / fractions.training
+        cpu = GPUS["cpu"]
+        assert again.seconds(cpu, fractions) - plain.seconds(cpu, fractions) == pytest.approx(more)
+        assert again.seconds(H100, fractions) == pytest.approx(1.5 * plain.seconds(H100, fractions))  # starting kernels
+
     def test_a_larger_fraction_of_the_limit_is_faster(self) -> None:
         gpu = replace(H100, launch=0)
         half, all_ = (estimate(DEMO, gpu, 1, Fractions(f, f, f)).total_seconds for f in (0.5, 1.0))
@@ -194,6 +202,12 @@ class TestMemory:
         assert training.memory == pytest.approx(0.8e9 + 2 * GEMMA.parameters + 16 * 3_796_992 + batch)
         assert replace(training, quantized=True).memory < training.memory
         assert replace(training, batch=1).memory < training.memory
+
+    def test_of_training_with_checkpointing_holds_one_layer_and_the_inputs_of_all(self) -> None:
+        training = replace(DEMO.training, checkpointing=True)
+        batch = 16 * (105 * (16 * (640 + 2048) + 18 * 2 * 640) + 7.6 * 262144 * 10)
+        assert training.memory == pytest.approx(0.8e9 + 2 * GEMMA.parameters + 16 * 3_796_992 + batch)
+        assert DEMO.training.memory - replace(DEMO.training, moments_8bit=True).memory == 6 * 3_796_992
 
     def test_a_batch_shrinks_to_the_memory_as_the_engine_does_it(self) -> None:
         small = Hardware("small", 1e12, 1e11, 700e6)

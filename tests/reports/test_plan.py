@@ -175,7 +175,9 @@ class TestWarnings:
         ("size", "repair"),
         [
             (7e9, "set distill.batch_size: 4,"),
+            (9.5e9, "set distill.gradient_checkpointing: true and distill.batch_size: "),
             (13e9, "set distill.quantization: nf4 and distill.batch_size: 4,"),
+            (30e9, "set distill.quantization: nf4 and distill.gradient_checkpointing: true and distill.batch_size: "),
             (70e9, "choose a smaller target,"),
         ],
     )

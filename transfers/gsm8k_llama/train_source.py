@@ -21,7 +21,16 @@ from tuneshift_dag.transfer import load_transfer
 
 HERE = Path(__file__).parent
 TRANSFER = load_transfer(HERE).config
-SETTINGS = LoraTraining(rank=16, alpha=32, learning_rate=2e-4, epochs=3, batch_size=16, validation_fraction=0.02)
+SETTINGS = LoraTraining(
+    rank=16,
+    alpha=32,
+    learning_rate=2e-4,
+    epochs=3,
+    batch_size=4,
+    gradient_accumulation=4,
+    gradient_checkpointing=True,
+    validation_fraction=0.02,
+)
 
 
 def worked(answer: str) -> str:

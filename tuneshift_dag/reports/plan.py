@@ -426,10 +426,18 @@ def _smaller_models(transfer: Transfer, step: str) -> str:
 
 def _smaller_training(training: Training, room: float) -> str:
     """The smallest change of ``distill`` that makes the training fit."""
-    for quantized in (training.quantized, True):
+    same = training.checkpointing
+    for quantized, checkpointing in (
+        (training.quantized, same),
+        (training.quantized, True),
+        (True, same),
+        (True, True),
+    ):
         for batch in (training.batch, *(size for size in (16, 8, 4, 2, 1) if size < training.batch)):
-            if replace(training, quantized=quantized, batch=batch).memory <= room:
+            changed = replace(training, quantized=quantized, checkpointing=checkpointing, batch=batch)
+            if changed.memory <= room:
                 changes = ["distill.quantization: nf4"] if quantized and not training.quantized else []
+                changes += ["distill.gradient_checkpointing: true"] if checkpointing and not same else []
                 changes += [f"distill.batch_size: {batch}"] if batch < training.batch else []
                 return f"set {' and '.join(changes)}"
     return "choose a smaller target"

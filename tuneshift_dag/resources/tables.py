@@ -339,7 +339,9 @@ STEPS = Table(
         Column("model_seconds", "DOUBLE", "Part of it spent loading, running or training models."),
         Column("model_calls", "INTEGER", "Prompts that a model answered, scored or continued."),
         Column("cache_hits", "INTEGER", "Prompts whose result came from the cache."),
-        Column("peak_bytes", "BIGINT", "Peak memory of the process during the step, the GPU's where there is one."),
+        Column(
+            "peak_bytes", "BIGINT", "Peak memory of the process during the step; where there are GPUs, of all of them."
+        ),
     ),
 )
 CACHE_REFERENCES = Table(
