@@ -420,7 +420,7 @@ def check_cut(rule: Rule, cut: float) -> None:
 class Distill(_Section):
     """LoRA training of the target. The paper doesn't publish its values."""
 
-    # Keys that came later are left out of what is hashed at their defaults: models trained before them stay current.
+    # `exclude_if`: keys that came later aren't hashed at their defaults, so that earlier models stay current.
     quantization: Literal["nf4", "fp4", "none"] = Field(
         "none", description="4-bit type of the frozen target while it is trained (QLoRA); `none` for the dtype."
     )
@@ -456,8 +456,8 @@ class Distill(_Section):
         1,
         ge=1,
         description=(
-            "Processes that share every batch, each with the whole target on a GPU of its own; the result is that of"
-            " one. Without a GPU they share the CPU."
+            "Processes that share every batch, each with the whole target on a GPU of its own; the adapter is that"
+            " of one, up to rounding. Without a GPU they share the CPU."
         ),
     )
     balance: Literal["response", "none"] = Field(

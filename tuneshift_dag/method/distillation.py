@@ -311,7 +311,7 @@ def _backward(
         with _autocast(model):
             part = response_loss(model, batch) * (len(batch.targets) / tokens)
         optimizer.scaler.scale(part).backward()  # type: ignore[no-untyped-call]
-        loss += part.detach()
+        loss += part.detach().to(loss.device)
     if first and shares and any(p.grad is None for p in optimizer.parameters):
         missing = sum(p.grad is None for p in optimizer.parameters)
         raise RuntimeError(

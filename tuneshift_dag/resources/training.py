@@ -73,6 +73,9 @@ def distill(
         if count == 1:
             curve = _run(on_step, job, partial)
         else:
+            # What released models leave to this process would be missing on the first GPU.
+            gc.collect()
+            torch.cuda.empty_cache()
             curve = in_processes(count, _run_in_group, job, partial, on_message=lambda message: on_step(*message))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
