@@ -463,7 +463,7 @@ class Distill(_Section):
     balance: Literal["response", "none"] = Field(
         "none",
         description=(
-            "`response` draws each epoch's pairs with replacement, weighted by 1 / sqrt(pairs with the same"
+            "`response` draws each epoch's pairs with replacement, weighted by 1 / (pairs with the same"
             " response), for tasks with a fixed set of answers; `none` takes every pair once."
         ),
     )

@@ -313,10 +313,10 @@ def test_batches_hold_every_example_once_and_similar_lengths_together() -> None:
     assert [len(b) for b in batches] == [4] * 5
 
 
-def test_a_balanced_epoch_draws_rare_responses_more_often() -> None:
+def test_a_balanced_epoch_draws_rare_responses_as_often_as_common_ones() -> None:
     common, rare = TokenizedExample([3], [4, 2]), TokenizedExample([5], [6, 2])
     pool = [common] * 900 + [rare] * 9
     drawn = balanced_epoch(pool, random.Random(0))
     assert len(drawn) == len(pool)
-    # Weights 900 / sqrt(900) against 9 / sqrt(9): one in eleven; the standard error is 9.
-    assert abs(drawn.count(rare) - len(pool) / 11) < 36
+    # The standard error is 15.
+    assert abs(drawn.count(rare) - len(pool) / 2) < 60

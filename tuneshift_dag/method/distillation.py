@@ -253,9 +253,9 @@ def evaluate_loss(model: PeftModel, examples: Sequence[TokenizedExample], batch_
 
 
 def balanced_epoch(examples: Sequence[TokenizedExample], rng: random.Random) -> list[TokenizedExample]:
-    """As many examples, drawn with replacement, weighted by 1 / sqrt(examples with the same response)."""
+    """As many examples, drawn with replacement, every response equally often on average."""
     counts = Counter(tuple(e.response_ids) for e in examples)
-    weights = [counts[tuple(e.response_ids)] ** -0.5 for e in examples]
+    weights = [1 / counts[tuple(e.response_ids)] for e in examples]
     return rng.choices(examples, weights, k=len(examples))
 
 
