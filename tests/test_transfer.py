@@ -56,6 +56,9 @@ def test_transfers_are_the_folders_with_a_transfer_yaml(transfer_folder):
         ("filter", {"rule": "random", "keep": 2000}, ["filter.keep 2000", "target_pairs 1000", "raise it"]),
         ("filter", {"rule": "top_excess", "keep": 1.0, "max_repetition": 0}, ["filter.max_repetition", "0"]),
         ("filter", {"refusals": ["no way", " "]}, ["filter", "empty phrase", "remove it"]),
+        ("response.samples", -1, ["response.samples", "found -1", "greater than or equal to 0"]),
+        ("response", {"samples": 5, "agreement": 1.5}, ["response.agreement", "1.5", "less than or equal to 1"]),
+        ("response", {"agreement": 0.6, "top_p": 0.9}, ["agreement and top_p without samples", "add samples: 5"]),
         ("distill.token_mask", 0, ["distill.token_mask", "found 0", "greater than 0"]),
         ("distill.token_mask", 70, ["distill.token_mask", "found 70", "less than or equal to 1"]),
         ("distill.optimizer", "sgd", ["distill.optimizer", "'sgd'", "'adamw' or 'paged_adamw_8bit'"]),
@@ -103,6 +106,29 @@ def test_a_later_key_changes_a_version_only_when_it_is_set(transfer_folder, edit
     (transfer_folder / "heldout.jsonl").unlink()
     edit_config("evaluation.metric", "numeric")
     assert load_transfer(transfer_folder).version("evaluation") != hashlib.sha256(before.encode()).hexdigest()[:12]
+
+
+def test_samples_change_the_version_of_what_they_change_and_agreement_that_of_the_filter(transfer_folder, edit_config):
+    def versions() -> dict[str, str]:
+        transfer = load_transfer(transfer_folder)
+        return {name: transfer.version(name) for name in ("response", "filter")} | {"pairs": transfer.samples_version()}
+
+    before = versions()
+    old = json.dumps([1, {"response": {"max_new_tokens": 64}}], sort_keys=True)
+    assert before["response"] == hashlib.sha256(old.encode()).hexdigest()[:12]
+    assert before["pairs"] == "" and load_transfer(transfer_folder).guards.agreement is None
+    edit_config("response", {"samples": 5})
+    sampled = versions()
+    assert sampled["response"] == before["response"], "the seeds' greedy responses are the same"
+    assert sampled["pairs"] != before["pairs"] and sampled["filter"] != before["filter"]
+    edit_config("response.agreement", 0.8)
+    stricter = versions()
+    assert stricter["filter"] != sampled["filter"] and stricter["pairs"] == sampled["pairs"]
+    assert load_transfer(transfer_folder).guards.agreement == 0.8
+    for key, value in (("response.temperature", 1.0), ("response.top_p", 0.9), ("response.samples", 6), ("seed", 1)):
+        was = versions()["pairs"]
+        edit_config(key, value)
+        assert versions()["pairs"] != was, key
 
 
 def test_a_held_out_answer_without_a_number_is_named(transfer_folder, edit_config):

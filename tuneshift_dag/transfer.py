@@ -40,10 +40,13 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 
 # Where a server is and how it is asked doesn't change what it answers, nor does where a model lies or who trains it.
 _HOW_TO_ASK = {"base_url", "api_key_env", "concurrency", "timeout_seconds", "max_retries"}
+# Nor do samples change the greedy responses; where they count, see `Transfer.version` and `Transfer.samples_version`.
+_SAMPLES = {"samples", "temperature", "top_p", "agreement"}
 _WITHOUT_EFFECT: Any = {
     "engine": {"server": _HOW_TO_ASK, "ray": True},
     "generator": {"server": _HOW_TO_ASK},
     "models": {"device_map"},
+    "response": _SAMPLES,
     "distill": {"processes"},
 }
 
@@ -301,6 +304,34 @@ class Response(_Section):
     """How the source models answer."""
 
     max_new_tokens: int = Field(64, ge=1, description="Longest response, in tokens; longer ones are truncated.")
+    samples: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description=(
+            "Self-consistency (Wang et al., arXiv 2203.11171): also sample this many fine-tuned responses to each"
+            " prompt, and drop the pair when too few agree with the greedy one. 0 is off; 5 or more make sense."
+        ),
+    )
+    temperature: float = Field(
+        0.7, gt=0, le=5, description="Sampling temperature of `samples` (Wang et al.: 0.5 to 0.7)."
+    )
+    top_p: Probability = Field(1.0, description="`samples` are drawn within this probability mass.")
+    agreement: Probability = Field(
+        0.5,
+        description=(
+            "Least share of `samples` whose answer is that of the greedy response, outer white space aside; with"
+            " `evaluation.metric: numeric`, whose number is. From 0.5 on, the kept response is the majority's. A change"
+            " runs the filter again, and no model."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _has_samples(self) -> "Response":
+        idle = sorted(self.model_fields_set & (_SAMPLES - {"samples"}))
+        if not self.samples and idle:
+            raise ValueError(f"{' and '.join(idle)} without samples has no meaning; add samples: 5, or remove it")
+        return self
 
 
 class Filter(_Section):
@@ -386,10 +417,6 @@ class Filter(_Section):
     def cut_key(self) -> str:
         """The key of ``filter`` that says how much is kept."""
         return "rule" if self.rule == "unfiltered" else "keep" if self.rule in KEEP_RULES else "threshold"
-
-    @property
-    def guards(self) -> Guards:
-        return Guards(self.allow_truncated, self.max_repetition, self.refusals)
 
     def describe(self) -> str:
         """For people: the rule and its cut."""
@@ -680,6 +707,12 @@ class Transfer:
         """Whether pairs need the perplexity that only the rule `ifd` reads."""
         return "ifd" in {self.config.filter.rule, *(arm.rule for arm in self.config.arms)}
 
+    @property
+    def guards(self) -> Guards:
+        settings = self.config.filter
+        agreement = self.config.response.agreement if self.config.response.samples else None
+        return Guards(settings.allow_truncated, settings.max_repetition, settings.refusals, agreement)
+
     def with_training(self, seed: int, epochs: int) -> "Transfer":
         """The same transfer, trained with another seed and number of epochs."""
         distill = self.config.distill.model_copy(update={"epochs": epochs})
@@ -695,7 +728,7 @@ class Transfer:
         settings = self.config.filter
         value = settings.cut if cut is None else cut
         sql = value if isinstance(value, str) else f"{value!r}::DOUBLE"
-        return verdict_sql(rule or settings.rule, settings.guards, sql, self.config.rounds, self.config.seed)
+        return verdict_sql(rule or settings.rule, self.guards, sql, self.config.rounds, self.config.seed)
 
     def version(self, *sections: str, code: int = 1) -> str:
         """A code version: the hash of the named parts of the settings and of ``code``.
@@ -709,8 +742,18 @@ class Transfer:
             dump["engine"]["type"] = "local"  # whose results are the same
         if dump["models"]["compute_dtype"] == "auto":
             dump["models"]["compute_dtype"] = "bfloat16"  # which it is, but on old GPUs
+        if self.config.response.samples:
+            dump["filter"]["agreement"] = self.config.response.agreement  # it decides what is kept
         parts = {section: _dig(dump, section) for section in sections}
         return hashlib.sha256(json.dumps([code, parts], sort_keys=True).encode()).hexdigest()[:12]
+
+    def samples_version(self) -> str:
+        """Changes with all that makes other samples, or compares them otherwise; empty without samples."""
+        response = self.config.response
+        if not response.samples:
+            return ""
+        parts = [response.samples, response.temperature, response.top_p, self.config.evaluation.metric]
+        return "-" + hashlib.sha256(json.dumps([*parts, self.config.seed]).encode()).hexdigest()[:8]
 
     def adapter_version(self) -> str:
         """Changes with the source adapter's files; empty for an adapter on the hub."""

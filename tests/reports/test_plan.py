@@ -106,6 +106,16 @@ class TestRecordedSpeeds:
         edit_config("generator.calls_per_round", 30)
         assert make(sized, recorded)["plans"][0]["seconds"]["synthetic_prompts"] == pytest.approx(10 * first)
 
+    def test_count_samples_as_more_calls_of_each_pair(self, sized: Path, recorded: Store, edit_config: Edit) -> None:
+        known, roofline = make(sized, recorded), make(sized, recorded, gpu="h100")
+        edit_config("response.samples", 8)
+        sampled = make(sized, recorded)
+        speeds = [each["speeds"]["scored_pairs"] for each in (known, sampled)]
+        assert speeds[1]["seconds_per_row"] == pytest.approx(3 * speeds[0]["seconds_per_row"]), "12 calls, not 4"
+        seconds = [each["plans"][0]["seconds"] for each in (roofline, make(sized, recorded, gpu="h100"))]
+        assert seconds[1]["scored_pairs"] > 2 * seconds[0]["scored_pairs"]
+        assert seconds[1]["evaluation"] == seconds[0]["evaluation"]
+
     def test_of_some_steps_only_is_an_error_that_names_the_others(self, sized: Path) -> None:
         store = Store(database_file())
         write_steps(store, "first", STEPS_RECORDED[:2], minute=0)

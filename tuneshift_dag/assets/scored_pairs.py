@@ -16,7 +16,7 @@ from tuneshift_dag.assets.common import (
     partitions,
     step,
 )
-from tuneshift_dag.method import scoring
+from tuneshift_dag.method import scoring, self_consistency
 from tuneshift_dag.method.engine import Decoding, Pair, Response, perplexity
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
 from tuneshift_dag.resources.tables import SCORED_PAIRS
@@ -35,7 +35,7 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
         kinds={"duckdb", "pytorch"},
         pool=MODEL_POOL,
         code_version=f"{transfer.version('source', 'engine', 'models', 'prompt_template', 'response')}"
-        f"-{transfer.adapter_version()}{'-ifd' if transfer.needs_ifd else ''}",
+        f"-{transfer.adapter_version()}{'-ifd' if transfer.needs_ifd else ''}{transfer.samples_version()}",
         metadata=definition_metadata(transfer, SCORED_PAIRS),
         check_specs=[
             dg.AssetCheckSpec(
@@ -54,6 +54,9 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
         `engine.cross_scores` is off), and for the rule `ifd` the base's of the fine-tuned response without the
         prompt. The local engine keeps one 4-bit base model, with the adapter switched on or off; a server has the
         models under two names.
+
+        With `response.samples`, the fine-tuned model also samples that many responses to each prompt, and the pair
+        gets the share of them that agrees with its greedy one.
         """
         round_ = context.partition_key
         database = store.store()
@@ -65,14 +68,17 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
             )
             pairs: list[Pair] = []
             alone: list[float | None] = [None] * len(prompts)
+            agreements: list[float | None] = [None] * len(prompts)
+            settings = transfer.config.response
             if len(prompts):
                 engine = engines.source(transfer)
                 template = transfer.config.prompt_template
+                ids = [engine.encode(template.replace("{prompt}", prompt)) for prompt in prompts["prompt"]]
                 pairs = scoring.score_pairs(
                     engine,
                     store.cache(),
-                    [engine.encode(template.replace("{prompt}", prompt)) for prompt in prompts["prompt"]],
-                    Decoding(transfer.config.response.max_new_tokens),
+                    ids,
+                    Decoding(settings.max_new_tokens),
                     current.cost,
                     current.progress("pairs scored"),
                 )
@@ -87,13 +93,31 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
                             current.progress("responses scored without their prompt"),
                         )
                     )
+                if settings.samples:
+                    agreements = list(
+                        self_consistency.agreements(
+                            engine,
+                            store.cache(),
+                            ids,
+                            [pair.fine_tuned.text for pair in pairs],
+                            settings.samples,
+                            Decoding(settings.max_new_tokens, settings.temperature, top_p=settings.top_p),
+                            transfer.config.seed,
+                            transfer.config.evaluation.metric,
+                            current.cost,
+                            current.progress("responses sampled"),
+                        )
+                    )
             rows = SCORED_PAIRS.frame(
                 [
-                    {"round": round_, **prompt, **pair_row(pair, without_prompt)}
-                    for prompt, pair, without_prompt in zip(prompts.iter_rows(named=True), pairs, alone, strict=True)
+                    {"round": round_, **prompt, **pair_row(pair, without_prompt), "agreement": agreement}
+                    for prompt, pair, without_prompt, agreement in zip(
+                        prompts.iter_rows(named=True), pairs, alone, agreements, strict=True
+                    )
                 ]
             )
             database.replace(transfer.name, SCORED_PAIRS, rows, round=round_)
+        known = [agreement for agreement in agreements if agreement is not None]
         return dg.MaterializeResult(
             data_version=dg.DataVersion(content_version(rows)),
             metadata={
@@ -102,6 +126,7 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
                 "examples": example_rows(
                     rows, ["prompt", "fine_tuned_response", "base_response", "ppl_fine_tuned", "ppl_base"]
                 ),
+                **({"mean_agreement": sum(known) / len(known)} if known else {}),
                 "truncated_fine_tuned_responses": rows.filter(pl.col("fine_tuned_finish") == "length").height,
                 **current.metadata(),
             },

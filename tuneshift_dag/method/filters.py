@@ -48,7 +48,8 @@ READS: dict[Rule, tuple[str, ...]] = {
 }
 # The reasons that no rule decides: they hold at every threshold.
 GUARD_REASONS = (
-    "empty_response", "truncated_response", "repetitive_response", "refused_response", "no_perplexity",
+    "empty_response", "truncated_response", "repetitive_response", "refused_response", "no_perplexity", "no_samples",
+    "samples_disagree",
 )  # fmt: skip
 
 # Shorter responses aren't searched for repetition: "100000" is no loop.
@@ -57,11 +58,13 @@ _FEWEST_TOKENS = 16
 
 @dataclass(frozen=True)
 class Guards:
-    """What makes a response unfit for training, whatever the rule. ``refusals`` are matched in any case."""
+    """What makes a response unfit for training, whatever the rule. ``refusals`` are matched in any case;
+    ``agreement`` is the least share of samples that agree with it, None without samples."""
 
     allow_truncated: bool = False
     max_repetition: float = 0.5
     refusals: tuple[str, ...] = ()
+    agreement: float | None = None
 
 
 def verdict_sql(rule: Rule, guards: Guards, cut: str = "$t", rounds: int | None = None, seed: int = 0) -> str:
@@ -146,6 +149,10 @@ def _flaws(rule: Rule, guards: Guards) -> str:
             f"WHEN fine_tuned_tokens >= {_FEWEST_TOKENS}"
             f" AND {repetition_sql('fine_tuned_response', guards.max_repetition)} > {guards.max_repetition}"
             " THEN 'repetitive_response'"
+        )
+    if guards.agreement is not None:
+        flaws.append(
+            f"WHEN agreement IS NULL THEN 'no_samples' WHEN agreement < {guards.agreement} THEN 'samples_disagree'"
         )
     return " ".join(flaws)
 

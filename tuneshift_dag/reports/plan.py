@@ -196,6 +196,9 @@ def workload(transfer: Transfer, sizes: Mapping[str, ModelSize], known: Lengths,
     of_target = [
         Answers(target, quantized, heldout, config.models.batch_size, prompt, *known.evaluation, shared, split=False)
     ] * 2
+    sides = [answers(known.base, base_scored, prompts), answers(known.fine_tuned, fine_tuned_scored, prompts)]
+    if config.response.samples:
+        sides.append(answers(known.fine_tuned, 0, prompts * config.response.samples))
     served_generator = config.generator.server is not None
     source_bytes = 0.0 if here and not local else source.weight_bytes(quantized and local)
     generator_bytes = 0.0 if here and served_generator else generator.weight_bytes(quantized and not served_generator)
@@ -204,7 +207,7 @@ def workload(transfer: Transfer, sizes: Mapping[str, ModelSize], known: Lengths,
     return Workload(
         rounds,
         _proposals(transfer, generator, known),
-        [answers(known.base, base_scored, prompts), answers(known.fine_tuned, fine_tuned_scored, prompts)],
+        sides,
         Training(
             target,
             train.quantization != "none",
@@ -259,7 +262,7 @@ class Speed:
 def recorded_speeds(store: Store, transfer: Transfer) -> dict[str, Speed]:
     """Of the last run of each step in which models computed everything; {} before one."""
     config = transfer.config
-    calls = (4 if config.engine.cross_scores else 2) + (1 if transfer.needs_ifd else 0)
+    calls = (4 if config.engine.cross_scores else 2) + (1 if transfer.needs_ifd else 0) + config.response.samples
     rows_per_call = {"synthetic_prompts": 1.0, "scored_pairs": 1 / calls, "evaluation": 1.0}
     found = store.read(_SPEEDS, schema=transfer.name).iter_rows(named=True)
     speeds = {
@@ -329,7 +332,7 @@ def plan(
     # Generated ones; of the training, read ones.
     tokens = {
         "synthetic_prompts": work.proposals.response,
-        "scored_pairs": sum(side.response for side in work.pairs),
+        "scored_pairs": sum(side.response * side.rows for side in work.pairs) / work.pairs[0].rows,
         "evaluation": known.evaluation[0],
         "distilled_model": work.training.tokens,
     }

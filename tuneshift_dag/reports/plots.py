@@ -33,6 +33,8 @@ _VERDICTS = {
     "refused_response": "#c69026",
     "empty_response": "#c69026",
     "no_perplexity": _TEXT,
+    "samples_disagree": "#4493f8",
+    "no_samples": _TEXT,
 }
 _RULE_AXIS = {
     "both": "Threshold on each perplexity",

@@ -153,6 +153,7 @@ SCORED_PAIRS = Table(
             "base_alone_logprob", "DOUBLE", "log p_b(y_f) without the prompt; NULL unless a rule `ifd` asks for it."
         ),
         Column("ppl_base_alone", "DOUBLE", "PPL_b(y_f) without the prompt; NULL unless a rule `ifd` asks for it."),
+        Column("agreement", "DOUBLE", "Share of `response.samples` whose answer is that of y_f; NULL without samples."),
     ),
     ("round", "prompt_id"),
 )
