@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from tests.fakes import FakeModels
 from tuneshift_dag import cli, definitions, runner
 from tuneshift_dag.home import database_file
+from tuneshift_dag.resources import encoder
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.runner import Runner, RunResult
 from tuneshift_dag.transfer import Transfer, load_transfer
@@ -139,6 +140,22 @@ def models(monkeypatch: pytest.MonkeyPatch) -> FakeModels:
 
     monkeypatch.setattr(runner, "build_definitions", build)
     return models
+
+
+@pytest.fixture
+def quick_encoder(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Stands in for the sentence encoder; the texts of every call."""
+    calls: list[list[str]] = []
+
+    def embed(texts: list[str]) -> np.ndarray:
+        calls.append(list(texts))
+        vectors = np.array([[len(text), i] for i, text in enumerate(texts)], np.float32)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    monkeypatch.setattr(encoder, "missing_packages", lambda: None)
+    monkeypatch.setattr(encoder, "embed", embed)
+    monkeypatch.setattr(encoder, "project", lambda vectors: vectors.astype(float))
+    return calls
 
 
 @pytest.fixture

@@ -241,6 +241,10 @@ def compare(
         print(json.dumps(rows, indent=2))
         return
     _out.print(_comparison_table(rows))
+    varied = summary.diversity(rows)
+    _out.print(_table("Diversity of the training pairs", varied))
+    if varied and "similarity" not in varied[0]:
+        _err.print("Without similarity: the sentence encoder isn't installed (the extra `encoder`).", soft_wrap=True)
     _out.print(summary.conclusion(rows), soft_wrap=True)
     _err.print(f"Picture: {output_dir(loaded.name) / 'comparison.png'}", soft_wrap=True)
 

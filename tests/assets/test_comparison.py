@@ -5,11 +5,12 @@ import pytest
 from tests.conftest import Project, write_jsonl
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.reports.export import model_card
-from tuneshift_dag.reports.summary import conclusion, report
+from tuneshift_dag.reports.summary import conclusion, diversity, report
+from tuneshift_dag.resources import encoder
 
 
 @pytest.fixture
-def compared(project: Project, edit_config) -> Project:
+def compared(project: Project, edit_config, quick_encoder) -> Project:
     project.run()
     edit_config("compare", {"arms": ["both", "top_excess"], "pairs": 8, "labelled": "labelled.jsonl", "epochs": 2})
     labelled = [{"prompt": f"Question {i}?", "response": f"intent_{i % 3}"} for i in range(9)]
@@ -49,6 +50,11 @@ def test_trains_every_arm_on_as_many_pairs_and_goes_on_after_a_failure(compared:
     assert oracle and all(response.startswith(" intent_") for _, response in oracle)
     figures = report(compared.store, compared.transfer)
     assert conclusion(figures["comparison"]) in model_card(compared.transfer, figures)
+    for arm in ("both", "oracle"):
+        varied = rows[arm]
+        assert 0 < varied["distinct_bigrams"] <= 1 and varied["repetition"] == 0 and 0 < varied["similarity"] < 1
+    assert rows["target_base"]["similarity"] is None
+    assert f"| unfiltered | {rows['unfiltered']['distinct_responses']:.0f} |" in model_card(compared.transfer, figures)
     calls = models.calls()
     assert compared.runner().compare().materialized == []
     assert models.calls() == calls
@@ -67,3 +73,39 @@ def test_too_many_pairs_name_the_arm_and_the_most(compared: Project, edit_config
 def test_without_the_section_says_what_to_add(project: Project) -> None:
     with pytest.raises(TuneshiftError, match=r"compare: missing\. Add `compare: \{\}`"):
         project.runner().compare()
+
+
+def test_each_prompt_is_embedded_once_and_installing_the_encoder_adds_similarities(
+    compared: Project, edit_config, quick_encoder, monkeypatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "missing_packages", lambda: "Run `pip install it`.")
+        compared.runner().compare()
+        rows = report(compared.store, compared.transfer)["comparison"]
+        assert {row["similarity"] for row in rows} == {None}
+        assert "similarity" not in diversity(rows)[0] and "distinct_bigrams" in diversity(rows)[0]
+        assert metadata(compared)["similarity_skipped"].value == "Run `pip install it`."
+        assert "similarity |" not in model_card(compared.transfer, report(compared.store, compared.transfer))
+        assert compared.runner().compare().materialized == []
+    trained = len(compared.models.trained)
+    assert compared.runner().compare().materialized == [("comparison", None)]
+    assert len(compared.models.trained) == trained
+    (embedded,) = quick_encoder
+    assert len(set(embedded)) == len(embedded) > 8
+    assert all(
+        0 < float(row["similarity"]) < 1 for row in diversity(report(compared.store, compared.transfer)["comparison"])
+    )
+    assert "similarity_skipped" not in metadata(compared)
+
+
+def metadata(project: Project):
+    event = project.instance.get_latest_materialization_event(project.key("comparison"))
+    return event.asset_materialization.metadata
+
+
+def test_the_command_prints_both_tables(compared: Project, tuneshift, models, monkeypatch) -> None:
+    monkeypatch.setattr(encoder, "missing_packages", lambda: "Run `pip install it`.")
+    code, out, err = tuneshift("compare", "banking")
+    assert code == 0, err
+    assert "Held-out accuracy by filter" in out and "Diversity of the training pairs" in out
+    assert "distinct bigrams" in out and "Without similarity" in err

@@ -3,8 +3,6 @@
 import json
 
 import dagster as dg
-import numpy as np
-import pytest
 
 from tests.conftest import Project
 from tuneshift_dag.home import output_dir
@@ -20,21 +18,6 @@ def metadata(project: Project, asset: str) -> dict:
     event = project.instance.get_latest_materialization_event(project.key(asset))
     assert event and event.asset_materialization
     return dict(event.asset_materialization.metadata)
-
-
-@pytest.fixture
-def quick_encoder(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Stands in for the sentence encoder; the texts of every call."""
-    calls: list[list[str]] = []
-
-    def embed(texts: list[str]) -> np.ndarray:
-        calls.append(list(texts))
-        return np.array([[len(text), i] for i, text in enumerate(texts)], np.float32)
-
-    monkeypatch.setattr(encoder, "missing_packages", lambda: None)
-    monkeypatch.setattr(encoder, "embed", embed)
-    monkeypatch.setattr(encoder, "project", lambda vectors: vectors.astype(float))
-    return calls
 
 
 class TestThresholdReport:
@@ -92,6 +75,10 @@ class TestDiversityMap:
         found = metadata(project, "diversity_map")
         assert "data:image/png" in str(found["diversity_map"].value)
         assert (output_dir("banking") / "diversity_map.png").exists()
+        rounds = project.rows("SELECT round, similarity FROM round_summary ORDER BY round")
+        assert [round_ for round_, _ in rounds] == ["round_01", "round_02"]
+        assert all(0 < similarity < 1 for _, similarity in rounds)
+        assert all(f"| {round_} | " in found["similarity"].value for round_, _ in rounds)
 
     def test_is_redrawn_after_a_threshold_change_without_the_encoder(
         self, project: Project, edit_config, quick_encoder

@@ -18,10 +18,11 @@ from tuneshift_dag import cli
 from tuneshift_dag.assets import build_assets
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file
+from tuneshift_dag.method.diversity import distinct_bigrams
 from tuneshift_dag.reports.lineage import Call, Prompt, down, up
 from tuneshift_dag.resources import tables
 from tuneshift_dag.resources.store import Store
-from tuneshift_dag.resources.tables import TRANSFER_TABLES, TRANSFER_VIEWS, View
+from tuneshift_dag.resources.tables import SYNTHETIC_PROMPTS, TRANSFER_TABLES, TRANSFER_VIEWS, View
 from tuneshift_dag.runner import Runner
 from tuneshift_dag.transfer import Transfer, load_transfer
 
@@ -174,6 +175,22 @@ def test_the_round_summary_adds_up(graph):
     assert rows["kept_share"].to_list() == (rows["kept"] / rows["scored"]).to_list()
     assert [(rows["new_responses"].sum(),)] == graph.rows("SELECT count(DISTINCT trim(response)) FROM filtered_dataset")
     assert (rows["mean_ppl_base"] > rows["mean_ppl_fine_tuned"]).all()
+    for row in rows.iter_rows(named=True):
+        prompts = graph.store.read("SELECT prompt FROM synthetic_prompts WHERE round = ?", [row["round"]], "banking")
+        assert row["distinct_bigrams"] == pytest.approx(distinct_bigrams(prompts["prompt"]))
+        assert (row["repetition"], row["similarity"]) == (0, None)
+
+
+def test_the_round_summary_sees_words_as_the_method_does(store, transfer):
+    prompts = ["Where’s my “card”?", "Where's my card\t(the new one)?", "it is it is it is it is", "Card?"]
+    rows = [
+        {"round": "round_01", "prompt_id": str(i), "prompt": prompt, "proposal_id": "x", "position": i}
+        for i, prompt in enumerate(prompts)
+    ]
+    store.replace("banking", SYNTHETIC_PROMPTS, SYNTHETIC_PROMPTS.frame(rows))
+    (row,) = store.read("FROM round_summary", schema="banking").to_dicts()
+    assert row["distinct_bigrams"] == pytest.approx(distinct_bigrams(prompts))
+    assert row["repetition"] == pytest.approx((1 - 2 / 5) / 4), "of one prompt two 4-grams of five"
 
 
 def test_a_round_that_had_nothing_to_do_is_in_the_summary(store, transfer):

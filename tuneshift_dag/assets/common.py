@@ -17,6 +17,7 @@ import dagster as dg
 import polars as pl
 from tqdm import tqdm
 
+from tuneshift_dag.method.filters import repetition_sql
 from tuneshift_dag.method.scoring import Cost
 from tuneshift_dag.resources.memory import peak_bytes, reset_peak
 from tuneshift_dag.resources.store import Store, insert
@@ -134,6 +135,13 @@ def example_rows(frame: pl.DataFrame, columns: list[str], limit: int = 5) -> dg.
         cells = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in row]
         lines.append("| " + " | ".join(c.replace("|", "\\|").replace("\n", "⏎")[:120] for c in cells) + " |")
     return dg.MetadataValue.md("\n".join(lines))
+
+
+def mean_repetition(store: Store, prompts: Sequence[str]) -> float | None:
+    """Share of a prompt's word 4-grams that were there before, mean over the prompts; None without any."""
+    query = f"SELECT avg({repetition_sql('prompt')}) FROM (SELECT unnest($prompts) AS prompt)"
+    mean: float | None = store.read(query, {"prompts": list(prompts)}).item() if len(prompts) else None
+    return mean
 
 
 @dataclass

@@ -1,8 +1,9 @@
 """``comparison``: does the filter earn its place? Rival filters, the same pairs to choose from, the same size."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,17 @@ from tuneshift_dag.assets.common import (
     definition_metadata,
     example_rows,
     key,
+    mean_repetition,
     step,
 )
 from tuneshift_dag.assets.evaluation import answer_heldout
 from tuneshift_dag.home import output_dir
+from tuneshift_dag.method.diversity import distinct_bigrams, mean_similarity
 from tuneshift_dag.method.evaluation import Interval, bootstrap_runs, mark
 from tuneshift_dag.method.filters import KEEP_RULES, RANKING_RULES, verdict_sql
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.reports import plots
+from tuneshift_dag.resources import encoder
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.resources.tables import COMPARISON, COMPARISON_ANSWERS
@@ -35,6 +39,8 @@ from tuneshift_dag.transfer import Arm, Compare, Transfer
 
 # What each arm is measured against.
 REFERENCES = ("random", "unfiltered")
+_SECTIONS = ("compare", "filter", "evaluation", "models", "source", *TRAINING_SECTIONS)
+DIVERSITY = ("distinct_responses", "distinct_bigrams", "repetition", "similarity")
 Correct = NDArray[np.float64]
 
 
@@ -48,8 +54,9 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
         owners=OWNERS,
         kinds={"pytorch", "duckdb"},
         pool=MODEL_POOL,
-        code_version=f"{transfer.version('compare', 'filter', 'evaluation', 'models', 'source', *TRAINING_SECTIONS)}"
-        f"-{files_hash[:8]}-{transfer.adapter_version()}",
+        code_version=f"{transfer.version(*_SECTIONS, code=2)}-{files_hash[:8]}-{transfer.adapter_version()}"
+        # Installing the encoder makes a comparison without similarities out of date; nothing is trained again.
+        f"{'-skipped' if encoder.missing_packages() else ''}",
         metadata=definition_metadata(transfer, COMPARISON),
     )
     def comparison(
@@ -58,9 +65,9 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
         """Models trained on as many pairs of each filter, several times each, and measured on the held-out file.
 
         Every arm draws from the same scored pairs; `random` draws from all that pass the quality guards and
-        `unfiltered` from everything. It trains arms × seeds models, so it exists only with `compare:` in
-        `transfer.yaml`, and `tuneshift run` leaves it to `tuneshift compare`. A killed comparison goes on
-        with the first arm and seed that isn't trained.
+        `unfiltered` from everything. Beside its accuracy stands how varied an arm's pairs were. It trains arms × seeds
+        models, so it exists only with `compare:` in `transfer.yaml`, and `tuneshift run` leaves it to
+        `tuneshift compare`. A killed comparison goes on with the first arm and seed that isn't trained.
         """
         settings = transfer.config.compare
         assert settings is not None
@@ -86,13 +93,16 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
             for name, responses in _reference_models(current, store, engines, transfer):
                 correct[name] = [_mark(transfer, name, None, responses, answers)]
             tables = {name: np.array(runs, np.float64) for name, runs in correct.items()}
-            rows = [_row(transfer, name, tables, candidates, datasets) for name in tables]
+            diversity, unlike = _diversity(current, database, datasets)
+            rows = [_row(transfer, name, tables, candidates, datasets, diversity) for name in tables]
             summary = COMPARISON.frame(rows)
             database.replace_all(
                 transfer.name, [(COMPARISON, summary), (COMPARISON_ANSWERS, COMPARISON_ANSWERS.frame(answers))]
             )
             picture = plots.comparison(rows)
         picture.save(output_dir(transfer.name) / "comparison.png")
+        if unlike:
+            context.log.warning(unlike)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(content_version(summary)),
             metadata={
@@ -103,6 +113,8 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
                 "comparison": example_rows(
                     summary, ["arm", "value", "low", "high", "vs_random", "vs_random_low", "vs_random_high"], len(rows)
                 ),
+                "diversity": example_rows(summary.filter(pl.col("pairs") > 0), ["arm", *DIVERSITY], len(datasets)),
+                **({"similarity_skipped": unlike} if unlike else {}),
                 "chart": picture.markdown(),
                 **current.metadata(),
             },
@@ -230,12 +242,42 @@ def _mark(
     return correct
 
 
+def _diversity(
+    current: Step, database: Store, datasets: dict[str, list[pl.DataFrame]]
+) -> tuple[dict[str, dict[str, float | None]], str | None]:
+    """The columns `DIVERSITY` of every arm, and why there is no similarity, if the encoder is missing."""
+    missing = encoder.missing_packages()
+    places: dict[str, int] = {}
+    if not missing:
+        # Each prompt once: arms and runs share most of theirs.
+        for pairs in itertools.chain.from_iterable(datasets.values()):
+            for prompt in pairs["prompt"]:
+                places.setdefault(prompt, len(places))
+        with current.cost.model_time():
+            vectors = encoder.embed(list(places))
+
+    def similarity(prompts: pl.Series) -> float | None:
+        return None if missing else mean_similarity(vectors[[places[prompt] for prompt in prompts]])
+
+    found = {
+        arm: {
+            "distinct_responses": _mean([pairs["response"].str.strip_chars().n_unique() for pairs in runs]),
+            "distinct_bigrams": _mean([distinct_bigrams(pairs["prompt"]) for pairs in runs]),
+            "repetition": _mean([mean_repetition(database, pairs["prompt"].to_list()) for pairs in runs]),
+            "similarity": _mean([similarity(pairs["prompt"]) for pairs in runs]),
+        }
+        for arm, runs in datasets.items()
+    }
+    return found, missing
+
+
 def _row(
     transfer: Transfer,
     name: str,
     tables: dict[str, Correct],
     candidates: dict[str, pl.DataFrame],
     datasets: dict[str, list[pl.DataFrame]],
+    diversity: dict[str, dict[str, float | None]],
 ) -> dict[str, Any]:
     samples, seed = transfer.config.evaluation.bootstrap_samples, transfer.config.seed
 
@@ -252,7 +294,7 @@ def _row(
         "candidates": len(candidates[name]) if name in candidates else None,
         "pairs": len(mine[0]) if mine else None,
         "shared_with_random": sum(shared) / len(shared) if shared else None,
-        "distinct_responses": _mean([pairs["response"].str.strip_chars().n_unique() for pairs in mine]),
+        **diversity.get(name, dict.fromkeys(DIVERSITY)),
         "by_run": [float(run.mean()) for run in tables[name]],
         **vars(interval(tables[name])),
     }
@@ -267,5 +309,7 @@ def _row(
     return row
 
 
-def _mean(values: list[int]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None when a value is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None

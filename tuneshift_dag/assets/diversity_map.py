@@ -3,7 +3,9 @@
 from typing import Any
 
 import dagster as dg
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from tuneshift_dag.assets.common import (
     OWNERS,
@@ -12,15 +14,17 @@ from tuneshift_dag.assets.common import (
     content_version,
     definition_metadata,
     every_round_read,
+    example_rows,
     key,
     step,
 )
 from tuneshift_dag.home import output_dir
+from tuneshift_dag.method.diversity import mean_similarity
 from tuneshift_dag.reports import plots
 from tuneshift_dag.resources import encoder
 from tuneshift_dag.resources.dagster_resources import StoreResource
 from tuneshift_dag.resources.store import Store
-from tuneshift_dag.resources.tables import DIVERSITY_MAP
+from tuneshift_dag.resources.tables import DIVERSITY_MAP, ROUND_SIMILARITY
 from tuneshift_dag.transfer import Transfer
 
 # A few seconds of CPU for the encoder and as many for the projection; more points only cover each other.
@@ -35,7 +39,7 @@ def build_diversity_map(transfer: Transfer) -> dg.AssetsDefinition:
         owners=OWNERS,
         kinds={"duckdb", "pytorch"},
         # Installing the encoder makes an asset that was skipped out of date.
-        code_version=f"{transfer.version()}-{'skipped' if encoder.missing_packages() else 'encoded'}",
+        code_version=f"{transfer.version(code=2)}-{'skipped' if encoder.missing_packages() else 'encoded'}",
         metadata=definition_metadata(transfer, DIVERSITY_MAP),
         check_specs=[every_round_read(transfer, "diversity_map")],
     )
@@ -43,14 +47,16 @@ def build_diversity_map(transfer: Transfer) -> dg.AssetsDefinition:
         """Seeds and prompts on a map of meaning (MiniLM sentence embeddings, t-SNE), coloured by round.
 
         Positions depend on the prompts alone: after a change of the threshold the picture is redrawn from
-        the stored ones. Without the encoder's packages there is no picture, and nothing fails. Switch it
-        off with `diversity_map: false` in `transfer.yaml`.
+        the stored ones. The metadata say how alike the prompts of each round are, and so does `round_summary`.
+        Without the encoder's packages there is no picture, and nothing fails. Switch it off with
+        `diversity_map: false` in `transfer.yaml`.
         """
         database = store.store()
         with step(context, database, transfer) as current:
             rounds = check_rounds(context, transfer, "filtered_dataset")
             skipped = _place(current, database, transfer)
             points = database.read(_POINTS, schema=transfer.name)
+            similarity = database.read("SELECT * FROM round_similarity ORDER BY round", schema=transfer.name)
         metadata: dict[str, Any] = {"dagster/row_count": len(points), **current.metadata()}
         if skipped:
             context.log.warning(skipped)
@@ -59,6 +65,7 @@ def build_diversity_map(transfer: Transfer) -> dg.AssetsDefinition:
             picture = plots.diversity_map(points)
             picture.save(output_dir(transfer.name) / "diversity_map.png")
             metadata["diversity_map"] = picture.markdown()
+            metadata["similarity"] = example_rows(similarity, similarity.columns, len(similarity))
         return dg.MaterializeResult(
             data_version=dg.DataVersion(content_version(points)), metadata=metadata, check_results=[rounds]
         )
@@ -67,30 +74,42 @@ def build_diversity_map(transfer: Transfer) -> dg.AssetsDefinition:
 
 
 def _place(current: Step, database: Store, transfer: Transfer) -> str | None:
-    """Bring the table up to the prompts that there are; return why not, if the encoder is missing."""
+    """Bring both tables up to the prompts that there are; return why not, if the encoder is missing."""
     prompts = database.read(_PROMPTS, {"limit": _MOST_PROMPTS}, transfer.name)
     known = database.read("SELECT prompt_id FROM diversity_map", schema=transfer.name)
-    if set(known["prompt_id"]) == set(prompts["prompt_id"]):
+    compared = database.read("SELECT round FROM round_similarity", schema=transfer.name)
+    rounds = prompts["round"].drop_nulls().unique()
+    if set(known["prompt_id"]) == set(prompts["prompt_id"]) and set(compared["round"]) == set(rounds):
         current.cost.cache_hits += len(prompts)
         return None
     missing = encoder.missing_packages()
     if missing:
         # Old positions would be shown as if they were of the prompts that there are now.
-        database.replace(transfer.name, DIVERSITY_MAP, DIVERSITY_MAP.empty())
+        database.replace_all(
+            transfer.name, [(DIVERSITY_MAP, DIVERSITY_MAP.empty()), (ROUND_SIMILARITY, ROUND_SIMILARITY.empty())]
+        )
         return missing
     with current.cost.model_time():
         embeddings = encoder.embed(prompts["prompt"].to_list())
     places = encoder.project(embeddings)
     points = prompts.select("prompt_id").with_columns(x=pl.Series(places[:, 0]), y=pl.Series(places[:, 1]))
-    database.replace(transfer.name, DIVERSITY_MAP, points)
+    similarity = [_similarity(prompts, embeddings, round_) for round_ in rounds.sort()]
+    database.replace_all(
+        transfer.name, [(DIVERSITY_MAP, points), (ROUND_SIMILARITY, ROUND_SIMILARITY.frame(similarity))]
+    )
     return None
+
+
+def _similarity(prompts: pl.DataFrame, embeddings: NDArray[np.float32], round_: str) -> dict[str, Any]:
+    mine = embeddings[(prompts["round"] == round_).fill_null(False).to_numpy()]
+    return {"round": round_, "prompts": len(mine), "similarity": mean_similarity(mine)}
 
 
 # A prompt_id is a hash, so the first prompts by prompt_id are a fair sample, and a stable one.
 _PROMPTS = """
-    SELECT prompt_id, prompt FROM seed_set
+    SELECT prompt_id, prompt, NULL AS round FROM seed_set
     UNION ALL (
-        SELECT prompt_id, any_value(prompt) FROM synthetic_prompts
+        SELECT prompt_id, any_value(prompt), min(round) FROM synthetic_prompts
         WHERE prompt_id NOT IN (SELECT prompt_id FROM seed_set)
         GROUP BY prompt_id ORDER BY prompt_id LIMIT $limit
     )

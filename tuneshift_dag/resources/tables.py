@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import polars as pl
 
+from tuneshift_dag.method.filters import repetition_sql
+
 SCHEMA_VERSION = 2
 
 
@@ -206,6 +208,16 @@ DIVERSITY_MAP = Table(
     ),
     ("prompt_id",),
 )
+ROUND_SIMILARITY = Table(
+    "round_similarity",
+    "How alike the prompts of a round are, by meaning.",
+    (
+        _ROUND,
+        Column("prompts", "INTEGER", "Prompts that were compared, all or a sample of them."),
+        Column("similarity", "DOUBLE", "Mean cosine similarity of all their pairs (MiniLM); NULL for one prompt."),
+    ),
+    ("round",),
+)
 DISTILLED_MODELS = Table(
     "distilled_models",
     "Trained target adapters; an adapter is identified by its dataset, base model and settings.",
@@ -303,6 +315,13 @@ COMPARISON = Table(
         Column("pairs", "INTEGER", "Training pairs of each run."),
         Column("shared_with_random", "DOUBLE", "Share of its pairs that random trained on too, mean over runs."),
         Column("distinct_responses", "DOUBLE", "Different responses among its pairs, mean over runs."),
+        Column("distinct_bigrams", "DOUBLE", "Different bigrams over all bigrams of its prompts, mean over runs."),
+        Column("repetition", "DOUBLE", "Share of a prompt's word 4-grams that repeat in it, mean over its prompts."),
+        Column(
+            "similarity",
+            "DOUBLE",
+            "Mean cosine similarity of all pairs of its prompts (MiniLM), mean over runs; NULL without the encoder.",
+        ),
         Column("by_run", "DOUBLE[]", "Accuracy of each run."),
         Column("value", "DOUBLE", "Accuracy, mean over runs."),
         Column("low", "DOUBLE", "Lower end of its 95 % interval, for new runs and new prompts."),
@@ -368,8 +387,8 @@ RUNS = Table(
 
 TRANSFER_TABLES = (
     SEED_SET, ROUND_SEEDS, PROPOSALS, SYNTHETIC_PROMPTS, REJECTED_PROMPTS, SCORED_PAIRS, FILTERED_DATASET,
-    REJECTED_PAIRS, THRESHOLD_REPORT, DIVERSITY_MAP, DISTILLED_MODELS, TRAINING_EXAMPLES, EVALUATIONS, ACCURACY,
-    RETENTION, TASK_SCORES, COMPARISON, COMPARISON_ANSWERS, STEPS, RUNS, CACHE_REFERENCES,
+    REJECTED_PAIRS, THRESHOLD_REPORT, DIVERSITY_MAP, ROUND_SIMILARITY, DISTILLED_MODELS, TRAINING_EXAMPLES,
+    EVALUATIONS, ACCURACY, RETENTION, TASK_SCORES, COMPARISON, COMPARISON_ANSWERS, STEPS, RUNS, CACHE_REFERENCES,
 )  # fmt: skip
 
 # Recursion is over generator calls, not prompts: prompts of one call share their ancestors, so there are
@@ -458,10 +477,21 @@ ROUND_SUMMARY = View(
         Column("new_responses", "BIGINT", "Those of them that no earlier round kept."),
         Column("mean_ppl_fine_tuned", "DOUBLE", "Geometric mean of PPL_f(y_f) over the scored pairs."),
         Column("mean_ppl_base", "DOUBLE", "Geometric mean of PPL_b(y_b) over the scored pairs."),
+        Column(
+            "distinct_bigrams",
+            "DOUBLE",
+            "Different bigrams over all bigrams of the new prompts, in lower case without punctuation marks.",
+        ),
+        Column("repetition", "DOUBLE", "Share of a new prompt's word 4-grams that repeat in it, mean over prompts."),
+        Column(
+            "similarity",
+            "DOUBLE",
+            "Mean cosine similarity of all pairs of new prompts; NULL before diversity_map has compared them.",
+        ),
     ),
     # `steps` knows the rounds that ran and had nothing to do. A geometric mean, because a few confused
     # answers have perplexities of thousands; it is exp of the mean loss.
-    """
+    f"""
     WITH rounds AS (
         SELECT round FROM steps WHERE round IS NOT NULL UNION SELECT round FROM proposals
         UNION SELECT round FROM synthetic_prompts UNION SELECT round FROM scored_pairs
@@ -481,13 +511,25 @@ ROUND_SUMMARY = View(
     fresh AS (
         SELECT round, count(*) AS n
         FROM (SELECT min(round) AS round FROM filtered_dataset GROUP BY trim(response)) GROUP BY round
-    )
+    ),
+    words AS (
+        SELECT round, string_split(trim(regexp_replace(regexp_replace(lower(prompt), '[''’]', '', 'g'),
+            '[\\s.,;:!?"“”‘…()\\[\\]]+', ' ', 'g')), ' ') AS w
+        FROM synthetic_prompts
+    ),
+    bigrams AS (
+        SELECT round, count(DISTINCT bigram) / count(*) AS share
+        FROM (SELECT round, unnest(list_zip(w, w[2:])[:len(w) - 1]) AS bigram FROM words) GROUP BY round
+    ),
+    loops AS (SELECT round, avg({repetition_sql("prompt")}) AS share FROM synthetic_prompts GROUP BY round)
     SELECT round, coalesce(calls.n, 0) AS generator_calls, coalesce(prompts.n, 0) AS prompts,
         coalesce(dropped.n, 0) AS rejected_prompts, coalesce(scored.n, 0) AS scored, coalesce(kept.n, 0) AS kept,
         coalesce(kept.n, 0) / scored.n AS kept_share, coalesce(kept.responses, 0) AS distinct_responses,
-        coalesce(fresh.n, 0) AS new_responses, scored.fine_tuned AS mean_ppl_fine_tuned, scored.base AS mean_ppl_base
+        coalesce(fresh.n, 0) AS new_responses, scored.fine_tuned AS mean_ppl_fine_tuned, scored.base AS mean_ppl_base,
+        bigrams.share AS distinct_bigrams, loops.share AS repetition, round_similarity.similarity
     FROM rounds LEFT JOIN calls USING (round) LEFT JOIN prompts USING (round) LEFT JOIN dropped USING (round)
         LEFT JOIN scored USING (round) LEFT JOIN kept USING (round) LEFT JOIN fresh USING (round)
+        LEFT JOIN bigrams USING (round) LEFT JOIN loops USING (round) LEFT JOIN round_similarity USING (round)
     ORDER BY round
     """,
 )
