@@ -8,7 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import json
 import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import dagster as dg
@@ -156,6 +158,16 @@ def quick_encoder(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr(encoder, "embed", embed)
     monkeypatch.setattr(encoder, "project", lambda vectors: vectors.astype(float))
     return calls
+
+
+@pytest.fixture
+def asked(project: Project, edit_config: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A project with two standard tasks; (task, engine, side) of every run of the fake harness."""
+    installed = ModuleType("lm_eval")
+    installed.__spec__ = ModuleSpec("lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", installed)
+    edit_config("evaluation", {"tasks": ["sums", "words"], "task_limit": 3})
+    return project.models.task_runs
 
 
 @pytest.fixture

@@ -245,6 +245,9 @@ def compare(
     _out.print(_table("Diversity of the training pairs", varied))
     if varied and "similarity" not in varied[0]:
         _err.print("Without similarity: the sentence encoder isn't installed (the extra `encoder`).", soft_wrap=True)
+    tasks = summary.arm_tasks(rows)
+    if tasks:
+        _out.print(_table("Standard tasks, mean over trainings (lowest to highest)", tasks))
     _out.print(summary.conclusion(rows), soft_wrap=True)
     _err.print(f"Picture: {output_dir(loaded.name) / 'comparison.png'}", soft_wrap=True)
 

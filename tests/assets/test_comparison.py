@@ -5,7 +5,7 @@ import pytest
 from tests.conftest import Project, write_jsonl
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.reports.export import model_card
-from tuneshift_dag.reports.summary import conclusion, diversity, report
+from tuneshift_dag.reports.summary import arm_tasks, conclusion, diversity, report
 from tuneshift_dag.resources import encoder
 
 
@@ -109,3 +109,28 @@ def test_the_command_prints_both_tables(compared: Project, tuneshift, models, mo
     assert code == 0, err
     assert "Held-out accuracy by filter" in out and "Diversity of the training pairs" in out
     assert "distinct bigrams" in out and "Without similarity" in err
+
+
+def test_every_target_is_measured_on_standard_tasks_and_none_twice(asked, compared: Project) -> None:
+    models = compared.models
+    assert len(asked) == 4, "the target before and after, on two tasks"
+    models.failing_task = "words"
+    with pytest.raises(TuneshiftError, match=r"comparison failed: .*killed"):
+        compared.runner().compare()
+    assert len(asked) == 5
+    models.failing_task = ""
+    compared.runner().compare()
+    # `random` and `unfiltered` may train the same model: it is measured once.
+    adapters = {pairs for (pairs,) in compared.rows("SELECT model_id FROM distilled_models")}
+    assert len(set(asked)) == len(asked) == 2 + 2 * len(adapters)
+    rows = {row["arm"]: row for row in report(compared.store, compared.transfer)["comparison"]}
+    for task in rows["both"]["tasks"]:
+        assert (task["metric"], task["value"], task["by_run"], task["n"]) == ("acc", 0.5, [0.5] * 3, 3)
+    assert [task["task"] for task in rows["both"]["tasks"]] == ["sums", "words"]
+    assert [task["by_run"] for task in rows["target_base"]["tasks"]] == [[0.5]] * 2
+    assert rows["source_fine_tuned"]["tasks"] == []
+    assert arm_tasks(list(rows.values()))[0]["both"] == "0.500 (0.500 to 0.500)"
+    figures = report(compared.store, compared.transfer)
+    assert "| sums | acc | none | 3 | 0.500 (0.500 to 0.500) |" in model_card(compared.transfer, figures)
+    assert {row["model"] for row in figures["tasks"]} == {"target_base", "target_distilled"}
+    assert compared.run().materialized == [], "the evaluation's own scores are as they were"

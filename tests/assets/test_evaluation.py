@@ -1,8 +1,6 @@
 """``evaluation`` in the graph with fake models."""
 
 import sys
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 
 import pytest
 
@@ -61,14 +59,6 @@ def test_a_numeric_answer_counts_strictly_and_flexibly(sums: Project) -> None:
 
 class TestStandardTasks:
     """With a harness that counts its runs; tests/resources/test_harness.py has the real one."""
-
-    @pytest.fixture
-    def asked(self, project: Project, edit_config, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, Side]]:
-        installed = ModuleType("lm_eval")
-        installed.__spec__ = ModuleSpec("lm_eval", None)
-        monkeypatch.setitem(sys.modules, "lm_eval", installed)
-        edit_config("evaluation", {"tasks": ["sums", "words"], "task_limit": 3})
-        return project.models.task_runs
 
     def test_the_target_is_measured_before_and_after_and_only_anew_when_it_changed(
         self, project: Project, asked: list[tuple[str, str, Side]], edit_config

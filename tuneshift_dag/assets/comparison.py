@@ -25,6 +25,7 @@ from tuneshift_dag.assets.common import (
     step,
 )
 from tuneshift_dag.assets.evaluation import answer_heldout
+from tuneshift_dag.assets.task_scores import measured_tasks
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.method.diversity import distinct_bigrams, mean_similarity
 from tuneshift_dag.method.evaluation import Interval, bootstrap_runs, mark
@@ -34,7 +35,7 @@ from tuneshift_dag.reports import plots
 from tuneshift_dag.resources import encoder
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
 from tuneshift_dag.resources.store import Store
-from tuneshift_dag.resources.tables import COMPARISON, COMPARISON_ANSWERS
+from tuneshift_dag.resources.tables import COMPARISON, COMPARISON_ANSWERS, COMPARISON_TASKS
 from tuneshift_dag.transfer import Arm, Compare, Transfer
 
 # What each arm is measured against.
@@ -56,7 +57,7 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
         pool=MODEL_POOL,
         code_version=f"{transfer.version(*_SECTIONS, code=2)}-{files_hash[:8]}-{transfer.adapter_version()}"
         # Installing the encoder makes a comparison without similarities out of date; nothing is trained again.
-        f"{'-skipped' if encoder.missing_packages() else ''}",
+        f"{transfer.tasks_version()}{'-skipped' if encoder.missing_packages() else ''}",
         metadata=definition_metadata(transfer, COMPARISON),
     )
     def comparison(
@@ -65,9 +66,10 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
         """Models trained on as many pairs of each filter, several times each, and measured on the held-out file.
 
         Every arm draws from the same scored pairs; `random` draws from all that pass the quality guards and
-        `unfiltered` from everything. Beside its accuracy stands how varied an arm's pairs were. It trains arms × seeds
-        models, so it exists only with `compare:` in `transfer.yaml`, and `tuneshift run` leaves it to
-        `tuneshift compare`. A killed comparison goes on with the first arm and seed that isn't trained.
+        `unfiltered` from everything. Beside its accuracy stand how varied an arm's pairs were and, with
+        `evaluation.tasks`, its scores on standard tasks. It trains arms × seeds models, so it exists only with
+        `compare:` in `transfer.yaml`, and `tuneshift run` leaves it to `tuneshift compare`. A killed comparison goes on
+        with the first arm and seed that isn't trained.
         """
         settings = transfer.config.compare
         assert settings is not None
@@ -78,6 +80,9 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
             answers: list[dict[str, Any]] = []
             datasets: dict[str, list[pl.DataFrame]] = {arm: [] for arm in candidates}
             correct: dict[str, list[list[bool]]] = {arm: [] for arm in candidates}
+            # Before anything is trained: a misspelt task, or one whose data can't be had.
+            harness = engines.harness(transfer) if transfer.config.evaluation.tasks else None
+            scored: list[tuple[str, int | None, list[str]]] = []
             epochs = settings.epochs or transfer.config.distill.epochs
             # Seed by seed, so that an early look at the log has every arm once.
             for number in range(settings.seeds):
@@ -88,23 +93,31 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
                     context.log.info(f"{arm}, seed {seed}: {done} of {settings.seeds * len(candidates)}")
                     pairs = _draw(pool, size, seed)
                     datasets[arm].append(pairs)
-                    responses = _train_and_answer(current, store, engines, variant, pairs)
+                    responses, keys = _train_and_measure(current, store, engines, variant, harness, pairs)
                     correct[arm].append(_mark(transfer, arm, seed, responses, answers))
-            for name, responses in _reference_models(current, store, engines, transfer):
+                    scored.append((arm, seed, keys))
+            for name, responses, keys in _reference_models(current, store, engines, transfer, harness):
                 correct[name] = [_mark(transfer, name, None, responses, answers)]
+                scored.append((name, None, keys))
             tables = {name: np.array(runs, np.float64) for name, runs in correct.items()}
             diversity, unlike = _diversity(current, database, datasets)
             rows = [_row(transfer, name, tables, candidates, datasets, diversity) for name in tables]
             summary = COMPARISON.frame(rows)
+            tasks = _tasks(transfer, database, scored)
             database.replace_all(
-                transfer.name, [(COMPARISON, summary), (COMPARISON_ANSWERS, COMPARISON_ANSWERS.frame(answers))]
+                transfer.name,
+                [
+                    (COMPARISON, summary),
+                    (COMPARISON_ANSWERS, COMPARISON_ANSWERS.frame(answers)),
+                    (COMPARISON_TASKS, tasks),
+                ],
             )
             picture = plots.comparison(rows)
         picture.save(output_dir(transfer.name) / "comparison.png")
         if unlike:
             context.log.warning(unlike)
         return dg.MaterializeResult(
-            data_version=dg.DataVersion(content_version(summary)),
+            data_version=dg.DataVersion(content_version(summary, tasks)),
             metadata={
                 "dagster/row_count": len(summary),
                 "pairs": size,
@@ -115,6 +128,7 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
                 ),
                 "diversity": example_rows(summary.filter(pl.col("pairs") > 0), ["arm", *DIVERSITY], len(datasets)),
                 **({"similarity_skipped": unlike} if unlike else {}),
+                **({"tasks": example_rows(tasks, tasks.columns, len(tasks))} if len(tasks) else {}),
                 "chart": picture.markdown(),
                 **current.metadata(),
             },
@@ -203,24 +217,45 @@ def _draw(pool: pl.DataFrame, size: int, seed: int) -> pl.DataFrame:
     return chosen.select("prompt_id", "round", "prompt", "response").sort("round", "prompt_id")
 
 
-def _train_and_answer(
-    current: Step, store: StoreResource, engines: EngineResource, variant: Transfer, pairs: pl.DataFrame
-) -> list[str]:
+def _train_and_measure(
+    current: Step, store: StoreResource, engines: EngineResource, variant: Transfer, harness: Any, pairs: pl.DataFrame
+) -> tuple[list[str], list[str]]:
+    """A trained model's responses to the held-out file, and the keys of its task scores."""
     row = trained_adapter(current, store.store(), engines, variant, pairs)
     engine = engines.target(variant, Path(row["path"]))
     responses = answer_heldout(variant, store, engine, "fine_tuned", current, f"model {row['model_id']}")
+    keys = measured_tasks(variant, store.store(), harness, "target_distilled", engine, "fine_tuned", current)
     # One loaded model at a time, however many arms there are.
     engines.release()
-    return responses
+    return responses, keys
 
 
 def _reference_models(
-    current: Step, store: StoreResource, engines: EngineResource, transfer: Transfer
-) -> Iterator[tuple[str, list[str]]]:
+    current: Step, store: StoreResource, engines: EngineResource, transfer: Transfer, harness: Any
+) -> Iterator[tuple[str, list[str], list[str]]]:
     base = engines.target(transfer)
-    yield "target_base", answer_heldout(transfer, store, base, "base", current, "target_base")
+    responses = answer_heldout(transfer, store, base, "base", current, "target_base")
+    yield (
+        "target_base",
+        responses,
+        measured_tasks(transfer, store.store(), harness, "target_base", base, "base", current),
+    )
     source = engines.source(transfer)
-    yield "source_fine_tuned", answer_heldout(transfer, store, source, "fine_tuned", current, "source_fine_tuned")
+    yield "source_fine_tuned", answer_heldout(transfer, store, source, "fine_tuned", current, "source_fine_tuned"), []
+
+
+def _tasks(transfer: Transfer, database: Store, scored: list[tuple[str, int | None, list[str]]]) -> pl.DataFrame:
+    """Rows of ``comparison_tasks``: what is known under the keys of each model."""
+    rows: list[dict[str, Any]] = []
+    for arm, seed, keys in scored:
+        found = database.read(
+            "SELECT task, metric, filter, value, stderr, n FROM task_scores WHERE key IN (SELECT unnest(?))"
+            " ORDER BY task, metric, filter",
+            [keys],
+            transfer.name,
+        )
+        rows += [{"arm": arm, "seed": seed, **row} for row in found.to_dicts()]
+    return COMPARISON_TASKS.frame(rows)
 
 
 def _mark(

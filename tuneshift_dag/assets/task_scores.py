@@ -1,4 +1,4 @@
-"""The part of ``evaluation`` that measures standard tasks, ``evaluation.tasks``, on the target before and after."""
+"""Standard tasks, ``evaluation.tasks``: measured once for every model, for ``evaluation`` and for ``comparison``."""
 
 import hashlib
 from typing import Any
@@ -17,9 +17,7 @@ TASK_COLUMNS = ["model", "task", "metric", "filter", "value", "stderr", "n"]
 def score_tasks(
     transfer: Transfer, database: Store, harness: Any, models: list[tuple[str, Engine, Side]], current: Step
 ) -> pl.DataFrame:
-    """Rows of ``task_scores`` for both target models; what a model scored before isn't computed again.
-
-    A task is written when it is done, so a killed run loses at most one.
+    """Rows of ``task_scores`` for both target models, which are then the current ones.
 
     Args:
         harness: a `tuneshift_dag.resources.harness.Harness`; without one there are no rows.
@@ -27,23 +25,38 @@ def score_tasks(
     """
     keys = []
     for name, engine, side in models:
-        if not name.startswith("target_"):
-            continue
-        for task in harness.names if harness else ():
-            asked = f"{engine.fingerprint(side)}|{task}|{harness.version(task)}"
-            keys.append(hashlib.sha256(asked.encode()).hexdigest())
-            known = database.read("SELECT n FROM task_scores WHERE key = ?", [keys[-1]], transfer.name)
-            if len(known):
-                current.cost.cache_hits += 1
-                continue
-            current.context.log.info(f"{name}: {task}")
-            with current.cost.model_time():
-                rows = harness.run(task, engine, side)
-            current.cost.model_calls += max((row["n"] or 0 for row in rows), default=0)
-            marks = {"key": keys[-1], "model": name, "example_limit": harness.limit, "current": False}
-            database.append_all(transfer.name, [(TASK_SCORES, TASK_SCORES.frame([{**marks, **row} for row in rows]))])
+        if name.startswith("target_"):
+            keys += measured_tasks(transfer, database, harness, name, engine, side, current)
     with database.transaction(transfer.name) as connection:
         connection.execute("UPDATE task_scores SET current = key IN (SELECT unnest(?))", [keys])
     return database.read(
         "SELECT * FROM task_scores WHERE current ORDER BY task, metric, filter, model", schema=transfer.name
     )
+
+
+def measured_tasks(
+    transfer: Transfer, database: Store, harness: Any, name: str, engine: Engine, side: Side, current: Step
+) -> list[str]:
+    """Keys of a model's rows in ``task_scores``; what it scored before isn't computed again.
+
+    A task is written when it is done, so a killed run loses at most one.
+
+    Args:
+        harness: as in `score_tasks`.
+        name: `target_base` or `target_distilled`, which every trained target is.
+    """
+    keys = []
+    for task in harness.names if harness else ():
+        asked = f"{engine.fingerprint(side)}|{task}|{harness.version(task)}"
+        keys.append(hashlib.sha256(asked.encode()).hexdigest())
+        known = database.read("SELECT n FROM task_scores WHERE key = ?", [keys[-1]], transfer.name)
+        if len(known):
+            current.cost.cache_hits += 1
+            continue
+        current.context.log.info(f"{name}: {task}")
+        with current.cost.model_time():
+            rows = harness.run(task, engine, side)
+        current.cost.model_calls += max((row["n"] or 0 for row in rows), default=0)
+        marks = {"key": keys[-1], "model": name, "example_limit": harness.limit, "current": False}
+        database.append_all(transfer.name, [(TASK_SCORES, TASK_SCORES.frame([{**marks, **row} for row in rows]))])
+    return keys

@@ -9,7 +9,7 @@ import polars as pl
 
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.evaluation import TITLES
-from tuneshift_dag.reports.summary import by_way, conclusion, diversity, report
+from tuneshift_dag.reports.summary import arm_tasks, by_way, conclusion, diversity, report
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.transfer import Transfer
 
@@ -135,7 +135,7 @@ bootstrap intervals over trainings and prompts, differences paired. {conclusion(
 | filter | pairs | trainings | accuracy | minus random | minus unfiltered |
 | --- | --- | --- | --- | --- | --- |
 {lines}
-{_diversity(rows)}"""
+{_diversity(rows)}{_arm_tasks(rows)}"""
 
 
 def _diversity(rows: list[dict[str, Any]]) -> str:
@@ -143,15 +143,31 @@ def _diversity(rows: list[dict[str, Any]]) -> str:
     varied = diversity(rows)
     if not varied:
         return ""
-    lines = "\n".join("| " + " | ".join(row.values()) + " |" for row in varied)
     return f"""
 How varied the pairs were: distinct bigrams are a share of all, repetition is that of word 4-grams within a prompt, and
 similarity the mean cosine of all pairs of prompts (MiniLM). Means over the trainings.
 
-| {" | ".join(name.replace("_", " ") for name in varied[0])} |
-|{" --- |" * len(varied[0])}
-{lines}
+{_markdown(varied)}
 """
+
+
+def _arm_tasks(rows: list[dict[str, Any]]) -> str:
+    """Each filter's scores on standard tasks; nothing without `evaluation.tasks`."""
+    tasks = arm_tasks(rows)
+    if not tasks:
+        return ""
+    return f"""
+Standard tasks through lm-evaluation-harness: the mean over the trainings, with the lowest and the highest.
+
+{_markdown(tasks)}
+"""
+
+
+def _markdown(rows: list[dict[str, str]]) -> str:
+    """A table with the columns of the first row."""
+    names = list(rows[0])
+    lines = [[name.replace("_", " ") for name in names], ["---"] * len(names), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _dataset_card(transfer: Transfer, figures: dict[str, Any], pairs: pl.DataFrame) -> str:

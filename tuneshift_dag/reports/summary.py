@@ -52,10 +52,38 @@ def tasks(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
 
 
 def comparison(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
-    """The rows of the table ``comparison``, arms by accuracy and then the untrained models; [] before one was made."""
-    return store.read(
+    """The rows of the table ``comparison``, arms by accuracy and then the untrained models; [] before one was made.
+
+    ``tasks`` of a row are the arm's scores on standard tasks: mean over its trainings, and each training's.
+    """
+    rows = store.read(
         "SELECT * FROM comparison ORDER BY pairs IS NULL, value DESC, arm", schema=transfer.name
     ).to_dicts()
+    scores = store.read(_ARM_TASKS, schema=transfer.name).to_dicts()
+    return [
+        {**row, "tasks": [{k: v for k, v in one.items() if k != "arm"} for one in scores if one["arm"] == row["arm"]]}
+        for row in rows
+    ]
+
+
+_ARM_TASKS = """
+    SELECT arm, task, metric, filter, any_value(n) AS n, avg(value) AS value, list(value ORDER BY seed) AS by_run
+    FROM comparison_tasks GROUP BY arm, task, metric, filter ORDER BY task, metric, filter, arm
+"""
+
+
+def arm_tasks(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """For people: scores on standard tasks of a `comparison`, one column for each arm; [] without any.
+
+    The mean over trainings, and the lowest and highest where there are several.
+    """
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        for one in row["tasks"]:
+            names = {column: str(one[column]) for column in ("task", "metric", "filter", "n")}
+            spread = f" ({min(one['by_run']):.3f} to {max(one['by_run']):.3f})" if len(one["by_run"]) > 1 else ""
+            found.setdefault(tuple(names.values()), names)[row["arm"]] = f"{one['value']:.3f}{spread}"
+    return list(found.values())
 
 
 def diversity(rows: list[dict[str, Any]]) -> list[dict[str, str]]:

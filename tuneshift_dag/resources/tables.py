@@ -346,6 +346,16 @@ COMPARISON_ANSWERS = Table(
         Column("correct", "BOOLEAN", "As in evaluations."),
     ),
 )
+_SCORED = ("task", "metric", "filter", "value", "stderr", "n")
+COMPARISON_TASKS = Table(
+    "comparison_tasks",
+    "What lm-evaluation-harness measured on `evaluation.tasks` for every target of the comparison.",
+    (
+        Column("arm", "VARCHAR", "As in comparison; none of the source."),
+        Column("seed", "INTEGER", "Seed of the training; NULL for target_base."),
+        *(column for column in TASK_SCORES.columns if column.name in _SCORED),
+    ),
+)
 STEPS = Table(
     "steps",
     "What each materialization cost.",
@@ -388,7 +398,8 @@ RUNS = Table(
 TRANSFER_TABLES = (
     SEED_SET, ROUND_SEEDS, PROPOSALS, SYNTHETIC_PROMPTS, REJECTED_PROMPTS, SCORED_PAIRS, FILTERED_DATASET,
     REJECTED_PAIRS, THRESHOLD_REPORT, DIVERSITY_MAP, ROUND_SIMILARITY, DISTILLED_MODELS, TRAINING_EXAMPLES,
-    EVALUATIONS, ACCURACY, RETENTION, TASK_SCORES, COMPARISON, COMPARISON_ANSWERS, STEPS, RUNS, CACHE_REFERENCES,
+    EVALUATIONS, ACCURACY, RETENTION, TASK_SCORES, COMPARISON, COMPARISON_ANSWERS, COMPARISON_TASKS, STEPS, RUNS,
+    CACHE_REFERENCES,
 )  # fmt: skip
 
 # Recursion is over generator calls, not prompts: prompts of one call share their ancestors, so there are
