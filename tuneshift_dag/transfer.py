@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.evaluation import Metric
-from tuneshift_dag.method.filters import KEEP_RULES, Guards, Rule, verdict_sql
+from tuneshift_dag.method.filters import KEEP_RULES, Guards, Rule, TargetPreference, verdict_sql
 from tuneshift_dag.method.numeric import expected_number
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.resources.model_ref import (
@@ -384,11 +384,34 @@ class Filter(_Section):
         ),
         description="Drop pairs whose fine-tuned response holds one of these phrases, in any case; `[]` for none.",
     )
+    # Left out of what is hashed while it is off: datasets from before there was such a key stay current.
+    target: TargetPreference | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "Look at what the target's base makes of the fine-tuned response after its prompt (its perplexity, one more"
+            " score a pair): `avoid_easy` drops the pairs that it finds easiest, since it knows them already (the"
+            " student's uncertainty of LLKD, arXiv 2411.08028); `prefer_easy` drops the hardest, which are more often"
+            " noise. Off by default."
+        ),
+    )
+    target_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        exclude_if=lambda value: value is None,
+        description="The share of each round's pairs without another flaw that `target` drops, before the rule.",
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> "Filter":
         if any(not phrase.strip() for phrase in self.refusals):
             raise ValueError("refusals holds an empty phrase, which every response contains; remove it")
+        if (self.target is None) != (self.target_share is None):
+            missing = "target: avoid_easy" if self.target is None else "target_share, a share such as 0.25"
+            raise ValueError(f"target and target_share belong together; add {missing}")
+        if self.target and self.rule == "unfiltered":
+            raise ValueError(f"target {self.target!r} has no meaning for rule 'unfiltered'; remove it")
         if self.rule in KEEP_RULES:
             if self.keep is None:
                 raise ValueError(
@@ -711,7 +734,14 @@ class Transfer:
     def guards(self) -> Guards:
         settings = self.config.filter
         agreement = self.config.response.agreement if self.config.response.samples else None
-        return Guards(settings.allow_truncated, settings.max_repetition, settings.refusals, agreement)
+        return Guards(
+            settings.allow_truncated,
+            settings.max_repetition,
+            settings.refusals,
+            agreement,
+            settings.target,
+            settings.target_share or 0.0,
+        )
 
     def with_training(self, seed: int, epochs: int) -> "Transfer":
         """The same transfer, trained with another seed and number of epochs."""

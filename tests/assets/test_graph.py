@@ -309,6 +309,31 @@ class TestSelfConsistency:
         assert project.rows("SELECT * FROM filtered_dataset ORDER BY round, prompt_id") == kept
 
 
+class TestTargetAware:
+    def test_the_target_scores_each_pair_once_and_its_share_is_refiltered(
+        self, project: Project, edit_config: Edit
+    ) -> None:
+        project.run()
+        source, base = project.models.source, project.models.targets["target|"]
+        before, asked = len(base.scored), work(source)
+        assert project.rows("SELECT count(ppl_target) FROM scored_pairs") == [(0,)]
+        edit_config("filter", {"target": "avoid_easy", "target_share": 0.2})
+        assert "before filter.target was set" in failure(project.materialize("filtered_dataset", round="round_01"))
+        ran = project.run().materialized
+        assert ("scored_pairs", "round_01") in ran and ("synthetic_prompts", "round_01") not in ran
+        template = project.transfer.config.prompt_template
+        prompts = [template.replace("{prompt}", p) for (p,) in project.rows("SELECT prompt FROM scored_pairs")]
+        assert sorted(base.scored[before:]) == sorted(("base", prompt) for prompt in prompts)
+        assert work(source) == asked, "the source's responses and scores are known"
+        assert project.rows("SELECT count(*) FROM scored_pairs WHERE ppl_target IS NULL") == [(0,)]
+        dropped = "SELECT count(*) FROM rejected_pairs WHERE reason = 'easy_for_target'"
+        first = project.rows(dropped)
+        edit_config("filter.target_share", 0.5)
+        assert "scored_pairs" not in {asset for asset, _ in project.run().materialized}
+        assert project.rows(dropped) > first > [(0,)]
+        assert len(base.scored) == before + len(prompts)
+
+
 class TestRetention:
     def test_general_text_is_scored_by_the_target_before_and_after(self, finished: Project) -> None:
         rows = finished.rows("SELECT model, perplexity, bits_per_byte, tokens, bytes FROM retention ORDER BY model")

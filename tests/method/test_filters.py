@@ -211,6 +211,32 @@ def test_samples_that_disagree_drop_a_pair_whatever_the_rule(store, rule):
     assert reasons(store, rule, cut, pairs) == [None] * 4, "without samples nobody asks"
 
 
+@pytest.mark.parametrize("rule", JUDGED)
+def test_what_the_target_finds_easy_or_hard_is_dropped_before_the_rule(store, rule):
+    pairs = [{"ppl_base_alone": 9.0, "ppl_target": ppl} for ppl in (2.0, 50.0, 3.0, 10.0)]
+    cut = 0.8 if rule == "ifd" else 1.5 if rule in RULES else 1
+    easy, hard = "easy_for_target", "hard_for_target"
+    found = reasons(store, rule, cut, pairs, target="avoid_easy", target_share=0.5)
+    assert found == [easy, None, easy, None]
+    assert reasons(store, rule, cut, pairs, target="prefer_easy", target_share=0.25) == [None, hard, None, None]
+    assert reasons(store, rule, cut, pairs) == [None] * 4, "nobody asks the target"
+
+
+def test_the_targets_share_is_of_the_pairs_without_another_flaw(store):
+    flawed = {"fine_tuned_response": " ", "ppl_target": 1.0}
+    pairs = [flawed, {"ppl_target": 2.0}, {"ppl_target": 3.0}, {"ppl_target": None}]
+    found = reasons(store, "both", 1.5, pairs, target="avoid_easy", target_share=0.5)
+    assert found == ["empty_response", "easy_for_target", None, "no_target_score"]
+
+
+def test_the_targets_share_is_of_each_round(store):
+    pairs = [{"ppl_target": ppl, "round": f"round_0{1 + i // 2}"} for i, ppl in enumerate((2.0, 3.0, 20.0, 30.0))]
+    together = verdicts(store, "both", 1.5, pairs, target="avoid_easy", target_share=0.5)
+    assert [reason for reason, _ in together] == ["easy_for_target"] * 2 + [None] * 2
+    by_round = verdicts(store, "both", 1.5, pairs, rounds=2, target="avoid_easy", target_share=0.5)
+    assert [reason for reason, _ in by_round] == ["easy_for_target", None] * 2
+
+
 def test_short_responses_are_not_searched_for_repetition(store):
     pair = {"fine_tuned_response": LOOP, "fine_tuned_tokens": 15}
     assert reasons(store, "both", 1.5, [pair]) == [None]

@@ -116,6 +116,15 @@ class TestRecordedSpeeds:
         assert seconds[1]["scored_pairs"] > 2 * seconds[0]["scored_pairs"]
         assert seconds[1]["evaluation"] == seconds[0]["evaluation"]
 
+    def test_count_the_targets_scores(self, sized: Path, recorded: Store, edit_config: Edit) -> None:
+        known, roofline = make(sized, recorded), make(sized, recorded, gpu="h100")["plans"][0]
+        edit_config("filter", {"target": "avoid_easy", "target_share": 0.25})
+        speeds = [each["speeds"]["scored_pairs"] for each in (known, make(sized, recorded))]
+        assert speeds[1]["seconds_per_row"] == pytest.approx(5 / 4 * speeds[0]["seconds_per_row"])
+        scoring = make(sized, recorded, gpu="h100")["plans"][0]
+        assert scoring["seconds"]["scored_pairs"] > roofline["seconds"]["scored_pairs"]
+        assert scoring["memory_bytes"]["scored_pairs"] > roofline["memory_bytes"]["scored_pairs"]
+
     def test_of_some_steps_only_is_an_error_that_names_the_others(self, sized: Path) -> None:
         store = Store(database_file())
         write_steps(store, "first", STEPS_RECORDED[:2], minute=0)

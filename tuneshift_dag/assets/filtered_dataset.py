@@ -113,9 +113,9 @@ def refilter(database: Store, transfer: Transfer, round_: str, threshold: float)
         threshold: or, of `filters.KEEP_RULES`, how much is kept (`Filter.cut`).
 
     Raises:
-        dg.Failure: when no pair is kept up to this round, or pairs were scored without the samples that are wanted
-            now. The rows that were there stay: for Dagster this materialization never was, so a threshold moved
-            back would count them as fresh.
+        dg.Failure: when no pair is kept up to this round, or pairs were scored without the samples or the target that
+            are wanted now. The rows that were there stay: for Dagster this materialization never was, so a threshold
+            moved back would count them as fresh.
     """
     verdict = transfer.verdict_sql(cut=threshold)
     columns = ", ".join("fine_tuned_response AS response" if c == "response" else c for c in _KEPT_COLUMNS)
@@ -136,13 +136,13 @@ def refilter(database: Store, transfer: Transfer, round_: str, threshold: float)
         ).fetchone()
         pool = connection.execute("SELECT count(*) FROM filtered_dataset WHERE round <= ?", [round_]).fetchone()
         reasons = connection.execute("SELECT reason, count(*) FROM judged GROUP BY reason ORDER BY reason").fetchall()
-        unsampled = dict(reasons).get("no_samples")
-        if unsampled:
-            raise dg.Failure(
-                f"{unsampled} pairs of {round_} were scored before response.samples was set: materialize scored_pairs"
-                " of this round first, which adds the samples and asks nothing else again.",
-                allow_retries=False,
-            )
+        for reason, name in (("no_samples", "response.samples"), ("no_target_score", "filter.target")):
+            if reason in dict(reasons):
+                raise dg.Failure(
+                    f"{dict(reasons)[reason]} pairs of {round_} were scored before {name} was set: materialize"
+                    " scored_pairs of this round first, which adds what is missing and computes nothing else again.",
+                    allow_retries=False,
+                )
         if pool == (0,):
             raise dg.Failure(
                 f"No pair was kept up to {round_}, so nothing can seed the next round ({dict(reasons)} here)."

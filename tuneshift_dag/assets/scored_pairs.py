@@ -8,6 +8,7 @@ import polars as pl
 from tuneshift_dag.assets.common import (
     MODEL_POOL,
     OWNERS,
+    Step,
     column_lineage,
     content_version,
     definition_metadata,
@@ -35,7 +36,8 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
         kinds={"duckdb", "pytorch"},
         pool=MODEL_POOL,
         code_version=f"{transfer.version('source', 'engine', 'models', 'prompt_template', 'response')}"
-        f"-{transfer.adapter_version()}{'-ifd' if transfer.needs_ifd else ''}{transfer.samples_version()}",
+        f"-{transfer.adapter_version()}{'-ifd' if transfer.needs_ifd else ''}{transfer.samples_version()}"
+        f"{'-' + transfer.version('target') if transfer.config.filter.target else ''}",
         metadata=definition_metadata(transfer, SCORED_PAIRS),
         check_specs=[
             dg.AssetCheckSpec(
@@ -56,7 +58,8 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
         models under two names.
 
         With `response.samples`, the fine-tuned model also samples that many responses to each prompt, and the pair
-        gets the share of them that agrees with its greedy one.
+        gets the share of them that agrees with its greedy one. With `filter.target`, the target's base scores the
+        fine-tuned responses too.
         """
         round_ = context.partition_key
         database = store.store()
@@ -69,6 +72,7 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
             pairs: list[Pair] = []
             alone: list[float | None] = [None] * len(prompts)
             agreements: list[float | None] = [None] * len(prompts)
+            of_target: list[float | None] = [None] * len(prompts)
             settings = transfer.config.response
             if len(prompts):
                 engine = engines.source(transfer)
@@ -108,11 +112,19 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
                             current.progress("responses sampled"),
                         )
                     )
+                if transfer.config.filter.target:
+                    of_target = _target_perplexities(transfer, store, engines, prompts["prompt"], pairs, current)
             rows = SCORED_PAIRS.frame(
                 [
-                    {"round": round_, **prompt, **pair_row(pair, without_prompt), "agreement": agreement}
-                    for prompt, pair, without_prompt, agreement in zip(
-                        prompts.iter_rows(named=True), pairs, alone, agreements, strict=True
+                    {
+                        "round": round_,
+                        **prompt,
+                        **pair_row(pair, without_prompt),
+                        "agreement": agreement,
+                        "ppl_target": ppl,
+                    }
+                    for prompt, pair, without_prompt, agreement, ppl in zip(
+                        prompts.iter_rows(named=True), pairs, alone, agreements, of_target, strict=True
                     )
                 ]
             )
@@ -159,6 +171,29 @@ def pair_row(pair: Pair, alone: float | None) -> dict[str, Any]:
         "base_alone_logprob": alone,
         "ppl_base_alone": None if alone is None else perplexity(alone, len(f.token_ids)),
     }
+
+
+def _target_perplexities(
+    transfer: Transfer,
+    store: StoreResource,
+    engines: EngineResource,
+    prompts: pl.Series,
+    pairs: list[Pair],
+    current: Step,
+) -> list[float | None]:
+    """PPL of every fine-tuned response after its prompt under the target's base, tokenized as it is for training."""
+    target = engines.target(transfer)
+    responses = [target.encode(pair.fine_tuned.text, templated=True) for pair in pairs]
+    scores = scoring.score_given(
+        target,
+        store.cache(),
+        [target.encode(transfer.config.prompt_template.replace("{prompt}", prompt)) for prompt in prompts],
+        responses,
+        "base",
+        current.cost,
+        current.progress("responses scored by the target"),
+    )
+    return [perplexity(score, len(response)) for score, response in zip(scores, responses, strict=True)]
 
 
 def _cross_perplexity(sum_logprob: float | None, response: Response) -> float | None:

@@ -46,10 +46,12 @@ READS: dict[Rule, tuple[str, ...]] = {
     "random": (),
     "unfiltered": (),
 }
+TargetPreference = Literal["prefer_easy", "avoid_easy"]
+
 # The reasons that no rule decides: they hold at every threshold.
 GUARD_REASONS = (
     "empty_response", "truncated_response", "repetitive_response", "refused_response", "no_perplexity", "no_samples",
-    "samples_disagree",
+    "samples_disagree", "no_target_score", "hard_for_target", "easy_for_target",
 )  # fmt: skip
 
 # Shorter responses aren't searched for repetition: "100000" is no loop.
@@ -59,12 +61,15 @@ _FEWEST_TOKENS = 16
 @dataclass(frozen=True)
 class Guards:
     """What makes a response unfit for training, whatever the rule. ``refusals`` are matched in any case;
-    ``agreement`` is the least share of samples that agree with it, None without samples."""
+    ``agreement`` is the least share of samples that agree with it, None without samples. With ``target``, this
+    ``target_share`` of the pairs without another flaw is dropped: those that the target finds hardest or easiest."""
 
     allow_truncated: bool = False
     max_repetition: float = 0.5
     refusals: tuple[str, ...] = ()
     agreement: float | None = None
+    target: TargetPreference | None = None
+    target_share: float = 0.0
 
 
 def verdict_sql(rule: Rule, guards: Guards, cut: str = "$t", rounds: int | None = None, seed: int = 0) -> str:
@@ -79,19 +84,21 @@ def verdict_sql(rule: Rule, guards: Guards, cut: str = "$t", rounds: int | None 
             None ranks all pairs at once.
         seed: makes another draw of `random`.
     """
-    flaw = f"CASE {_flaws(rule, guards)} END"
+    together = "flaw IS NULL" if rounds is None else "flaw IS NULL, round"
+    flawed = f"(SELECT *, CASE {_flaws(rule, guards)} END AS flaw FROM scored_pairs)"
+    if guards.target and rule != "unfiltered":
+        flawed = _less_what_target_finds(guards.target, guards.target_share, flawed, together)
     if rule not in KEEP_RULES:
         return f"""
             SELECT * EXCLUDE (flaw), {MARGIN[rule].format(t=cut)} AS margin,
                 CASE WHEN flaw IS NOT NULL THEN flaw {_reasons(rule, cut)} END AS reason
-            FROM (SELECT *, {flaw} AS flaw FROM scored_pairs)
+            FROM {flawed}
         """
     # Hashes order the pairs for a draw: the same ones each time, and a few new pairs displace few others.
     if rule in RANKING_RULES:
         order, beyond = "margin DESC", "THEN 'below_the_top'"
     else:
         order, beyond = f"sha256('{seed}|' || prompt_id)", "THEN 'not_drawn'"
-    together = "flaw IS NULL" if rounds is None else "flaw IS NULL, round"
     quota = cut if rounds is None else f"(floor({cut} * number / {rounds}) - floor({cut} * (number - 1) / {rounds}))"
     return f"""
         SELECT * EXCLUDE (flaw, place_in_response, place, usable, number),
@@ -106,11 +113,23 @@ def verdict_sql(rule: Rule, guards: Guards, cut: str = "$t", rounds: int | None 
                 SELECT *, {MARGIN[rule]} AS margin FROM (
                     SELECT *, row_number() OVER (PARTITION BY {together}, trim(fine_tuned_response)
                         ORDER BY ppl_fine_tuned, prompt_id, round) AS place_in_response
-                    FROM (SELECT *, {flaw} AS flaw FROM scored_pairs)
+                    FROM {flawed}
                 )
             )
         )
     """
+
+
+def _less_what_target_finds(target: TargetPreference, share: float, flawed: str, together: str) -> str:
+    """``flawed``, where a share of the pairs without a flaw gets one: those with the highest (`prefer_easy`) or lowest
+    (`avoid_easy`) perplexity of the response under the target's base."""
+    order, reason = ("DESC", "hard_for_target") if target == "prefer_easy" else ("", "easy_for_target")
+    return f"""(
+        SELECT * REPLACE (CASE WHEN flaw IS NOT NULL THEN flaw
+            WHEN row_number() OVER (PARTITION BY {together} ORDER BY ppl_target {order}, prompt_id, round)
+                <= round({share} * count(*) OVER (PARTITION BY {together})) THEN '{reason}' END AS flaw)
+        FROM {flawed}
+    )"""
 
 
 def _reasons(rule: Rule, cut: str) -> str:
@@ -154,6 +173,8 @@ def _flaws(rule: Rule, guards: Guards) -> str:
         flaws.append(
             f"WHEN agreement IS NULL THEN 'no_samples' WHEN agreement < {guards.agreement} THEN 'samples_disagree'"
         )
+    if guards.target:
+        flaws.append("WHEN ppl_target IS NULL THEN 'no_target_score'")
     return " ".join(flaws)
 
 

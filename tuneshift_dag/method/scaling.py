@@ -306,7 +306,7 @@ class Workload:
     rounds: int
     proposals: Answers
     pairs: Sequence[Answers]
-    """The base and the fine-tuned source model, and the samples of the latter if there are any."""
+    """The base and the fine-tuned source model; then its samples and the target's scores, if there are any."""
     training: Training
     evaluation: Sequence[Answers]
     """The models that answer the held-out file; none without one."""

@@ -104,11 +104,24 @@ def score_alone(
 
     The denominator of IFD = PPL(y | x) / PPL(y), Cherry LLM (arXiv 2308.12032), eq. 4.
     """
+    return score_given(engine, cache, [[] for _ in responses], responses, side, cost, on_progress)
+
+
+def score_given(
+    engine: Engine,
+    cache: Cache,
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    side: Side,
+    cost: Cost,
+    on_progress: OnProgress = lambda done, total: None,
+) -> list[float]:
+    """log p(y | x) in nats of every given response (token ids) after its prompt; equal ones are scored once."""
     fingerprint = engine.fingerprint(side)
-    keys = [cache.score_key(fingerprint, [], response) for response in responses]
+    keys = [cache.score_key(fingerprint, p, r) for p, r in zip(prompts, responses, strict=True)]
 
     def compute(missing: list[int]) -> Iterator[list[tuple[int, float]]]:
-        return engine.score([[] for _ in missing], [responses[i] for i in missing], side)
+        return engine.score([prompts[i] for i in missing], [responses[i] for i in missing], side)
 
     return _known_or_new(keys, cache.scores(keys), compute, lambda new: cache.put({}, new), cost, on_progress)
 

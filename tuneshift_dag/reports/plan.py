@@ -199,6 +199,11 @@ def workload(transfer: Transfer, sizes: Mapping[str, ModelSize], known: Lengths,
     sides = [answers(known.base, base_scored, prompts), answers(known.fine_tuned, fine_tuned_scored, prompts)]
     if config.response.samples:
         sides.append(answers(known.fine_tuned, 0, prompts * config.response.samples))
+    target_scores = config.filter.target is not None
+    if target_scores:
+        sides.append(
+            Answers(target, quantized, prompts, config.models.batch_size, prompt, 0, 0, shared, known.fine_tuned[0])
+        )
     served_generator = config.generator.server is not None
     source_bytes = 0.0 if here and not local else source.weight_bytes(quantized and local)
     generator_bytes = 0.0 if here and served_generator else generator.weight_bytes(quantized and not served_generator)
@@ -223,7 +228,7 @@ def workload(transfer: Transfer, sizes: Mapping[str, ModelSize], known: Lengths,
         [*of_source, *of_target] if heldout else [],
         {
             "synthetic_prompts": resident,
-            "scored_pairs": resident,
+            "scored_pairs": resident + (target.weight_bytes(quantized) if target_scores else 0),
             "evaluation": source_bytes + 2 * target.weight_bytes(quantized),
         },
     )
@@ -262,7 +267,8 @@ class Speed:
 def recorded_speeds(store: Store, transfer: Transfer) -> dict[str, Speed]:
     """Of the last run of each step in which models computed everything; {} before one."""
     config = transfer.config
-    calls = (4 if config.engine.cross_scores else 2) + (1 if transfer.needs_ifd else 0) + config.response.samples
+    calls = (4 if config.engine.cross_scores else 2) + transfer.needs_ifd + config.response.samples
+    calls += config.filter.target is not None
     rows_per_call = {"synthetic_prompts": 1.0, "scored_pairs": 1 / calls, "evaluation": 1.0}
     found = store.read(_SPEEDS, schema=transfer.name).iter_rows(named=True)
     speeds = {

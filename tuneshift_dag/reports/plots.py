@@ -35,6 +35,9 @@ _VERDICTS = {
     "no_perplexity": _TEXT,
     "samples_disagree": "#4493f8",
     "no_samples": _TEXT,
+    "easy_for_target": "#ab7df8",
+    "hard_for_target": "#ab7df8",
+    "no_target_score": _TEXT,
 }
 _RULE_AXIS = {
     "both": "Threshold on each perplexity",

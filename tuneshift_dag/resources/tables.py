@@ -156,6 +156,11 @@ SCORED_PAIRS = Table(
         ),
         Column("ppl_base_alone", "DOUBLE", "PPL_b(y_f) without the prompt; NULL unless a rule `ifd` asks for it."),
         Column("agreement", "DOUBLE", "Share of `response.samples` whose answer is that of y_f; NULL without samples."),
+        Column(
+            "ppl_target",
+            "DOUBLE",
+            "PPL of y_f under the target's base, over its own tokens but the end token; NULL without `filter.target`.",
+        ),
     ),
     ("round", "prompt_id"),
 )
