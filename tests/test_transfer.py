@@ -140,6 +140,17 @@ def test_samples_change_the_version_of_what_they_change_and_agreement_that_of_th
         assert versions()["pairs"] != was, key
 
 
+def test_a_filter_is_described_with_all_that_it_asks(transfer_folder, edit_config):
+    assert load_transfer(transfer_folder).describe_filter() == "`both`, threshold 1.5"
+    edit_config("filter", {"rule": "random", "keep": 0.5, "target": "avoid_easy", "target_share": 0.25})
+    edit_config("response", {"samples": 8})
+    assert load_transfer(transfer_folder).describe_filter() == (
+        "`random`, keep 0.5; `avoid_easy` of the target, share 0.25; at least 0.5 of 8 samples agree"
+    )
+    edit_config("filter", {"rule": "unfiltered"})
+    assert load_transfer(transfer_folder).describe_filter() == "`unfiltered`"
+
+
 def test_a_held_out_answer_without_a_number_is_named(transfer_folder, edit_config):
     edit_config("evaluation.metric", "numeric")
     with pytest.raises(TuneshiftError) as error:

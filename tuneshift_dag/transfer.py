@@ -441,10 +441,6 @@ class Filter(_Section):
         """The key of ``filter`` that says how much is kept."""
         return "rule" if self.rule == "unfiltered" else "keep" if self.rule in KEEP_RULES else "threshold"
 
-    def describe(self) -> str:
-        """For people: the rule and its cut."""
-        return f"`{self.rule}`" + ("" if self.rule == "unfiltered" else f", {self.cut_key} {self.cut:g}")
-
 
 def check_cut(rule: Rule, cut: float) -> None:
     """Raise ValueError, saying which values are possible, when a rule can't separate anything at this cut."""
@@ -742,6 +738,19 @@ class Transfer:
             settings.target,
             settings.target_share or 0.0,
         )
+
+    def describe_filter(self) -> str:
+        """For people: the rule, its cut, and what is asked beyond it."""
+        settings, response = self.config.filter, self.config.response
+        text = f"`{settings.rule}`"
+        if settings.rule == "unfiltered":
+            return text
+        text += f", {settings.cut_key} {settings.cut:g}"
+        if settings.target is not None:
+            text += f"; `{settings.target}` of the target, share {settings.target_share:g}"
+        if response.samples:
+            text += f"; at least {response.agreement:g} of {response.samples} samples agree"
+        return text
 
     def with_training(self, seed: int, epochs: int) -> "Transfer":
         """The same transfer, trained with another seed and number of epochs."""

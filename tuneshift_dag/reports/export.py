@@ -63,7 +63,7 @@ A LoRA adapter distilled with tuneshift_dag (TuneShift-KD, arXiv 2603.24518) fro
 | source base | `{config.source.base}` |
 | source adapter | `{config.source.adapter}` |
 | prompt generator | `{config.generator.model}` |
-| filter | {config.filter.describe()} |
+| filter | {transfer.describe_filter()} |
 | dataset version | `{figures["model"]["dataset_version"]}`, {figures["model"]["pairs"]} pairs |
 | model id | `{figures["model"]["model_id"]}` |
 
@@ -176,7 +176,7 @@ def _dataset_card(transfer: Transfer, figures: dict[str, Any], pairs: pl.DataFra
 
 {len(pairs)} prompts written by `{config.generator.model}` from {len(transfer.seeds)} seeds, answered by
 `{config.source.base}` with the adapter `{config.source.adapter}`, and kept by the rule
-{config.filter.describe()}. Dataset version `{figures["model"]["dataset_version"]}`.
+{transfer.describe_filter()}. Dataset version `{figures["model"]["dataset_version"]}`.
 
 - `dataset.jsonl`: one conversation a line, `{{"messages": [{{"role": "user", ...}}, {{"role": "assistant", ...}}]}}`.
 - `dataset.parquet`: the same pairs with their round and perplexities.
