@@ -390,9 +390,8 @@ class Filter(_Section):
         exclude_if=lambda value: value is None,
         description=(
             "Look at what the target's base makes of the fine-tuned response after its prompt (its perplexity, one more"
-            " score a pair): `avoid_easy` drops the pairs that it finds easiest, since it knows them already (the"
-            " student's uncertainty of LLKD, arXiv 2411.08028); `prefer_easy` drops the hardest, which are more often"
-            " noise. Off by default."
+            " score a pair): `avoid_easy` drops the pairs that it finds easiest (LLKD, arXiv 2411.08028, selects"
+            " by the student's uncertainty), `prefer_easy` the hardest. Off by default."
         ),
     )
     target_share: float | None = Field(
