@@ -240,15 +240,7 @@ def compare(
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    _out.print(_comparison_table(rows))
-    varied = summary.diversity(rows)
-    _out.print(_table("Diversity of the training pairs", varied))
-    if varied and "similarity" not in varied[0]:
-        _err.print("Without similarity: the sentence encoder isn't installed (the extra `encoder`).", soft_wrap=True)
-    tasks = summary.arm_tasks(rows)
-    if tasks:
-        _out.print(_table("Standard tasks, mean over trainings (lowest to highest)", tasks))
-    _out.print(summary.conclusion(rows), soft_wrap=True)
+    _print_comparison(rows)
     _err.print(f"Picture: {output_dir(loaded.name) / 'comparison.png'}", soft_wrap=True)
 
 
@@ -496,6 +488,20 @@ def _plan_table(made: dict[str, Any]) -> Table:
     if plans[0]["cost"] is not None:
         table.add_row("cost", *(f"{one['cost']:,.2f}" for one in plans))
     return table
+
+
+def _print_comparison(rows: list[dict[str, Any]]) -> None:
+    from tuneshift_dag.reports import summary
+
+    _out.print(_comparison_table(rows))
+    varied = summary.diversity(rows)
+    _out.print(_table("Diversity of the training pairs", varied))
+    if varied and "similarity" not in varied[0]:
+        _err.print("Without similarity: the sentence encoder isn't installed (the extra `encoder`).", soft_wrap=True)
+    tasks = summary.arm_tasks(rows)
+    if tasks:
+        _out.print(_table("Standard tasks, mean over trainings (lowest to highest)", tasks))
+    _out.print(summary.conclusion(rows), soft_wrap=True)
 
 
 def _comparison_table(rows: list[dict[str, Any]]) -> Table:

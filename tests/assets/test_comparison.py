@@ -3,6 +3,7 @@
 import pytest
 
 from tests.conftest import Project, write_jsonl
+from tuneshift_dag import cli
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.reports.export import model_card
 from tuneshift_dag.reports.summary import arm_tasks, conclusion, diversity, report
@@ -18,7 +19,7 @@ def compared(project: Project, edit_config, quick_encoder) -> Project:
     return project
 
 
-def test_trains_every_arm_on_as_many_pairs_and_goes_on_after_a_failure(compared: Project) -> None:
+def test_trains_every_arm_on_as_many_pairs_and_goes_on_after_a_failure(compared: Project, capsys) -> None:
     current = compared.rows("SELECT model_id FROM distilled_models WHERE current")
     models = compared.models
 
@@ -55,6 +56,10 @@ def test_trains_every_arm_on_as_many_pairs_and_goes_on_after_a_failure(compared:
         assert 0 < varied["distinct_bigrams"] <= 1 and varied["repetition"] == 0 and 0 < varied["similarity"] < 1
     assert rows["target_base"]["similarity"] is None
     assert f"| unfiltered | {rows['unfiltered']['distinct_responses']:.0f} |" in model_card(compared.transfer, figures)
+    cli._print_comparison(figures["comparison"])
+    printed = capsys.readouterr().out
+    assert "Held-out accuracy by filter" in printed and conclusion(figures["comparison"]) in printed
+    assert "Diversity of the training pairs" in printed and "Standard tasks" not in printed
     calls = models.calls()
     assert compared.runner().compare().materialized == []
     assert models.calls() == calls
@@ -76,7 +81,7 @@ def test_without_the_section_says_what_to_add(project: Project) -> None:
 
 
 def test_each_prompt_is_embedded_once_and_installing_the_encoder_adds_similarities(
-    compared: Project, edit_config, quick_encoder, monkeypatch
+    compared: Project, edit_config, quick_encoder, monkeypatch, capsys
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(encoder, "missing_packages", lambda: "Run `pip install it`.")
@@ -86,6 +91,8 @@ def test_each_prompt_is_embedded_once_and_installing_the_encoder_adds_similariti
         assert "similarity" not in diversity(rows)[0] and "distinct_bigrams" in diversity(rows)[0]
         assert metadata(compared)["similarity_skipped"].value == "Run `pip install it`."
         assert "similarity |" not in model_card(compared.transfer, report(compared.store, compared.transfer))
+        cli._print_comparison(rows)
+        assert "Without similarity" in capsys.readouterr().err
         assert compared.runner().compare().materialized == []
     trained = len(compared.models.trained)
     assert compared.runner().compare().materialized == [("comparison", None)]
@@ -103,15 +110,7 @@ def metadata(project: Project):
     return event.asset_materialization.metadata
 
 
-def test_the_command_prints_both_tables(compared: Project, tuneshift, models, monkeypatch) -> None:
-    monkeypatch.setattr(encoder, "missing_packages", lambda: "Run `pip install it`.")
-    code, out, err = tuneshift("compare", "banking")
-    assert code == 0, err
-    assert "Held-out accuracy by filter" in out and "Diversity of the training pairs" in out
-    assert "distinct bigrams" in out and "Without similarity" in err
-
-
-def test_every_target_is_measured_on_standard_tasks_and_none_twice(asked, compared: Project) -> None:
+def test_every_target_is_measured_on_standard_tasks_and_none_twice(asked, compared: Project, capsys) -> None:
     models = compared.models
     assert len(asked) == 4, "the target before and after, on two tasks"
     models.failing_task = "words"
@@ -132,5 +131,7 @@ def test_every_target_is_measured_on_standard_tasks_and_none_twice(asked, compar
     assert arm_tasks(list(rows.values()))[0]["both"] == "0.500 (0.500 to 0.500)"
     figures = report(compared.store, compared.transfer)
     assert "| sums | acc | none | 3 | 0.500 (0.500 to 0.500) |" in model_card(compared.transfer, figures)
+    cli._print_comparison(figures["comparison"])
+    assert "Standard tasks, mean over trainings" in capsys.readouterr().out
     assert {row["model"] for row in figures["tasks"]} == {"target_base", "target_distilled"}
     assert compared.run().materialized == [], "the evaluation's own scores are as they were"
