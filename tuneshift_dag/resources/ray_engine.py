@@ -27,7 +27,7 @@ import ray
 import ray.data
 
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import Decoding, Engine, Pair, Response, Side
+from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Engine, Pair, Response, Side
 from tuneshift_dag.method.preflight import AdapterCheck
 from tuneshift_dag.transfer import RayCluster
 
@@ -54,6 +54,8 @@ class RayEngine:
         """
         self.engine = engine
         self.cross_scores = engine.cross_scores
+        # Every call starts actors anew, which must pay; and one Ray dataset takes no more.
+        self.chunk_size = max(CHUNK_SIZE, _TURNS * settings.actors * batch_size)
         self.batch_size = batch_size
         self.settings = settings
         self.files = files
