@@ -85,9 +85,10 @@ def _rate(log: str) -> float:
 
 
 def writer_memory() -> dict[str, Any]:
-    """Growth of the writing process's peak memory while it takes the results of a fake model on two actors."""
+    """Growth of a whole `scored_pairs` step's peak memory, with a fake model on two actors or in its process."""
     cases = []
-    for count in MEMORY_CASES:
-        command = [sys.executable, "-m", "benchmarks.writer_case", str(count)]
-        cases.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    for engine in ("ray", "process"):
+        for count in MEMORY_CASES:
+            command = [sys.executable, "-m", "benchmarks.writer_case", engine, str(count)]
+            cases.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     return {**spread([case["peak_growth_bytes"] for case in cases]), "unit": "bytes", "by_prompts": cases}

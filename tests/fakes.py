@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tuneshift_dag.method.engine import Decoding, Pair, Response, Side
+from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Pair, Response, Side
 from tuneshift_dag.method.preflight import AdapterCheck
 from tuneshift_dag.method.token_selection import ScoredTokens
 from tuneshift_dag.resources.dagster_resources import EngineResource
@@ -45,6 +45,7 @@ class FakeEngine:
     """
 
     cross_scores = True
+    chunk_size = CHUNK_SIZE
 
     def __init__(
         self,

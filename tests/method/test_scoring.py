@@ -2,7 +2,7 @@ import pytest
 
 from tests.fakes import FakeEngine
 from tuneshift_dag.method.engine import Decoding
-from tuneshift_dag.method.scoring import Cost, generate, score_alone, score_pairs, token_excess
+from tuneshift_dag.method.scoring import Cost, chunk_progress, generate, score_alone, score_pairs, token_excess
 from tuneshift_dag.resources.response_cache import ResponseCache
 from tuneshift_dag.resources.store import Store
 
@@ -151,6 +151,15 @@ def test_progress_ends_with_the_number_of_missing_prompts(cache):
     seen = []
     score_pairs(FakeEngine(), cache, PROMPTS, GREEDY, Cost(), lambda *step: seen.append(step))
     assert seen == [(4, 7), (7, 7)]
+
+
+def test_progress_of_chunks_is_that_of_all_of_them(cache):
+    score_pairs(FakeEngine(), cache, PROMPTS[4:6], GREEDY, Cost())
+    seen = []
+    progress = chunk_progress(lambda *step: seen.append(step), len(PROMPTS))
+    for chunk in (PROMPTS[:4], PROMPTS[4:6], PROMPTS[6:]):
+        score_pairs(FakeEngine(batch_size=2), cache, chunk, GREEDY, Cost(), progress(len(chunk)))
+    assert seen == [(2, 10), (4, 10), (6, 8), (8, 8)], "those in the cache count until it was asked"
 
 
 def test_responses_come_in_the_order_of_the_prompts_and_then_from_the_cache(cache):

@@ -189,6 +189,48 @@ def test_a_read_waits_for_a_transaction_of_another_thread(store):
     assert found == [["a", "b"]]
 
 
+def test_spooled_rows_replace_the_old_ones_and_leave_no_file(store):
+    store.replace("transfer", SEED_SET, seeds("old"))
+    with store.spool(SEED_SET) as spool:
+        for prompts in (["a", "b"], [], ["c"]):
+            spool.append(seeds(*prompts))
+        assert len(spool) == 3
+        for _ in range(2):
+            assert [chunk["prompt_id"].to_list() for chunk in spool] == [["a", "b"], [], ["c"]]
+        store.replace("transfer", SEED_SET, spool)
+    assert seed_ids(store) == ["a", "b", "c"]
+    assert {file.name.removeprefix(store.path.name) for file in store.path.parent.iterdir()} <= {"", ".wal"}
+
+
+def test_spooled_rows_of_a_failing_transaction_leave_the_old_ones(store):
+    store.replace("transfer", SEED_SET, seeds("old"))
+    with store.spool(SEED_SET) as spool:
+        for prompts in (["a"], ["a"]):
+            spool.append(seeds(*prompts))
+        with pytest.raises(duckdb.ConstraintException):
+            store.replace("transfer", SEED_SET, spool)
+    assert seed_ids(store) == ["old"]
+
+
+def test_a_file_of_schema_version_2_loses_the_indexes_and_keeps_its_rows(store):
+    value = CACHED_SCORES.frame([{"key": "k", "sum_logprob": -1.0}])
+    store.append_all(CACHE, [(CACHED_SCORES, value)])
+    store.prepare("transfer")
+    with duckdb.connect(str(store.path)) as connection:
+        connection.execute("UPDATE main.tuneshift_schema SET version = 2")
+        connection.execute("ALTER TABLE transfer.scored_pairs ADD PRIMARY KEY (round, prompt_id)")
+        for table in ("responses", "scores", "token_scores"):
+            connection.execute(f"ALTER TABLE cache.{table} ADD PRIMARY KEY (key)")
+    again = Store(store.path)
+    again.append_all(CACHE, [(CACHED_SCORES, value)])
+    assert again.read("SELECT * FROM cache.scores").rows() == [("k", -1.0)]
+    keys = again.read(
+        "SELECT table_name FROM duckdb_constraints() WHERE constraint_type = 'PRIMARY KEY'", (), "transfer"
+    )
+    assert {"scored_pairs", "responses", "scores", "token_scores"}.isdisjoint(keys["table_name"])
+    assert "seed_set" in set(keys["table_name"])
+
+
 def test_a_file_of_schema_version_1_is_migrated_and_keeps_its_rows(store):
     store.prepare("transfer")
     with duckdb.connect(str(store.path)) as connection:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tuneshift_dag.method.filters import repetition_sql
 from tuneshift_dag.method.scoring import Cost
 from tuneshift_dag.resources.memory import peak_bytes, reset_peak
-from tuneshift_dag.resources.store import Store, insert
+from tuneshift_dag.resources.store import Spool, Store, in_chunks, insert
 from tuneshift_dag.resources.tables import CACHE_REFERENCES, COLUMN_SOURCES, STEPS, Table
 from tuneshift_dag.transfer import Transfer
 
@@ -41,12 +41,16 @@ def partitions(transfer: Transfer) -> dg.StaticPartitionsDefinition:
     return dg.StaticPartitionsDefinition(transfer.round_keys)
 
 
-def content_version(*frames: pl.DataFrame) -> str:
-    """Hash of the rows, whatever their order: the same content is the same data version."""
+def content_version(*frames: pl.DataFrame | Spool) -> str:
+    """Hash of the rows, whatever their order: the same content is the same data version.
+
+    A spool's chunks come in the order of their rows, and so give the version of one frame.
+    """
     digest = hashlib.sha256()
     for frame in frames:
-        for row in sorted(json.dumps(list(row)) for row in frame.iter_rows()):
-            digest.update(row.encode() + b"\n")
+        for chunk in in_chunks(frame):
+            for row in sorted(json.dumps(list(row)) for row in chunk.iter_rows()):
+                digest.update(row.encode() + b"\n")
     return digest.hexdigest()[:16]
 
 
@@ -149,6 +153,7 @@ class Step:
     """A running materialization: its cost so far and a throttled progress line."""
 
     context: dg.AssetExecutionContext
+    references: Spool
     cost: Cost = field(default_factory=Cost)
     started: float = field(default_factory=time.monotonic)
     _last_line: float = 0.0
@@ -178,6 +183,14 @@ class Step:
 
         return report
 
+    def spool_keys(self) -> None:
+        """Take the cache keys that were used so far out of memory."""
+        asset, round_ = _place(self.context)
+        keys = sorted(self.cost.keys)
+        used: list[dict[str, object]] = [{"asset": asset, "round": round_ or "", "key": key} for key in keys]
+        self.references.append(CACHE_REFERENCES.frame(used))
+        self.cost.keys.clear()
+
     def metadata(self) -> dict[str, Any]:
         return {
             "seconds": time.monotonic() - self.started,
@@ -191,13 +204,19 @@ class Step:
 @contextmanager
 def step(context: dg.AssetExecutionContext, store: Store, transfer: Transfer) -> Iterator[Step]:
     """Time a materialization and write what it cost to the table ``steps`` when it succeeds."""
-    current = Step(context)
-    reset_peak()
-    yield current
-    asset = context.asset_key.path[-1]
-    round_ = context.partition_key if context.has_partition_key else None
+    with store.spool(CACHE_REFERENCES) as references:
+        current = Step(context, references)
+        reset_peak()
+        yield current
+        current.spool_keys()
+        _record(current, store, transfer)
+
+
+def _record(current: Step, store: Store, transfer: Transfer) -> None:
+    context = current.context
+    asset, round_ = _place(context)
     tags = context.run.tags
-    row = {
+    row: dict[str, object] = {
         "run_id": context.run.run_id,
         "batch_id": tags.get(BATCH_TAG) or tags.get("dagster/backfill") or context.run.run_id,
         "asset": asset,
@@ -209,8 +228,12 @@ def step(context: dg.AssetExecutionContext, store: Store, transfer: Transfer) ->
         "cache_hits": current.cost.cache_hits,
         "peak_bytes": peak_bytes(),
     }
-    used = [{"asset": asset, "round": round_ or "", "key": k} for k in sorted(current.cost.keys)]
     with store.transaction(transfer.name) as connection:
         connection.execute("DELETE FROM cache_references WHERE asset = ? AND round = ?", [asset, round_ or ""])
-        insert(connection, CACHE_REFERENCES, CACHE_REFERENCES.frame(used))
+        insert(connection, CACHE_REFERENCES, current.references)
         insert(connection, STEPS, STEPS.frame([row]))
+
+
+def _place(context: dg.AssetExecutionContext) -> tuple[str, str | None]:
+    """The asset's name and, if it has partitions, the round."""
+    return context.asset_key.path[-1], context.partition_key if context.has_partition_key else None

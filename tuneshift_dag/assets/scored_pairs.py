@@ -1,5 +1,7 @@
 """``scored_pairs``: both source models answer every prompt; four perplexities per pair."""
 
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import dagster as dg
@@ -20,6 +22,9 @@ from tuneshift_dag.assets.common import (
 from tuneshift_dag.method import scoring, self_consistency
 from tuneshift_dag.method.engine import Decoding, Pair, Response, perplexity
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
+from tuneshift_dag.resources.memory import trim
+from tuneshift_dag.resources.response_cache import ResponseCache
+from tuneshift_dag.resources.store import Spool, Store, in_chunks
 from tuneshift_dag.resources.tables import SCORED_PAIRS
 from tuneshift_dag.transfer import Transfer
 
@@ -62,90 +67,102 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
         fine-tuned responses too.
         """
         round_ = context.partition_key
-        database = store.store()
-        with step(context, database, transfer) as current:
-            prompts = database.read(
-                "SELECT prompt_id, prompt FROM synthetic_prompts WHERE round = ? ORDER BY prompt_id",
-                [round_],
-                transfer.name,
+        database, cache = store.store(), store.cache()
+        with database.spool(SCORED_PAIRS) as rows:
+            with step(context, database, transfer) as current:
+                for chunk in _score_round(current, database, cache, engines, transfer, round_):
+                    rows.append(chunk)
+                    current.spool_keys()
+                    trim()
+                database.replace(transfer.name, SCORED_PAIRS, rows, round=round_)
+            known = (value for chunk in rows for value in chunk["agreement"].drop_nulls())
+            return dg.MaterializeResult(
+                data_version=dg.DataVersion(content_version(rows)),
+                metadata={
+                    "dagster/partition_row_count": len(rows),
+                    "dagster/column_lineage": column_lineage(transfer, SCORED_PAIRS),
+                    "examples": example_rows(
+                        next(iter(rows), SCORED_PAIRS.empty()),
+                        ["prompt", "fine_tuned_response", "base_response", "ppl_fine_tuned", "ppl_base"],
+                    ),
+                    **({"mean_agreement": sum(known) / len(rows)} if transfer.config.response.samples and rows else {}),
+                    "truncated_fine_tuned_responses": sum(
+                        chunk.filter(pl.col("fine_tuned_finish") == "length").height for chunk in rows
+                    ),
+                    **current.metadata(),
+                },
+                check_results=[_check_finite(rows)],
             )
-            pairs: list[Pair] = []
-            alone: list[float | None] = [None] * len(prompts)
-            agreements: list[float | None] = [None] * len(prompts)
-            of_target: list[float | None] = [None] * len(prompts)
-            settings = transfer.config.response
-            if len(prompts):
-                engine = engines.source(transfer)
-                template = transfer.config.prompt_template
-                ids = [engine.encode(template.replace("{prompt}", prompt)) for prompt in prompts["prompt"]]
-                pairs = scoring.score_pairs(
-                    engine,
-                    store.cache(),
-                    ids,
-                    Decoding(settings.max_new_tokens),
-                    current.cost,
-                    current.progress("pairs scored"),
-                )
-                if transfer.needs_ifd:
-                    alone = list(
-                        scoring.score_alone(
-                            engine,
-                            store.cache(),
-                            [pair.fine_tuned.token_ids for pair in pairs],
-                            "base",
-                            current.cost,
-                            current.progress("responses scored without their prompt"),
-                        )
-                    )
-                if settings.samples:
-                    agreements = list(
-                        self_consistency.agreements(
-                            engine,
-                            store.cache(),
-                            ids,
-                            [pair.fine_tuned.text for pair in pairs],
-                            settings.samples,
-                            Decoding(settings.max_new_tokens, settings.temperature, top_p=settings.top_p),
-                            transfer.config.seed,
-                            transfer.config.evaluation.metric,
-                            current.cost,
-                            current.progress("responses sampled"),
-                        )
-                    )
-                if transfer.config.filter.target:
-                    of_target = _target_perplexities(transfer, store, engines, prompts["prompt"], pairs, current)
-            rows = SCORED_PAIRS.frame(
-                [
-                    {
-                        "round": round_,
-                        **prompt,
-                        **pair_row(pair, without_prompt),
-                        "agreement": agreement,
-                        "ppl_target": ppl,
-                    }
-                    for prompt, pair, without_prompt, agreement, ppl in zip(
-                        prompts.iter_rows(named=True), pairs, alone, agreements, of_target, strict=True
-                    )
-                ]
-            )
-            database.replace(transfer.name, SCORED_PAIRS, rows, round=round_)
-        known = [agreement for agreement in agreements if agreement is not None]
-        return dg.MaterializeResult(
-            data_version=dg.DataVersion(content_version(rows)),
-            metadata={
-                "dagster/partition_row_count": len(rows),
-                "dagster/column_lineage": column_lineage(transfer, SCORED_PAIRS),
-                "examples": example_rows(
-                    rows, ["prompt", "fine_tuned_response", "base_response", "ppl_fine_tuned", "ppl_base"]
-                ),
-                **({"mean_agreement": sum(known) / len(known)} if known else {}),
-                "truncated_fine_tuned_responses": rows.filter(pl.col("fine_tuned_finish") == "length").height,
-                **current.metadata(),
-            },
-            check_results=[_check_finite(rows)],
-        )
 
     return scored_pairs
+
+
+def _score_round(
+    current: Step, database: Store, cache: ResponseCache, engines: EngineResource, transfer: Transfer, round_: str
+) -> Iterator[pl.DataFrame]:
+    """Rows of a round in order of their prompt_id, chunk by chunk: memory doesn't grow with the prompts."""
+    counted = "SELECT count(*) FROM synthetic_prompts WHERE round = ?"
+    total = database.read(counted, [round_], transfer.name).item()
+    if not total:
+        return
+    engine = engines.source(transfer)
+    settings = transfer.config.response
+    pairs_progress = scoring.chunk_progress(current.progress("pairs scored"), total)
+    if transfer.needs_ifd:
+        alone_progress = scoring.chunk_progress(current.progress("responses scored without their prompt"), total)
+
+    if settings.samples:
+        samples_progress = scoring.chunk_progress(current.progress("responses sampled"), total * settings.samples)
+    if transfer.config.filter.target:
+        target_progress = scoring.chunk_progress(current.progress("responses scored by the target"), total)
+
+    def score(prompts: pl.DataFrame) -> pl.DataFrame:
+        ids = [engine.encode(transfer.config.prompt_template.replace("{prompt}", p)) for p in prompts["prompt"]]
+        decoding = Decoding(settings.max_new_tokens)
+        pairs = scoring.score_pairs(engine, cache, ids, decoding, current.cost, pairs_progress(len(ids)))
+        alone: Sequence[float | None] = [None] * len(pairs)
+        if transfer.needs_ifd:
+            responses = [pair.fine_tuned.token_ids for pair in pairs]
+            alone = scoring.score_alone(engine, cache, responses, "base", current.cost, alone_progress(len(ids)))
+        agreements: Sequence[float | None] = [None] * len(pairs)
+        if settings.samples:
+            agreements = self_consistency.agreements(
+                engine,
+                cache,
+                ids,
+                [pair.fine_tuned.text for pair in pairs],
+                settings.samples,
+                Decoding(settings.max_new_tokens, settings.temperature, top_p=settings.top_p),
+                transfer.config.seed,
+                transfer.config.evaluation.metric,
+                current.cost,
+                samples_progress(len(ids) * settings.samples),
+            )
+        of_target: Sequence[float | None] = [None] * len(pairs)
+        if transfer.config.filter.target:
+            report = target_progress(len(ids))
+            of_target = _target_perplexities(transfer, cache, engines, prompts["prompt"], pairs, current, report)
+        return SCORED_PAIRS.frame(
+            [
+                {"round": round_, **prompt, **pair_row(pair, without_prompt), "agreement": agreement, "ppl_target": ppl}
+                for prompt, pair, without_prompt, agreement, ppl in zip(
+                    prompts.iter_rows(named=True), pairs, alone, agreements, of_target, strict=True
+                )
+            ]
+        )
+
+    last = ""
+    while True:
+        prompts = database.read(
+            "SELECT prompt_id, prompt FROM synthetic_prompts WHERE round = ? AND prompt_id > ?"
+            " ORDER BY prompt_id LIMIT ?",
+            [round_, last, engine.chunk_size],
+            transfer.name,
+        )
+        if prompts.is_empty():
+            return
+        last = prompts["prompt_id"][-1]
+        yield score(prompts)
 
 
 def pair_row(pair: Pair, alone: float | None) -> dict[str, Any]:
@@ -175,23 +192,24 @@ def pair_row(pair: Pair, alone: float | None) -> dict[str, Any]:
 
 def _target_perplexities(
     transfer: Transfer,
-    store: StoreResource,
+    cache: ResponseCache,
     engines: EngineResource,
     prompts: pl.Series,
     pairs: list[Pair],
     current: Step,
+    on_progress: scoring.OnProgress,
 ) -> list[float | None]:
     """PPL of every fine-tuned response after its prompt under the target's base, tokenized as it is for training."""
     target = engines.target(transfer)
     responses = [target.encode(pair.fine_tuned.text, templated=True) for pair in pairs]
     scores = scoring.score_given(
         target,
-        store.cache(),
+        cache,
         [target.encode(transfer.config.prompt_template.replace("{prompt}", prompt)) for prompt in prompts],
         responses,
         "base",
         current.cost,
-        current.progress("responses scored by the target"),
+        on_progress,
     )
     return [perplexity(score, len(response)) for score, response in zip(scores, responses, strict=True)]
 
@@ -200,14 +218,9 @@ def _cross_perplexity(sum_logprob: float | None, response: Response) -> float | 
     return None if sum_logprob is None else perplexity(sum_logprob, len(response.token_ids))
 
 
-def _check_finite(rows: pl.DataFrame) -> dg.AssetCheckResult:
+def _check_finite(rows: pl.DataFrame | Spool) -> dg.AssetCheckResult:
     columns = ["ppl_fine_tuned", "ppl_base", "ppl_base_cross", "ppl_fine_tuned_cross"]
     # Rounding may put a certain answer's perplexity a hair below 1.
-    bad = rows.filter(
-        ~pl.all_horizontal((pl.col(c).is_finite() & (pl.col(c) > 1 - 1e-6)) | pl.col(c).is_null() for c in columns)
-    )
-    return dg.AssetCheckResult(
-        passed=bad.is_empty(),
-        check_name="finite_perplexities",
-        metadata={"prompt_ids": bad["prompt_id"].head(20).to_list()},
-    )
+    finite = pl.all_horizontal((pl.col(c).is_finite() & (pl.col(c) > 1 - 1e-6)) | pl.col(c).is_null() for c in columns)
+    bad = list(islice((id_ for chunk in in_chunks(rows) for id_ in chunk.filter(~finite)["prompt_id"]), 20))
+    return dg.AssetCheckResult(passed=not bad, check_name="finite_perplexities", metadata={"prompt_ids": bad})

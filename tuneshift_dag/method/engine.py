@@ -8,6 +8,8 @@ from typing import Literal, Protocol
 from tuneshift_dag.method.preflight import AdapterCheck
 
 Side = Literal["base", "fine_tuned"]
+CHUNK_SIZE = 4096
+"""`Engine.chunk_size` of an engine that a new call costs nothing: 128 batches of 32."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ class Engine(Protocol):
 
     cross_scores: bool
     """Whether `pairs` gives cross scores."""
+
+    chunk_size: int
+    """Prompts of a large round that `pairs` is given at once. It sorts them by length; all are in memory until then."""
 
     def fingerprint(self, side: Side) -> str:
         """Changes when, and only when, something changes that can change this side's output."""

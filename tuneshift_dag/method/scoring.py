@@ -200,6 +200,27 @@ def _known_or_new(
     return [found[key] for key in keys]
 
 
+def chunk_progress(on_progress: OnProgress, total: int) -> Callable[[int], OnProgress]:
+    """Progress over ``total`` prompts that are worked on in chunks: called with a chunk's size, it gives the chunk's.
+
+    What the cache has of later chunks isn't known yet, so all of it counts as still to do.
+    """
+    done, later = 0, total
+
+    def chunk(size: int) -> OnProgress:
+        nonlocal later
+        before, later = done, later - size
+
+        def report(chunk_done: int, chunk_total: int) -> None:
+            nonlocal done
+            done = before + chunk_done
+            on_progress(done, before + chunk_total + later)
+
+        return report
+
+    return chunk
+
+
 def score_pairs(
     engine: Engine,
     cache: Cache,

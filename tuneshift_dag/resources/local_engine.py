@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import Decoding, Pair, Response, Side
+from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Pair, Response, Side
 from tuneshift_dag.method.preflight import AdapterCheck, adapter_delta_norm, check_adapter_keys, check_outputs
 from tuneshift_dag.method.scoring import SIDES
 from tuneshift_dag.resources import decoding as loop
@@ -39,6 +39,7 @@ class LocalEngine:
     """
 
     cross_scores = True
+    chunk_size = CHUNK_SIZE
 
     def __init__(
         self,

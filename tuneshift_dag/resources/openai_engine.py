@@ -24,7 +24,7 @@ import dagster as dg
 import openai
 
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import Decoding, Pair, Response, Side
+from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Pair, Response, Side
 from tuneshift_dag.method.preflight import AdapterCheck
 from tuneshift_dag.method.scoring import SIDES
 from tuneshift_dag.resources.model_loading import load_tokenizer, start_ids
@@ -279,6 +279,8 @@ class ServedSource:
         self.files = tokenizer
         self.adapter = adapter
         self.cross_scores = cross_scores
+        # Requests run dry while a chunk's last responses come, which must be seldom.
+        self.chunk_size = max(CHUNK_SIZE, 64 * server.settings.concurrency)
         self._tokenizer: Any = None
 
     @property
@@ -569,6 +571,7 @@ class ServedGenerator:
     """
 
     cross_scores = False
+    chunk_size = CHUNK_SIZE
 
     def __init__(self, server: OpenAIServer, model: str, chat: bool) -> None:
         """

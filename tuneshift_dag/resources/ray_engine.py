@@ -27,7 +27,7 @@ import ray
 import ray.data
 
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import Decoding, Engine, Pair, Response, Side
+from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Engine, Pair, Response, Side
 from tuneshift_dag.method.preflight import AdapterCheck
 from tuneshift_dag.transfer import RayCluster
 
@@ -35,6 +35,9 @@ from tuneshift_dag.transfer import RayCluster
 _RETRIES = 3
 # Batches of each actor in one Ray dataset, all of which Ray keeps until its end. A next dataset starts its actors anew.
 _TURNS = 250
+# Batches of each actor in a chunk of `pairs`. More take memory of the step's process, about 8 KB a prompt; fewer have
+# actors start and load the model more often.
+_CHUNK_TURNS = 64
 # Bytes for prompts and results on their way, in a cluster of our own; Ray writes to disk what doesn't fit.
 _OBJECT_STORE = 256 * 2**20
 
@@ -54,6 +57,7 @@ class RayEngine:
         """
         self.engine = engine
         self.cross_scores = engine.cross_scores
+        self.chunk_size = max(CHUNK_SIZE, _CHUNK_TURNS * settings.actors * batch_size)
         self.batch_size = batch_size
         self.settings = settings
         self.files = files

@@ -7,7 +7,7 @@ import polars as pl
 
 from tuneshift_dag.method.filters import repetition_sql
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,12 @@ class Table:
     description: str
     columns: tuple[Column, ...]
     key: tuple[str, ...] = ()
+    indexed: bool = True
+    """Whether DuckDB keeps the key's index. It holds an index in memory whole, however large the table."""
 
     def ddl(self, schema: str) -> str:
         columns = [f'"{c.name}" {c.type}' for c in self.columns]
-        if self.key:
+        if self.key and self.indexed:
             columns.append(f"PRIMARY KEY ({', '.join(self.key)})")
         return f'CREATE TABLE IF NOT EXISTS "{schema}".{self.name} ({", ".join(columns)})'
 
@@ -163,6 +165,7 @@ SCORED_PAIRS = Table(
         ),
     ),
     ("round", "prompt_id"),
+    indexed=False,
 )
 FILTERED_DATASET = Table(
     "filtered_dataset",
@@ -616,6 +619,7 @@ CACHED_RESPONSES = Table(
         Column("eos_logprob", "DOUBLE", "The end token's part of it; NULL if truncated."),
     ),
     ("key",),
+    indexed=False,
 )
 CACHED_SCORES = Table(
     "scores",
@@ -625,6 +629,7 @@ CACHED_SCORES = Table(
         Column("sum_logprob", "DOUBLE", "log p(y | x) in nats, summed over tokens."),
     ),
     ("key",),
+    indexed=False,
 )
 CACHED_TOKEN_SCORES = Table(
     "token_scores",
@@ -634,5 +639,6 @@ CACHED_TOKEN_SCORES = Table(
         Column("logprobs", "DOUBLE[]", "log p(y_t | x, y_<t) in nats, one for each token."),
     ),
     ("key",),
+    indexed=False,
 )
 CACHE_TABLES = (CACHED_RESPONSES, CACHED_SCORES, CACHED_TOKEN_SCORES)
