@@ -110,7 +110,6 @@ def _score_round(
     pairs_progress = scoring.chunk_progress(current.progress("pairs scored"), total)
     if transfer.needs_ifd:
         alone_progress = scoring.chunk_progress(current.progress("responses scored without their prompt"), total)
-
     if settings.samples:
         samples_progress = scoring.chunk_progress(current.progress("responses sampled"), total * settings.samples)
     if transfer.config.filter.target:
