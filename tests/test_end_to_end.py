@@ -77,7 +77,7 @@ def test_a_small_transfer_of_the_packaged_models(tmp_path: Path) -> None:
     }
     second = report(store, load_transfer(folder))
     assert second["model_calls"] == 0
-    assert second["pairs_kept"] != first["pairs_kept"]
+    # As many may be kept: the cut is on the base's perplexity too, and lets in what it kept out before.
     assert second["model"]["model_id"] != first["model"]["model_id"]
 
     check_export(store, folder, tmp_path / "out")

@@ -73,5 +73,6 @@ def second_fails(send: Any) -> None:
 
 
 def test_a_failure_of_one_ends_all() -> None:
-    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="the second can't"):
+    # Which is reported is a race: the first one loses its connection at once.
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException):
         in_processes(2, second_fails, on_message=print)
