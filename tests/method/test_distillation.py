@@ -29,17 +29,20 @@ from tuneshift_dag.method.distillation import (
 )
 
 SETTINGS = LoraTraining(rank=4, alpha=8, epochs=2, batch_size=4, learning_rate=1e-2, validation_fraction=0.25)
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def tiny_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **TINY,
     )
     return LlamaForCausalLM(config).requires_grad_(False).train()
 
@@ -47,12 +50,7 @@ def tiny_model() -> LlamaForCausalLM:
 def tiny_soft_capped_model() -> Gemma2ForCausalLM:
     torch.manual_seed(0)
     config = Gemma2Config(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **TINY,
         head_dim=16,
         final_logit_softcapping=0.5,
         attn_implementation="eager",
@@ -64,12 +62,7 @@ def tiny_gemma() -> Gemma3ForCausalLM:
     """Two layers of which one attends to a sliding window, as in Gemma 3."""
     torch.manual_seed(0)
     config = Gemma3TextConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **TINY,
         head_dim=16,
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention"],

@@ -117,13 +117,11 @@ def score_given(
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[float]:
     """log p(y | x) in nats of every given response (token ids) after its prompt; equal ones are scored once."""
-    fingerprint = engine.fingerprint(side)
-    keys = [cache.score_key(fingerprint, p, r) for p, r in zip(prompts, responses, strict=True)]
-
-    def compute(missing: list[int]) -> Iterator[list[tuple[int, float]]]:
-        return engine.score([prompts[i] for i in missing], [responses[i] for i in missing], side)
-
-    return _known_or_new(keys, cache.scores(keys), compute, lambda new: cache.put({}, new), cost, on_progress)
+    keys = _score_keys(engine, cache, prompts, responses, side)
+    found = cache.scores(keys)
+    return _known_or_new(
+        keys, found, prompts, responses, side, engine.score, lambda new: cache.put({}, new), cost, on_progress
+    )
 
 
 def token_excess(
@@ -168,29 +166,38 @@ def _token_scores(
     cost: Cost,
     on_progress: OnProgress,
 ) -> list[list[float]]:
+    keys = _score_keys(engine, cache, prompts, responses, side)
+    found = cache.token_scores(keys)
+    return _known_or_new(
+        keys, found, prompts, responses, side, engine.token_scores, cache.put_token_scores, cost, on_progress
+    )
+
+
+def _score_keys(
+    engine: Engine, cache: Cache, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
+) -> list[str]:
     fingerprint = engine.fingerprint(side)
-    keys = [cache.score_key(fingerprint, p, r) for p, r in zip(prompts, responses, strict=True)]
-
-    def compute(missing: list[int]) -> Iterator[list[tuple[int, list[float]]]]:
-        return engine.token_scores([prompts[i] for i in missing], [responses[i] for i in missing], side)
-
-    return _known_or_new(keys, cache.token_scores(keys), compute, cache.put_token_scores, cost, on_progress)
+    return [cache.score_key(fingerprint, p, r) for p, r in zip(prompts, responses, strict=True)]
 
 
 def _known_or_new(
     keys: Sequence[str],
     found: dict[str, T],
-    compute: Callable[[list[int]], Iterator[list[tuple[int, T]]]],
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    side: Side,
+    ask: Callable[[Sequence[list[int]], Sequence[list[int]], Side], Iterator[list[tuple[int, T]]]],
     put: Callable[[dict[str, T]], None],
     cost: Cost,
     on_progress: OnProgress,
 ) -> list[T]:
-    """What was ``found`` in the cache, by key, and what wasn't: computed once for each key, and put there."""
+    """What was ``found`` in the cache, by key, and what wasn't: asked for once for each key, and put there."""
     missing = list({key: i for i, key in enumerate(keys) if key not in found}.values())
     cost.keys.update(keys)
     cost.cache_hits += len(keys) - len(missing)
     done = 0
-    for batch in cost.timed(compute(missing)) if missing else ():
+    asked = ask([prompts[i] for i in missing], [responses[i] for i in missing], side) if missing else iter(())
+    for batch in cost.timed(asked):
         new = {keys[missing[i]]: value for i, value in batch}
         put(new)
         found |= new
