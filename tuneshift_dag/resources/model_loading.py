@@ -12,6 +12,7 @@ garbage. So a model is loaded either `for_inference` or `for_training`, never us
 import contextlib
 import hashlib
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,8 +31,12 @@ DeviceMap = Literal["auto", "single"]
 ADAPTER = "fine_tuned"
 
 
+@lru_cache(maxsize=4)
 def load_tokenizer(files: ModelFiles) -> Tokenizer:
-    """The model's tokenizer, with a padding token (its own, or the end-of-sequence token)."""
+    """The model's tokenizer, with a padding token (its own, or the end-of-sequence token).
+
+    One object for everyone in the process: reading a large vocabulary takes seconds.
+    """
     tokenizer = AutoTokenizer.from_pretrained(files.path)
     if tokenizer.eos_token_id is None:
         raise TuneshiftError(f"{files.reference}: the tokenizer has no end-of-sequence token.")
