@@ -41,10 +41,7 @@ TINY = {
 
 def tiny_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **TINY,
-    )
-    return LlamaForCausalLM(config).requires_grad_(False).train()
+    return LlamaForCausalLM(LlamaConfig(**TINY)).requires_grad_(False).train()
 
 
 def tiny_soft_capped_model() -> Gemma2ForCausalLM:

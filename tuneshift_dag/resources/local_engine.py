@@ -57,13 +57,10 @@ class LocalEngine:
         self.batch_size = batch_size
         self.device_map = device_map
         self._model: Any = None
-        self._tokenizer: Any = None
 
     @property
     def tokenizer(self) -> Any:
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.base)
-        return self._tokenizer
+        return load_tokenizer(self.base)
 
     @property
     def model(self) -> Any:

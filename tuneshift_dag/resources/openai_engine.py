@@ -281,13 +281,10 @@ class ServedSource:
         self.cross_scores = cross_scores
         # Requests run dry while a chunk's last responses come, which must be seldom.
         self.chunk_size = max(CHUNK_SIZE, 64 * server.settings.concurrency)
-        self._tokenizer: Any = None
 
     @property
     def tokenizer(self) -> Any:
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.files)
-        return self._tokenizer
+        return load_tokenizer(self.files)
 
     def fingerprint(self, side: Side) -> str:
         """What the transfer says the server runs. Nothing is asked: a run whose results are all cached needs no server.
