@@ -21,7 +21,7 @@ from transformers import Cache, DynamicCache
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import Decoding, Response
 from tuneshift_dag.resources import memory
-from tuneshift_dag.resources.kv_cache import KeysValues, growing_cache
+from tuneshift_dag.resources.kv_cache import KeysValues, give_back, growing_cache, handed_over, set_aside, zeros
 
 # Rows are taken out of the batch when at least this share of it has finished: copying the cache
 # costs about as much as decoding one row in eight.
@@ -34,20 +34,22 @@ _TOKENS_AT_ONCE = {"cpu": 512}
 _TOKENS_AT_ONCE_ELSEWHERE = 16384
 # Tokens by which a decoding batch's cache grows.
 _GROW_BY = 32
-# Logits computed at once when a given response is scored, in elements (32 MB in bfloat16).
-_LOGITS_AT_ONCE = 1 << 24
-# Logits turned into float32 at once, in elements: 2 MB stay in a core's cache.
-_FLOAT_AT_ONCE = 1 << 19
+# Logits computed at once when a given response is scored, in elements (8 MB in bfloat16); but as many rows as a step
+# decodes by default: fewer would wait for the head's weights.
+_LOGITS_AT_ONCE = 1 << 22
+_LEAST_LOGIT_ROWS = 32
+# Logits turned into float32 at once, in elements: half a megabyte stays in a core's cache.
+_FLOAT_AT_ONCE = 1 << 17
 
 
 @dataclass
 class Prefix:
     """Prompts after the forward pass. Shapes: keys and values (B, H, L, D) per layer; mask (B, L), 1 for real
-    tokens; logits (B, V)."""
+    tokens; the head's input at the last token (B, D): the logits are hundreds of times larger."""
 
     keys_values: list[KeysValues]
     mask: torch.Tensor
-    logits: torch.Tensor
+    hidden: torch.Tensor
 
     def select(self, rows: Sequence[int]) -> "Prefix":
         if list(rows) == list(range(len(self.mask))):
@@ -55,7 +57,7 @@ class Prefix:
         # On the CPU: layers may be on several GPUs.
         index = torch.tensor(list(rows))
         kv = [(k[index], v[index]) for k, v in self.keys_values]
-        return Prefix(kv, self.mask[index], self.logits[index])
+        return Prefix(kv, self.mask[index], self.hidden[index])
 
 
 @torch.inference_mode()
@@ -73,50 +75,53 @@ def prefill(model: Any, prompts: Sequence[list[int]], new_tokens: int = 0) -> Pr
         model(
             input_ids=torch.tensor([prompts[0][:shared]], device=model.device), past_key_values=opening, use_cache=True
         )
-    chunks = []
-    for rows in _chunks([len(p) - shared for p in prompts], model.device):
-        own = [prompts[i][shared:] for i in rows]
-        width = max(map(len, own))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in own], device=model.device)
-        mask = torch.tensor([[1] * shared + [0] * (width - len(p)) + [1] * len(p) for p in own], device=model.device)
+    own = [len(p) - shared for p in prompts]
+    keys_values: list[KeysValues] = []
+    hidden = []
+    for rows in _chunks(own, model.device):
+        mask = _mask(shared, [own[i] for i in rows], model.device)
+        width = mask.shape[1] - shared
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(_keys_values(opening)):
             cache.update(keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1), layer)
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=_positions(mask)[:, shared:],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        chunks.append(Prefix(_keys_values(cache), mask, output.logits[:, -1]))
-    joined = _joined(chunks, shared)
-    del chunks
+        ids = torch.tensor([[0] * (width - own[i]) + prompts[i][shared:] for i in rows], device=model.device)
+        with _capture_hidden(model, torch.arange(len(rows))) as captured:
+            model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=_positions(mask)[:, shared:],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        hidden += captured
+        if not keys_values:
+            size = (len(prompts), shared + max(own))
+            keys_values = [(_room(size, k), _room(size, v)) for k, v in _keys_values(cache)]
+        for (all_keys, all_values), (keys, values) in zip(keys_values, _keys_values(cache), strict=True):
+            _place(keys, all_keys[rows[0] : rows[-1] + 1], shared)
+            _place(values, all_values[rows[0] : rows[-1] + 1], shared)
+        del cache, keys, values
     memory.trim()
-    return joined
+    return Prefix(keys_values, _mask(shared, own, model.device), torch.cat(hidden))
 
 
-def _joined(chunks: list[Prefix], shared: int) -> Prefix:
-    """Rows of several prefills as one: the shorter ones are padded after the shared opening."""
-    if len(chunks) == 1:
-        return chunks[0]
-    length = max(chunk.mask.shape[1] for chunk in chunks)
+def _mask(shared: int, own: Sequence[int], device: torch.device) -> torch.Tensor:
+    """1 for the shared opening, 0 for padding, 1 for each row's own tokens."""
+    width = max(own)
+    return torch.tensor([[1] * shared + [0] * (width - n) + [1] * n for n in own], device=device)
 
-    def padded(rows: torch.Tensor, dim: int) -> torch.Tensor:
-        missing = length - rows.shape[dim]
-        if not missing:
-            return rows
-        head, own = rows.narrow(dim, 0, shared), rows.narrow(dim, shared, rows.shape[dim] - shared)
-        shape = [missing if d == dim else n for d, n in enumerate(rows.shape)]
-        return torch.cat([head, rows.new_zeros(shape), own], dim)
 
-    layers = zip(*(chunk.keys_values for chunk in chunks), strict=True)
-    return Prefix(
-        [(torch.cat([padded(k, 2) for k, _ in kv]), torch.cat([padded(v, 2) for _, v in kv])) for kv in layers],
-        torch.cat([padded(chunk.mask, 1) for chunk in chunks]),
-        torch.cat([chunk.logits for chunk in chunks]),
-    )
+def _room(size: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
+    rows, length = size
+    return zeros((rows, like.shape[1], length, like.shape[3]), like)
+
+
+def _place(source: torch.Tensor, target: torch.Tensor, shared: int) -> None:
+    """Copy rows into longer ones: padding stands after the shared opening."""
+    own = source.shape[2] - shared
+    target[:, :, :shared] = source[:, :, :shared]
+    target[:, :, target.shape[2] - own :] = source[:, :, shared:]
 
 
 def _shared_length(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> int:
@@ -155,20 +160,20 @@ def decode(
     seeds: Sequence[int] | None = None,
     keep_prefix: bool = True,
 ) -> list[Response]:
-    """Generate one response per row of ``prefix``, which is left as it was.
+    """Generate one response per row of ``prefix``, whose keys and values the cache takes over meanwhile.
 
     Args:
         seeds: for sampling: one number per row, which makes its random choices its own, whatever the
             batch around it.
-        keep_prefix: False when it isn't needed any more: its keys and values are let go.
+        keep_prefix: whether ``prefix`` gets its keys and values back, or they are let go.
     """
     rows = _Rows(tokenizer, len(prefix.mask), decoding)
-    cache = growing_cache(prefix.keys_values, min(decoding.max_new_tokens, _GROW_BY))
-    if not keep_prefix:
-        prefix.keys_values = []
-    mask, logits = prefix.mask, prefix.logits
+    cache = growing_cache(handed_over(prefix.keys_values), min(decoding.max_new_tokens, _GROW_BY))
+    memory.trim()
+    mask, logits = prefix.mask, head_logits(model, prefix.hidden)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or []]
     active = list(range(len(mask)))
+    gone: list[int] = []
     for step in range(decoding.max_new_tokens):
         tokens = _choose(logits, decoding, [generators[row] for row in active] if generators else [])
         logprobs = _logprobs(logits, tokens)
@@ -177,11 +182,16 @@ def decode(
             break
         if going_on.count(False) >= max(1, len(active) * _COMPACT_AT):
             keep = [i for i, go in enumerate(going_on) if go]
+            if keep_prefix:
+                finished = [i for i, go in enumerate(going_on) if not go]
+                set_aside(cache, finished)
+                gone += [active[i] for i in finished]
             index = torch.tensor(keep, device=mask.device)
             cache.batch_select_indices(index)
             mask, tokens = mask[index], tokens[index]
             active = [active[i] for i in keep]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        logits = logits.new_empty(0)  # let go before there are new ones
         logits = model(
             input_ids=tokens[:, None],
             attention_mask=mask,
@@ -189,6 +199,8 @@ def decode(
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
+    if keep_prefix:
+        prefix.keys_values = give_back(cache, gone + active)
     del cache
     memory.trim()
     return rows.responses()
@@ -206,24 +218,26 @@ def token_scores(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> 
     Logits are computed for response positions only.
     """
     first = [(r[0] if r else 0) for r in responses]
-    first_logprob = _logprobs(prefix.logits, torch.tensor(first, device=model.device))
+    first_logprob = _logprobs(head_logits(model, prefix.hidden), torch.tensor(first, device=model.device))
     found = [[value] if r else [] for value, r in zip(first_logprob.tolist(), responses, strict=True)]
     # Inputs are all tokens but the last; each predicts the next.
     longer = sorted((i for i, r in enumerate(responses) if len(r) > 1), key=lambda i: len(responses[i]))
     for chunk in _chunks([len(responses[i]) - 1 for i in longer], model.device) if longer else ():
         rows = [longer[i] for i in chunk]
-        rest = _score_rest(model, prefix.select(rows), [responses[i] for i in rows])
+        rest = _score_rest(model, prefix, rows, [responses[i] for i in rows])
         for row, values in zip(rows, rest, strict=True):
             found[row] += values
+        memory.trim()
     return found
 
 
-def _score_rest(model: Any, prefix: Prefix, responses: list[list[int]]) -> list[list[float]]:
-    """Log-probabilities of the tokens of responses (of at least two), without their first."""
+def _score_rest(model: Any, prefix: Prefix, rows: list[int], responses: list[list[int]]) -> list[list[float]]:
+    """Log-probabilities of the tokens of responses (of at least two) to some rows, without their first."""
     # Padding stands on the right, where the causal mask keeps it from every real token.
     length = max(map(len, responses)) - 1
     ids = torch.tensor([r[:-1] + [0] * (length - len(r) + 1) for r in responses], device=model.device)
-    mask = torch.cat([prefix.mask, torch.ones_like(ids)], dim=1)
+    index = torch.tensor(rows)  # on the CPU: layers may be on several GPUs
+    mask = torch.cat([prefix.mask[index], torch.ones_like(ids)], dim=1)
     owner = [i for i, r in enumerate(responses) for _ in r[1:]]
     predicts = [i * length + t for i, r in enumerate(responses) for t in range(len(r) - 1)]
     targets = torch.tensor([token for r in responses for token in r[1:]], device=model.device)
@@ -232,11 +246,11 @@ def _score_rest(model: Any, prefix: Prefix, responses: list[list[int]]) -> list[
             input_ids=ids,
             attention_mask=mask,
             position_ids=_positions(mask)[:, prefix.mask.shape[1] :],
-            past_key_values=growing_cache(prefix.keys_values, length),
+            past_key_values=growing_cache(((k[index], v[index]) for k, v in prefix.keys_values), length),
             use_cache=True,
         )
     found: list[list[float]] = [[] for _ in responses]
-    chunk = max(1, _LOGITS_AT_ONCE // prefix.logits.shape[1])
+    chunk = max(_LEAST_LOGIT_ROWS, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     for start in range(0, len(owner), chunk):
         logits = head_logits(model, captured[0][start : start + chunk])
         logprobs = _logprobs(logits, targets[start : start + chunk])

@@ -22,6 +22,7 @@ from tuneshift_dag.resources.model_loading import (
     dtype_name,
     load_for_inference,
     load_tokenizer,
+    pack,
     quantized_dir,
     start_ids,
 )
@@ -65,10 +66,13 @@ class LocalEngine:
     @property
     def model(self) -> Any:
         if self._model is None:
+            memory.keep_few_kernels()
             dtype = getattr(torch, self.compute_dtype)
             self._model = load_for_inference(self.base, self.adapter, self.quantization, dtype, self.device_map)
+            pack(self._model)
             with loop.contiguous_head(self._model):
                 loop.check_head(self._model)
+            memory.trim()
             memory.drop_file_pages(quantized_dir())
         return self._model
 
@@ -99,7 +103,7 @@ class LocalEngine:
         logits = {}
         for side in SIDES:
             with self.side(side) as model:
-                logits[side] = loop.prefill(model, ids).logits
+                logits[side] = loop.head_logits(model, loop.prefill(model, ids).hidden)
         check = check_outputs(logits["base"], logits["fine_tuned"], adapter_delta_norm(self.model))
         return replace(check, problems=problems + check.problems)
 
@@ -176,7 +180,8 @@ class LocalEngine:
         """A response to every row: the known one, or a new one."""
         missing = [row for row, response in enumerate(known) if response is None]
         if missing:
-            new = loop.decode(model, self.tokenizer, prefix.select(missing), decoding, keep_prefix=keep_prefix)
+            own = prefix if len(missing) == len(known) else prefix.select(missing)
+            new = loop.decode(model, self.tokenizer, own, decoding, keep_prefix=keep_prefix and own is prefix)
             for row, response in zip(missing, new, strict=True):
                 known[row] = response
         return [response for response in known if response is not None]
@@ -195,7 +200,8 @@ class LocalEngine:
         self, prompts: Sequence[list[int]], decoding: Decoding, work: Callable[[list[int]], list[T]]
     ) -> Iterator[tuple[list[int], list[T]]]:
         def row(length: int) -> int:
-            # The caches of two prefills, and a growing copy of one; as many rows of logits.
-            return loop.bytes_per_row(self.model, 3 * length + decoding.max_new_tokens, logits=3)
+            # The keys and values of two prefills, and of the tokens that follow one; a copy of a prefill where some
+            # responses are known.
+            return loop.bytes_per_row(self.model, 3 * length + decoding.max_new_tokens, logits=1)
 
         return in_batches([len(p) for p in prompts], self.batch_size, row, work)

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import re
 import resource
 import sys
@@ -71,6 +72,16 @@ def trim() -> None:
     """Give freed memory back to the system. glibc keeps it, and its holes seldom fit the next, longer tensor."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_few_kernels() -> None:
+    """Bound what oneDNN, and PyTorch's wrapper around it, keep for every shape of a matrix product they have seen.
+
+    Up to 1,024 shapes each by default, which grew with every batch. A forward pass needs about ten.
+    Read at the first product; what the user has set stays.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
 
 
 def drop_file_pages(folder: Path) -> None:

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.resources import attention, lora_inference
+from tuneshift_dag.resources import attention, lora_inference, memory
 from tuneshift_dag.resources.model_ref import ModelFiles, cache_dir
 
 Quantization = Literal["nf4", "fp4", "none"]
@@ -99,6 +99,18 @@ def load_for_training(
     model = _load(files, quantization, dtype, device_map)
     _keep_layout(model)
     return model.requires_grad_(False).train()
+
+
+@torch.inference_mode()
+def pack(model: torch.nn.Module) -> None:
+    """Have bitsandbytes repack the 4-bit weights now, if it will.
+
+    It takes eight times a layer's memory meanwhile: in the first forward the heap would be left full of holes.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module(torch.zeros(1, module.in_features, dtype=module.compute_dtype))
+            memory.trim()
 
 
 def assert_trainable_layout(model: torch.nn.Module) -> None:
