@@ -300,6 +300,15 @@ def test_a_cache_that_grows_is_the_same(exact: LocalEngine, monkeypatch: pytest.
         assert a.sum_logprob == pytest.approx(b.sum_logprob, rel=1e-4, abs=1e-4)
 
 
+def test_prompts_keep_their_keys_and_values_when_rows_finish_early(exact: LocalEngine) -> None:
+    with exact.side("fine_tuned") as model:
+        prefix = loop.prefill(model, [exact.encode(p) for p in PROMPTS], GREEDY.max_new_tokens)
+        before = [(k.clone(), v.clone()) for k, v in prefix.keys_values]
+        responses = loop.decode(model, exact.tokenizer, prefix, GREEDY)
+    assert len({len(r.token_ids) for r in responses}) > 1, "some rows leave the batch before others"
+    torch.testing.assert_close(prefix.keys_values, before, rtol=0, atol=0)
+
+
 def test_out_of_memory_halves_the_batch_and_loses_nothing(exact: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     _, expected = pairs(exact)
     prefill, sizes = loop.prefill, []

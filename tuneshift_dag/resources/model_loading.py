@@ -108,7 +108,12 @@ def pack(model: torch.nn.Module) -> None:
     It takes eight times a layer's memory meanwhile: in the first forward the heap would be left full of holes.
     """
     for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
+        # The flag says what the CPU can do, wherever the weight is.
+        if (
+            isinstance(module, bitsandbytes.nn.Linear4bit)
+            and module.support_avx512bf16_for_cpu
+            and module.weight.device.type == "cpu"
+        ):
             module(torch.zeros(1, module.in_features, dtype=module.compute_dtype))
             memory.trim()
 
