@@ -176,6 +176,16 @@ class FakeEngine:
         return (logprob - _number("score", prompt) % 100 / 1000) * len(response.token_ids)
 
 
+class FakeDiscriminator(FakeEngine):
+    """A source base with a discriminator: it has an opinion of its own on every prompt and answer."""
+
+    def score(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
+    ) -> Iterator[list[tuple[int, float]]]:
+        for batch in super().score(prompts, responses, side):
+            yield [(i, -(_number(self.name, prompts[i], responses[i]) % 400) / 100) for i, _ in batch]
+
+
 class FakeModels:
     """The engines of one transfer, without models, and a record of what was trained.
 
@@ -188,12 +198,16 @@ class FakeModels:
         self.targets: dict[str, FakeEngine] = {}
         self.trained: list[list[tuple[str, str]]] = []
         self.excess: list[list[ScoredTokens] | None] = []
+        self.discriminators: dict[str, FakeEngine] = {}
+        self.taught: list[list[list[tuple[str, str]]]] = []
+        self.memory: list[str] = []
+        """What came into memory and was released, as far as the engines were told to note it."""
         self.task_runs: list[tuple[str, str, Side]] = []
         self.failing_task = ""
 
     def calls(self) -> int:
         """Responses generated and scored, by all engines."""
-        engines = [self.source, self.generator, *self.targets.values()]
+        engines = [self.source, self.generator, *self.targets.values(), *self.discriminators.values()]
         return sum(len(engine.answered) + len(engine.scored) for engine in engines)
 
     def resource(self) -> EngineResource:
@@ -205,6 +219,22 @@ class FakeModels:
 
             def generator(self, transfer: Transfer) -> FakeEngine:
                 return models.generator
+
+            def discriminator(self, transfer: Transfer, adapter: Path) -> FakeEngine:
+                engine = FakeDiscriminator(adapter.name, on_batch=lambda number: models.memory.append("discriminator"))
+                return models.discriminators.setdefault(adapter.name, engine)
+
+            def train_discriminator(
+                self, transfer: Transfer, batches: list[list[tuple[str, str]]], folder: Path, on_step: Any
+            ) -> Any:
+                models.taught.append(batches)
+                folder.mkdir(parents=True)
+                (folder / "adapter_model.safetensors").write_bytes(b"weights")
+                on_step(1, 1, 0.5)
+
+            def release(self) -> None:
+                models.memory.append("released")
+                super().release()
 
             def target(self, transfer: Transfer, adapter: Path | None = None) -> FakeEngine:
                 name = f"target|{adapter.name if adapter else ''}"

@@ -65,6 +65,14 @@ def test_transfers_are_the_folders_with_a_transfer_yaml(transfer_folder):
             {"rule": "unfiltered", "target": "avoid_easy", "target_share": 0.5},
             ["filter", "target 'avoid_easy'", "'unfiltered'", "remove it"],
         ),
+        ("filter", {"discriminator": {"threshold": 1}}, ["filter.discriminator.threshold", "found 1", "less than 1"]),
+        ("filter", {"discriminator": {"steps": 0}}, ["filter.discriminator.steps", "found 0", "greater than or equal"]),
+        ("filter.discriminator", 0.5, ["filter.discriminator", "found 0.5"]),
+        (
+            "filter",
+            {"rule": "unfiltered", "discriminator": {}},
+            ["filter", "discriminator", "'unfiltered'", "remove it"],
+        ),
         ("response.samples", -1, ["response.samples", "found -1", "greater than or equal to 0"]),
         ("response", {"samples": 5, "agreement": 1.5}, ["response.agreement", "1.5", "less than or equal to 1"]),
         ("response", {"agreement": 0.6, "top_p": 0.9}, ["agreement and top_p without samples", "add samples: 5"]),
@@ -187,6 +195,26 @@ def test_a_rule_without_its_scores_is_refused(transfer_folder, edit_config):
     edit_config("distill.token_mask", 0.7)
     with pytest.raises(TuneshiftError, match=r"distill.token_mask 0.7 needs .*engine.cross_scores.*remove it"):
         load_transfer(transfer_folder)
+
+
+def test_a_server_cannot_train_a_discriminator(transfer_folder, edit_config):
+    edit_config("filter.discriminator", {})
+    edit_config("engine", SERVED)
+    with pytest.raises(TuneshiftError, match=r"filter.discriminator .*engine.type is 'openai'.*remove it, or set"):
+        load_transfer(transfer_folder)
+    edit_config("engine", {"type": "ray"})
+    assert load_transfer(transfer_folder).config.filter.discriminator.threshold == 0.5
+
+
+def test_a_discriminators_threshold_makes_no_other_discriminator(transfer_folder, edit_config):
+    assert load_transfer(transfer_folder).discriminator_version() == ""
+    versions = []
+    for value in ({}, {"threshold": 0.2}, {"steps": 10}):
+        edit_config("filter.discriminator", value)
+        versions.append(load_transfer(transfer_folder).discriminator_version())
+    write_jsonl(transfer_folder / "seeds.jsonl", [{"prompt": "Where is my card?"}])
+    versions.append(load_transfer(transfer_folder).discriminator_version())
+    assert versions[0] == versions[1] and len(set(versions)) == 3
 
 
 def test_a_served_generator_is_a_name_and_no_reference(transfer_folder, edit_config):

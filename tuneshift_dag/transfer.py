@@ -334,6 +334,29 @@ class Response(_Section):
         return self
 
 
+class Discriminator(_Section):
+    """Trans-LoRA's condition on prompts (arXiv 2405.17258), beside any rule."""
+
+    threshold: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description=(
+            "Drop a pair unless the discriminator is surer than this that its prompt is real, P(yes) / (P(yes) + P(no))"
+            " (paper: yes or no, so 0.5). A change runs the filter again, and no model."
+        ),
+    )
+    steps: int = Field(
+        20,
+        ge=1,
+        le=1000,
+        description=(
+            "Optimizer steps of its training, each on eight seeds and eight prompts of the first round. With many it"
+            " knows the seeds by heart, and takes nothing else for real."
+        ),
+    )
+
+
 class Filter(_Section):
     """Which scored pairs are kept. f is the fine-tuned model, b the base, y_f and y_b their responses."""
 
@@ -401,6 +424,15 @@ class Filter(_Section):
         exclude_if=lambda value: value is None,
         description="The share of each round's pairs without another flaw that `target` drops, before the rule.",
     )
+    discriminator: Discriminator | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "Keep a pair only when a LoRA on the source base, trained to tell seeds.jsonl from the first round's"
+            " prompts, takes its prompt for real (Trans-LoRA, arXiv 2405.17258); `{}` for the defaults. From five seeds"
+            " it learns hardly more than how they are written. Off by default."
+        ),
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> "Filter":
@@ -411,6 +443,8 @@ class Filter(_Section):
             raise ValueError(f"target and target_share belong together; add {missing}")
         if self.target and self.rule == "unfiltered":
             raise ValueError(f"target {self.target!r} has no meaning for rule 'unfiltered'; remove it")
+        if self.discriminator and self.rule == "unfiltered":
+            raise ValueError("discriminator has no meaning for rule 'unfiltered'; remove it")
         if self.rule in KEEP_RULES:
             if self.keep is None:
                 raise ValueError(
@@ -689,6 +723,11 @@ class TransferConfig(_Section):
             raise ValueError(
                 f"filter.rule {self.filter.rule!r} needs scores that engine.cross_scores: false leaves out"
             )
+        if self.filter.discriminator and self.engine.type == "openai":
+            raise ValueError(
+                "filter.discriminator trains an adapter of source.base and asks it, which a server's model can't do"
+                " (engine.type is 'openai'); remove it, or set engine.type to local or ray"
+            )
         if self.distill.token_mask is not None and not self.engine.cross_scores:
             raise ValueError(
                 f"distill.token_mask {self.distill.token_mask:g} needs scores that engine.cross_scores: false leaves"
@@ -734,6 +773,7 @@ class Transfer:
             settings.max_repetition,
             settings.refusals,
             agreement,
+            settings.discriminator.threshold if settings.discriminator else None,
             settings.target,
             settings.target_share or 0.0,
         )
@@ -747,6 +787,8 @@ class Transfer:
         text += f", {settings.cut_key} {settings.cut:g}"
         if settings.target is not None:
             text += f"; `{settings.target}` of the target, share {settings.target_share:g}"
+        if settings.discriminator:
+            text += f"; prompts that a discriminator takes for real ({settings.discriminator.threshold:g})"
         if response.samples:
             text += f"; at least {response.agreement:g} of {response.samples} samples agree"
         return text
@@ -792,6 +834,14 @@ class Transfer:
             return ""
         parts = [response.samples, response.temperature, response.top_p, self.config.evaluation.metric]
         return "-" + hashlib.sha256(json.dumps([*parts, self.config.seed]).encode()).hexdigest()[:8]
+
+    def discriminator_version(self) -> str:
+        """Changes with the seeds and settings that make another discriminator; empty without one."""
+        settings = self.config.filter.discriminator
+        if settings is None:
+            return ""
+        parts = [settings.steps, self.seeds, self.config.seed]
+        return "-" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
 
     def adapter_version(self) -> str:
         """Changes with the source adapter's files; empty for an adapter on the hub."""

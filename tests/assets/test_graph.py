@@ -15,11 +15,13 @@ from tests import conftest
 from tests.conftest import Project
 from tests.fakes import FakeEngine
 from tuneshift_dag.assets.adapters import training_version
+from tuneshift_dag.assets.comparison import _candidates
 from tuneshift_dag.assets.filtered_dataset import _check_seeds
 from tuneshift_dag.assets.scored_pairs import _check_finite
 from tuneshift_dag.assets.synthetic_prompts import _check_duplicates, _check_held_out
 from tuneshift_dag.definitions import build_definitions
 from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.method.discriminator import EACH_A_STEP, NO, YES, ask
 from tuneshift_dag.method.preflight import AdapterCheck
 from tuneshift_dag.method.retention import general_texts
 from tuneshift_dag.reports.export import model_card
@@ -334,6 +336,110 @@ class TestTargetAware:
         assert len(base.scored) == before + len(prompts)
 
 
+class TestDiscriminator:
+    DROPPED = "SELECT count(*) FROM rejected_pairs WHERE reason = 'taken_for_generated'"
+
+    def test_it_is_trained_once_scores_each_prompt_once_and_its_threshold_is_refiltered(
+        self, project: Project, edit_config: Edit
+    ) -> None:
+        models, rounds = project.models, project.transfer.round_keys
+        materialize_rounds(project)
+        asked = models.calls()
+        assert project.rows("SELECT count(discriminator_score) FROM scored_pairs") == [(0,)]
+        edit_config("filter.discriminator", {"threshold": 0.3, "steps": 2})
+        assert stale_causes(project, "synthetic_prompts") == {round_: [] for round_ in rounds}
+        early = project.materialize("filtered_dataset", round="round_01")
+        assert "before filter.discriminator was set" in failure(early)
+        for round_ in rounds:
+            assert project.materialize("scored_pairs", "filtered_dataset", round=round_).success
+        (batches,), (judge,) = models.taught, models.discriminators.values()
+        first = project.rows("SELECT prompt FROM synthetic_prompts WHERE round = 'round_01' ORDER BY prompt_id")
+        taught = [
+            {question for batch in batches for question, given in batch if given == answer} for answer in (YES, NO)
+        ]
+        assert taught[0] == {ask(seed) for seed in project.transfer.seeds}
+        assert taught[1] == {ask(prompt) for (prompt,) in first[: 2 * EACH_A_STEP]}
+        prompts = project.rows("SELECT prompt FROM scored_pairs")
+        assert sorted(judge.scored) == sorted(("fine_tuned", ask(prompt)) for (prompt,) in prompts * 2)
+        assert models.calls() == asked + len(judge.scored), "all that the other models would say is known"
+        assert project.rows("SELECT count(*) FROM scored_pairs WHERE discriminator_score IS NULL") == [(0,)]
+        metadata = materializations(project, "scored_pairs", "round_01")[0].asset_materialization.metadata
+        quantiles = list(metadata["discriminator_score_quantiles"].value.values())
+        assert 0 < quantiles[0] < quantiles[-1] < 1 and quantiles == sorted(quantiles)
+        assert (metadata["model_calls"].value, metadata["cache_hits"].value) == (2 * len(first), len(first))
+
+        dropped, calls = project.rows(self.DROPPED), models.calls()
+        edit_config("filter.discriminator.threshold", 0.6)
+        assert stale_causes(project, "scored_pairs") == {round_: [] for round_ in rounds}
+        assert stale_causes(project, "filtered_dataset") == {round_: ["has a new code version"] for round_ in rounds}
+        for round_ in rounds:
+            assert project.materialize("filtered_dataset", round=round_).success
+        assert project.rows(self.DROPPED) > dropped > [(0,)]
+        assert models.calls() == calls and len(models.taught) == 1
+
+        edit_config("filter.discriminator.threshold", 0.999)
+        nothing = project.materialize("filtered_dataset", round="round_01")
+        assert "or filter.discriminator.threshold (now 0.999)" in failure(nothing)
+
+    def test_memory_never_holds_two_copies_of_the_source_base(self, project: Project, edit_config: Edit) -> None:
+        edit_config("filter.discriminator", {"threshold": 0.3})
+        memory = project.models.memory
+        project.models.source.on_batch = lambda number: memory.append("source")
+        materialize_rounds(project)
+        assert memory.count("discriminator") > 2 < memory.count("source")
+        held = ""
+        for what in memory:
+            assert held in ("", what) or what == "released", memory
+            held = "" if what == "released" else what
+
+    def test_other_seeds_steps_or_first_prompts_train_another_and_score_anew(
+        self, project: Project, edit_config: Edit
+    ) -> None:
+        models, rounds = project.models, project.transfer.round_keys
+        edit_config("filter.discriminator", {"threshold": 0.3, "steps": 1})
+        materialize_rounds(project)
+
+        def scores() -> list[Any]:
+            assert all(project.materialize("scored_pairs", round=round_).success for round_ in rounds)
+            return project.rows("SELECT prompt_id, discriminator_score FROM scored_pairs ORDER BY ALL")
+
+        before = scores()
+        assert stale_causes(project, "scored_pairs") == {round_: [] for round_ in rounds}
+        edit_config("filter.discriminator.steps", 2)
+        assert stale_causes(project, "scored_pairs") == {round_: ["has a new code version"] for round_ in rounds}
+        assert scores() != before and len(models.taught) == 2
+        # Back: the adapter and its scores are known.
+        calls = models.calls()
+        edit_config("filter.discriminator.steps", 1)
+        assert scores() == before
+        assert models.calls() == calls and len(models.taught) == 2
+        # Other prompts of round 1 make the scores of every round out of date, and Dagster knows.
+        edit_config("generator.instruction", "Others like these:")
+        assert project.materialize("synthetic_prompts", round="round_01").success
+        assert stale_causes(project, "scored_pairs") == {
+            round_: ["has a new dependency data version"] for round_ in rounds
+        }
+        scores()
+        assert len(models.taught) == 3
+
+    def test_a_round_before_the_first_one_says_what_to_materialize(self, project: Project, edit_config: Edit) -> None:
+        edit_config("filter.discriminator", {})
+        add_prompts(project, "round_02", "How old must my son be?")
+        message = failure(project.materialize("scored_pairs", round="round_02"))
+        assert "synthetic_prompts has no round_01" in message and "materialize that round first" in message
+        assert work(project.models.source) == 0
+
+    def test_it_is_a_condition_of_every_arm_but_unfiltered(self, project: Project, edit_config: Edit) -> None:
+        edit_config("filter.discriminator", {"threshold": 0.3})
+        edit_config("compare", {"arms": [{"rule": "ratio", "threshold": 2}]})
+        materialize_rounds(project)
+        passing = "SELECT prompt_id FROM scored_pairs WHERE discriminator_score > 0.3"
+        real = {prompt_id for (prompt_id,) in project.rows(passing)}
+        drawn = {arm: set(pairs["prompt_id"]) for arm, pairs in _candidates(project.store, project.transfer).items()}
+        assert drawn["random"] == real < drawn["unfiltered"]
+        assert set() < drawn["ratio 2"] < real
+
+
 class TestRetention:
     def test_general_text_is_scored_by_the_target_before_and_after(self, finished: Project) -> None:
         rows = finished.rows("SELECT model, perplexity, bits_per_byte, tokens, bytes FROM retention ORDER BY model")
@@ -601,6 +707,13 @@ def seeds_by_round(project: Project) -> dict[str, list[Any]]:
 
 def work(engine: FakeEngine) -> int:
     return len(engine.answered) + len(engine.scored)
+
+
+def materialize_rounds(project: Project) -> None:
+    """The seeds and every round, in order."""
+    assert project.materialize("seed_set").success
+    for round_ in project.transfer.round_keys:
+        assert project.materialize(*ROUND_ASSETS, round=round_).success
 
 
 def add_prompts(project: Project, round_: str, *prompts: str) -> None:

@@ -17,6 +17,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from tuneshift_dag.method import distillation
 from tuneshift_dag.method.distillation import (
     LoraTraining,
     TokenizedExample,
@@ -301,6 +302,20 @@ def test_batches_hold_every_example_once_and_similar_lengths_together() -> None:
     batches = list(length_bucketed_batches(chosen, 4, random.Random(0)))
     assert sorted(map(id, (e for batch in batches for e in batch))) == sorted(map(id, chosen))
     assert [len(b) for b in batches] == [4] * 5
+
+
+def test_without_shuffling_every_step_has_the_examples_given_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[list[TokenizedExample]] = []
+
+    def backward(model, chosen, settings, optimizer, first):
+        steps.append(chosen)
+        return 1.0
+
+    monkeypatch.setattr(distillation, "_backward", backward)
+    given = [TokenizedExample([1] * (1 + i * 5 % 7), [2]) for i in range(8)]
+    settings = replace(SETTINGS, shuffle=False, validation_fraction=0.0)
+    train(add_lora(tiny_model(), SETTINGS), given, settings)
+    assert steps == [given[:4], given[4:]] * SETTINGS.epochs
 
 
 def test_a_balanced_epoch_draws_rare_responses_as_often_as_common_ones() -> None:

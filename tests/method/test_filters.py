@@ -212,6 +212,21 @@ def test_samples_that_disagree_drop_a_pair_whatever_the_rule(store, rule):
 
 
 @pytest.mark.parametrize("rule", JUDGED)
+def test_a_prompt_that_is_taken_for_generated_drops_a_pair_whatever_the_rule(store, rule):
+    pairs = [{"ppl_base_alone": 9.0, "discriminator_score": score} for score in (None, 0.4, 0.5, 0.6)]
+    cut = 0.8 if rule == "ifd" else 1.5 if rule in RULES else 1
+    found = reasons(store, rule, cut, pairs, discriminator=0.5)
+    assert found == ["no_discriminator_score", "taken_for_generated", "taken_for_generated", None]
+    assert reasons(store, rule, cut, pairs) == [None] * 4, "without a discriminator nobody asks"
+
+
+def test_the_targets_share_is_of_the_pairs_that_the_discriminator_leaves(store):
+    pairs = [{"ppl_target": 2.0 + i, "discriminator_score": score} for i, score in enumerate((0.1, 0.9, 0.9))]
+    found = reasons(store, "both", 1.5, pairs, discriminator=0.5, target="avoid_easy", target_share=0.5)
+    assert found == ["taken_for_generated", "easy_for_target", None]
+
+
+@pytest.mark.parametrize("rule", JUDGED)
 def test_what_the_target_finds_easy_or_hard_is_dropped_before_the_rule(store, rule):
     pairs = [{"ppl_base_alone": 9.0, "ppl_target": ppl} for ppl in (2.0, 50.0, 3.0, 10.0)]
     cut = 0.8 if rule == "ifd" else 1.5 if rule in RULES else 1

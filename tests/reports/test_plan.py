@@ -125,6 +125,14 @@ class TestRecordedSpeeds:
         assert scoring["seconds"]["scored_pairs"] > roofline["seconds"]["scored_pairs"]
         assert scoring["memory_bytes"]["scored_pairs"] > roofline["memory_bytes"]["scored_pairs"]
 
+    def test_count_the_discriminators_scores(self, sized: Path, recorded: Store, edit_config: Edit) -> None:
+        known, roofline = make(sized, recorded), make(sized, recorded, gpu="h100")["plans"][0]
+        edit_config("filter.discriminator", {})
+        speeds = [each["speeds"]["scored_pairs"] for each in (known, make(sized, recorded))]
+        assert speeds[1]["seconds_per_row"] == pytest.approx(6 / 4 * speeds[0]["seconds_per_row"])
+        scoring = make(sized, recorded, gpu="h100")["plans"][0]
+        assert scoring["seconds"]["scored_pairs"] > roofline["seconds"]["scored_pairs"]
+
     def test_of_some_steps_only_is_an_error_that_names_the_others(self, sized: Path) -> None:
         store = Store(database_file())
         write_steps(store, "first", STEPS_RECORDED[:2], minute=0)

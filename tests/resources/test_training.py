@@ -1,6 +1,8 @@
 """Small trainings of the packaged models: on selected tokens, and so long that the target forgets the rest."""
 
 import math
+import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,13 @@ import pytest
 from safetensors.torch import load_file
 
 from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.method import discriminator
 from tuneshift_dag.method.engine import Decoding, Engine, Side
 from tuneshift_dag.method.retention import Retention, general_texts, retention
 from tuneshift_dag.method.scoring import Cost, score_alone, token_excess
 from tuneshift_dag.method.token_selection import ScoredTokens
 from tuneshift_dag.resources.dagster_resources import EngineResource
+from tuneshift_dag.resources.local_engine import LocalEngine
 from tuneshift_dag.resources.model_loading import load_tokenizer
 from tuneshift_dag.resources.model_ref import resolve_model
 from tuneshift_dag.resources.response_cache import ResponseCache
@@ -74,6 +78,33 @@ def test_tokens_that_spell_another_text_stop_it_before_a_model_is_loaded(
     with pytest.raises(TuneshiftError, match=r"transfer\.yaml: distill\.token_mask 0\.5: .*Remove token_mask"):
         distill(transfer, pairs, tmp_path / "adapter", lambda *step: None, excess)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_discriminator_takes_its_seeds_for_real_and_random_text_not(
+    transfer: Transfer, store: Store, tmp_path: Path
+) -> None:
+    draw = random.Random(0)
+
+    def babble() -> str:
+        return " ".join("".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(8))
+
+    models, taught, other = EngineResource(), [babble() for _ in range(24)], [babble() for _ in range(5)]
+    before = models.source(transfer)
+    losses: list[float] = []
+    batches = discriminator.training_batches(transfer.seeds, taught, steps=6)
+    models.train_discriminator(transfer, batches, tmp_path / "adapter", lambda step, total, loss: losses.append(loss))
+    assert len(losses) == 6 and all(map(math.isfinite, losses))
+    assert models.source(transfer) is not before, "released before the training loads the same base"
+    judge, cache = models.discriminator(transfer, tmp_path / "adapter"), ResponseCache(store)
+    assert judge.fingerprint("base") == before.fingerprint("base")
+    scores = discriminator.scores(judge, cache, [*transfer.seeds, *other], Cost())
+    assert all(0 <= score <= 1 for score in scores)
+    assert min(scores[:5]) > max(scores[5:]), "also text that it wasn't taught"
+    assert isinstance(judge, LocalEngine)
+    model = weakref.ref(judge.model)
+    del judge
+    models.release()
+    assert model() is None, "the source models have the memory"
 
 
 def test_an_overtrained_target_is_worse_at_general_text_and_its_base_is_not(

@@ -100,6 +100,22 @@ def with_code_references(
         return linked
 
 
+def prompt_chunks(store: Store, transfer: Transfer, round_: str, size: int) -> Iterator[pl.DataFrame]:
+    """A round's prompts (prompt_id, prompt) in the order of their ids, at most ``size`` at once."""
+    last = ""
+    while True:
+        prompts = store.read(
+            "SELECT prompt_id, prompt FROM synthetic_prompts WHERE round = ? AND prompt_id > ?"
+            " ORDER BY prompt_id LIMIT ?",
+            [round_, last, size],
+            transfer.name,
+        )
+        if prompts.is_empty():
+            return
+        last = prompts["prompt_id"][-1]
+        yield prompts
+
+
 EVERY_ROUND_READ = "every_round_read"
 
 

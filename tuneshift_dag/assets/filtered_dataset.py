@@ -113,9 +113,9 @@ def refilter(database: Store, transfer: Transfer, round_: str, threshold: float)
         threshold: or, of `filters.KEEP_RULES`, how much is kept (`Filter.cut`).
 
     Raises:
-        dg.Failure: when no pair is kept up to this round, or pairs were scored without the samples or the target that
-            are wanted now. The rows that were there stay: for Dagster this materialization never was, so a threshold
-            moved back would count them as fresh.
+        dg.Failure: when no pair is kept up to this round, or pairs were scored without the samples, the target or the
+            discriminator that are wanted now. The rows that were there stay: for Dagster this materialization never
+            was, so a threshold moved back would count them as fresh.
     """
     verdict = transfer.verdict_sql(cut=threshold)
     columns = ", ".join("fine_tuned_response AS response" if c == "response" else c for c in _KEPT_COLUMNS)
@@ -136,7 +136,11 @@ def refilter(database: Store, transfer: Transfer, round_: str, threshold: float)
         ).fetchone()
         pool = connection.execute("SELECT count(*) FROM filtered_dataset WHERE round <= ?", [round_]).fetchone()
         reasons = connection.execute("SELECT reason, count(*) FROM judged GROUP BY reason ORDER BY reason").fetchall()
-        for reason, name in (("no_samples", "response.samples"), ("no_target_score", "filter.target")):
+        for reason, name in (
+            ("no_samples", "response.samples"),
+            ("no_target_score", "filter.target"),
+            ("no_discriminator_score", "filter.discriminator"),
+        ):
             if reason in dict(reasons):
                 raise dg.Failure(
                     f"{dict(reasons)[reason]} pairs of {round_} were scored before {name} was set: materialize"
@@ -144,10 +148,12 @@ def refilter(database: Store, transfer: Transfer, round_: str, threshold: float)
                     allow_retries=False,
                 )
         if pool == (0,):
+            cuts = f"filter.{transfer.config.filter.cut_key} (now {transfer.config.filter.cut:g})"
+            if "taken_for_generated" in dict(reasons):
+                cuts += f" or filter.discriminator.threshold (now {transfer.guards.discriminator:g})"
             raise dg.Failure(
                 f"No pair was kept up to {round_}, so nothing can seed the next round ({dict(reasons)} here)."
-                f" Loosen filter.{transfer.config.filter.cut_key} (now {transfer.config.filter.cut:g}) in"
-                f" {transfer.folder / 'transfer.yaml'}, or write"
+                f" Loosen {cuts} in {transfer.folder / 'transfer.yaml'}, or write"
                 " seeds that are closer to the task.",
                 allow_retries=False,
             )

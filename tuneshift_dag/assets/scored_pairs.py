@@ -17,9 +17,11 @@ from tuneshift_dag.assets.common import (
     example_rows,
     key,
     partitions,
+    prompt_chunks,
     step,
 )
-from tuneshift_dag.method import scoring, self_consistency
+from tuneshift_dag.assets.discriminator import TAUGHT_BY, ask_discriminator
+from tuneshift_dag.method import discriminator, scoring, self_consistency
 from tuneshift_dag.method.engine import Decoding, Pair, Response, perplexity
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
 from tuneshift_dag.resources.memory import trim
@@ -28,13 +30,17 @@ from tuneshift_dag.resources.store import Spool, Store, in_chunks
 from tuneshift_dag.resources.tables import SCORED_PAIRS
 from tuneshift_dag.transfer import Transfer
 
+# Scores that only some settings ask for.
+_OPTIONAL = ("agreement", "ppl_target", "discriminator_score")
+_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+
 
 def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
     asset_key = key(transfer, "scored_pairs")
 
     @dg.asset(
         key=asset_key,
-        deps=[key(transfer, "synthetic_prompts")],
+        deps=[dg.AssetDep(key(transfer, "synthetic_prompts"), partition_mapping=_prompts_read(transfer))],
         partitions_def=partitions(transfer),
         group_name=transfer.name,
         owners=OWNERS,
@@ -42,7 +48,8 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
         pool=MODEL_POOL,
         code_version=f"{transfer.version('source', 'engine', 'models', 'prompt_template', 'response')}"
         f"-{transfer.adapter_version()}{'-ifd' if transfer.needs_ifd else ''}{transfer.samples_version()}"
-        f"{'-' + transfer.version('target') if transfer.config.filter.target else ''}",
+        f"{'-' + transfer.version('target') if transfer.config.filter.target else ''}"
+        f"{transfer.discriminator_version()}",
         metadata=definition_metadata(transfer, SCORED_PAIRS),
         check_specs=[
             dg.AssetCheckSpec(
@@ -64,7 +71,8 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
 
         With `response.samples`, the fine-tuned model also samples that many responses to each prompt, and the pair
         gets the share of them that agrees with its greedy one. With `filter.target`, the target's base scores the
-        fine-tuned responses too.
+        fine-tuned responses too. With `filter.discriminator`, an adapter of the source base that was trained once, to
+        tell the seeds from the prompts of the first round, scores the prompts.
         """
         round_ = context.partition_key
         database, cache = store.store(), store.cache()
@@ -76,6 +84,7 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
                     trim()
                 database.replace(transfer.name, SCORED_PAIRS, rows, round=round_)
             known = (value for chunk in rows for value in chunk["agreement"].drop_nulls())
+            quantiles = _discriminator_quantiles(database, transfer, round_)
             return dg.MaterializeResult(
                 data_version=dg.DataVersion(content_version(rows)),
                 metadata={
@@ -86,6 +95,7 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
                         ["prompt", "fine_tuned_response", "base_response", "ppl_fine_tuned", "ppl_base"],
                     ),
                     **({"mean_agreement": sum(known) / len(rows)} if transfer.config.response.samples and rows else {}),
+                    **({"discriminator_score_quantiles": quantiles} if quantiles else {}),
                     "truncated_fine_tuned_responses": sum(
                         chunk.filter(pl.col("fine_tuned_finish") == "length").height for chunk in rows
                     ),
@@ -97,6 +107,25 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
     return scored_pairs
 
 
+def _prompts_read(transfer: Transfer) -> dg.PartitionMapping | None:
+    """A round's own prompts; with a discriminator also those that it learned from."""
+    if transfer.config.filter.discriminator is None:
+        return None
+    rounds = transfer.round_keys
+    return dg.StaticPartitionMapping({round_: rounds if round_ == TAUGHT_BY else round_ for round_ in rounds})
+
+
+def _discriminator_quantiles(database: Store, transfer: Transfer, round_: str) -> dict[str, float]:
+    """Of a round's scores, to choose `filter.discriminator.threshold` by; nothing without a discriminator."""
+    found = database.read(
+        f"SELECT unnest(quantile_cont(discriminator_score, {list(_QUANTILES)})) AS score FROM scored_pairs"
+        " WHERE round = ?",
+        [round_],
+        transfer.name,
+    )["score"]
+    return {f"{quantile:g}": score for quantile, score in zip(_QUANTILES, found, strict=False)}
+
+
 def _score_round(
     current: Step, database: Store, cache: ResponseCache, engines: EngineResource, transfer: Transfer, round_: str
 ) -> Iterator[pl.DataFrame]:
@@ -105,6 +134,10 @@ def _score_round(
     total = database.read(counted, [round_], transfer.name).item()
     if not total:
         return
+    if transfer.config.filter.discriminator:
+        # First: its base is also the source models', and memory has room for one.
+        adapter = ask_discriminator(current, database, cache, engines, transfer, round_, total)
+        judge = engines.discriminator(transfer, adapter)  # which loads nothing: all it is asked is in the cache
     engine = engines.source(transfer)
     settings = transfer.config.response
     pairs_progress = scoring.chunk_progress(current.progress("pairs scored"), total)
@@ -141,27 +174,24 @@ def _score_round(
         if transfer.config.filter.target:
             report = target_progress(len(ids))
             of_target = _target_perplexities(transfer, cache, engines, prompts["prompt"], pairs, current, report)
+        real: Sequence[float | None] = [None] * len(pairs)
+        if transfer.config.filter.discriminator:
+            real = discriminator.scores(judge, cache, list(prompts["prompt"]), scoring.Cost())  # they are counted
         return SCORED_PAIRS.frame(
             [
-                {"round": round_, **prompt, **pair_row(pair, without_prompt), "agreement": agreement, "ppl_target": ppl}
-                for prompt, pair, without_prompt, agreement, ppl in zip(
-                    prompts.iter_rows(named=True), pairs, alone, agreements, of_target, strict=True
+                {
+                    **prompt,
+                    **pair_row(pair, without_prompt),
+                    "round": round_,
+                    **dict(zip(_OPTIONAL, values, strict=True)),
+                }
+                for prompt, pair, without_prompt, *values in zip(
+                    prompts.iter_rows(named=True), pairs, alone, agreements, of_target, real, strict=True
                 )
             ]
         )
 
-    last = ""
-    while True:
-        prompts = database.read(
-            "SELECT prompt_id, prompt FROM synthetic_prompts WHERE round = ? AND prompt_id > ?"
-            " ORDER BY prompt_id LIMIT ?",
-            [round_, last, engine.chunk_size],
-            transfer.name,
-        )
-        if prompts.is_empty():
-            return
-        last = prompts["prompt_id"][-1]
-        yield score(prompts)
+    yield from map(score, prompt_chunks(database, transfer, round_, engine.chunk_size))
 
 
 def pair_row(pair: Pair, alone: float | None) -> dict[str, Any]:

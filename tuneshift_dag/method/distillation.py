@@ -52,7 +52,8 @@ class LoraTraining:
     """Hyper-parameters of one LoRA training. The paper doesn't publish its own values.
 
     An optimizer step is on ``batch_size`` times ``gradient_accumulation`` examples. ``gradient_checkpointing`` keeps
-    only each layer's input for the backward pass, and computes the rest again (arXiv 1604.06174).
+    only each layer's input for the backward pass, and computes the rest again (arXiv 1604.06174). With ``shuffle`` off,
+    every epoch takes the examples in the order given, for batches whose make-up matters.
     """
 
     rank: int = 16
@@ -65,6 +66,7 @@ class LoraTraining:
     gradient_checkpointing: bool = False
     optimizer: Optimizer = "adamw"
     balance: Literal["response", "none"] = "none"
+    shuffle: bool = True
     warmup_ratio: float = 0.05
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -189,7 +191,7 @@ def train(
         RuntimeError: when a trainable parameter gets no gradient in the first step, or its loss isn't finite.
     """
     rng = random.Random(settings.seed)
-    shuffled = rng.sample(list(examples), len(examples))
+    shuffled = rng.sample(list(examples), len(examples)) if settings.shuffle else list(examples)
     held_back = int(len(shuffled) * settings.validation_fraction)
     validation, training = shuffled[:held_back], shuffled[held_back:]
     if not training:
@@ -208,7 +210,10 @@ def train(
     for epoch in range(settings.epochs):
         losses: list[float] = []
         drawn = balanced_epoch(training, rng) if settings.balance == "response" else training
-        for chosen in length_bucketed_batches(drawn, pairs_a_step, rng):
+        batches = (
+            length_bucketed_batches(drawn, pairs_a_step, rng) if settings.shuffle else _chunks(drawn, pairs_a_step)
+        )
+        for chosen in batches:
             loss = _backward(model, chosen, settings, optimizer, first=step == 0)
             optimizer.step()
             schedule.step()

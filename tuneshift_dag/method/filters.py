@@ -51,7 +51,8 @@ TargetPreference = Literal["prefer_easy", "avoid_easy"]
 # The reasons that no rule decides: they hold at every threshold.
 GUARD_REASONS = (
     "empty_response", "truncated_response", "repetitive_response", "refused_response", "no_perplexity", "no_samples",
-    "samples_disagree", "no_target_score", "hard_for_target", "easy_for_target",
+    "samples_disagree", "no_discriminator_score", "taken_for_generated", "no_target_score", "hard_for_target",
+    "easy_for_target",
 )  # fmt: skip
 
 # Shorter responses aren't searched for repetition: "100000" is no loop.
@@ -61,13 +62,15 @@ _FEWEST_TOKENS = 16
 @dataclass(frozen=True)
 class Guards:
     """What makes a response unfit for training, whatever the rule. ``refusals`` are matched in any case;
-    ``agreement`` is the least share of samples that agree with it, None without samples. With ``target``, this
-    ``target_share`` of the pairs without another flaw is dropped: those that the target finds hardest or easiest."""
+    ``agreement`` is the least share of samples that agree with it, None without samples; ``discriminator`` the score
+    of the prompt that must be passed, None without a discriminator. With ``target``, this ``target_share`` of the pairs
+    without another flaw is dropped: those that the target finds hardest or easiest."""
 
     allow_truncated: bool = False
     max_repetition: float = 0.5
     refusals: tuple[str, ...] = ()
     agreement: float | None = None
+    discriminator: float | None = None
     target: TargetPreference | None = None
     target_share: float = 0.0
 
@@ -172,6 +175,11 @@ def _flaws(rule: Rule, guards: Guards) -> str:
     if guards.agreement is not None:
         flaws.append(
             f"WHEN agreement IS NULL THEN 'no_samples' WHEN agreement < {guards.agreement} THEN 'samples_disagree'"
+        )
+    if guards.discriminator is not None:
+        flaws.append(
+            "WHEN discriminator_score IS NULL THEN 'no_discriminator_score'"
+            f" WHEN discriminator_score <= {guards.discriminator} THEN 'taken_for_generated'"
         )
     if guards.target:
         flaws.append("WHEN ppl_target IS NULL THEN 'no_target_score'")

@@ -11,6 +11,7 @@ from typing import Any
 
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file
+from tuneshift_dag.method.discriminator import QUESTION
 from tuneshift_dag.method.scaling import (
     CPU_USABLE,
     GPUS,
@@ -204,6 +205,10 @@ def workload(transfer: Transfer, sizes: Mapping[str, ModelSize], known: Lengths,
         sides.append(
             Answers(target, quantized, prompts, config.models.batch_size, prompt, 0, 0, shared, known.fine_tuned[0])
         )
+    if config.filter.discriminator:
+        # Its question is longer than the template, and each of two answers is a prefill of its own.
+        asked = (len(QUESTION) + known.prompt_characters) / _CHARACTERS_PER_TOKEN
+        sides.append(Answers(source, quantized, 2 * prompts, batch, asked, 0, 0, 0, 1, eager=True))
     served_generator = config.generator.server is not None
     source_bytes = 0.0 if here and not local else source.weight_bytes(quantized and local)
     generator_bytes = 0.0 if here and served_generator else generator.weight_bytes(quantized and not served_generator)
@@ -268,7 +273,7 @@ def recorded_speeds(store: Store, transfer: Transfer) -> dict[str, Speed]:
     """Of the last run of each step in which models computed everything; {} before one."""
     config = transfer.config
     calls = (4 if config.engine.cross_scores else 2) + transfer.needs_ifd + config.response.samples
-    calls += config.filter.target is not None
+    calls += (config.filter.target is not None) + 2 * (config.filter.discriminator is not None)
     rows_per_call = {"synthetic_prompts": 1.0, "scored_pairs": 1 / calls, "evaluation": 1.0}
     found = store.read(_SPEEDS, schema=transfer.name).iter_rows(named=True)
     speeds = {

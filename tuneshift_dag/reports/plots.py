@@ -38,6 +38,8 @@ _VERDICTS = {
     "easy_for_target": "#ab7df8",
     "hard_for_target": "#ab7df8",
     "no_target_score": _TEXT,
+    "taken_for_generated": "#db61a2",
+    "no_discriminator_score": _TEXT,
 }
 _RULE_AXIS = {
     "both": "Threshold on each perplexity",

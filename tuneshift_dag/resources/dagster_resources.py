@@ -36,7 +36,7 @@ class StoreResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
 
 class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
-    """Models for generation and scoring: the source pair, the generator and the target."""
+    """Models for generation and scoring: the source pair, its discriminator, the generator and the target."""
 
     def source(self, transfer: Transfer) -> Engine:
         """The source base model with the source adapter, in this process, on a cluster or on a server."""
@@ -72,6 +72,17 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         on_ray = transfer.config.engine.type == "ray"
         return self._engine(transfer, settings.model, "generator.model", on_ray=on_ray)
 
+    def discriminator(self, transfer: Transfer, adapter: Path) -> Engine:
+        """The source base model with an adapter that `train_discriminator` has made, where the source models run.
+
+        It is a second copy of that base: `release` the source before it loads, and it before the source does.
+        """
+        from tuneshift_dag.resources.model_ref import resolve_adapter
+
+        files = resolve_adapter(str(adapter), transfer.folder, "discriminator")
+        on_ray = transfer.config.engine.type == "ray"
+        return self._engine(transfer, transfer.config.source.base, "source.base", files, on_ray)
+
     def target(self, transfer: Transfer, adapter: Path | None = None) -> Engine:
         """The target base model, with a distilled adapter when a folder is given."""
         from tuneshift_dag.resources.model_ref import resolve_adapter
@@ -102,6 +113,19 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
         self.release()
         return distill(transfer, pairs, folder, on_step, excess)
+
+    def train_discriminator(
+        self,
+        transfer: Transfer,
+        batches: list[list[tuple[str, str]]],
+        folder: Path,
+        on_step: Callable[[int, int, float], None],
+    ) -> "TrainingCurve":
+        """Train a LoRA of the source base on (question, answer) pairs and save it to ``folder``."""
+        from tuneshift_dag.resources.training import train_discriminator
+
+        self.release()
+        return train_discriminator(transfer, batches, folder, on_step)
 
     def release(self) -> None:
         """Forget every loaded model, for example before a training needs the memory."""

@@ -190,7 +190,8 @@ class _Actor:
             if not path.exists():
                 raise TuneshiftError(
                     f"engine.ray: the node {ray.util.get_node_ip_address()} has no {path}. Keep transfers,"
-                    " $TUNESHIFT_CACHE and $HF_HOME in folders that every node sees under the same path."
+                    " $TUNESHIFT_CACHE, $HF_HOME and, for filter.discriminator, $TUNESHIFT_HOME in folders that every"
+                    " node sees under the same path."
                 )
         result = call(self.engine)
         return [item for batch in result for item in batch] if isinstance(result, Iterator) else result

@@ -163,6 +163,12 @@ SCORED_PAIRS = Table(
             "DOUBLE",
             "PPL of y_f under the target's base, over its own tokens but the end token; NULL without `filter.target`.",
         ),
+        Column(
+            "discriminator_score",
+            "DOUBLE",
+            "How sure the discriminator is that the prompt is real and not generated, P(yes) / (P(yes) + P(no)); NULL"
+            " without `filter.discriminator`.",
+        ),
     ),
     ("round", "prompt_id"),
     indexed=False,

@@ -1,10 +1,13 @@
-"""Distillation end to end: load the target for training, train its LoRA, save it in PEFT format."""
+"""Training end to end: load a base for training, train its LoRA, save it in PEFT format.
+
+That of the target, and that of a discriminator on the source base.
+"""
 
 import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import torch
 
 from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.method import discriminator
 from tuneshift_dag.method.distillation import (
     LoraTraining,
     TokenizedExample,
@@ -67,6 +71,50 @@ def distill(
         settings,
         examples,
     )
+    return _train_into(folder, job, count, on_step)
+
+
+def train_discriminator(
+    transfer: Transfer,
+    batches: Sequence[Sequence[tuple[str, str]]],
+    folder: Path,
+    on_step: Callable[[int, int, float], None],
+) -> TrainingCurve:
+    """Train a LoRA of the source base on (question, answer) pairs, a batch a step; ``folder`` appears when it is done.
+
+    The base is loaded as it is for scoring: in 4 bits, where ``models.quantization`` says so.
+    """
+    config = transfer.config
+    files = resolve_model(config.source.base, transfer.folder, "source.base")
+    tokenizer = load_tokenizer(files)
+    # Without an end token: only the answer is asked for later.
+    examples = [
+        TokenizedExample(tokenizer(question).input_ids, tokenizer(answer, add_special_tokens=False).input_ids)
+        for batch in batches
+        for question, answer in batch
+    ]
+    settings = LoraTraining(
+        **discriminator.LORA,
+        epochs=1,
+        batch_size=len(batches[0]),
+        shuffle=False,
+        validation_fraction=0,
+        seed=config.seed,
+    )
+    job = _Job(
+        files,
+        config.source.base,
+        config.models.quantization,
+        dtype_name(config.models.compute_dtype),
+        config.models.device_map,
+        settings,
+        examples,
+    )
+    return _train_into(folder, job, 1, on_step)
+
+
+def _train_into(folder: Path, job: "_Job", count: int, on_step: Callable[[int, int, float], None]) -> TrainingCurve:
+    """Train in ``count`` processes; the adapter is complete before ``folder`` is there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging:
         partial = Path(staging) / "adapter"
