@@ -543,7 +543,8 @@ class Distill(_Section):
         "none",
         description=(
             "`response` draws each epoch's pairs with replacement, weighted by 1 / (pairs with the same"
-            " response), for tasks with a fixed set of answers; `none` takes every pair once."
+            " response), for tasks with a fixed set of answers; a response with less than a quarter of the mean number"
+            " of pairs counts as if it had that many. `none` takes every pair once."
         ),
     )
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps with a rising learning rate.")

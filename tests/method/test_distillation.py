@@ -318,10 +318,12 @@ def test_without_shuffling_every_step_has_the_examples_given_for_it(monkeypatch:
     assert steps == [given[:4], given[4:]] * SETTINGS.epochs
 
 
-def test_a_balanced_epoch_draws_rare_responses_as_often_as_common_ones() -> None:
-    common, rare = TokenizedExample([3], [4, 2]), TokenizedExample([5], [6, 2])
-    pool = [common] * 900 + [rare] * 9
+def test_a_balanced_epoch_draws_rare_responses_as_often_as_common_ones_but_not_the_rarest() -> None:
+    common, rare, once = (TokenizedExample([n], [n, 2]) for n in (3, 4, 5))
+    pool = [common] * 800 + [rare] * 99 + [once]
     drawn = balanced_epoch(pool, random.Random(0))
     assert len(drawn) == len(pool)
-    # The standard error is 15.
-    assert abs(drawn.count(rare) - len(pool) / 2) < 60
+    # A quarter of the mean of 300 is 75: weights 1, 1 and 1/75. The standard errors are 15 and 2.4.
+    assert abs(drawn.count(common) - 447) < 60
+    assert abs(drawn.count(rare) - 447) < 60
+    assert 0 < drawn.count(once) < 16

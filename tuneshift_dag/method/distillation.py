@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 
 T = TypeVar("T")
 Optimizer = Literal["adamw", "paged_adamw_8bit"]
+RARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -258,9 +259,14 @@ def evaluate_loss(model: PeftModel, examples: Sequence[TokenizedExample], batch_
 
 
 def balanced_epoch(examples: Sequence[TokenizedExample], rng: random.Random) -> list[TokenizedExample]:
-    """As many examples, drawn with replacement, every response equally often on average."""
+    """As many examples, drawn with replacement, every response equally often on average, the rarest less often.
+
+    A response with fewer examples than `RARE` of the mean over responses is drawn as if it had that many: what a source
+    model gave once is more often its mistake than a rare skill, and an epoch would be full of repetitions.
+    """
     counts = Counter(tuple(e.response_ids) for e in examples)
-    weights = [1 / counts[tuple(e.response_ids)] for e in examples]
+    least = RARE * len(examples) / len(counts)
+    weights = [1 / max(counts[tuple(e.response_ids)], least) for e in examples]
     return rng.choices(examples, weights, k=len(examples))
 
 

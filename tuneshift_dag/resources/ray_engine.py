@@ -138,8 +138,8 @@ class RayEngine:
                 fn_constructor_args=(self.engine, self.settings.cpus_per_actor, self.files),
                 compute=ray.data.ActorPoolStrategy(
                     size=actors,
-                    # One at work and one that waits in the actor, so that it needn't wait for us.
-                    max_tasks_in_flight_per_actor=2,
+                    # None waits in an actor: each death there would be counted as its failure too.
+                    max_tasks_in_flight_per_actor=1,
                 ),
                 batch_size=1,
                 batch_format="pyarrow",
