@@ -23,7 +23,9 @@ from typing import Any, Literal, TypeVar
 import bitsandbytes
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch.nn.functional import cross_entropy
+
+from tuneshift_dag.method.lora_training import shorten
+from tuneshift_dag.method.token_loss import mean_cross_entropy
 
 T = TypeVar("T")
 Optimizer = Literal["adamw", "paged_adamw_8bit"]
@@ -133,8 +135,8 @@ def response_loss(model: Any, batch: Batch) -> torch.Tensor:
     """Mean negative log-likelihood per response token that counts (nats), over all examples of the batch."""
     device = next(model.parameters()).device
     with head_only_at(model, batch.predicts):
-        logits = model(input_ids=batch.ids.to(device), use_cache=False).logits[0]
-    return cross_entropy(logits.float(), batch.targets.to(logits.device))
+        logits = model(input_ids=batch.ids.to(device), use_cache=False).logits.squeeze(0)
+    return mean_cross_entropy(logits, batch.targets.to(logits.device))
 
 
 @contextmanager
@@ -170,7 +172,9 @@ def add_lora(model: Any, settings: LoraTraining) -> PeftModel:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    shorten(adapted)
+    return adapted
 
 
 def train(
