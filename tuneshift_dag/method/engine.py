@@ -8,8 +8,8 @@ from typing import Literal, Protocol
 from tuneshift_dag.method.preflight import AdapterCheck
 
 Side = Literal["base", "fine_tuned"]
-CHUNK_SIZE = 4096
-"""`Engine.chunk_size` of an engine that a new call costs nothing: 128 batches of 32."""
+CHUNK_SIZE = 1024
+"""`Engine.chunk_size` of an engine that a new call costs nothing: 32 batches of 32."""
 
 
 @dataclass(frozen=True)
