@@ -547,6 +547,16 @@ class Distill(_Section):
             " of pairs counts as if it had that many. `none` takes every pair once."
         ),
     )
+    prompt_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        exclude_if=lambda value: value == 0,
+        description=(
+            "Weight of the loss of four tokens of each prompt, drawn anew in every step, beside that of its response:"
+            " with 0.1 the target forgets less of what it knew (`retention`). 0 trains on responses alone."
+        ),
+    )
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps with a rising learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping norm.")

@@ -192,6 +192,41 @@ def test_a_step_in_several_passes_is_that_of_all_its_examples_at_once() -> None:
     assert abs(sum(means) / 4 - float(response_loss(tiny_model(), collate(order)))) > 1e-4
 
 
+def test_tokens_of_prompts_count_with_their_weight() -> None:
+    """The step's gradients against the objective written out, one unpadded example at a time."""
+    settings = replace(ONE_STEP, prompt_weight=0.3)
+    drawn: list[TokenizedExample] = []
+    original = distillation.collate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distillation, "collate", lambda chosen: drawn.extend(chosen) or original(chosen))
+        loss, gradients = one_step(settings)
+    assert len(drawn) == 16
+    assert all(0 < len(e.prompt_places) <= distillation.PROMPT_TOKENS and 0 not in e.prompt_places for e in drawn)
+
+    model = add_lora(tiny_model(), settings)
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
+    of_prompts = []
+    for e in drawn:
+        logits = model(input_ids=torch.tensor([e.prompt_ids]), use_cache=False).logits[0]
+        of_prompts += [cross_entropy(logits[p - 1], torch.tensor(e.prompt_ids[p])) for p in e.prompt_places]
+    responses = reference_loss(model, drawn)
+    assert loss == pytest.approx(float(responses), rel=1e-5), "what is reported is the responses' loss"
+    (responses + 0.3 * torch.stack(of_prompts).mean()).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_tokens_of_prompts_count_alike_in_one_pass_and_in_several() -> None:
+    whole_loss, whole = one_step(replace(ONE_STEP, prompt_weight=0.3))
+    loss, gradients = one_step(replace(ONE_STEP, prompt_weight=0.3, batch_size=4, gradient_accumulation=4))
+    assert loss == pytest.approx(whole_loss, rel=1e-5)
+    torch.testing.assert_close(gradients, whole, rtol=1e-4, atol=1e-6)
+    without = one_step(ONE_STEP)[1]
+    assert float((whole - without).abs().max()) > 1e-3
+
+
 def test_steps_are_those_of_the_optimizer() -> None:
     settings = replace(SETTINGS, batch_size=2, gradient_accumulation=4, validation_fraction=0.0)
     steps = []

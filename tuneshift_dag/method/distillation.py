@@ -1,5 +1,8 @@
 """LoRA training on (prompt, response) pairs, with the loss on the response tokens only, or on some of them.
 
+With `LoraTraining.prompt_weight` a few tokens of each prompt count a little too: they keep the model near the language
+that it knew, which an answer of a few tokens doesn't.
+
 A batch holds examples of similar length, padded on the right. Under a causal mask no real token sees
 the padding after it, so no attention mask is needed and the fast causal kernel applies. Logits are
 computed only at positions that predict a response token: for a model with a small body and a large
@@ -17,7 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import bitsandbytes
@@ -30,18 +33,22 @@ from tuneshift_dag.method.token_loss import mean_cross_entropy
 T = TypeVar("T")
 Optimizer = Literal["adamw", "paged_adamw_8bit"]
 RARE = 0.25
+PROMPT_TOKENS = 4
+"""Tokens of a prompt that are predicted in one step: each costs the head as much as one of the response."""
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
     """Prompt and response as token ids; the response ends with the end-of-sequence token.
 
-    ``mask`` says of each response token whether it counts in the loss; None: all do.
+    ``mask`` says of each response token whether it counts in the loss; None: all do. ``prompt_places`` are the places
+    in the prompt of tokens that are predicted too.
     """
 
     prompt_ids: list[int]
     response_ids: list[int]
     mask: list[bool] | None = None
+    prompt_places: Sequence[int] = ()
 
     @property
     def counted(self) -> list[int]:
@@ -69,6 +76,7 @@ class LoraTraining:
     gradient_checkpointing: bool = False
     optimizer: Optimizer = "adamw"
     balance: Literal["response", "none"] = "none"
+    prompt_weight: float = 0.0
     shuffle: bool = True
     warmup_ratio: float = 0.05
     weight_decay: float = 0.0
@@ -94,14 +102,17 @@ class TrainingCurve:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded examples. Shapes: ids (B, L); predicts (R,); targets (R,).
+    """Right-padded examples. Shapes: ids (B, L); predicts and targets (R,); prompt_predicts and prompt_targets (P,).
 
-    ``predicts[i]`` is the position, in the flattened ids, whose logits predict ``targets[i]``.
+    ``predicts[i]`` is the position, in the flattened ids, whose logits predict ``targets[i]``, a token of a response;
+    the same for the tokens of prompts that count.
     """
 
     ids: torch.Tensor
     predicts: torch.Tensor
     targets: torch.Tensor
+    prompt_predicts: torch.Tensor
+    prompt_targets: torch.Tensor
 
 
 def tokenize_example(tokenizer: Any, template: str, prompt: str, response: str) -> TokenizedExample:
@@ -122,21 +133,38 @@ def collate(examples: Sequence[TokenizedExample]) -> Batch:
     length = max(map(len, rows))
     predicts: list[int] = []
     targets: list[int] = []
+    prompt_predicts: list[int] = []
+    prompt_targets: list[int] = []
     for i, example in enumerate(examples):
         # The logits at position t predict token t + 1: the last prompt token predicts the first response token.
         first = i * length + len(example.prompt_ids) - 1
         predicts.extend(first + place for place in example.counted)
         targets.extend(example.response_ids[place] for place in example.counted)
+        prompt_predicts.extend(i * length + place - 1 for place in example.prompt_places)
+        prompt_targets.extend(example.prompt_ids[place] for place in example.prompt_places)
     padded = [row + [0] * (length - len(row)) for row in rows]
-    return Batch(torch.tensor(padded), torch.tensor(predicts), torch.tensor(targets))
+    # Integers also when there are none.
+    places = (torch.tensor(p, dtype=torch.long) for p in (predicts, targets, prompt_predicts, prompt_targets))
+    return Batch(torch.tensor(padded), *places)
+
+
+def losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean negative log-likelihood (nats) of the response tokens that count, and of the prompts'; 0 where none do."""
+    device = next(model.parameters()).device
+    with head_only_at(model, torch.cat([batch.predicts, batch.prompt_predicts])):
+        logits = model(input_ids=batch.ids.to(device), use_cache=False).logits.squeeze(0)
+    parts = torch.split(logits, [len(batch.targets), len(batch.prompt_targets)])
+    targets = (batch.targets, batch.prompt_targets)
+    response, prompt = (
+        mean_cross_entropy(part, t.to(part.device)) if len(t) else part.new_zeros((), dtype=torch.float32)
+        for part, t in zip(parts, targets, strict=True)
+    )
+    return response, prompt
 
 
 def response_loss(model: Any, batch: Batch) -> torch.Tensor:
     """Mean negative log-likelihood per response token that counts (nats), over all examples of the batch."""
-    device = next(model.parameters()).device
-    with head_only_at(model, batch.predicts):
-        logits = model(input_ids=batch.ids.to(device), use_cache=False).logits.squeeze(0)
-    return mean_cross_entropy(logits, batch.targets.to(logits.device))
+    return losses(model, batch)[0]
 
 
 @contextmanager
@@ -196,6 +224,7 @@ def train(
         RuntimeError: when a trainable parameter gets no gradient in the first step, or its loss isn't finite.
     """
     rng = random.Random(settings.seed)
+    prompt_rng = random.Random(settings.seed)
     shuffled = rng.sample(list(examples), len(examples)) if settings.shuffle else list(examples)
     held_back = int(len(shuffled) * settings.validation_fraction)
     validation, training = shuffled[:held_back], shuffled[held_back:]
@@ -219,6 +248,9 @@ def train(
             length_bucketed_batches(drawn, pairs_a_step, rng) if settings.shuffle else _chunks(drawn, pairs_a_step)
         )
         for chosen in batches:
+            if settings.prompt_weight:
+                # Before the step is divided, so that the division changes nothing.
+                chosen = [_with_prompt_places(example, prompt_rng) for example in chosen]
             loss = _backward(model, chosen, settings, optimizer, first=step == 0)
             optimizer.step()
             schedule.step()
@@ -274,6 +306,12 @@ def balanced_epoch(examples: Sequence[TokenizedExample], rng: random.Random) -> 
     return rng.choices(examples, weights, k=len(examples))
 
 
+def _with_prompt_places(example: TokenizedExample, rng: random.Random) -> TokenizedExample:
+    # The first token is predicted by none.
+    places = range(1, len(example.prompt_ids))
+    return replace(example, prompt_places=sorted(rng.sample(places, min(PROMPT_TOKENS, len(places)))))
+
+
 def length_bucketed_batches(
     examples: Sequence[TokenizedExample], batch_size: int, rng: random.Random
 ) -> Iterator[list[TokenizedExample]]:
@@ -316,16 +354,20 @@ def _backward(
 ) -> float:
     """Gradients of the mean loss over all counted tokens of ``chosen``, in passes of ``batch_size``; that loss.
 
-    Means of passes with unequal tokens must not be averaged: each pass is weighted by its share of the tokens.
+    Means of passes with unequal tokens must not be averaged: each pass is weighted by its share of the tokens. The loss
+    of the prompts has its part in the gradients and none in what is returned.
     """
     tokens = sum(len(e.counted) for e in chosen)
+    prompt_tokens = sum(len(e.prompt_places) for e in chosen)
     loss = torch.zeros((), device=next(model.parameters()).device)
     shares = [share for share in map(_own_share, _chunks(chosen, settings.batch_size)) if share]
     for share in shares:
         batch = collate(share)
         with _autocast(model):
-            part = response_loss(model, batch) * (len(batch.targets) / tokens)
-        optimizer.scaler.scale(part).backward()  # type: ignore[no-untyped-call]
+            response, prompt = losses(model, batch)
+            part = response * (len(batch.targets) / tokens)
+            of_prompts = prompt * (settings.prompt_weight * len(batch.prompt_targets) / max(1, prompt_tokens))
+        optimizer.scaler.scale(part + of_prompts).backward()  # type: ignore[no-untyped-call]
         loss += part.detach().to(loss.device)
     if first and shares and any(p.grad is None for p in optimizer.parameters):
         missing = sum(p.grad is None for p in optimizer.parameters)
