@@ -102,13 +102,6 @@ def test_appending_leaves_the_first_row_of_a_key(store):
     assert store.read("SELECT * FROM cache.scores").rows() == [("k", -1.0)]
 
 
-def test_a_read_with_little_memory_is_bounded_and_the_next_one_is_not(store):
-    limit = "SELECT current_setting('memory_limit') AS memory_limit, current_setting('threads') AS threads"
-    before = store.read(limit).row(0)
-    assert store.read(limit, little_memory=True).row(0) == ("30.5 MiB", 1)
-    assert store.read(limit).row(0) == before != ("30.5 MiB", 1)
-
-
 def test_transfers_have_tables_of_their_own(store):
     store.replace("transfer", SEED_SET, seeds("a"))
     store.replace("other", SEED_SET, seeds("b"))

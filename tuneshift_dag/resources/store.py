@@ -35,7 +35,7 @@ _CHECKPOINT_EVERY = "4 MB"
 """A checkpoint overwrites DuckDB's first block (256 KiB) in place: a process killed within those microseconds leaves a
 file that can't be opened (seen once in 1,200 kills while every close made one). What is committed is safe in the
 ``.wal`` beside the file before; a larger one is slower to open (4 MB: about 10 ms)."""
-_LITTLE_MEMORY = "32 MB"
+_SPOOL_MEMORY = "32 MB"
 """100,000 scored pairs take 180 MB in DuckDB without a limit, 48 MB with this one, and as long."""
 
 
@@ -98,21 +98,11 @@ class Store:
         self._ready: set[str] = set()
 
     def read(
-        self,
-        query: str,
-        parameters: Sequence[Any] | dict[str, Any] = (),
-        schema: str | None = None,
-        little_memory: bool = False,
+        self, query: str, parameters: Sequence[Any] | dict[str, Any] = (), schema: str | None = None
     ) -> pl.DataFrame:
-        """Rows of a query; unqualified table names are those of ``schema`` (a transfer's name).
-
-        Args:
-            little_memory: for few rows of a large table, asked for often: DuckDB keeps little of what it reads.
-        """
+        """Rows of a query; unqualified table names are those of ``schema`` (a transfer's name)."""
         self.prepare(schema)
         with self._connection(read_only=True) as connection:
-            if little_memory:
-                _use_little_memory(connection)
             if schema:
                 connection.execute(f"SET schema = '{schema}'")
             rows: pl.DataFrame = connection.sql(query, params=parameters or None).pl()
@@ -141,7 +131,6 @@ class Store:
     def append_all(self, schema: str, frames: Sequence[tuple[Table, pl.DataFrame]]) -> None:
         """Add rows in one transaction; a row whose key is there already is left out."""
         with self.transaction(schema) as connection:
-            _use_little_memory(connection)
             for table, rows in frames:
                 insert(connection, table, rows, new_only=bool(table.key))
 
@@ -227,11 +216,6 @@ class Store:
             pause = min(0.5, pause * 2)
 
 
-def _use_little_memory(connection: duckdb.DuckDBPyConnection) -> None:
-    # Each thread has buffers of its own.
-    connection.execute(f"SET memory_limit = '{_LITTLE_MEMORY}'; SET threads = 1")
-
-
 def _migrate(connection: duckdb.DuckDBPyConnection) -> None:
     """From schema version 1 or 2 to 3: tables that are declared without an index lose theirs."""
     indexed = connection.execute("SELECT schema_name, table_name FROM duckdb_tables() WHERE has_primary_key").fetchall()
@@ -277,8 +261,9 @@ def insert(
     if unknown:
         raise ValueError(f"{table.name}: columns differ from the declared ones: {sorted(unknown)}")
     if isinstance(rows, Spool):
-        # DuckDB holds the rows of a transaction until the commit; what is above the limit it writes to disk.
-        _use_little_memory(connection)
+        # DuckDB holds the rows of a transaction until the commit; what is above the limit it writes to disk. Each
+        # thread has buffers of its own.
+        connection.execute(f"SET memory_limit = '{_SPOOL_MEMORY}'; SET threads = 1")
     connection.register("incoming", rows.reader() if isinstance(rows, Spool) else rows.to_arrow())
     verb, source = "INSERT", "incoming"
     if new_only and table.indexed:
