@@ -212,7 +212,7 @@ def test_tokens_of_prompts_count_with_their_weight() -> None:
         logits = model(input_ids=torch.tensor([e.prompt_ids]), use_cache=False).logits[0]
         of_prompts += [cross_entropy(logits[p - 1], torch.tensor(e.prompt_ids[p])) for p in e.prompt_places]
     responses = reference_loss(model, drawn)
-    assert loss == pytest.approx(float(responses), rel=1e-5), "what is reported is the responses' loss"
+    assert loss == pytest.approx(responses.item(), rel=1e-5), "what is reported is the responses' loss"
     (responses + 0.3 * torch.stack(of_prompts).mean()).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-6)
