@@ -68,6 +68,15 @@ def tiny_gemma() -> Gemma3ForCausalLM:
     return Gemma3ForCausalLM(config).requires_grad_(False).train()
 
 
+def with_lora(model, settings: LoraTraining):
+    """A LoRA whose B isn't zero, as it is at the start: that would leave no gradient for A."""
+    adapted = add_lora(model, settings)
+    for number, (name, parameter) in enumerate(adapted.named_parameters()):
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
+    return adapted
+
+
 def examples(count: int) -> list[TokenizedExample]:
     rng = random.Random(1)
     return [
@@ -147,10 +156,7 @@ def test_gradients_equal_those_of_unpadded_examples(build) -> None:
     chosen = examples(6)
     gradients = []
     for loss_of in (lambda m: response_loss(m, collate(chosen)), lambda m: reference_loss(m, chosen)):
-        model = add_lora(build(), SETTINGS)
-        for number, (name, parameter) in enumerate(model.named_parameters()):
-            if "lora_B" in name:  # zero at the start, which would leave no gradient for A
-                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
+        model = with_lora(build(), SETTINGS)
         loss_of(model).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
@@ -161,10 +167,7 @@ ONE_STEP = replace(SETTINGS, epochs=1, batch_size=16, validation_fraction=0.0, m
 
 def one_step(settings: LoraTraining, build=tiny_model) -> tuple[float, torch.Tensor]:
     """The loss and the gradients of the one step of a training on 16 examples."""
-    model = add_lora(build(), settings)
-    for number, (name, parameter) in enumerate(model.named_parameters()):
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
+    model = with_lora(build(), settings)
     seen: list[torch.Tensor] = []
 
     def keep(optimizer, args, kwargs) -> None:
@@ -194,19 +197,13 @@ def test_a_step_in_several_passes_is_that_of_all_its_examples_at_once() -> None:
 
 def test_tokens_of_prompts_count_with_their_weight() -> None:
     """The step's gradients against the objective written out, one unpadded example at a time."""
-    settings = replace(ONE_STEP, prompt_weight=0.3)
-    drawn: list[TokenizedExample] = []
-    original = distillation.collate
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distillation, "collate", lambda chosen: drawn.extend(chosen) or original(chosen))
-        loss, gradients = one_step(settings)
-    assert len(drawn) == 16
+    settings = replace(ONE_STEP, prompt_weight=0.3, shuffle=False)
+    loss, gradients = one_step(settings)
+    rng = random.Random(settings.seed)
+    drawn = [distillation._with_prompt_places(e, rng) for e in examples(16)]
     assert all(0 < len(e.prompt_places) <= distillation.PROMPT_TOKENS and 0 not in e.prompt_places for e in drawn)
 
-    model = add_lora(tiny_model(), settings)
-    for number, (name, parameter) in enumerate(model.named_parameters()):
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
+    model = with_lora(tiny_model(), settings)
     of_prompts = []
     for e in drawn:
         logits = model(input_ids=torch.tensor([e.prompt_ids]), use_cache=False).logits[0]

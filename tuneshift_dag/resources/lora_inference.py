@@ -10,17 +10,14 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
+from tuneshift_dag.method.lora_training import is_plain
+
 
 def shorten(model: torch.nn.Module) -> None:
     """Give every plain LoRA layer with one adapter a shorter forward; DoRA and the like stay as they are."""
     for module in model.modules():
-        if isinstance(module, LoraLayer) and _is_plain(module):
+        if isinstance(module, LoraLayer) and is_plain(module):
             module.forward = types.MethodType(_forward, module)
-
-
-def _is_plain(module: Any) -> bool:
-    names = list(module.lora_A)
-    return len(names) == 1 and not module.lora_variant and not module.merged and module.lora_B[names[0]].bias is None
 
 
 def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
