@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rapidfuzz import process
+from rapidfuzz.distance import Indel
+
 Reason = Literal["empty", "overlong", "seed", "held_out", "duplicate", "near_duplicate"]
 _ITEM = re.compile(r"^\s*(?:\d+\s*[.):]|[-*•])\s*(.*)$")
 
@@ -129,8 +132,8 @@ class PromptPool:
         self.near_duplicate = near_duplicate
         self.max_characters = max_characters
         self._reason: dict[str, Reason] = {}
-        self._words: list[list[str]] = []
-        self._index: dict[str, list[int]] = {}
+        self._known: list[str] = []
+        self._characters: dict[str, str] = {}
 
     def add(self, prompts: Iterable[str], reason: Reason) -> None:
         """Prompts that must not be accepted again, with the reason to give."""
@@ -157,37 +160,17 @@ class PromptPool:
             return "overlong"
         if text in self._reason:
             return self._reason[text]
-        words = text.split()
-        # Only prompts that share enough words can share a long subsequence.
-        shared: dict[int, int] = {}
-        for word in set(words):
-            for index in self._index.get(word, ()):
-                shared[index] = shared.get(index, 0) + 1
-        for index, count in shared.items():
-            other = self._words[index]
-            limit = self.near_duplicate * (len(words) + len(other)) / 2
-            # A word may occur more than once, so the count of distinct shared words is only a bound
-            # together with the repetitions.
-            repeats = len(words) - len(set(words))
-            if count + repeats > limit and _common_subsequence(words, other) > limit:
-                return "near_duplicate"
-        return None
+        # Of two sequences' lengths and longest common subsequence, Indel's similarity is ROUGE-L's F-measure.
+        nearest = process.extractOne(
+            self._spell(text), self._known, scorer=Indel.normalized_similarity, score_cutoff=self.near_duplicate
+        )
+        return "near_duplicate" if nearest and nearest[1] > self.near_duplicate else None
 
     def _add(self, text: str, reason: Reason) -> None:
-        if text in self._reason:
-            return
-        self._reason[text] = reason
-        words = text.split()
-        for word in set(words):
-            self._index.setdefault(word, []).append(len(self._words))
-        self._words.append(words)
+        if text not in self._reason:
+            self._reason[text] = reason
+            self._known.append(self._spell(text))
 
-
-def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence. ROUGE-L's F-measure is 2 · LCS / (len(a) + len(b))."""
-    row = [0] * (len(b) + 1)
-    for word in a:
-        diagonal = 0
-        for j, other in enumerate(b, 1):
-            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
-    return row[-1]
+    def _spell(self, text: str) -> str:
+        """A prompt with one character for each word: the library compares characters much faster than words."""
+        return "".join(self._characters.setdefault(word, chr(len(self._characters))) for word in text.split())
