@@ -501,7 +501,9 @@ class Distill(_Section):
 
     # `exclude_if`: keys that came later aren't hashed at their defaults, so that earlier models stay current.
     quantization: Literal["nf4", "fp4", "none"] = Field(
-        "none", description="4-bit type of the frozen target while it is trained (QLoRA); `none` for the dtype."
+        "none",
+        description="4-bit type of the frozen target while it is trained (QLoRA); `none` for the dtype. Best is what it"
+        " will be served in: `evaluation` serves it in `models.quantization`.",
     )
     rank: int = Field(16, ge=1, description="LoRA rank, on every linear layer.")
     alpha: int = Field(32, ge=1, description="LoRA alpha; the update is scaled by alpha / rank.")
