@@ -248,6 +248,16 @@ def test_the_difference_rule_allows_a_threshold_below_one(transfer_folder, edit_
     assert load_transfer(transfer_folder).config.filter.threshold == 0.5
 
 
+@pytest.mark.parametrize(("keep", "shared"), [(12, True), (0.5, False)])
+def test_rounds_are_in_the_version_of_a_filter_that_shares_a_number_among_them(
+    transfer_folder, edit_config, keep, shared
+):
+    edit_config("filter", {"rule": "top_excess", "keep": keep})
+    before = load_transfer(transfer_folder).version("filter")
+    edit_config("rounds", 3)
+    assert (load_transfer(transfer_folder).version("filter") != before) == shared
+
+
 def test_a_round_without_a_pair_would_end_the_loop(transfer_folder, edit_config):
     edit_config("filter", {"rule": "top_excess", "keep": 2})
     assert load_transfer(transfer_folder).config.filter.cut == 2

@@ -837,6 +837,8 @@ class Transfer:
             dump["models"]["compute_dtype"] = "bfloat16"  # which it is, but on old GPUs
         if self.config.response.samples:
             dump["filter"]["agreement"] = self.config.response.agreement  # it decides what is kept
+        if (self.config.filter.keep or 0) > 1:
+            dump["filter"]["rounds"] = self.config.rounds  # which share the number
         parts = {section: _dig(dump, section) for section in sections}
         return hashlib.sha256(json.dumps([code, parts], sort_keys=True).encode()).hexdigest()[:12]
 

@@ -33,7 +33,8 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
         owners=OWNERS,
         kinds={"pytorch", "huggingface"},
         pool=MODEL_POOL,
-        code_version=training_version(transfer),
+        # Fewer rounds change no partition that is left, and still are another dataset.
+        code_version=f"{training_version(transfer)}-{transfer.config.rounds}",
         metadata=definition_metadata(transfer, DISTILLED_MODELS),
         check_specs=[
             dg.AssetCheckSpec("dataset_not_empty", asset=asset_key, description="There are pairs to train on."),
@@ -54,8 +55,10 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
             _refuse_missing_rounds(context, transfer)
             trained_on = _materializations(context, transfer)
             pairs = database.read(
-                "SELECT prompt_id, round, prompt, response FROM filtered_dataset ORDER BY round, prompt_id",
-                schema=transfer.name,
+                "SELECT prompt_id, round, prompt, response FROM filtered_dataset WHERE round <= ?"
+                " ORDER BY round, prompt_id",
+                [transfer.round_keys[-1]],
+                transfer.name,
             )
             if pairs.is_empty():
                 raise dg.Failure("filtered_dataset is empty in every round: there is nothing to train on.")
