@@ -544,9 +544,10 @@ class Distill(_Section):
     balance: Literal["response", "none"] = Field(
         "none",
         description=(
-            "`response` draws each epoch's pairs with replacement, weighted by 1 / (pairs with the same"
-            " response), for tasks with a fixed set of answers; a response with less than a quarter of the mean number"
-            " of pairs counts as if it had that many. `none` takes every pair once."
+            "For tasks with a fixed set of answers `response` draws each epoch's pairs so that a response comes in"
+            " proportion to the square root of its pairs, and over the epochs nearly every pair; one of a response with"
+            " less than a quarter of the mean number of pairs is drawn as often as if there were that many. `none`"
+            " takes every pair once."
         ),
     )
     prompt_weight: float = Field(

@@ -1,6 +1,7 @@
 """Training on tiny random models: what the loss counts, and that silent failures are loud."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 
 import bitsandbytes
@@ -22,7 +23,7 @@ from tuneshift_dag.method.distillation import (
     LoraTraining,
     TokenizedExample,
     add_lora,
-    balanced_epoch,
+    balanced_epochs,
     collate,
     length_bucketed_batches,
     response_loss,
@@ -350,12 +351,21 @@ def test_without_shuffling_every_step_has_the_examples_given_for_it(monkeypatch:
     assert steps == [given[:4], given[4:]] * SETTINGS.epochs
 
 
-def test_a_balanced_epoch_draws_rare_responses_as_often_as_common_ones_but_not_the_rarest() -> None:
+def test_balanced_epochs_draw_each_response_by_the_root_of_its_examples_but_the_rarest_less() -> None:
     common, rare, once = (TokenizedExample([n], [n, 2]) for n in (3, 4, 5))
-    pool = [common] * 800 + [rare] * 99 + [once]
-    drawn = balanced_epoch(pool, random.Random(0))
-    assert len(drawn) == len(pool)
-    # A quarter of the mean of 300 is 75: weights 1, 1 and 1/75. The standard errors are 15 and 2.4.
-    assert abs(drawn.count(common) - 447) < 60
-    assert abs(drawn.count(rare) - 447) < 60
-    assert 0 < drawn.count(once) < 16
+    pool = [common] * 400 + [rare] * 199 + [once]
+    # A quarter of the mean of 200 is 50: weights 400 ** 0.5, 199 / 199 ** 0.5 and 1 / 50 ** 0.5.
+    total = 20 + 199**0.5 + 50**-0.5
+    for drawn in balanced_epochs(pool, 3, random.Random(0)):
+        assert len(drawn) == len(pool)
+        assert abs(drawn.count(common) - 600 * 20 / total) < 2
+        assert abs(drawn.count(rare) - 600 * 199**0.5 / total) < 2
+        assert 1 <= drawn.count(once) <= 3
+
+
+def test_balanced_epochs_together_repeat_an_example_only_when_its_share_is_larger() -> None:
+    pool = [TokenizedExample([n], [n % 4 // 3]) for n in range(400)]  # 300 and 100 of a response
+    times = Counter(e.prompt_ids[0] for epoch in balanced_epochs(pool, 2, random.Random(0)) for e in epoch)
+    # Of 800 draws 800 / (1 + 3 ** 0.5) = 293 are for the rarer response.
+    assert {times[n] for n in range(3, 400, 4)} == {2, 3}
+    assert {times[n] for n in range(400) if n % 4 != 3} == {1, 2}

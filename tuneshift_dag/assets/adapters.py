@@ -29,8 +29,8 @@ TRAINING_SECTIONS = ("distill", "target", "prompt_template", "seed", "models.com
 
 def training_version(transfer: Transfer) -> str:
     """Changes with all that makes another adapter of the same pairs."""
-    # Balanced drawing has changed twice: those models aren't current.
-    code = 1 if transfer.config.distill.balance == "none" else 3
+    # Balanced drawing has changed three times: those models aren't current.
+    code = 1 if transfer.config.distill.balance == "none" else 4
     if transfer.config.distill.token_mask is None:
         return transfer.version(*TRAINING_SECTIONS, code=code)
     # Which tokens count is up to the source models.

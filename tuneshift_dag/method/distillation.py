@@ -17,10 +17,12 @@ import math
 import random
 import time
 import warnings
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Literal, TypeVar
 
 import bitsandbytes
@@ -241,9 +243,10 @@ def train(
     curve = TrainingCurve(token_share=sum(len(e.counted) for e in shuffled) / all_tokens)
     started = time.monotonic()
     step = 0
-    for epoch in range(settings.epochs):
+    balanced = settings.balance == "response"
+    epochs = balanced_epochs(training, settings.epochs, rng) if balanced else [training] * settings.epochs
+    for epoch, drawn in enumerate(epochs):
         losses: list[float] = []
-        drawn = balanced_epoch(training, rng) if settings.balance == "response" else training
         batches = (
             length_bucketed_batches(drawn, pairs_a_step, rng) if settings.shuffle else _chunks(drawn, pairs_a_step)
         )
@@ -294,16 +297,26 @@ def evaluate_loss(model: PeftModel, examples: Sequence[TokenizedExample], batch_
     return float(sums[0] / sums[1])
 
 
-def balanced_epoch(examples: Sequence[TokenizedExample], rng: random.Random) -> list[TokenizedExample]:
-    """As many examples, drawn with replacement, every response equally often on average, the rarest less often.
+def balanced_epochs(
+    examples: Sequence[TokenizedExample], epochs: int, rng: random.Random
+) -> list[list[TokenizedExample]]:
+    """As many examples for every epoch, of each response in proportion to the square root of how many have it.
 
-    A response with fewer examples than `RARE` of the mean over responses is drawn as if it had that many: what a source
-    model gave once is more often its mistake than a rare skill, and an epoch would be full of repetitions.
+    So rare responses aren't crowded out, and common ones still show most of their prompts. A response with fewer
+    examples than `RARE` of the mean over responses has no more draws an example than one with that many: what a source
+    model gave once is more often its mistake than a rare skill.
+
+    Systematic sampling over all epochs: an example whose share of the draws is 2.3 is drawn two or three times. With
+    independent draws a fifth to a third of the examples would never be seen.
     """
     counts = Counter(tuple(e.response_ids) for e in examples)
     least = RARE * len(examples) / len(counts)
-    weights = [1 / max(counts[tuple(e.response_ids)], least) for e in examples]
-    return rng.choices(examples, weights, k=len(examples))
+    # Response by response, so that each gets its share exactly.
+    ordered = sorted(rng.sample(list(examples), len(examples)), key=lambda e: e.response_ids)
+    ends = list(accumulate(max(counts[tuple(e.response_ids)], least) ** -0.5 for e in ordered))
+    draws, first = epochs * len(examples), rng.random()
+    drawn = [ordered[bisect(ends, (first + i) / draws * ends[-1], hi=len(ends) - 1)] for i in range(draws)]
+    return [drawn[epoch::epochs] for epoch in range(epochs)]
 
 
 def _with_prompt_places(example: TokenizedExample, rng: random.Random) -> TokenizedExample:
