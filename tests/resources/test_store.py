@@ -202,6 +202,27 @@ def test_spooled_rows_replace_the_old_ones_and_leave_no_file(store):
     assert {file.name.removeprefix(store.path.name) for file in store.path.parent.iterdir()} <= {"", ".wal"}
 
 
+def long_rows(chars: int, count: int) -> pl.DataFrame:
+    return SEED_SET.frame([{"prompt_id": f"{i:05}", "prompt": f"{i:0{chars}}", "response": ""} for i in range(count)])
+
+
+def test_spooled_rows_may_be_longer_than_the_memory_for_short_ones(store):
+    """DuckDB holds 2,048 rows at once, here 82 MB of texts."""
+    with store.spool(SEED_SET) as spool:
+        for start in range(3):
+            spool.append(long_rows(40_000, 1_000).with_columns(pl.col("prompt_id") + f"_{start}"))
+        store.replace("transfer", SEED_SET, spool)
+    found = store.read("SELECT count(*), min(length(prompt)) FROM seed_set", schema="transfer")
+    assert found.row(0) == (3_000, 40_000)
+
+
+def test_little_memory_is_no_limit_to_the_rows_of_a_result(store):
+    store.replace("transfer", SEED_SET, long_rows(32_000, 2_048))
+    query = "SELECT * FROM seed_set WHERE prompt_id IN (SELECT unnest(?))"
+    found = store.read(query, [[f"{i:05}" for i in range(2_048)]], "transfer", little_memory=True)
+    assert found.height == 2_048 and set(found["prompt"].str.len_chars()) == {32_000}
+
+
 def test_spooled_rows_of_a_failing_transaction_leave_the_old_ones(store):
     store.replace("transfer", SEED_SET, seeds("old"))
     with store.spool(SEED_SET) as spool:

@@ -54,7 +54,7 @@ class ResponseCache:
         if not keys:
             return []
         query = f"SELECT * FROM {CACHE}.{table} WHERE key IN (SELECT unnest(?))"
-        return self.store.read(query, [list(keys)]).to_dicts()
+        return self.store.read(query, [list(keys)], little_memory=True).to_dicts()
 
 
 def _ids(ids: Sequence[int]) -> str:

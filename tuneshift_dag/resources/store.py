@@ -35,8 +35,11 @@ _CHECKPOINT_EVERY = "4 MB"
 """A checkpoint overwrites DuckDB's first block (256 KiB) in place: a process killed within those microseconds leaves a
 file that can't be opened (seen once in 1,200 kills while every close made one). What is committed is safe in the
 ``.wal`` beside the file before; a larger one is slower to open (4 MB: about 10 ms)."""
-_SPOOL_MEMORY = "32 MB"
-"""100,000 scored pairs take 180 MB in DuckDB without a limit, 48 MB with this one, and as long."""
+_LITTLE_MEMORY = 24
+"""MB that DuckDB gets for a statement whose rows come in parts, beside those that it must hold at once. Without a limit
+it keeps what it has read and, until the commit, what it writes: 180 MB for 100,000 scored pairs."""
+_VECTOR_ROWS = 2048
+"""Rows that DuckDB holds at once, with the texts in them."""
 
 
 class Spool:
@@ -47,6 +50,8 @@ class Spool:
 
     def __init__(self, table: Table, folder: Path) -> None:
         self.table = table
+        self.row_bytes = 0.0
+        """Size of a row, in the chunk with the largest."""
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
         self._chunks = self._rows = 0
 
@@ -57,6 +62,7 @@ class Spool:
             stream.write_table(table)
         self._chunks += 1
         self._rows += len(rows)
+        self.row_bytes = max(self.row_bytes, table.nbytes / max(1, len(rows)))
 
     def __len__(self) -> int:
         return self._rows
@@ -98,14 +104,31 @@ class Store:
         self._ready: set[str] = set()
 
     def read(
-        self, query: str, parameters: Sequence[Any] | dict[str, Any] = (), schema: str | None = None
+        self,
+        query: str,
+        parameters: Sequence[Any] | dict[str, Any] = (),
+        schema: str | None = None,
+        little_memory: bool = False,
     ) -> pl.DataFrame:
-        """Rows of a query; unqualified table names are those of ``schema`` (a transfer's name)."""
+        """Rows of a query; unqualified table names are those of ``schema`` (a transfer's name).
+
+        Args:
+            little_memory: don't keep what was read of a large table, as long as the rows of the result allow it.
+        """
         self.prepare(schema)
         with self._connection(read_only=True) as connection:
             if schema:
                 connection.execute(f"SET schema = '{schema}'")
-            rows: pl.DataFrame = connection.sql(query, params=parameters or None).pl()
+            if little_memory:
+                _limit_memory(connection)
+            rows: pl.DataFrame
+            try:
+                rows = connection.sql(query, params=parameters or None).pl()
+            except duckdb.OutOfMemoryException:
+                if not little_memory:
+                    raise
+                connection.execute("RESET memory_limit")
+                rows = connection.sql(query, params=parameters or None).pl()
         return rows
 
     def spool(self, table: Table) -> Spool:
@@ -131,6 +154,7 @@ class Store:
     def append_all(self, schema: str, frames: Sequence[tuple[Table, pl.DataFrame]]) -> None:
         """Add rows in one transaction; a row whose key is there already is left out."""
         with self.transaction(schema) as connection:
+            connection.execute("SET threads = 1")
             for table, rows in frames:
                 insert(connection, table, rows, new_only=bool(table.key))
 
@@ -216,6 +240,16 @@ class Store:
             pause = min(0.5, pause * 2)
 
 
+def _limit_memory(connection: duckdb.DuckDBPyConnection, at_once: float = 0) -> None:
+    """Let DuckDB drop what it has read, and write to disk what it would hold until the commit.
+
+    Args:
+        at_once: bytes that the statement has to hold at once; DuckDB has them twice while it writes them.
+    """
+    # Each thread has buffers of its own.
+    connection.execute(f"SET memory_limit = '{_LITTLE_MEMORY + 2 * at_once / 1e6:.0f} MB'; SET threads = 1")
+
+
 def _migrate(connection: duckdb.DuckDBPyConnection) -> None:
     """From schema version 1 or 2 to 3: tables that are declared without an index lose theirs."""
     indexed = connection.execute("SELECT schema_name, table_name FROM duckdb_tables() WHERE has_primary_key").fetchall()
@@ -261,9 +295,7 @@ def insert(
     if unknown:
         raise ValueError(f"{table.name}: columns differ from the declared ones: {sorted(unknown)}")
     if isinstance(rows, Spool):
-        # DuckDB holds the rows of a transaction until the commit; what is above the limit it writes to disk. Each
-        # thread has buffers of its own.
-        connection.execute(f"SET memory_limit = '{_SPOOL_MEMORY}'; SET threads = 1")
+        _limit_memory(connection, _VECTOR_ROWS * rows.row_bytes)
     connection.register("incoming", rows.reader() if isinstance(rows, Spool) else rows.to_arrow())
     verb, source = "INSERT", "incoming"
     if new_only and table.indexed:
