@@ -154,7 +154,7 @@ class Store:
     def append_all(self, schema: str, frames: Sequence[tuple[Table, pl.DataFrame]]) -> None:
         """Add rows in one transaction; a row whose key is there already is left out."""
         with self.transaction(schema) as connection:
-            connection.execute("SET threads = 1")
+            connection.execute("SET threads = 1")  # each has buffers of its own, and a batch is small
             for table, rows in frames:
                 insert(connection, table, rows, new_only=bool(table.key))
 
