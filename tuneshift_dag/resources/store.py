@@ -38,8 +38,6 @@ file that can't be opened (seen once in 1,200 kills while every close made one).
 _LITTLE_MEMORY = 24
 """MB that DuckDB gets for a statement whose rows come in parts, beside those that it must hold at once. Without a limit
 it keeps what it has read and, until the commit, what it writes: 180 MB for 100,000 scored pairs."""
-_VECTOR_ROWS = 2048
-"""Rows that DuckDB holds at once, with the texts in them."""
 
 
 class Spool:
@@ -119,17 +117,19 @@ class Store:
         with self._connection(read_only=True) as connection:
             if schema:
                 connection.execute(f"SET schema = '{schema}'")
-            if little_memory:
-                _limit_memory(connection)
-            rows: pl.DataFrame
+
+            def rows() -> pl.DataFrame:
+                found: pl.DataFrame = connection.sql(query, params=parameters or None).pl()
+                return found
+
+            if not little_memory:
+                return rows()
+            _limit_memory(connection)
             try:
-                rows = connection.sql(query, params=parameters or None).pl()
+                return rows()
             except duckdb.OutOfMemoryException:
-                if not little_memory:
-                    raise
                 connection.execute("RESET memory_limit")
-                rows = connection.sql(query, params=parameters or None).pl()
-        return rows
+                return rows()
 
     def spool(self, table: Table) -> Spool:
         """A place on this file's disk for more rows than memory should hold."""
@@ -295,7 +295,7 @@ def insert(
     if unknown:
         raise ValueError(f"{table.name}: columns differ from the declared ones: {sorted(unknown)}")
     if isinstance(rows, Spool):
-        _limit_memory(connection, _VECTOR_ROWS * rows.row_bytes)
+        _limit_memory(connection, duckdb.__standard_vector_size__ * rows.row_bytes)
     connection.register("incoming", rows.reader() if isinstance(rows, Spool) else rows.to_arrow())
     verb, source = "INSERT", "incoming"
     if new_only and table.indexed:
