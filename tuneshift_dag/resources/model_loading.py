@@ -75,7 +75,7 @@ def load_for_inference(
         TuneshiftError: when the GPUs haven't the memory.
     """
     model: Any = _load(files, quantization, dtype, device_map)
-    if dtype != torch.bfloat16:
+    if dtype != torch.bfloat16 or not _repacking_pays():
         # The repacked layout's kernel computes in bfloat16 whatever the dtype asked for.
         _keep_layout(model)
     if adapter is not None:
@@ -132,6 +132,14 @@ def assert_trainable_layout(model: torch.nn.Module) -> None:
 def quantized_dir() -> Path:
     """Where 4-bit weights are kept."""
     return cache_dir() / "quantized"
+
+
+def _repacking_pays() -> bool:
+    """Not on CPUs that multiply in tiles (AMX): dequantizing a layer and one large product beats the repacked kernel.
+
+    A layer of 640 x 2,048 on two such cores: 0.5 against 1.1 ms for 64 rows, 1.3 against 16.5 ms for 1,024.
+    """
+    return not torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 def _keep_layout(model: torch.nn.Module) -> None:
