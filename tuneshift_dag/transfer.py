@@ -264,7 +264,7 @@ class Generator(_Section):
         "response",
         description=(
             "How seeds are drawn from the kept pairs: `response` draws a response first, so rare skills are"
-            " explored, and one with less than a quarter of the mean number of pairs less often, in proportion;"
+            " explored, and one with less than a tenth of the mean number of pairs less often, in proportion;"
             " `none` draws uniformly (the paper)."
         ),
     )

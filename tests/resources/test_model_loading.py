@@ -18,6 +18,7 @@ from tuneshift_dag.resources.model_loading import (
     dtype_name,
     load_for_inference,
     load_for_training,
+    pack,
 )
 from tuneshift_dag.resources.model_ref import ModelFiles, resolve_model
 
@@ -32,7 +33,8 @@ def test_training_load_keeps_its_layout_even_after_a_forward_in_eval_mode() -> N
     assert_trainable_layout(model)
 
 
-def test_repacked_weights_are_refused() -> None:
+def test_repacked_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
     model = load_for_inference(resolve_model(SMOLLM2, HERE, "test"), None, "nf4", torch.bfloat16)
     layer = next(m for m in model.modules() if isinstance(m, Linear4bit))
     if not layer.support_avx512bf16_for_cpu:
@@ -42,6 +44,15 @@ def test_repacked_weights_are_refused() -> None:
         model(input_ids=torch.tensor([[1, 2, 3]]))
     with pytest.raises(RuntimeError, match="repacked for inference"):
         assert_trainable_layout(model)
+
+
+def test_on_a_cpu_with_tiles_the_layout_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    model = load_for_inference(resolve_model(SMOLLM2, HERE, "test"), None, "nf4", torch.bfloat16)
+    pack(model)
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert_trainable_layout(model)
 
 
 def test_four_bit_base_is_really_four_bit() -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-RARE = 0.25
+RARE = 0.1
 """Responses with fewer pairs than this share of the mean are drawn less often, in proportion."""
 
 
