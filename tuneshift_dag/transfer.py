@@ -263,9 +263,8 @@ class Generator(_Section):
     balance: Literal["response", "none"] = Field(
         "response",
         description=(
-            "How seeds are drawn from the kept pairs: `response` draws a response first, so rare skills are"
-            " explored, and one with less than a tenth of the mean number of pairs less often, in proportion;"
-            " `none` draws uniformly (the paper)."
+            "How seeds are drawn from the kept pairs: `response` weights a pair by 1 / (pairs with its"
+            " response), so rare skills are explored; `none` draws uniformly (the paper)."
         ),
     )
     temperature: float = Field(1.0, gt=0, le=5, description="Sampling temperature.")

@@ -52,25 +52,6 @@ def test_balance_draws_rare_and_common_responses_equally_often():
     assert abs(share_of_rare(False) - 0.05) < 0.03
 
 
-def test_a_response_given_once_or_twice_is_drawn_in_proportion():
-    # 100 pairs of four responses: below a tenth of the mean of 25, that is 2.5 pairs, in proportion.
-    counts = {"common": 94, "enough": 3, "few": 2, "once": 1}
-    names = [name for name, count in counts.items() for _ in range(count)]
-    pool = [Candidate(f"{i:04}", f"prompt {i}", name) for i, name in enumerate(names)]
-    drawn = Counter(call[0].response for call in draw_seeds(pool, 1, 2000, 1, True, 0))
-    weights = {"common": 1, "enough": 1, "few": 2 / 2.5, "once": 1 / 2.5}
-    for name, weight in weights.items():
-        # Standard errors: at most 1.1 points.
-        assert abs(drawn[name] / 2000 - weight / sum(weights.values())) < 0.035
-
-
-def test_a_pair_more_of_a_rare_response_changes_few_calls():
-    rare = [Candidate(f"rare{i}", f"rare prompt {i}", f"rare {i}") for i in range(3)]
-    before = draw_seeds(POOL + rare, 1, 200, 1, True, 0)
-    after = draw_seeds([*POOL, *rare, Candidate("new", "new prompt", "rare 0")], 1, 200, 1, True, 0)
-    assert 0 < sum(old != new for old, new in zip(before, after, strict=True)) < 30
-
-
 def test_the_seeds_of_a_call_are_distinct():
     assert all(len(set(call)) == 5 for call in draw_seeds(POOL[:6], 1, 30, 5, True, 0))
 

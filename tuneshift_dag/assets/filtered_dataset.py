@@ -38,7 +38,7 @@ def build_filtered_dataset(transfer: Transfer) -> dg.AssetsDefinition:
             "generator.seeds_per_call",
             "generator.original_seeds_per_call",
             "generator.balance",
-            code=4,
+            code=3,
         ),
         metadata=definition_metadata(transfer, FILTERED_DATASET),
         check_specs=[

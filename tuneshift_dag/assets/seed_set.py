@@ -35,7 +35,7 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
         owners=OWNERS,
         kinds={"duckdb", "pytorch"},
         pool=MODEL_POOL,
-        code_version=f"{transfer.version(*sections, code=4)}-{seeds_hash[:8]}-{transfer.adapter_version()}",
+        code_version=f"{transfer.version(*sections, code=3)}-{seeds_hash[:8]}-{transfer.adapter_version()}",
         metadata=definition_metadata(transfer, SEED_SET),
         check_specs=[
             dg.AssetCheckSpec(

@@ -6,12 +6,8 @@ responses in the same way first, and then only the pairs that have the chosen on
 """
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-RARE = 0.1
-"""Responses with fewer pairs than this share of the mean are drawn less often, in proportion."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +33,7 @@ def draw_seeds(
 
     Args:
         pool: pairs kept so far; in the first round the user's prompts.
-        balance: draw a response first and then a candidate that has it. Each response has the same chance, but those
-            with fewer candidates than `RARE` of the mean less, in proportion: what a source model gave once is more
-            often its mistake than a rare skill.
+        balance: draw a response first, each with the same chance, and then a candidate that has it.
         salt: the transfer's seed.
         originals: the user's prompts, of which ``originals_per_call`` open every call's list. All of them open it
             in an order that holds for the whole round: an engine computes what prompts share only once.
@@ -58,19 +52,16 @@ def draw_seeds(
 
 def _draw(groups: Mapping[str, Sequence[Candidate]], count: int, place: str) -> list[Candidate]:
     """Up to ``count`` distinct candidates: each slot takes a group, and one of its candidates that is still free."""
-    least = RARE * sum(map(len, groups.values())) / max(1, len(groups))
     chosen: list[Candidate] = []
     for slot in range(count):
         left = [name for name, group in groups.items() if any(c not in chosen for c in group)]
         if not left:
             break
         here = f"{place}|{slot}"
-        group = groups[min(left, key=lambda name: _rank(here, name, min(1.0, len(groups[name]) / least)))]
+        group = groups[min(left, key=lambda name: _rank(here, name))]
         chosen.append(min((c for c in group if c not in chosen), key=lambda c: _rank(here, c.prompt_id)))
     return chosen
 
 
-def _rank(place: str, name: str, weight: float = 1.0) -> float:
-    """An exponential variable of rate ``weight``, from a hash: of several, the lowest is each in proportion to it."""
-    digest = hashlib.sha256(f"{place}|{name}".encode()).digest()
-    return -math.log1p(-int.from_bytes(digest[:6], "big") / 2**48) / weight
+def _rank(place: str, name: str) -> bytes:
+    return hashlib.sha256(f"{place}|{name}".encode()).digest()
