@@ -105,6 +105,11 @@ def test_transfers_are_the_folders_with_a_transfer_yaml(transfer_folder):
             ["engine.ray.address", "'ray://a:1'", "host:port"],
         ),
         ("generator.server", {"base_url": "http://me:secret@a/v1"}, ["generator.server.base_url", "api_key_env"]),
+        (
+            "generator",
+            {"model": "m", "server": {"base_url": "http://a/v1"}, "quantization": "nf4"},
+            ["generator", "quantization 'nf4'", "generator.server", "remove one"],
+        ),
     ],
 )
 def test_a_bad_setting_names_file_key_value_and_repair(transfer_folder, edit_config, key, value, words):

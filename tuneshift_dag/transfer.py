@@ -230,6 +230,14 @@ class Generator(_Section):
     server: Server | None = Field(
         None, description="The server that runs the generator; without it, the generator is loaded in this process."
     )
+    quantization: Literal["nf4", "fp4", "none"] | None = Field(
+        None,
+        exclude_if=lambda value: value is None,
+        description=(
+            "4-bit data type of a generator in this process; by default `models.quantization`. It only writes prompts:"
+            " no perplexity depends on it."
+        ),
+    )
     mode: Mode = Field(
         "chat",
         description=(
@@ -288,6 +296,15 @@ class Generator(_Section):
         response, prompt = self.example_template.find("{response}"), self.example_template.find("{prompt}")
         if not 0 <= response < prompt:
             raise ValueError(f"example_template {self.example_template!r} must hold {{response}} and then {{prompt}}")
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_here(self) -> "Generator":
+        if self.server is not None and self.quantization is not None:
+            raise ValueError(
+                f"quantization {self.quantization!r} is for a generator in this process, and generator.server has loaded"
+                " its model already; remove one of the two"
+            )
         return self
 
     @model_validator(mode="after")
@@ -714,6 +731,11 @@ class TransferConfig(_Section):
         if len(set(names)) < len(names):
             raise ValueError(f"compare.arms names the same arm twice ({', '.join(names)}); remove one")
         return self
+
+    @property
+    def generator_quantization(self) -> str:
+        """4-bit data type of a generator in this process, ``none`` without one."""
+        return self.generator.quantization or self.models.quantization
 
     @property
     def arms(self) -> tuple[Arm, ...]:

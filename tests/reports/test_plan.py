@@ -198,6 +198,16 @@ class TestWarnings:
         assert warnings[3].startswith("distilled_model needs about ")
         assert "and l4 has 24.0 GB, of which it can plan with 21.6 GB: " in warnings[3]
 
+    def test_a_large_generator_in_full_is_to_be_quantized(self, sized: Path, edit_config: Edit) -> None:
+        """34B parameters are 68 GB in bfloat16, and in 4 bits they fit."""
+        edit_config("generator.quantization", "none")
+        sizes = {"generator": 34e9, "source": 1e6, "target": 1e6}
+        warnings = make(sized, Store(database_file()), gpu="l4", given=sizes)["warnings"]
+        assert [line.split()[0] for line in warnings] == ["synthetic_prompts", "scored_pairs", "A"]
+        assert all(": set generator.quantization: nf4, or use more memory." in line for line in warnings[:2])
+        edit_config("generator.quantization", "nf4")
+        assert len(make(sized, Store(database_file()), gpu="l4", given=sizes)["warnings"]) == 1
+
     @pytest.mark.parametrize(
         ("size", "repair"),
         [

@@ -70,7 +70,8 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             generator: Engine = served.ServedGenerator(server, settings.model, chat=settings.mode == "chat")
             return generator
         on_ray = transfer.config.engine.type == "ray"
-        return self._engine(transfer, settings.model, "generator.model", on_ray=on_ray)
+        quantization = transfer.config.generator_quantization
+        return self._engine(transfer, settings.model, "generator.model", on_ray=on_ray, quantization=quantization)
 
     def discriminator(self, transfer: Transfer, adapter: Path) -> Engine:
         """The source base model with an adapter that `train_discriminator` has made, where the source models run.
@@ -138,11 +139,14 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         key: str,
         adapter: "ModelFiles | None" = None,
         on_ray: bool = False,
+        quantization: str | None = None,
     ) -> Engine:
         from tuneshift_dag.resources.local_engine import LocalEngine
         from tuneshift_dag.resources.model_ref import resolve_model
 
         models, cluster = transfer.config.models, transfer.config.engine.ray
+        if quantization is not None:
+            models = models.model_copy(update={"quantization": quantization})
         if on_ray:
             # Before a model is fetched.
             ray_engine = _optional("ray_engine", "ray", "ray", "engine.type in transfer.yaml is ray")
