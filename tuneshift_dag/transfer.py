@@ -302,8 +302,8 @@ class Generator(_Section):
     def _quantized_here(self) -> "Generator":
         if self.server is not None and self.quantization is not None:
             raise ValueError(
-                f"quantization {self.quantization!r} is for a generator in this process, and generator.server has loaded"
-                " its model already; remove one of the two"
+                f"quantization {self.quantization!r} is for a generator in this process, and generator.server has"
+                " loaded its model already; remove one of the two"
             )
         return self
 
