@@ -734,7 +734,7 @@ class TransferConfig(_Section):
 
     @property
     def generator_quantization(self) -> str:
-        """4-bit data type of a generator in this process, ``none`` without one."""
+        """What a generator in this process is quantized to: its own setting, or that of ``models``."""
         return self.generator.quantization or self.models.quantization
 
     @property

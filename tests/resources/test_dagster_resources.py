@@ -4,22 +4,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tuneshift_dag.resources.dagster_resources import EngineResource
 from tuneshift_dag.resources.local_engine import LocalEngine
 from tuneshift_dag.transfer import load_transfer
 
 
-def test_a_generator_has_a_quantization_of_its_own(transfer_folder: Path, edit_config: Callable[[str, Any], None]):
-    """Though it is the source's base here: one model, loaded twice."""
-    quantization = {}
-    for own in (None, "none"):
-        if own is not None:
-            edit_config("generator.quantization", own)
-        transfer, engines = load_transfer(transfer_folder), EngineResource()
-        source, generator = engines.source(transfer), engines.generator(transfer)
-        engines.release()
-        assert isinstance(source, LocalEngine) and isinstance(generator, LocalEngine)
-        assert source.base == generator.base
-        quantization[own] = (source.quantization, generator.quantization)
-        assert (source.fingerprint("base") == generator.fingerprint("base")) == (own is None), "their cached responses"
-    assert quantization == {None: ("nf4", "nf4"), "none": ("nf4", "none")}
+@pytest.mark.parametrize(("own", "expected"), [(None, "nf4"), ("none", "none")])
+def test_a_generator_has_a_quantization_of_its_own(
+    transfer_folder: Path, edit_config: Callable[[str, Any], None], own: str | None, expected: str
+) -> None:
+    """Though it is the source's base here: with another quantization one model is loaded twice."""
+    edit_config("generator.quantization", own)
+    transfer, engines = load_transfer(transfer_folder), EngineResource()
+    source, generator = engines.source(transfer), engines.generator(transfer)
+    engines.release()
+    assert isinstance(source, LocalEngine) and isinstance(generator, LocalEngine)
+    assert source.base == generator.base
+    assert (source.quantization, generator.quantization) == ("nf4", expected)
+    assert (source.fingerprint("base") == generator.fingerprint("base")) == (own is None), "their cached responses"

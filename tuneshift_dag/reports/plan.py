@@ -211,13 +211,13 @@ def workload(transfer: Transfer, sizes: Mapping[str, ModelSize], known: Lengths,
         sides.append(Answers(source, quantized, 2 * prompts, batch, asked, 0, 0, 0, 1, eager=True))
     served_generator = config.generator.server is not None
     source_bytes = 0.0 if here and not local else source.weight_bytes(quantized and local)
-    generator_quantized = config.generator_quantization != "none" and not served_generator
-    generator_bytes = 0.0 if here and served_generator else generator.weight_bytes(generator_quantized)
+    proposals = _proposals(transfer, generator, known)
+    generator_bytes = 0.0 if here and served_generator else generator.weight_bytes(proposals.quantized)
     # A process keeps what it has loaded until it trains, and loads the target once without and once with the adapter.
     resident = generator_bytes + source_bytes
     return Workload(
         rounds,
-        _proposals(transfer, generator, known),
+        proposals,
         sides,
         Training(
             target,
@@ -434,10 +434,10 @@ def memory_warnings(transfer: Transfer, work: Workload, gpu: Hardware) -> list[s
 def _smaller_models(transfer: Transfer, step: str) -> str:
     if transfer.config.models.quantization == "none":
         return "set models.quantization: nf4"
-    if step != "evaluation" and transfer.config.generator_quantization == "none":
-        return "set generator.quantization: nf4"
     if step == "evaluation":
         return "choose a smaller target"
+    if transfer.config.generator_quantization == "none":
+        return "set generator.quantization: nf4"
     return "put the models on a server that spreads them over several GPUs (docs/servers.md)"
 
 
