@@ -1,4 +1,4 @@
-"""One memory measurement in a process of its own: ``python -m benchmarks.memory_case CASE``."""
+"""One memory measurement in a process of its own: ``python -m benchmarks.memory_case CASE [KV_CACHE_DTYPE]``."""
 
 import json
 import sys
@@ -9,20 +9,21 @@ import torch
 from benchmarks.baselines import TwoModels
 from benchmarks.common import prompts, source_files
 from tuneshift_dag.method.engine import Decoding
+from tuneshift_dag.resources.kv_cache import KVDtype
 from tuneshift_dag.resources.local_engine import LocalEngine
 from tuneshift_dag.resources.memory import peak_bytes, reset_peak
 
 BATCH, NEW_TOKENS = 32, 128
 
 
-def main(case: str) -> None:
+def main(case: str, kv_cache_dtype: KVDtype = "auto") -> None:
     texts = prompts(BATCH)
     torch.zeros(1) @ torch.zeros(1)
     before = psutil.Process().memory_info().rss
     reset_peak()
     if case == "ours":
         base, adapter = source_files()
-        engine = LocalEngine(base, adapter, "nf4", "bfloat16", BATCH)
+        engine = LocalEngine(base, adapter, "nf4", "bfloat16", BATCH, kv_cache_dtype=kv_cache_dtype)
         list(engine.pairs([engine.encode(t) for t in texts], [{} for _ in texts], Decoding(NEW_TOKENS)))
         footprint = engine.model.get_memory_footprint()
     else:
@@ -44,4 +45,4 @@ def main(case: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

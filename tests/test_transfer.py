@@ -393,10 +393,11 @@ def test_keys_of_a_gpu_leave_versions_as_they_were_before_there_were_any(transfe
         ("distill.gradient_checkpointing", True),
         ("distill.optimizer", "paged_adamw_8bit"),
         ("models.compute_dtype", "float16"),
+        ("models.kv_cache_dtype", "int8"),
     ]:
         edit_config(key, value)
         versions.add(load_transfer(transfer_folder).version("models", "distill"))
-    assert len(versions) == 5
+    assert len(versions) == 6
 
 
 def test_the_adapter_version_changes_with_its_weights(transfer_folder):

@@ -88,6 +88,14 @@ class Models(_Section):
             " model on the first one."
         ),
     )
+    kv_cache_dtype: Literal["auto", "int8"] = Field(
+        "auto",
+        exclude_if=lambda value: value == "auto",
+        description=(
+            "What the keys and values of a batch are kept in: the compute dtype (`auto`), or 8 bits, which is half the"
+            " memory a row (docs/concepts.md)."
+        ),
+    )
     batch_size: int = Field(32, ge=1, le=1024, description="Most prompts decoded at once; fewer when memory is short.")
 
 

@@ -208,6 +208,22 @@ class TestWarnings:
         edit_config("generator.quantization", "nf4")
         assert len(make(sized, Store(database_file()), gpu="l4", given=sizes)["warnings"]) == 1
 
+    def test_keys_and_values_in_8_bits_make_room_for_more_rows(self, sized: Path, edit_config: Edit) -> None:
+        """In 4 bits 28B parameters leave 8 GB of 24 free."""
+        edit_config("models.batch_size", 512)
+        edit_config("generator.calls_per_round", 512)
+        small, rows = {"source": 1e6, "target": 1e6}, {}
+        for dtype in ("auto", "int8"):
+            edit_config("models.kv_cache_dtype", dtype)
+            (line,) = (
+                warning
+                for warning in make(sized, Store(database_file()), gpu="l4", given={**small, "generator": 28e9})["warnings"]
+                if warning.startswith("synthetic_prompts has memory for batches of ")
+            )
+            rows[dtype] = int(line.split()[6])
+            assert line.endswith("makes room for more.") == (dtype == "auto")
+        assert 1.7 * rows["auto"] < rows["int8"] <= 2 * rows["auto"] + 1
+
     @pytest.mark.parametrize(
         ("size", "repair"),
         [

@@ -24,3 +24,13 @@ def test_a_generator_has_a_quantization_of_its_own(
     assert source.base == generator.base
     assert (source.quantization, generator.quantization) == ("nf4", expected)
     assert (source.fingerprint("base") == generator.fingerprint("base")) == (own is None), "their cached responses"
+
+
+def test_every_model_keeps_keys_and_values_as_set(
+    transfer_folder: Path, edit_config: Callable[[str, Any], None]
+) -> None:
+    edit_config("models.kv_cache_dtype", "int8")
+    transfer, engines = load_transfer(transfer_folder), EngineResource()
+    made = [engines.source(transfer), engines.generator(transfer)]
+    engines.release()
+    assert [engine.kv_cache_dtype for engine in made if isinstance(engine, LocalEngine)] == ["int8", "int8"]

@@ -34,7 +34,10 @@ def training_version(transfer: Transfer) -> str:
     if transfer.config.distill.token_mask is None:
         return transfer.version(*TRAINING_SECTIONS, code=code)
     # Which tokens count is up to the source models.
-    version = transfer.version(*TRAINING_SECTIONS, "source", "models.quantization", "engine", code=code)
+    sections = [*TRAINING_SECTIONS, "source", "models.quantization", "engine"]
+    if transfer.config.models.kv_cache_dtype != "auto":
+        sections.append("models.kv_cache_dtype")
+    version = transfer.version(*sections, code=code)
     return f"{version}-{transfer.adapter_version()}"
 
 

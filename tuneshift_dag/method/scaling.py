@@ -100,6 +100,7 @@ class ModelSize:
         attention: width of all query heads together.
         keys: width of all key heads together, and of all value heads.
         tied: whether the head is the embedding table.
+        kv_bits: of a number of the keys and values that are kept.
     """
 
     layers: int
@@ -109,6 +110,7 @@ class ModelSize:
     keys: int
     vocabulary: int
     tied: bool
+    kv_bits: int = 16
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelSize":
@@ -172,7 +174,7 @@ class ModelSize:
 
     @property
     def kv_bytes(self) -> int:
-        """Keys and values of one token, 16 bits."""
+        """Keys and values of one token, as attention reads them: 16 bits, whatever they are kept in."""
         return self.layers * 2 * self.keys * 2
 
     def lora_parameters(self, rank: int) -> int:
@@ -213,7 +215,7 @@ class Answers:
         """What a row needs beside the weights, as the local engine counts it: three prompts' keys and values, of two
         prefills and of the growing cache, and three rows of logits."""
         tokens = 3 * (self.shared + self.prompt) + self.longest
-        return tokens * self.model.kv_bytes + 3 * 2 * self.model.vocabulary
+        return tokens * self.model.kv_bytes * self.model.kv_bits / 16 + 3 * 2 * self.model.vocabulary
 
     def fitting(self, room: float) -> "Answers":
         """With a batch that the engine would choose in ``room`` bytes beside the weights; at least one row."""

@@ -171,9 +171,12 @@ def workload(transfer: Transfer, sizes: Mapping[str, ModelSize], known: Lengths,
         here: whether only this machine's memory counts, and not that of servers.
     """
     config = transfer.config
-    generator, source, target = sizes["generator"], sizes["source"], sizes["target"]
     quantized = config.models.quantization != "none"
     local = config.engine.server is None
+    loaded = {"generator": config.generator.server is None, "source": local, "target": True}
+    if config.models.kv_cache_dtype == "int8":
+        sizes = {name: replace(size, kv_bits=8 if loaded[name] else 16) for name, size in sizes.items()}
+    generator, source, target = sizes["generator"], sizes["source"], sizes["target"]
     batch = config.models.batch_size if config.engine.server is None else config.engine.server.concurrency
     opening, _, rest = config.prompt_template.partition("{prompt}")
     shared = len(opening) / _CHARACTERS_PER_TOKEN
@@ -426,7 +429,7 @@ def memory_warnings(transfer: Transfer, work: Workload, gpu: Hardware) -> list[s
         elif step in batches and estimated.batch[step] < min(batches[step].batch, batches[step].rows):
             lines.append(
                 f"{step} has memory for batches of {estimated.batch[step]} on {gpu.name}, not {batches[step].batch}: it"
-                " runs, slower."
+                f" runs, slower{_room_for_more(transfer, step)}."
             )
     return lines
 
@@ -439,6 +442,12 @@ def _smaller_models(transfer: Transfer, step: str) -> str:
     if transfer.config.generator_quantization == "none":
         return "set generator.quantization: nf4"
     return "put the models on a server that spreads them over several GPUs (docs/servers.md)"
+
+
+def _room_for_more(transfer: Transfer, step: str) -> str:
+    server = transfer.config.generator.server if step == "synthetic_prompts" else transfer.config.engine.server
+    can = server is None and transfer.config.models.kv_cache_dtype == "auto"
+    return "; models.kv_cache_dtype: int8 makes room for more" if can else ""
 
 
 def _smaller_training(training: Training, room: float) -> str:

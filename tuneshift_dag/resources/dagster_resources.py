@@ -156,7 +156,13 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             name += f"|{cluster.model_dump_json()}"
         if name not in _ENGINES:
             engine: Engine = LocalEngine(
-                files, adapter, models.quantization, models.compute_dtype, models.batch_size, models.device_map
+                files,
+                adapter,
+                models.quantization,
+                models.compute_dtype,
+                models.batch_size,
+                models.device_map,
+                models.kv_cache_dtype,
             )
             if on_ray:
                 needed = [files.path, *([adapter.path] if adapter else [])]

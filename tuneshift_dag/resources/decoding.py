@@ -16,12 +16,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import Decoding, Response
 from tuneshift_dag.resources import memory
-from tuneshift_dag.resources.kv_cache import KeysValues, give_back, growing_cache, handed_over, set_aside, zeros
+from tuneshift_dag.resources.kv_cache import (
+    KeysValues,
+    KVDtype,
+    give_back,
+    growing_cache,
+    handed_over,
+    set_aside,
+    stored,
+    zeros,
+)
 
 # Rows are taken out of the batch when at least this share of it has finished: copying the cache
 # costs about as much as decoding one row in eight.
@@ -44,7 +53,7 @@ _FLOAT_AT_ONCE = 1 << 17
 
 @dataclass
 class Prefix:
-    """Prompts after the forward pass. Shapes: keys and values (B, H, L, D) per layer; mask (B, L), 1 for real
+    """Prompts after the forward pass. Shapes: stored keys and values (B, H, L, *) per layer; mask (B, L), 1 for real
     tokens; the head's input at the last token (B, D): the logits are hundreds of times larger."""
 
     keys_values: list[KeysValues]
@@ -56,18 +65,19 @@ class Prefix:
             return self
         # On the CPU: layers may be on several GPUs.
         index = torch.tensor(list(rows))
-        kv = [(k[index], v[index]) for k, v in self.keys_values]
+        kv = [_rows_of(keys_values, index) for keys_values in self.keys_values]
         return Prefix(kv, self.mask[index], self.hidden[index])
 
 
 @torch.inference_mode()
-def prefill(model: Any, prompts: Sequence[list[int]], new_tokens: int = 0) -> Prefix:
+def prefill(model: Any, prompts: Sequence[list[int]], new_tokens: int = 0, kv_dtype: KVDtype = "auto") -> Prefix:
     """Run prompts (token ids) through the model once, what they all open with only for one of them.
 
     A row of the result is the shared opening, then padding, then the row's own tokens.
 
     Args:
         new_tokens: the most tokens that will follow a prompt.
+        kv_dtype: what keys and values are kept in: the compute dtype (``auto``), or 8 bits.
     """
     shared = _shared_length(model, prompts, new_tokens)
     opening = DynamicCache()
@@ -82,8 +92,8 @@ def prefill(model: Any, prompts: Sequence[list[int]], new_tokens: int = 0) -> Pr
         mask = _mask(shared, [own[i] for i in rows], model.device)
         width = mask.shape[1] - shared
         cache = DynamicCache()
-        for layer, (keys, values) in enumerate(_keys_values(opening)):
-            cache.update(keys.expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1), layer)
+        for number, layer in enumerate(opening.layers):
+            cache.update(layer.keys.expand(len(rows), -1, -1, -1), layer.values.expand(len(rows), -1, -1, -1), number)
         ids = torch.tensor([[0] * (width - own[i]) + prompts[i][shared:] for i in rows], device=model.device)
         with _capture_hidden(model, torch.arange(len(rows))) as captured:
             model(
@@ -95,13 +105,14 @@ def prefill(model: Any, prompts: Sequence[list[int]], new_tokens: int = 0) -> Pr
                 logits_to_keep=1,
             )
         hidden += captured
-        if not keys_values:
-            size = (len(prompts), shared + max(own))
-            keys_values = [(_room(size, k), _room(size, v)) for k, v in _keys_values(cache)]
-        for (all_keys, all_values), (keys, values) in zip(keys_values, _keys_values(cache), strict=True):
-            _place(keys, all_keys[rows[0] : rows[-1] + 1], shared)
-            _place(values, all_values[rows[0] : rows[-1] + 1], shared)
-        del cache, keys, values
+        for number, layer in enumerate(cache.layers):
+            new = stored(layer.keys, layer.values, kv_dtype)
+            layer.keys = layer.values = None
+            if number == len(keys_values):
+                keys_values.append(tuple(_room((len(prompts), shared + max(own)), tensor) for tensor in new))
+            for all_rows, some in zip(keys_values[number], new, strict=True):
+                _place(some, all_rows[rows[0] : rows[-1] + 1], shared)
+        del cache
     memory.trim()
     return Prefix(keys_values, _mask(shared, own, model.device), torch.cat(hidden))
 
@@ -169,7 +180,6 @@ def decode(
     """
     rows = _Rows(tokenizer, len(prefix.mask), decoding)
     cache = growing_cache(handed_over(prefix.keys_values), min(decoding.max_new_tokens, _GROW_BY))
-    memory.trim()
     mask, logits = prefix.mask, head_logits(model, prefix.hidden)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or []]
     active = list(range(len(mask)))
@@ -199,6 +209,8 @@ def decode(
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
+        if step % _GROW_BY == 0:  # the cache has just grown, and let shorter tensors go
+            memory.trim()
     if keep_prefix:
         prefix.keys_values = give_back(cache, gone + active)
     del cache
@@ -246,7 +258,7 @@ def _score_rest(model: Any, prefix: Prefix, rows: list[int], responses: list[lis
             input_ids=ids,
             attention_mask=mask,
             position_ids=_positions(mask)[:, prefix.mask.shape[1] :],
-            past_key_values=growing_cache(((k[index], v[index]) for k, v in prefix.keys_values), length),
+            past_key_values=growing_cache((_rows_of(kv, index) for kv in prefix.keys_values), length),
             use_cache=True,
         )
     found: list[list[float]] = [[] for _ in responses]
@@ -259,13 +271,15 @@ def _score_rest(model: Any, prefix: Prefix, rows: list[int], responses: list[lis
     return found
 
 
-def bytes_per_row(model: Any, tokens: int, logits: int) -> int:
+def bytes_per_row(model: Any, tokens: int, logits: int, kv_dtype: KVDtype = "auto") -> int:
     """Memory that a row needs for the keys and values of ``tokens`` tokens and for ``logits`` rows of logits."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    values = tokens * config.num_hidden_layers * 2 * heads * width + logits * config.vocab_size
-    return int(values * model.dtype.itemsize)
+    each = model.dtype.itemsize
+    # In 8 bits every head has a scale as well.
+    kept = width * each if kv_dtype == "auto" else width + each
+    return int(tokens * config.num_hidden_layers * 2 * heads * kept + logits * config.vocab_size * each)
 
 
 def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -387,5 +401,5 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(1) - 1).clamp_min(0)
 
 
-def _keys_values(cache: Cache) -> list[KeysValues]:
-    return [(layer.keys, layer.values) for layer in cache.layers]
+def _rows_of(keys_values: KeysValues, index: torch.Tensor) -> KeysValues:
+    return tuple(tensor[index] for tensor in keys_values)

@@ -15,6 +15,7 @@ from tuneshift_dag.method.scoring import SIDES
 from tuneshift_dag.resources import decoding as loop
 from tuneshift_dag.resources import memory
 from tuneshift_dag.resources.batching import in_batches
+from tuneshift_dag.resources.kv_cache import KVDtype
 from tuneshift_dag.resources.model_loading import (
     ADAPTER,
     DeviceMap,
@@ -50,6 +51,7 @@ class LocalEngine:
         compute_dtype: str = "auto",
         batch_size: int = 32,
         device_map: DeviceMap = "auto",
+        kv_cache_dtype: KVDtype = "auto",
     ) -> None:
         self.base = base
         self.adapter = adapter
@@ -57,6 +59,7 @@ class LocalEngine:
         self.compute_dtype = dtype_name(compute_dtype)
         self.batch_size = batch_size
         self.device_map = device_map
+        self.kv_cache_dtype = kv_cache_dtype
         self._model: Any = None
 
     @property
@@ -78,6 +81,8 @@ class LocalEngine:
 
     def fingerprint(self, side: Side) -> str:
         parts = [_ENGINE_VERSION, self.base.fingerprint, self.quantization, self.compute_dtype]
+        if self.kv_cache_dtype != "auto":
+            parts.append(f"kv-{self.kv_cache_dtype}")
         if side == "fine_tuned":
             if self.adapter is None:
                 raise ValueError("this engine has no adapter")
@@ -116,7 +121,7 @@ class LocalEngine:
     ) -> Iterator[list[tuple[int, Response]]]:
         def work(batch: list[int]) -> list[Response]:
             with self.side(side) as model:
-                prefix = loop.prefill(model, [prompts[i] for i in batch], decoding.max_new_tokens)
+                prefix = self._prefill(model, [prompts[i] for i in batch], decoding.max_new_tokens)
                 own_seeds = [seeds[i] for i in batch] if seeds else None
                 return loop.decode(model, self.tokenizer, prefix, decoding, own_seeds, keep_prefix=False)
 
@@ -134,11 +139,11 @@ class LocalEngine:
             cross: dict[Side, list[float]] = {}
             rows = [prompts[i] for i in batch]
             with self.side(first) as model:
-                prefix = loop.prefill(model, rows, decoding.max_new_tokens)
+                prefix = self._prefill(model, rows, decoding.max_new_tokens)
                 responses[first] = self._respond(model, prefix, [known[i].get(first) for i in batch], decoding, True)
             # The second side scores before it decodes, so that its prompts needn't be held while its cache grows.
             with self.side(second) as model:
-                other = loop.prefill(model, rows, decoding.max_new_tokens)
+                other = self._prefill(model, rows, decoding.max_new_tokens)
                 cross[second] = loop.score(model, other, [r.token_ids for r in responses[first]])
                 responses[second] = self._respond(model, other, [known[i].get(second) for i in batch], decoding, False)
             with self.side(first) as model:
@@ -162,12 +167,15 @@ class LocalEngine:
 
         def work(batch: list[int]) -> list[list[float]]:
             with self.side(side) as model:
-                prefix = loop.prefill(model, [prompts[i] or start for i in batch], longest)
+                prefix = self._prefill(model, [prompts[i] or start for i in batch], longest)
                 return loop.token_scores(model, prefix, [responses[i] for i in batch])
 
         whole = [p + r for p, r in zip(prompts, responses, strict=True)]
         for batch, values in self._batches(whole, Decoding(longest), work):
             yield list(zip(batch, values, strict=True))
+
+    def _prefill(self, model: Any, prompts: list[list[int]], new_tokens: int) -> loop.Prefix:
+        return loop.prefill(model, prompts, new_tokens, self.kv_cache_dtype)
 
     def _respond(
         self,
@@ -202,6 +210,7 @@ class LocalEngine:
         def row(length: int) -> int:
             # The keys and values of two prefills, and of the tokens that follow one; a copy of a prefill where some
             # responses are known.
-            return loop.bytes_per_row(self.model, 3 * length + decoding.max_new_tokens, logits=1)
+            tokens = 3 * length + decoding.max_new_tokens
+            return loop.bytes_per_row(self.model, tokens, logits=1, kv_dtype=self.kv_cache_dtype)
 
         return in_batches([len(p) for p in prompts], self.batch_size, row, work)

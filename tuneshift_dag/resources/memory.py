@@ -77,10 +77,11 @@ def trim() -> None:
 def keep_few_kernels() -> None:
     """Bound what oneDNN, and PyTorch's wrapper around it, keep for every shape of a matrix product they have seen.
 
-    Up to 1,024 shapes each by default, which grew with every batch. A forward pass needs about ten.
+    Up to 1,024 shapes each by default, which grew with every batch. A forward pass needs about ten; a training step
+    is 1.6 times as slow with room for 16, and with 24 as fast as with 1,024.
     Read at the first product; what the user has set stays.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
 
 
