@@ -217,7 +217,9 @@ class TestWarnings:
             edit_config("models.kv_cache_dtype", dtype)
             (line,) = (
                 warning
-                for warning in make(sized, Store(database_file()), gpu="l4", given={**small, "generator": 28e9})["warnings"]
+                for warning in make(sized, Store(database_file()), gpu="l4", given={**small, "generator": 28e9})[
+                    "warnings"
+                ]
                 if warning.startswith("synthetic_prompts has memory for batches of ")
             )
             rows[dtype] = int(line.split()[6])
