@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ class FakeModel:
 
     cross_scores = True
     chunk_size = CHUNK_SIZE
+
+    def session(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def fingerprint(self, side: Side) -> str:
         return f"fake|{side}"

@@ -10,6 +10,7 @@ intent or another one.
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +72,9 @@ class FakeEngine:
         self.check = check or AdapterCheck([], [], largest_logit_difference=1.0, delta_norm=1.0)
         self.answered: list[tuple[Side, str]] = []
         self.scored: list[tuple[Side, str]] = []
+
+    def session(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def fingerprint(self, side: Side) -> str:
         return f"{self.name}|{side}"

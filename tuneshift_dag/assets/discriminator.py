@@ -36,9 +36,10 @@ def ask_discriminator(
     engines.release()
     engine = engines.discriminator(transfer, adapter)
     progress = scoring.chunk_progress(current.progress("prompts scored by the discriminator"), 2 * total)
-    for prompts in prompt_chunks(database, transfer, round_, engine.chunk_size):
-        discriminator.scores(engine, cache, list(prompts["prompt"]), current.cost, progress(2 * len(prompts)))
-        current.spool_keys()
+    with engine.session():
+        for prompts in prompt_chunks(database, transfer, round_, engine.chunk_size):
+            discriminator.scores(engine, cache, list(prompts["prompt"]), current.cost, progress(2 * len(prompts)))
+            current.spool_keys()
     engines.release()
     return adapter
 

@@ -191,7 +191,8 @@ def _score_round(
             ]
         )
 
-    yield from map(score, prompt_chunks(database, transfer, round_, engine.chunk_size))
+    with engine.session():
+        yield from map(score, prompt_chunks(database, transfer, round_, engine.chunk_size))
 
 
 def pair_row(pair: Pair, alone: float | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -9,7 +10,7 @@ from tuneshift_dag.method.preflight import AdapterCheck
 
 Side = Literal["base", "fine_tuned"]
 CHUNK_SIZE = 1024
-"""`Engine.chunk_size` of an engine that a new call costs nothing: 32 batches of 32."""
+"""`Engine.chunk_size` of an engine that works on one batch after the other: 32 batches of 32."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ class Engine(Protocol):
 
     chunk_size: int
     """Prompts of a large round that `pairs` is given at once. It sorts them by length; all are in memory until then."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """While it is open, what the engine starts for one call stays for the next one."""
 
     def fingerprint(self, side: Side) -> str:
         """Changes when, and only when, something changes that can change this side's output."""

@@ -1,7 +1,7 @@
 """The in-process engine: one resident base model, its adapter switched on or off per batch."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -61,6 +61,9 @@ class LocalEngine:
         self.device_map = device_map
         self.kv_cache_dtype = kv_cache_dtype
         self._model: Any = None
+
+    def session(self) -> AbstractContextManager[None]:
+        return nullcontext()  # its model stays anyway
 
     @property
     def tokenizer(self) -> Any:

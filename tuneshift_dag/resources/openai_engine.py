@@ -17,6 +17,7 @@ import queue
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -281,6 +282,9 @@ class ServedSource:
         self.cross_scores = cross_scores
         # Requests run dry while a chunk's last responses come, which must be seldom.
         self.chunk_size = max(CHUNK_SIZE, 64 * server.settings.concurrency)
+
+    def session(self) -> AbstractContextManager[None]:
+        return nullcontext()  # the models are the server's
 
     @property
     def tokenizer(self) -> Any:
@@ -578,6 +582,9 @@ class ServedGenerator:
         self.server = server
         self.model = ServedModel(model=model)
         self.is_chat = chat
+
+    def session(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def fingerprint(self, side: Side) -> str:
         return _fingerprint(self.server.settings, self.model, "chat" if self.is_chat else "text")

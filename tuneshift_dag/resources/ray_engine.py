@@ -1,8 +1,11 @@
-"""The local engine on a Ray cluster: Ray Data maps it over a pool of actors, each with a model of its own.
+"""The local engine on a Ray cluster: batches go to a pool of actors, each with a model of its own.
 
 Actors compute and hand results back; the step's process alone writes them to the store, as they arrive. A batch is
-one block and one task, so an actor that dies costs the batch that it was at: Ray starts the actor again, and the
-batch is computed again.
+one task, so an actor that dies costs the batch that it was at: Ray starts the actor again, and the batch is computed
+again.
+
+Ray's `ActorPool` and not Ray Data, whose actors end with each dataset, and which keeps every block until then: either
+all prompts of a round would be in this process's memory, or every part of a round would load the models anew.
 """
 
 import logging
@@ -13,8 +16,8 @@ import signal
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,8 @@ from typing import Any
 # Read by Ray when it is imported, and on Linux too: a cluster that `ray.init` starts listens on 127.0.0.1 alone.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
-import pyarrow as pa
 import ray
-import ray.data
+from ray.util import ActorPool
 
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Engine, Pair, Response, Side
@@ -33,11 +35,9 @@ from tuneshift_dag.transfer import RayCluster
 
 # A batch that has killed this many more actors would kill the next one too.
 _RETRIES = 3
-# Batches of each actor in one Ray dataset, all of which Ray keeps until its end. A next dataset starts its actors anew.
-_TURNS = 250
-# Batches of each actor in a chunk of `pairs`. More take memory of the step's process, about 8 KB a prompt; fewer have
-# actors start and load the model more often.
-_CHUNK_TURNS = 64
+# Batches of each actor in a chunk of `pairs`. More take memory of the step's process, about 8 KB a prompt; with fewer,
+# actors wait more often for the last batch of a chunk.
+_CHUNK_TURNS = 16
 # Bytes for prompts and results on their way, in a cluster of our own; Ray writes to disk what doesn't fit.
 _OBJECT_STORE = 256 * 2**20
 
@@ -46,7 +46,7 @@ class RayEngine:
     """Implements `tuneshift_dag.method.engine.Engine` with the actors of a cluster that do what ``engine`` does.
 
     An actor gets a copy of ``engine``, which loads its model there and never in this process. Actors live as long as
-    one call of `generate`, `pairs` or `score`, so that the next model finds their memory free.
+    a `session`, or else one call of `generate`, `pairs` or `score`, so that the next model finds their memory free.
     """
 
     def __init__(self, engine: Engine, batch_size: int, settings: RayCluster, files: Sequence[Path] = ()) -> None:
@@ -61,6 +61,18 @@ class RayEngine:
         self.batch_size = batch_size
         self.settings = settings
         self.files = files
+        self._sessions = 0
+        self._actors: list[Any] = []
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        self._sessions += 1
+        try:
+            yield
+        finally:
+            self._sessions -= 1
+            if not self._sessions:
+                self._end_actors()
 
     def fingerprint(self, side: Side) -> str:
         """That of ``engine``: the results are the same, and so are their places in the cache."""
@@ -73,7 +85,7 @@ class RayEngine:
         return self.engine.render_chat(message)
 
     def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
-        [(_, check)] = self._run([methodcaller("check_adapter", prompts)])
+        [(_, check)] = self._run([methodcaller("check_adapter", prompts)], 1)
         assert isinstance(check, AdapterCheck)
         return check
 
@@ -115,57 +127,62 @@ class RayEngine:
     def _map(self, lengths: list[int], call: Callable[[list[int]], methodcaller]) -> Iterator[list[tuple[int, Any]]]:
         """Results of calls on batches of rows, each with the index of its row."""
         batches = balanced_batches(lengths, self.batch_size, self.settings.actors)
-        most = _TURNS * self.settings.actors
-        for start in range(0, len(batches), most):
-            for number, results in self._run(map(call, batches[start : start + most])):
-                yield [(batches[start + number][i], result) for i, result in results]
+        for number, results in self._run(map(call, batches), len(batches)):
+            yield [(batches[number][i], result) for i, result in results]
 
-    def _run(self, calls: Iterable[methodcaller]) -> Iterator[tuple[int, Any]]:
-        """Results of calls on the actors' engines as they finish, each with its place in ``calls``.
+    def _run(self, calls: Iterable[methodcaller], count: int) -> Iterator[tuple[int, Any]]:
+        """Results of ``count`` calls on the actors' engines as they finish, each with its place in ``calls``.
 
-        Closing the iterator ends the actors.
+        After a failure no more calls are made; what had begun is still handed over before it is raised.
         """
-        items = [{"number": number, "pickled": pickle.dumps(call)} for number, call in enumerate(calls)]
+        if not count:
+            return
+        waiting = enumerate(calls)
+        failure: Exception | None = None
+        with self.session():
+            pool = self._pool(count)
+            try:
+                while True:
+                    while failure is None and pool.has_free() and (call := next(waiting, None)):
+                        pool.submit(lambda actor, call: actor.work.remote(*call), call)
+                    if not pool.has_next():
+                        break
+                    try:
+                        number, pickled = pool.get_next_unordered()
+                    except ray.exceptions.RayError as error:
+                        failure = _given_up(error)
+                        continue
+                    result = pickle.loads(pickled)
+                    if isinstance(result, Exception):
+                        failure = result
+                    else:
+                        yield number, result
+            finally:
+                if pool.has_next():  # nobody will ask for what they are at
+                    self._end_actors()
+            if failure is not None:
+                raise failure
+
+    def _pool(self, calls: int) -> "ActorPool[Any]":
+        """As many actors as there are in the settings, those of this session among them; no more than calls."""
         connect(self.settings)
-        actors = min(self.settings.actors, len(items))
-        dataset = ray.data.from_items(items, override_num_blocks=len(items))
-        del items  # they are in the object store now
-        with warnings.catch_warnings():
-            # Ray Data is to lose max_restarts and max_task_retries, without which it tries a batch again for ever.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            results = dataset.map_batches(
-                _Actor,
-                fn_constructor_args=(self.engine, self.settings.cpus_per_actor, self.files),
-                compute=ray.data.ActorPoolStrategy(
-                    size=actors,
-                    # None waits in an actor: each death there would be counted as its failure too.
-                    max_tasks_in_flight_per_actor=1,
-                ),
-                batch_size=1,
-                batch_format="pyarrow",
-                num_cpus=self.settings.cpus_per_actor,
-                num_gpus=self.settings.gpus_per_actor,
-                max_restarts=-1,
-                max_task_retries=_RETRIES,
-            )
-        results.context.enable_progress_bars = False
-        try:
-            # Nothing is fetched ahead: a batch would wait for the next one before it is stored.
-            for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                result = pickle.loads(block["pickled"][0].as_py())
-                if isinstance(result, Exception):
-                    raise result
-                yield block["number"][0].as_py(), result
-        except ray.exceptions.RayError as error:
-            raise TuneshiftError(
-                f"engine.ray: Ray gave up on a batch ({_first_line(error)}). Actors mostly die of a lack of memory:"
-                " lower models.batch_size or engine.ray.actors. What had finished is kept. Ray's logs are in"
-                " /tmp/ray/session_latest/logs of each node."
-            ) from error
+        actor = ray.remote(_Actor).options(
+            num_cpus=self.settings.cpus_per_actor,
+            num_gpus=self.settings.gpus_per_actor,
+            max_restarts=-1,
+            max_task_retries=_RETRIES,
+        )
+        while len(self._actors) < min(self.settings.actors, calls):
+            self._actors.append(actor.remote(self.engine, self.settings.cpus_per_actor, self.files))
+        return ActorPool(self._actors)
+
+    def _end_actors(self) -> None:
+        while self._actors:
+            ray.kill(self._actors.pop())
 
 
 class _Actor:
-    """One worker of the pool: what Ray Data makes of it is an actor of its own process."""
+    """One worker of the pool, in a process of its own."""
 
     def __init__(self, engine: Engine, threads: int, files: Sequence[Path]) -> None:
         self.engine = engine
@@ -174,16 +191,14 @@ class _Actor:
         if torch is not None:
             torch.set_num_threads(threads)
 
-    def __call__(self, block: pa.Table) -> pa.Table:
+    def work(self, number: int, call: methodcaller) -> tuple[int, bytes]:
         # An exception goes back as a result: Ray's own way wraps it in two pages of tracebacks.
         try:
-            result = self._result(pickle.loads(block["pickled"][0].as_py()))
-            pickled = pickle.dumps(result)
+            return number, pickle.dumps(self._result(call))
         except Exception as error:
             if not isinstance(error, TuneshiftError):
                 error.add_note(f"In an actor on {ray.util.get_node_ip_address()}:\n{traceback.format_exc()}")
-            pickled = pickle.dumps(error)
-        return pa.table({"number": block["number"], "pickled": [pickled]})
+            return number, pickle.dumps(error)
 
     def _result(self, call: methodcaller) -> Any:
         for path in self.files:
@@ -241,7 +256,6 @@ def connect(settings: RayCluster) -> None:
             # Dagster's own handler turns a termination into a cancelled run.
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, handler)
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
     _check_room(settings)
 
 
@@ -257,6 +271,16 @@ def _check_room(settings: RayCluster) -> None:
             f" GPUs each don't fit: the cluster has {has} on {len(nodes)} nodes, room for {room}. Lower actors,"
             " cpus_per_actor or gpus_per_actor, or add nodes."
         )
+
+
+def _given_up(error: ray.exceptions.RayError) -> TuneshiftError:
+    failure = TuneshiftError(
+        f"engine.ray: Ray gave up on a batch ({_first_line(error)}). Actors mostly die of a lack of memory: lower"
+        " models.batch_size or engine.ray.actors. What had finished is kept. Ray's logs are in"
+        " /tmp/ray/session_latest/logs of each node."
+    )
+    failure.__cause__ = error
+    return failure
 
 
 def _first_line(error: Exception) -> str:
