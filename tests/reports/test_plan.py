@@ -215,13 +215,8 @@ class TestWarnings:
         small, rows = {"source": 1e6, "target": 1e6}, {}
         for dtype in ("auto", "int8"):
             edit_config("models.kv_cache_dtype", dtype)
-            (line,) = (
-                warning
-                for warning in make(sized, Store(database_file()), gpu="l4", given={**small, "generator": 28e9})[
-                    "warnings"
-                ]
-                if warning.startswith("synthetic_prompts has memory for batches of ")
-            )
+            warnings = make(sized, Store(database_file()), gpu="l4", given={**small, "generator": 28e9})["warnings"]
+            (line,) = (w for w in warnings if w.startswith("synthetic_prompts has memory for batches of "))
             rows[dtype] = int(line.split()[6])
             assert line.endswith("makes room for more.") == (dtype == "auto")
         assert 1.7 * rows["auto"] < rows["int8"] <= 2 * rows["auto"] + 1

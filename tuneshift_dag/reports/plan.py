@@ -173,7 +173,8 @@ def workload(transfer: Transfer, sizes: Mapping[str, ModelSize], known: Lengths,
     config = transfer.config
     quantized = config.models.quantization != "none"
     local = config.engine.server is None
-    loaded = {"generator": config.generator.server is None, "source": local, "target": True}
+    served_generator = config.generator.server is not None
+    loaded = {"generator": not served_generator, "source": local, "target": True}
     if config.models.kv_cache_dtype == "int8":
         sizes = {name: replace(size, kv_bits=8 if loaded[name] else 16) for name, size in sizes.items()}
     generator, source, target = sizes["generator"], sizes["source"], sizes["target"]
@@ -212,7 +213,6 @@ def workload(transfer: Transfer, sizes: Mapping[str, ModelSize], known: Lengths,
         # Its question is longer than the template, and each of two answers is a prefill of its own.
         asked = (len(QUESTION) + known.prompt_characters) / _CHARACTERS_PER_TOKEN
         sides.append(Answers(source, quantized, 2 * prompts, batch, asked, 0, 0, 0, 1, eager=True))
-    served_generator = config.generator.server is not None
     source_bytes = 0.0 if here and not local else source.weight_bytes(quantized and local)
     proposals = _proposals(transfer, generator, known)
     generator_bytes = 0.0 if here and served_generator else generator.weight_bytes(proposals.quantized)

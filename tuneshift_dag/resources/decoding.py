@@ -27,6 +27,7 @@ from tuneshift_dag.resources.kv_cache import (
     give_back,
     growing_cache,
     handed_over,
+    rows_of,
     set_aside,
     stored,
     zeros,
@@ -65,7 +66,7 @@ class Prefix:
             return self
         # On the CPU: layers may be on several GPUs.
         index = torch.tensor(list(rows))
-        kv = [_rows_of(keys_values, index) for keys_values in self.keys_values]
+        kv = [rows_of(keys_values, index) for keys_values in self.keys_values]
         return Prefix(kv, self.mask[index], self.hidden[index])
 
 
@@ -258,7 +259,7 @@ def _score_rest(model: Any, prefix: Prefix, rows: list[int], responses: list[lis
             input_ids=ids,
             attention_mask=mask,
             position_ids=_positions(mask)[:, prefix.mask.shape[1] :],
-            past_key_values=growing_cache((_rows_of(kv, index) for kv in prefix.keys_values), length),
+            past_key_values=growing_cache((rows_of(kv, index) for kv in prefix.keys_values), length),
             use_cache=True,
         )
     found: list[list[float]] = [[] for _ in responses]
@@ -399,7 +400,3 @@ def _logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(1) - 1).clamp_min(0)
-
-
-def _rows_of(keys_values: KeysValues, index: torch.Tensor) -> KeysValues:
-    return tuple(tensor[index] for tensor in keys_values)

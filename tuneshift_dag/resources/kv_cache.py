@@ -38,6 +38,11 @@ def restored(keys_values: KeysValues) -> tuple[torch.Tensor, torch.Tensor]:
     return keys * key_scales, values * value_scales
 
 
+def rows_of(keys_values: KeysValues, index: torch.Tensor) -> KeysValues:
+    """Some rows of what a layer's keys and values are stored in."""
+    return tuple(tensor[index] for tensor in keys_values)
+
+
 def growing_cache(keys_values: Iterable[KeysValues], block: int) -> Cache:
     """A cache that starts with these per layer and grows by ``block`` tokens at a time.
 
@@ -110,8 +115,7 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         return tuple(torch.cat([part[:, :, : self.started] for part in tensors])[own] for tensors in parts)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        own = indices.to(self.device)
-        self.stored = tuple(tensor[own] for tensor in self.stored)
+        self.stored = rows_of(self.stored, indices.to(self.device))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length of the tensors once ``query_length`` more tokens are in, and where they begin."""
