@@ -12,7 +12,6 @@ import yaml
 from benchmarks.common import REPETITIONS, TRANSFER, spread
 from tuneshift_dag.assets.filtered_dataset import refilter
 from tuneshift_dag.resources.store import Store
-from tuneshift_dag.resources.tables import SCORED_PAIRS
 
 
 def filter_rows() -> dict[str, Any]:
@@ -38,16 +37,21 @@ def filter_rows() -> dict[str, Any]:
 
 def _fill(store: Store, rows: int) -> None:
     """Scored rows with perplexities as a real round has them; a third or so passes."""
-    columns = ", ".join(f'"{c.name}"' for c in SCORED_PAIRS.columns)
     with store.transaction(TRANSFER.name) as connection:
         connection.execute("SELECT setseed(0.5)").fetchall()
+        # By name: columns that only some settings fill stay empty.
         connection.execute(
             f"""
-            INSERT INTO scored_pairs ({columns})
-            SELECT 'round_01', lpad(to_hex(i), 16, '0'), 'synthetic customer query number ' || i,
-                ' intent_' || (i % 77), ' some longer base response number ' || i, 5, 24, 'stop', 'length',
-                -1.0, -12.0, -20.0, -60.0, -0.01, NULL,
-                1 + random() * 0.6, 1 + random() * 2, 3.0, 9.0, NULL, NULL
+            INSERT INTO scored_pairs BY NAME
+            SELECT 'round_01' AS round, lpad(to_hex(i), 16, '0') AS prompt_id,
+                'synthetic customer query number ' || i AS prompt,
+                ' intent_' || (i % 77) AS fine_tuned_response,
+                ' some longer base response number ' || i AS base_response,
+                5 AS fine_tuned_tokens, 24 AS base_tokens, 'stop' AS fine_tuned_finish, 'length' AS base_finish,
+                -1.0 AS fine_tuned_own_logprob, -12.0 AS base_own_logprob,
+                -20.0 AS base_cross_logprob, -60.0 AS fine_tuned_cross_logprob, -0.01 AS fine_tuned_eos_logprob,
+                1 + random() * 0.6 AS ppl_fine_tuned, 1 + random() * 2 AS ppl_base,
+                3.0 AS ppl_base_cross, 9.0 AS ppl_fine_tuned_cross
             FROM range({rows}) AS t(i)
             """
         )
