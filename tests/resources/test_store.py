@@ -1,4 +1,5 @@
 import multiprocessing
+import random
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.resources.store import Store
 from tuneshift_dag.resources.tables import (
     CACHE,
+    CACHED_RESPONSES,
     CACHED_SCORES,
     FILTERED_DATASET,
     PROPOSALS,
@@ -143,6 +145,54 @@ def test_a_commit_leaves_the_database_file_as_it_was(store):
     store.replace("transfer", SEED_SET, seeds("a", "b"))
     assert store.path.read_bytes() == before
     assert seed_ids(store) == ["a", "b"]
+
+
+def append_responses(store: Store, start: int) -> None:
+    """600 responses, 4.8 MB. Every second call makes a checkpoint: the ``.wal`` is full by then."""
+    rows = [
+        {
+            "key": str(n),
+            "text": random.Random(n).randbytes(4_000).hex(),
+            "token_ids": [n],
+            "finish_reason": "stop",
+            "sum_logprob": -1.0,
+            "eos_logprob": -0.1,
+        }
+        for n in range(start, start + 600)
+    ]
+    store.append_all(CACHE, [(CACHED_RESPONSES, CACHED_RESPONSES.frame(rows))])
+
+
+def test_a_checkpoint_writes_what_was_added_and_not_the_table_anew(store):
+    for start in range(0, 3_600, 600):
+        append_responses(store, start)
+    groups = store.read(
+        "SELECT row_group_id, max(count) AS rows FROM pragma_storage_info('cache.responses') GROUP BY ALL ORDER BY 1"
+    )
+    assert groups["rows"].to_list() == [1_200] * 3
+    assert store.read("SELECT count(DISTINCT key) FROM cache.responses").item() == 3_600
+
+
+def test_replaced_rows_make_no_file_of_ever_larger_size(store):
+    sizes = []
+    for _ in range(6):
+        with store.transaction(CACHE) as connection:
+            connection.execute("DELETE FROM responses")
+        append_responses(store, 0)
+        append_responses(store, 600)
+        sizes.append(store.read("SELECT used_blocks FROM pragma_database_size()").item())
+    assert max(sizes[2:]) <= max(sizes[:2])
+
+
+def test_compacting_leaves_no_deleted_rows_in_the_file(store):
+    for start in range(0, 2_400, 600):
+        append_responses(store, start)
+    before = store.read("SELECT used_blocks FROM pragma_database_size()").item()
+    with store.transaction(CACHE, compact=True) as connection:
+        connection.execute("DELETE FROM responses WHERE key::INTEGER % 4 > 0")
+    after = store.read("SELECT used_blocks FROM pragma_database_size()").item()
+    assert after < before / 2
+    assert store.read("SELECT count(*) FROM cache.responses").item() == 600
 
 
 def test_processes_that_append_the_same_keys_end_with_one_copy(store):

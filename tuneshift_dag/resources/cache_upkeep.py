@@ -44,7 +44,7 @@ def collect(store: Store) -> list[dict[str, Any]]:
                 " Materialize its synthetic_prompts and scored_pairs once more (all from the cache), then try again."
             )
     before, used = stats(store), _used(store)
-    with store.transaction(CACHE) as connection:
+    with store.transaction(CACHE, compact=True) as connection:
         for table in _SIZES:
             connection.execute(f"DELETE FROM {table} WHERE key NOT IN ({used})")
     return before
