@@ -147,12 +147,12 @@ def test_a_commit_leaves_the_database_file_as_it_was(store):
     assert seed_ids(store) == ["a", "b"]
 
 
-def append_responses(store: Store, start: int) -> None:
+def append_responses(store: Store, start: int, characters: int = 8_000) -> None:
     """600 responses, 4.8 MB. Every second call makes a checkpoint: the ``.wal`` is full by then."""
     rows = [
         {
             "key": str(n),
-            "text": random.Random(n).randbytes(4_000).hex(),
+            "text": random.Random(n).randbytes(characters // 2).hex(),
             "token_ids": [n],
             "finish_reason": "stop",
             "sum_logprob": -1.0,
@@ -264,6 +264,26 @@ def test_spooled_rows_may_be_longer_than_the_memory_for_short_ones(store):
         store.replace("transfer", SEED_SET, spool)
     found = store.read("SELECT count(*), min(length(prompt)) FROM seed_set", schema="transfer")
     assert found.row(0) == (3_000, 40_000)
+
+
+def test_an_append_has_room_for_what_the_commit_before_left_to_a_checkpoint(store):
+    """100 MB that wait in the ``.wal``, then rows whose commit writes them to the database file."""
+    append_responses(store, 0, characters=160_000)
+    assert store.path.with_name(store.path.name + ".wal").stat().st_size > 90_000_000
+    append_responses(store, 600)
+    lengths = store.read("SELECT length(text) AS length FROM cache.responses ORDER BY 1")["length"]
+    assert lengths.to_list() == [8_000] * 600 + [160_000] * 600
+
+
+def test_spooled_rows_have_room_to_replace_what_waits_for_a_checkpoint(store):
+    texts = [random.Random(n).randbytes(50_000).hex() for n in range(1_000)]
+    rows = [{"prompt_id": str(n), "prompt": text, "response": ""} for n, text in enumerate(texts)]
+    store.replace("transfer", SEED_SET, SEED_SET.frame(rows))
+    assert store.path.with_name(store.path.name + ".wal").stat().st_size > 90_000_000
+    with store.spool(SEED_SET) as spool:
+        spool.append(seeds("a"))
+        store.replace("transfer", SEED_SET, spool)
+    assert seed_ids(store) == ["a"]
 
 
 def test_little_memory_is_no_limit_to_the_rows_of_a_result(store):

@@ -31,7 +31,7 @@ from tuneshift_dag.resources.tables import (
 )
 
 _LOCK_WAIT_SECONDS = 60.0
-_CHECKPOINT_EVERY = "4 MB"
+_CHECKPOINT_MB = 4
 """A checkpoint overwrites DuckDB's first block (256 KiB) in place: a process killed within those microseconds leaves a
 file that can't be opened (seen once in 1,200 kills while every close made one). What is committed is safe in the
 ``.wal`` beside the file before; a larger one is slower to open (4 MB: about 10 ms)."""
@@ -128,8 +128,8 @@ class Store:
 
             if not little_memory:
                 return rows()
-            _limit_memory(connection)
             try:
+                _limit_memory(connection)
                 return rows()
             except duckdb.OutOfMemoryException:
                 connection.execute("RESET memory_limit")
@@ -158,7 +158,8 @@ class Store:
     def append_all(self, schema: str, frames: Sequence[tuple[Table, pl.DataFrame]]) -> None:
         """Add rows in one transaction; a row whose key is there already is left out."""
         with self.transaction(schema) as connection:
-            connection.execute("SET threads = 1")  # each has buffers of its own, and a batch is small
+            # Or all keys of the table, which are read to leave out the known ones, stay in memory.
+            _limit_memory(connection, sum(rows.estimated_size() for _, rows in frames))
             for table, rows in frames:
                 insert(connection, table, rows, new_only=bool(table.key))
 
@@ -225,7 +226,7 @@ class Store:
         try:
             if not read_only:
                 connection.execute("PRAGMA disable_checkpoint_on_shutdown")
-                connection.execute(f"SET wal_autocheckpoint = '{_CHECKPOINT_EVERY}'")
+                connection.execute(f"SET wal_autocheckpoint = '{_CHECKPOINT_MB} MB'")
                 connection.execute(f"SET max_vacuum_tasks = {_MERGES_PER_CHECKPOINT}")
             yield connection
         finally:
@@ -257,10 +258,18 @@ def _limit_memory(connection: duckdb.DuckDBPyConnection, at_once: float = 0) -> 
     """Let DuckDB drop what it has read, and write to disk what it would hold until the commit.
 
     Args:
-        at_once: bytes that the statement has to hold at once; DuckDB has them twice while it writes them.
+        at_once: bytes that the statement has to hold at once. DuckDB has them twice while it writes them, and so it has
+            what waits in the ``.wal``: a commit may write that to the database file.
     """
+    at_once += max(0, _wal_bytes(connection) - _CHECKPOINT_MB * 1e6)
     # Each thread has buffers of its own.
     connection.execute(f"SET memory_limit = '{_LITTLE_MEMORY + 2 * at_once / 1e6:.0f} MB'; SET threads = 1")
+
+
+def _wal_bytes(connection: duckdb.DuckDBPyConnection) -> int:
+    row = connection.execute("SELECT path FROM duckdb_databases() WHERE database_name = current_database()").fetchone()
+    wal = Path(f"{row[0]}.wal") if row else None
+    return wal.stat().st_size if wal and wal.exists() else 0
 
 
 def _migrate(connection: duckdb.DuckDBPyConnection) -> None:
