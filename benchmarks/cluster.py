@@ -21,7 +21,7 @@ from tuneshift_dag.transfer import RayCluster
 PROMPTS = 128
 BATCH = 32
 ACTORS = 2
-MEMORY_CASES = (1_000, 10_000, 100_000)
+MEMORY_CASES = (1_000, 10_000, 100_000, 300_000)
 
 
 class TimedEngine(LocalEngine):

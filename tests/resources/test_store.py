@@ -286,6 +286,20 @@ def test_spooled_rows_have_room_to_replace_what_waits_for_a_checkpoint(store):
     assert seed_ids(store) == ["a"]
 
 
+def test_a_transaction_that_has_too_little_memory_is_done_again_without_a_limit(store, monkeypatch):
+    monkeypatch.setattr("tuneshift_dag.resources.store._LITTLE_MEMORY", 1)
+    for start in (0, 0, 600):
+        append_responses(store, start)
+    assert store.read("SELECT key FROM cache.responses ORDER BY key::INTEGER")["key"].to_list() == [
+        str(n) for n in range(1_200)
+    ]
+    store.replace("transfer", SEED_SET, seeds("a"))
+    with store.spool(SEED_SET) as spool:
+        spool.append(seeds("b", "c"))
+        store.replace("transfer", SEED_SET, spool)
+    assert seed_ids(store) == ["b", "c"]
+
+
 def test_little_memory_is_no_limit_to_the_rows_of_a_result(store):
     store.replace("transfer", SEED_SET, long_rows(32_000, 2_048))
     query = "SELECT * FROM seed_set WHERE prompt_id IN (SELECT unnest(?))"

@@ -244,10 +244,13 @@ def _record(current: Step, store: Store, transfer: Transfer) -> None:
         "cache_hits": current.cost.cache_hits,
         "peak_bytes": peak_bytes(),
     }
-    with store.transaction(transfer.name) as connection:
+
+    def statements(connection: Any) -> None:
         connection.execute("DELETE FROM cache_references WHERE asset = ? AND round = ?", [asset, round_ or ""])
         insert(connection, CACHE_REFERENCES, current.references)
         insert(connection, STEPS, STEPS.frame([row]))
+
+    store.write(transfer.name, statements, current.references.at_once)
 
 
 def _place(context: dg.AssetExecutionContext) -> tuple[str, str | None]:

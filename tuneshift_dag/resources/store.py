@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from tuneshift_dag.resources.tables import (
 )
 
 _LOCK_WAIT_SECONDS = 60.0
-_CHECKPOINT_MB = 4
+_CHECKPOINT_EVERY = "4 MB"
 """A checkpoint overwrites DuckDB's first block (256 KiB) in place: a process killed within those microseconds leaves a
 file that can't be opened (seen once in 1,200 kills while every close made one). What is committed is safe in the
 ``.wal`` beside the file before; a larger one is slower to open (4 MB: about 10 ms)."""
@@ -42,6 +42,8 @@ rows are all deleted; look-ups in 27 groups of 400,000 responses were as fast as
 _LITTLE_MEMORY = 24
 """MB that DuckDB gets for a statement whose rows come in parts, beside those that it must hold at once. Without a limit
 it keeps what it has read and, until the commit, what it writes: 180 MB for 100,000 scored pairs."""
+_TOO_LITTLE_MEMORY = (duckdb.OutOfMemoryException, duckdb.TransactionException, duckdb.FatalException)
+"""As a statement, a commit and the checkpoint that a commit makes say it."""
 
 
 class Spool:
@@ -68,6 +70,11 @@ class Spool:
 
     def __len__(self) -> int:
         return self._rows
+
+    @property
+    def at_once(self) -> float:
+        """Bytes of the rows that DuckDB takes from `reader` at a time."""
+        return int(duckdb.__standard_vector_size__) * self.row_bytes
 
     @property
     def columns(self) -> list[str]:
@@ -150,18 +157,46 @@ class Store:
     def replace_all(self, schema: str, frames: Sequence[tuple[Table, pl.DataFrame | Spool]], **where: str) -> None:
         """`replace` for several tables in the same transaction."""
         condition = " AND ".join(f"{column} = ?" for column in where) or "TRUE"
-        with self.transaction(schema) as connection:
+
+        def statements(connection: duckdb.DuckDBPyConnection) -> None:
             for table, rows in frames:
                 connection.execute(f"DELETE FROM {table.name} WHERE {condition}", list(where.values()))
                 insert(connection, table, rows)
 
+        spools = [rows for _, rows in frames if isinstance(rows, Spool)]
+        self.write(schema, statements, max((spool.at_once for spool in spools), default=None))
+
     def append_all(self, schema: str, frames: Sequence[tuple[Table, pl.DataFrame]]) -> None:
         """Add rows in one transaction; a row whose key is there already is left out."""
-        with self.transaction(schema) as connection:
-            # Or all keys of the table, which are read to leave out the known ones, stay in memory.
-            _limit_memory(connection, sum(rows.estimated_size() for _, rows in frames))
+
+        def statements(connection: duckdb.DuckDBPyConnection) -> None:
             for table, rows in frames:
                 insert(connection, table, rows, new_only=bool(table.key))
+
+        # Without a limit all keys of the table, which are read to leave out the known ones, stay in memory.
+        self.write(schema, statements, sum(rows.estimated_size() for _, rows in frames))
+
+    def write(
+        self, schema: str, statements: Callable[[duckdb.DuckDBPyConnection], None], at_once: float | None = None
+    ) -> None:
+        """One transaction, which with ``at_once`` holds little in memory.
+
+        Args:
+            statements: are run a second time, without a limit, when that was too little. (Nothing of the first is in
+                the file then.)
+            at_once: bytes of the rows that a statement has to hold at once.
+        """
+        if at_once is not None:
+            try:
+                with self.transaction(schema) as connection:
+                    _limit_memory(connection, at_once)
+                    statements(connection)
+                return
+            except _TOO_LITTLE_MEMORY:
+                pass
+        with self.transaction(schema) as connection:
+            connection.execute("RESET memory_limit")
+            statements(connection)
 
     @contextmanager
     def transaction(self, schema: str, compact: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -226,7 +261,7 @@ class Store:
         try:
             if not read_only:
                 connection.execute("PRAGMA disable_checkpoint_on_shutdown")
-                connection.execute(f"SET wal_autocheckpoint = '{_CHECKPOINT_MB} MB'")
+                connection.execute(f"SET wal_autocheckpoint = '{_CHECKPOINT_EVERY}'")
                 connection.execute(f"SET max_vacuum_tasks = {_MERGES_PER_CHECKPOINT}")
             yield connection
         finally:
@@ -258,18 +293,10 @@ def _limit_memory(connection: duckdb.DuckDBPyConnection, at_once: float = 0) -> 
     """Let DuckDB drop what it has read, and write to disk what it would hold until the commit.
 
     Args:
-        at_once: bytes that the statement has to hold at once. DuckDB has them twice while it writes them, and so it has
-            what waits in the ``.wal``: a commit may write that to the database file.
+        at_once: bytes that the statement has to hold at once; DuckDB has them twice while it writes them.
     """
-    at_once += max(0, _wal_bytes(connection) - _CHECKPOINT_MB * 1e6)
     # Each thread has buffers of its own.
     connection.execute(f"SET memory_limit = '{_LITTLE_MEMORY + 2 * at_once / 1e6:.0f} MB'; SET threads = 1")
-
-
-def _wal_bytes(connection: duckdb.DuckDBPyConnection) -> int:
-    row = connection.execute("SELECT path FROM duckdb_databases() WHERE database_name = current_database()").fetchone()
-    wal = Path(f"{row[0]}.wal") if row else None
-    return wal.stat().st_size if wal and wal.exists() else 0
 
 
 def _migrate(connection: duckdb.DuckDBPyConnection) -> None:
@@ -316,8 +343,6 @@ def insert(
     unknown = set(rows.columns) ^ {c.name for c in table.columns}
     if unknown:
         raise ValueError(f"{table.name}: columns differ from the declared ones: {sorted(unknown)}")
-    if isinstance(rows, Spool):
-        _limit_memory(connection, duckdb.__standard_vector_size__ * rows.row_bytes)
     connection.register("incoming", rows.reader() if isinstance(rows, Spool) else rows.to_arrow())
     verb, source = "INSERT", "incoming"
     if new_only and table.indexed:
