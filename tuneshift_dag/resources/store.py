@@ -203,7 +203,8 @@ class Store:
         """A read-write connection inside one transaction, for a few statements and no model call.
 
         Args:
-            compact: afterwards write the tables that changed anew, without what was deleted, whatever memory it takes.
+            compact: afterwards merge the row groups of the tables that changed, without what was deleted from them,
+                whatever memory it takes.
         """
         self.prepare(schema)
         with self._connection(read_only=False) as connection:
