@@ -289,7 +289,7 @@ def test_spooled_rows_have_room_to_replace_what_waits_for_a_checkpoint(store):
 def test_a_transaction_that_has_too_little_memory_is_done_again_without_a_limit(store, monkeypatch):
     monkeypatch.setattr("tuneshift_dag.resources.store._LITTLE_MEMORY", 1)
     for start in (0, 0, 600):
-        append_responses(store, start)
+        append_responses(store, start, characters=8)
     assert store.read("SELECT key FROM cache.responses ORDER BY key::INTEGER")["key"].to_list() == [
         str(n) for n in range(1_200)
     ]

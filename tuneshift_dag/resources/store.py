@@ -40,8 +40,9 @@ _MERGES_PER_CHECKPOINT = 0
 for responses. Without merges it writes what was added since the last one, some 2,500 rows, and drops row groups whose
 rows are all deleted; look-ups in 27 groups of 400,000 responses were as fast as in 5."""
 _LITTLE_MEMORY = 24
-"""MB that DuckDB gets for a statement whose rows come in parts, beside those that it must hold at once. Without a limit
-it keeps what it has read and, until the commit, what it writes: 180 MB for 100,000 scored pairs."""
+"""MB that DuckDB gets for a look-up or an append in a large table, or for rows that come in parts, beside those rows
+that it must hold at once. Without a limit it keeps what it has read and, until the commit, what it writes: 180 MB for
+100,000 scored pairs. With 16 an append and the commit of those pairs fail."""
 _TOO_LITTLE_MEMORY = (duckdb.OutOfMemoryException, duckdb.TransactionException, duckdb.FatalException)
 """As a statement, a commit and the checkpoint that a commit makes say it."""
 
