@@ -241,6 +241,28 @@ def test_a_cluster_changes_no_version(transfer_folder, edit_config):
     assert len(versions) == 1
 
 
+def test_what_runs_each_step(transfer_folder, edit_config):
+    def ran(asset):
+        transfer = load_transfer(transfer_folder)
+        return transfer.models_of(asset), transfer.engine_of(asset)
+
+    base = load_transfer(transfer_folder).config.source.base
+    (transfer_folder / base / "tokenizer.json").write_text("{}")
+    assert ran("filtered_dataset") == (None, None)
+    assert ran("scored_pairs") == (base, "local")
+    edit_config("engine", {"type": "ray", "ray": {"actors": 4, "gpus_per_actor": 0.5}})
+    assert ran("scored_pairs")[1] == ran("synthetic_prompts")[1] == "ray, 4 actors × 0.5 GPU"
+    edit_config("engine", SERVED)
+    edit_config("target.base", "other/target")
+    served, address = SERVED["base"]["model"], SERVED["server"]["base_url"]
+    assert ran("scored_pairs") == (served, f"openai, 32 requests at once, {address}")
+    assert ran("evaluation")[0] == f"{served}, other/target"
+    assert ran("synthetic_prompts") == (load_transfer(transfer_folder).config.generator.model, "local")
+    assert ran("distilled_model") == ("other/target", "local")
+    edit_config("generator.server", {"base_url": "http://b/v1", "concurrency": 8})
+    assert ran("synthetic_prompts")[1] == "openai, 8 requests at once, http://b/v1"
+
+
 def test_every_bad_setting_is_named_at_once(transfer_folder, edit_config):
     edit_config("rounds", 0)
     edit_config("distill.rank", "high")

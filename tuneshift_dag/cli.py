@@ -120,6 +120,8 @@ def plan(
         return
     _out.print(_plan_heading(made), highlight=False)
     _out.print(_plan_table(made))
+    if made["recorded_speeds"]:
+        _out.print(_speeds_table(made))
     for one in made["plans"]:
         _out.print(f"Bottleneck of {one['gpus']}: {one['bottleneck']}.", highlight=False)
     for warning in made["warnings"]:
@@ -487,6 +489,25 @@ def _plan_table(made: dict[str, Any]) -> Table:
     table.add_row(f"{unit}-hours", *(f"{one['gpu_hours']:,.2f}" for one in plans))
     if plans[0]["cost"] is not None:
         table.add_row("cost", *(f"{one['cost']:,.2f}" for one in plans))
+    return table
+
+
+def _speeds_table(made: dict[str, Any]) -> Table:
+    table = Table(title="Recorded speeds", caption="bold: used above", title_justify="left", caption_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in ("rows/s", "tokens/s", "models", "engine", "recorded"):
+        table.add_column(column, justify="right" if column.endswith("/s") else "left", overflow="fold")
+    for speed in made["recorded_speeds"]:
+        tokens = speed["tokens_per_second"]
+        table.add_row(
+            speed["step"],
+            f"{1 / speed['seconds_per_row']:,.1f}",
+            "-" if tokens is None else f"{tokens:,.0f}",
+            ", ".join(model.rpartition("/")[2] for model in speed["models"].split(", ")) if speed["models"] else "-",
+            speed["engine"] or "-",
+            speed["recorded_at"][:10],
+            style="bold" if speed == made["speeds"][speed["step"]] else None,
+        )
     return table
 
 

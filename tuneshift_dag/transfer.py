@@ -167,6 +167,10 @@ class RayCluster(_Section):
     cpus_per_actor: int = Field(1, ge=1, description="CPUs, and so threads, of an actor.")
     gpus_per_actor: float = Field(0, ge=0, description="GPUs of an actor; with 0.5, two actors share one.")
 
+    def __str__(self) -> str:
+        each = f"{self.gpus_per_actor:g} GPU" if self.gpus_per_actor else f"{self.cpus_per_actor} CPU"
+        return f"{self.actors} actors × {each}"
+
     @field_validator("address")
     @classmethod
     def _is_address(cls, value: str) -> str:
@@ -821,6 +825,29 @@ class Transfer:
             settings.target,
             settings.target_share or 0.0,
         )
+
+    def models_of(self, asset: str) -> str | None:
+        """The models of a step whose speed is recorded for `tuneshift plan`; None for another one."""
+        config = self.config
+        source = config.engine.base.model if config.engine.base else config.source.base
+        return {
+            "synthetic_prompts": config.generator.model,
+            "scored_pairs": source,
+            "distilled_model": config.target.base,
+            "evaluation": f"{source}, {config.target.base}",
+        }.get(asset)
+
+    def engine_of(self, asset: str) -> str | None:
+        """What runs `models_of` the step, as far as speed depends on it."""
+        engine = self.config.engine
+        server = self.config.generator.server if asset == "synthetic_prompts" else engine.server
+        if self.models_of(asset) is None:
+            return None
+        if asset == "distilled_model":
+            return "local"
+        if server is not None:
+            return f"openai, {server.concurrency} requests at once, {server.base_url}"
+        return f"ray, {engine.ray}" if engine.type == "ray" else "local"
 
     def describe_filter(self) -> str:
         """For people: the rule, its cut, and what is asked beyond it."""

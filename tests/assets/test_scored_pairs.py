@@ -84,6 +84,16 @@ def test_chunks_give_what_the_whole_round_gives(project: Project) -> None:
     assert len(found[0][0]) == 3 * CHUNK + 1 and found[0][3] == [(4 * (3 * CHUNK + 1),) * 2]
 
 
+def test_a_step_records_what_ran_and_how_many_tokens_it_made(project: Project) -> None:
+    """`tuneshift plan` takes its speeds from there."""
+    add_prompts(project, "round_01", "one", "two")
+    assert project.materialize("scored_pairs", round="round_01").success
+    tokens = project.rows("SELECT sum(base_tokens + fine_tuned_tokens) FROM scored_pairs")
+    [(models, engine, generated)] = project.rows("SELECT models, engine, tokens_generated FROM steps")
+    assert (models, engine) == (project.transfer.config.source.base, "local")
+    assert [(generated,)] == tokens
+
+
 def test_a_step_that_fails_in_a_later_chunk_leaves_the_table_and_keeps_what_was_computed(project: Project) -> None:
     add_prompts(project, "round_01", *(f"number {i}" for i in range(2 * CHUNK)))
     assert project.materialize("scored_pairs", round="round_01").success

@@ -66,12 +66,16 @@ def recorded(sized: Path) -> Store:
     return store
 
 
-def write_steps(store: Store, batch: str, steps: list[tuple[Any, ...]], minute: int, cache_hits: int = 0) -> None:
+def write_steps(
+    store: Store, batch: str, steps: list[tuple[Any, ...]], minute: int, cache_hits: int = 0, **ran: Any
+) -> None:
+    """``ran``: models, engine and tokens_generated of each step; NULL, as older versions recorded them, without."""
+    unknown = dict.fromkeys(("models", "engine", "tokens_generated"))
     rows = [
         {
             "run_id": batch, "batch_id": batch, "asset": asset, "round": round_, "seconds": seconds,
             "finished_at": datetime(2026, 11, 24, 8, minute), "model_seconds": seconds, "model_calls": calls,
-            "cache_hits": cache_hits, "peak_bytes": 2_000_000_000,
+            "cache_hits": cache_hits, "peak_bytes": 2_000_000_000, **unknown, **ran,
         }
         for asset, round_, seconds, calls in steps
     ]  # fmt: skip
@@ -82,9 +86,14 @@ def make(folder: Path, store: Store, **options: Any) -> dict[str, Any]:
     return plans.plan(store, load_transfer(folder), **options)
 
 
+def chosen(folder: Path, store: Store) -> dict[str, plans.Speed]:
+    transfer = load_transfer(folder)
+    return plans.chosen_speeds(plans.recorded_speeds(store, transfer), transfer)
+
+
 class TestRecordedSpeeds:
     def test_are_seconds_per_call_pair_example_and_answer(self, sized: Path, recorded: Store) -> None:
-        speeds = plans.recorded_speeds(recorded, load_transfer(sized))
+        speeds = chosen(sized, recorded)
         assert speeds["synthetic_prompts"].seconds_per_row == pytest.approx((42.8 + 23.5) / 640)
         # A pair is four model calls: two responses, two cross scores.
         assert speeds["scored_pairs"].seconds_per_row == pytest.approx((36.8 + 26.0) / ((1040 + 1240) / 4))
@@ -96,8 +105,62 @@ class TestRecordedSpeeds:
         write_steps(recorded, "second", [("evaluation", None, 10.0, 100)], minute=1)
         write_steps(recorded, "half from the cache", [("evaluation", None, 99.0, 1)], minute=2, cache_hits=923)
         write_steps(recorded, "all from the cache", [("evaluation", None, 0.1, 0)], minute=3)
-        speed = plans.recorded_speeds(recorded, load_transfer(sized))["evaluation"]
+        speed = chosen(sized, recorded)["evaluation"]
         assert (speed.seconds_per_row, speed.recorded_at) == (0.1, "2026-11-24 08:01")
+
+    def test_are_of_the_transfers_engine_and_models(self, sized: Path, recorded: Store, edit_config: Edit) -> None:
+        """A server answers four times as fast, and the last run was on a cluster."""
+        base = load_transfer(sized).config.source.base
+        address = "http://a/v1"
+        ran = {
+            "local": ("local", base, 40.0),
+            "openai": (f"openai, 32 requests at once, {address}", "served", 10.0),
+            "ray": ("ray, 2 actors × 1 CPU", base, 20.0),
+        }
+        for minute, (batch, (engine, models, seconds)) in enumerate(ran.items(), start=1):
+            step = [("scored_pairs", "round_01", seconds, 400)]
+            write_steps(recorded, batch, step, minute, engine=engine, models=models, tokens_generated=800)
+        settings: dict[str, dict[str, Any]] = {
+            "local": {},
+            "openai": {
+                "type": "openai", "server": {"base_url": address},
+                "base": {"model": "served"}, "fine_tuned": {"model": "adapted"},
+            },
+            "ray": {"type": "ray"},
+        }  # fmt: skip
+        for type_, engine in settings.items():
+            edit_config("engine", engine)
+            made = make(sized, recorded)
+            speed = made["speeds"]["scored_pairs"]
+            assert (speed["engine"], speed["models"]) == ran[type_][:2]
+            assert speed["tokens_per_second"] == 800 / ran[type_][2]
+            assert made["plans"][0]["seconds"]["scored_pairs"] == pytest.approx(
+                made["pairs_scored"] * ran[type_][2] / 100
+            )
+            assert not [line for line in made["warnings"] if "recorded speed" in line]
+        engines = [speed["engine"] for speed in made["recorded_speeds"] if speed["step"] == "scored_pairs"]
+        assert engines == [ran["ray"][0], ran["openai"][0], "local", None], "all of them, the last first"
+
+    def test_of_another_engine_are_told(self, sized: Path, recorded: Store, edit_config: Edit) -> None:
+        """That of an older version, whose engine isn't known, goes before that of another engine."""
+        step = [("scored_pairs", "round_01", 20.0, 400)]
+        write_steps(recorded, "cluster", step, 1, engine="ray, 2 actors × 1 CPU", models="other/base")
+        assert chosen(sized, recorded)["scored_pairs"].engine is None
+        with recorded.transaction("banking") as connection:
+            connection.execute("DELETE FROM steps WHERE asset = 'scored_pairs' AND engine IS NULL")
+        base = load_transfer(sized).config.source.base
+        assert make(sized, recorded)["warnings"][0] == (
+            f"scored_pairs has no recorded speed of {base} (local): this one is of other/base"
+            " (ray, 2 actors × 1 CPU). `tuneshift run banking` records its own."
+        )
+
+    def test_of_a_training_are_the_targets(self, sized: Path, recorded: Store, edit_config: Edit) -> None:
+        with recorded.transaction("banking") as connection:
+            connection.execute("UPDATE distilled_models SET target = 'other/target'")
+        warnings = make(sized, recorded)["warnings"]
+        assert any(line.startswith("distilled_model has no recorded speed of ") for line in warnings)
+        edit_config("target.base", "other/target")
+        assert not any("recorded speed" in line for line in make(sized, recorded, given={"target": 1e6})["warnings"])
 
     def test_plan_the_transfer_as_it_is_now(self, sized: Path, recorded: Store, edit_config: Edit) -> None:
         """3 calls a round, 2 rounds; then ten times as many calls."""
@@ -285,6 +348,16 @@ class TestCommand:
             assert one["total_seconds"] >= one["sequential_seconds"]
             assert one["memory_bytes"].keys() == one["seconds"].keys()
         assert made["recorded_peak_bytes"]["evaluation"] == 2_000_000_000
+
+    def test_shows_the_speeds_that_it_used(self, tuneshift: Run, recorded: Store, sized: Path) -> None:
+        base = load_transfer(sized).config.source.base
+        step = [("scored_pairs", "round_01", 40.0, 400)]
+        write_steps(recorded, "local", step, 1, engine="local", models=base, tokens_generated=90_000)
+        status, out, _ = tuneshift("plan", "banking")
+        assert status == 0
+        rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
+        assert ["scored_pairs", "2.5", "2,250", Path(base).name, "local", "2026-11-24"] in rows
+        assert any(row[:5] == ["evaluation", "18.9", "-", "-", "-"] for row in rows)
 
     def test_for_people(self, tuneshift: Run, sized: Path) -> None:
         status, out, _ = tuneshift("plan", "banking", "--gpu", "a100", "--gpus", "2")

@@ -102,6 +102,7 @@ def _train(
         "model_id": model_id,
         "dataset_version": dataset_version,
         "pairs": len(pairs),
+        "target": transfer.config.target.base,
         "settings": transfer.config.distill.model_dump_json(),
         "curve": json.dumps({"steps": curve.steps, "epochs": curve.epochs, "token_share": curve.token_share}),
         "seconds": curve.seconds,

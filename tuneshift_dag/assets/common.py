@@ -242,6 +242,9 @@ def _record(current: Step, store: Store, transfer: Transfer) -> None:
         "model_seconds": current.cost.model_seconds,
         "model_calls": current.cost.model_calls,
         "cache_hits": current.cost.cache_hits,
+        "tokens_generated": current.cost.tokens,
+        "models": transfer.models_of(asset),
+        "engine": transfer.engine_of(asset),
         "peak_bytes": peak_bytes(),
     }
 

@@ -73,7 +73,7 @@ GPUS = {
         Hardware("l40s", 362e12, 0.864e12, 48e9),  # L40S data sheet
         Hardware("a10", 125e12, 0.6e12, 24e9),  # A10 data sheet
         Hardware("l4", 121e12, 0.3e12, 24e9),  # L4 data sheet: 242 with sparsity
-        # No GPU: the two cores (AMD EPYC, AVX512_BF16) of benchmarks/results.json, `ceilings` of fraction_of_limit.
+        # No GPU: two cores of an AMD EPYC with AVX512_BF16 (benchmarks/README.md, `fraction_of_limit`).
         Hardware("cpu", 1.016e12, 46.7e9, 16e9, launch=0, usable=CPU_USABLE),
     )
 }
@@ -83,8 +83,8 @@ GPUS = {
 class Fractions:
     """How much of the limit is reached. Measured on a CPU with models of 135M and 270M; for a GPU an assumption.
 
-    `decode` and `prefill`: benchmarks/results.json, fraction_of_limit. `training`: the packaged transfer's recorded
-    training, 307.9 s, whose limit by the formulas here is 87 s.
+    `decode` and `prefill`: benchmarks/README.md, `fraction_of_limit` of the AMD EPYC, at 96 rows. `training`: the
+    packaged transfer's recorded training there, 307.9 s, whose limit by the formulas here is 87 s.
     """
 
     decode: float = 0.36

@@ -266,47 +266,70 @@ def _proposals(transfer: Transfer, model: ModelSize, known: Lengths) -> Answers:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a step ran: rows are generator calls, pairs, training examples or held-out answers."""
+    """How fast a step ran: rows are generator calls, pairs, training examples or held-out answers.
 
+    Args:
+        tokens_per_second: generated ones; None when they weren't counted.
+        models: what ran, and on which ``engine``; None when an older version recorded it.
+    """
+
+    step: str
     seconds_per_row: float
     rows: int
     recorded_at: str
+    tokens_per_second: float | None
+    models: str | None
+    engine: str | None
+
+    def is_of(self, transfer: Transfer) -> bool:
+        return (self.models, self.engine) == (transfer.models_of(self.step), transfer.engine_of(self.step))
 
 
-def recorded_speeds(store: Store, transfer: Transfer) -> dict[str, Speed]:
-    """Of the last run of each step in which models computed everything; {} before one."""
+def recorded_speeds(store: Store, transfer: Transfer) -> list[Speed]:
+    """Of each step with each engine and models the last run in which all was computed, by step, latest first."""
     config = transfer.config
     calls = (4 if config.engine.cross_scores else 2) + transfer.needs_ifd + config.response.samples
     calls += (config.filter.target is not None) + 2 * (config.filter.discriminator is not None)
-    rows_per_call = {"synthetic_prompts": 1.0, "scored_pairs": 1 / calls, "evaluation": 1.0}
-    found = store.read(_SPEEDS, schema=transfer.name).iter_rows(named=True)
-    speeds = {
-        row["asset"]: Speed(
-            row["seconds"] / row["model_calls"] / rows_per_call[row["asset"]],
-            round(row["model_calls"] * rows_per_call[row["asset"]]),
-            f"{row['at']:%Y-%m-%d %H:%M}",
-        )
-        for row in found
-    }
-    trained = store.read(
-        "SELECT pairs, seconds, settings, created_at FROM distilled_models ORDER BY created_at DESC LIMIT 1",
-        schema=transfer.name,
-    ).to_dicts()
-    for row in trained:
+    speeds = []
+    for row in store.read(_SPEEDS, schema=transfer.name).iter_rows(named=True):
+        rows = row["model_calls"] / (calls if row["asset"] == "scored_pairs" else 1)
+        per_second = None if row["tokens"] is None else row["tokens"] / row["seconds"]
+        at = f"{row['finished']:%Y-%m-%d %H:%M}"
+        ran = (row["models"], row["engine"])
+        speeds.append(Speed(row["asset"], row["seconds"] / rows, round(rows), at, per_second, *ran))
+    for row in store.read(_TRAININGS, schema=transfer.name).iter_rows(named=True):
         settings = json.loads(row["settings"])
         examples = round(row["pairs"] * (1 - settings["validation_fraction"])) * settings["epochs"]
-        speeds["distilled_model"] = Speed(row["seconds"] / examples, examples, f"{row['created_at']:%Y-%m-%d %H:%M}")
-    return speeds
+        at = f"{row['created_at']:%Y-%m-%d %H:%M}"
+        engine = transfer.engine_of("distilled_model") if row["target"] else None
+        speeds.append(Speed("distilled_model", row["seconds"] / examples, examples, at, None, row["target"], engine))
+    return sorted(speeds, key=lambda speed: STEPS.index(speed.step))
 
 
 _SPEEDS = """
-    WITH computed AS (SELECT * FROM steps WHERE model_calls > 0 AND cache_hits = 0)
-    SELECT asset, sum(seconds) AS seconds, sum(model_calls)::DOUBLE AS model_calls, max(finished_at) AS at
-    FROM computed
-    WHERE asset IN ('synthetic_prompts', 'scored_pairs', 'evaluation')
-        AND batch_id = (SELECT arg_max(c.batch_id, c.finished_at) FROM computed c WHERE c.asset = computed.asset)
-    GROUP BY asset
+    SELECT asset, models, engine, sum(seconds) AS seconds, sum(model_calls)::DOUBLE AS model_calls,
+        sum(tokens_generated)::DOUBLE AS tokens, max(finished_at) AS finished
+    FROM steps
+    WHERE model_calls > 0 AND cache_hits = 0 AND asset IN ('synthetic_prompts', 'scored_pairs', 'evaluation')
+    GROUP BY asset, models, engine, batch_id
+    QUALIFY row_number() OVER (PARTITION BY asset, models, engine ORDER BY finished DESC) = 1
+    ORDER BY finished DESC
 """
+_TRAININGS = """
+    SELECT pairs, seconds, target, settings, created_at FROM distilled_models
+    QUALIFY row_number() OVER (PARTITION BY target ORDER BY created_at DESC) = 1
+    ORDER BY created_at DESC
+"""
+
+
+def chosen_speeds(recorded: Sequence[Speed], transfer: Transfer) -> dict[str, Speed]:
+    """Of each step the speed of the transfer's own models and engine; else one of unknown ones, else the last."""
+
+    def distance(speed: Speed) -> int:
+        return 0 if speed.is_of(transfer) else 1 if speed.engine is None else 2
+
+    by_step = {step: [speed for speed in recorded if speed.step == step] for step in STEPS}
+    return {step: min(speeds, key=distance) for step, speeds in by_step.items() if speeds}
 
 
 def plan(
@@ -330,12 +353,14 @@ def plan(
     known = lengths(store, transfer)
     work = workload(transfer, model_sizes(transfer, given or {}), known, here=not gpu)
     steps = [step for step in STEPS if step != "evaluation" or work.evaluation]
+    recorded: Sequence[Speed] = []
     speeds: dict[str, Speed] = {}
     if gpu:
         hardware = gpu_named(gpu)
     else:
         hardware = this_machine(transfer)
-        speeds = recorded_speeds(store, transfer)
+        recorded = recorded_speeds(store, transfer)
+        speeds = chosen_speeds(recorded, transfer)
         missing = [step for step in steps if step not in speeds]
         if missing:
             raise TuneshiftError(
@@ -343,24 +368,14 @@ def plan(
                 f" {transfer.name}` records it, or name a GPU to estimate it, such as --gpu h100"
                 f" (known: {', '.join(GPUS)})."
             )
-    recorded = {step: speeds[step].seconds_per_row for step in speeds}
-    # Generated ones; of the training, read ones.
-    tokens = {
-        "synthetic_prompts": work.proposals.response,
-        "scored_pairs": sum(side.response * side.rows for side in work.pairs) / work.pairs[0].rows,
-        "evaluation": known.evaluation[0],
-        "distilled_model": work.training.tokens,
-    }
-    estimates = [estimate_gpus(work, hardware, count, recorded=recorded) for count in gpus]
+    per_row = {step: speed.seconds_per_row for step, speed in speeds.items()}
+    estimates = [estimate_gpus(work, hardware, count, recorded=per_row) for count in gpus]
     return {
         "transfer": transfer.name,
         "gpu": hardware.name,
         "memory_bytes": hardware.memory,
-        "speeds": {
-            step: {**vars(speed), "tokens_per_second": tokens[step] / speed.seconds_per_row}
-            for step, speed in speeds.items()
-        }
-        or "roofline",
+        "speeds": {step: vars(speed) for step, speed in speeds.items()} or "roofline",
+        "recorded_speeds": [vars(speed) for speed in recorded],
         "recorded_peak_bytes": _peaks(store, transfer, steps) if speeds else None,
         "lengths": "recorded" if known.recorded else "the longest that transfer.yaml allows",
         "rounds": work.rounds,
@@ -368,7 +383,11 @@ def plan(
         "pairs_scored": work.rounds * work.pairs[0].rows,
         "training_examples": work.training.examples,
         "plans": [_plan(one, price) for one in estimates],
-        "warnings": [*memory_warnings(transfer, work, hardware), *_idle(work, max(gpus))],
+        "warnings": [
+            *_other_speeds(transfer, speeds),
+            *memory_warnings(transfer, work, hardware),
+            *_idle(work, max(gpus)),
+        ],
     }
 
 
@@ -467,6 +486,15 @@ def _smaller_training(training: Training, room: float) -> str:
                 changes += [f"distill.batch_size: {batch}"] if batch < training.batch else []
                 return f"set {' and '.join(changes)}"
     return "choose a smaller target"
+
+
+def _other_speeds(transfer: Transfer, speeds: Mapping[str, Speed]) -> list[str]:
+    return [
+        f"{step} has no recorded speed of {transfer.models_of(step)} ({transfer.engine_of(step)}): this one is of"
+        f" {speed.models} ({speed.engine}). `tuneshift run {transfer.name}` records its own."
+        for step, speed in speeds.items()
+        if speed.engine is not None and not speed.is_of(transfer)
+    ]
 
 
 def _idle(work: Workload, gpus: int) -> list[str]:

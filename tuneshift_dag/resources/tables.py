@@ -239,6 +239,7 @@ DISTILLED_MODELS = Table(
         Column("model_id", "VARCHAR", "Hash of dataset version, target and distillation settings."),
         Column("dataset_version", "VARCHAR", "Hash of the training pairs."),
         Column("pairs", "INTEGER", "Training pairs, the validation slice included."),
+        Column("target", "VARCHAR", "The target base model; NULL in rows of older versions."),
         Column("settings", "VARCHAR", "Distillation settings, as JSON."),
         Column("curve", "VARCHAR", "Losses by step and epoch, as JSON."),
         Column("seconds", "DOUBLE", "Training time."),
@@ -383,6 +384,9 @@ STEPS = Table(
         Column("model_seconds", "DOUBLE", "Part of it spent loading, running or training models."),
         Column("model_calls", "INTEGER", "Prompts that a model answered, scored or continued."),
         Column("cache_hits", "INTEGER", "Prompts whose result came from the cache."),
+        Column("tokens_generated", "BIGINT", "Tokens that models generated."),
+        Column("models", "VARCHAR", "Models that ran, where `tuneshift plan` takes the step's speed from here."),
+        Column("engine", "VARCHAR", "What ran them: engine.type and how much at once."),
         Column(
             "peak_bytes", "BIGINT", "Peak memory of the process during the step; where there are GPUs, of all of them."
         ),
