@@ -1,8 +1,10 @@
 """Training on tiny random models: what the loss counts, and that silent failures are loud."""
 
+import math
 import random
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import bitsandbytes
 import pytest
@@ -18,7 +20,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from tuneshift_dag.method import distillation
+from tuneshift_dag.method import distillation, training_checkpoint
 from tuneshift_dag.method.distillation import (
     LoraTraining,
     TokenizedExample,
@@ -29,6 +31,7 @@ from tuneshift_dag.method.distillation import (
     response_loss,
     train,
 )
+from tuneshift_dag.method.training_checkpoint import TrainingCheckpoint
 
 SETTINGS = LoraTraining(rank=4, alpha=8, epochs=2, batch_size=4, learning_rate=1e-2, validation_fraction=0.25)
 TINY = {
@@ -316,6 +319,84 @@ def test_same_seed_gives_the_same_adapter() -> None:
         train(model, examples(8), SETTINGS)
         weights.append(torch.cat([p.flatten() for p in model.parameters() if p.requires_grad]))
     assert torch.equal(*weights)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingCheckpoint:
+    """A checkpoint after every step, however long it takes to write."""
+    monkeypatch.setattr(training_checkpoint, "_SHARE", math.inf)
+    return TrainingCheckpoint(tmp_path / "checkpoint", every=0)
+
+
+def trained(settings: LoraTraining, checkpoint: TrainingCheckpoint | None, end_after: int | None = None, dtype=None):
+    """Curve, adapter weights and step numbers of a training that may be ended after a step."""
+    model = add_lora(tiny_model().to(dtype), settings)
+    steps = []
+
+    def on_step(step: int, total: int, loss: float) -> None:
+        steps.append(step)
+        if end_after is not None and step > end_after:
+            raise Killed
+
+    curve = train(model, examples(16), settings, on_step, checkpoint)
+    weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    return curve, weights, steps
+
+
+@pytest.mark.parametrize("end_after", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({}, None),
+        ({"balance": "response", "prompt_weight": 0.1, "batch_size": 2, "gradient_accumulation": 2}, None),
+        ({"shuffle": False}, None),
+        ({}, torch.float16),
+        ({"rank": 64, "optimizer": "paged_adamw_8bit"}, None),
+    ],
+)
+def test_a_training_that_was_ended_goes_on_and_gives_what_one_in_one_go_gives(
+    every_step: TrainingCheckpoint, changes: dict, dtype: torch.dtype | None, end_after: int
+) -> None:
+    """Three steps an epoch: ended within the first, at its end, before its validation, and within the second."""
+    settings = replace(SETTINGS, **changes)
+    whole, weights, _ = trained(settings, None, dtype=dtype)
+    with pytest.raises(Killed):
+        trained(settings, every_step, end_after, dtype)
+    resumed, resumed_weights, steps = trained(settings, every_step, dtype=dtype)
+    assert steps == list(range(end_after + 1, 7))
+    assert torch.equal(resumed_weights, weights)
+    assert (resumed.steps, resumed.epochs) == (whole.steps, whole.epochs)
+    assert (resumed.response_tokens, resumed.token_share) == (whole.response_tokens, whole.token_share)
+
+
+def test_the_time_of_a_training_is_that_of_all_its_parts(every_step: TrainingCheckpoint) -> None:
+    with pytest.raises(Killed):
+        trained(SETTINGS, every_step, end_after=4)
+    state = every_step.load()
+    state["curve"]["seconds"] = 1000.0
+    torch.save(state, every_step.file)
+    assert 1000 < trained(SETTINGS, every_step)[0].seconds < 1100
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named_and_the_training_starts_anew(every_step: TrainingCheckpoint) -> None:
+    with pytest.raises(Killed):
+        trained(SETTINGS, every_step, end_after=2)
+    every_step.file.write_bytes(every_step.file.read_bytes()[:5000])
+    with pytest.warns(UserWarning, match=f"{every_step.file} can't be read, so the training starts anew"):
+        steps = trained(SETTINGS, every_step)[2]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_is_written_when_it_is_time(every_step: TrainingCheckpoint, tmp_path: Path) -> None:
+    for checkpoint in (TrainingCheckpoint(tmp_path / "later", every=3600), every_step):
+        trained(SETTINGS, checkpoint)
+    assert list(tmp_path.iterdir()) == [every_step.file]
+    every_step.remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_parameter_without_gradient_fails_the_run() -> None:

@@ -31,6 +31,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from tuneshift_dag.method.lora_training import shorten
 from tuneshift_dag.method.token_loss import mean_cross_entropy
+from tuneshift_dag.method.training_checkpoint import TrainingCheckpoint
 
 T = TypeVar("T")
 Optimizer = Literal["adamw", "paged_adamw_8bit"]
@@ -212,6 +213,7 @@ def train(
     examples: Sequence[TokenizedExample],
     settings: LoraTraining,
     on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
+    checkpoint: TrainingCheckpoint | None = None,
 ) -> TrainingCurve:
     """Train the adapter in place with AdamW and a cosine schedule; return the curve.
 
@@ -221,6 +223,8 @@ def train(
         model: a PEFT model in train mode whose base was loaded for training.
         examples: all pairs; a slice of ``validation_fraction`` is held back for the epoch losses.
         on_step: called after each optimizer step with (step, total steps, loss in nats per token).
+        checkpoint: where the training goes on that an earlier call began, and is kept for a later one. The result is
+            that of one call, but for the draws of dropout.
 
     Raises:
         RuntimeError: when a trainable parameter gets no gradient in the first step, or its loss isn't finite.
@@ -242,11 +246,12 @@ def train(
     all_tokens = sum(len(e.response_ids) for e in shuffled)
     curve = TrainingCurve(token_share=sum(len(e.counted) for e in shuffled) / all_tokens)
     started = time.monotonic()
+    done = _resume(checkpoint, optimizer, schedule, curve)
     step = 0
     balanced = settings.balance == "response"
     epochs = balanced_epochs(training, settings.epochs, rng) if balanced else [training] * settings.epochs
     for epoch, drawn in enumerate(epochs):
-        losses: list[float] = []
+        first = step
         batches = (
             length_bucketed_batches(drawn, pairs_a_step, rng) if settings.shuffle else _chunks(drawn, pairs_a_step)
         )
@@ -254,14 +259,20 @@ def train(
             if settings.prompt_weight:
                 # Before the step is divided, so that the division changes nothing.
                 chosen = [_with_prompt_places(example, prompt_rng) for example in chosen]
-            loss = _backward(model, chosen, settings, optimizer, first=step == 0)
+            step += 1
+            if step <= done:
+                continue  # it was only drawn, so that the next ones are those of a training in one go
+            loss = _backward(model, chosen, settings, optimizer, first=step == done + 1)
             optimizer.step()
             schedule.step()
-            step += 1
-            losses.append(loss)
             curve.steps.append({"step": step, "loss": loss, "learning_rate": float(schedule.get_last_lr()[0])})
             curve.response_tokens += sum(len(e.counted) for e in chosen)
             on_step(step, total, loss)
+            if checkpoint and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+                checkpoint.save(lambda: _state(optimizer, schedule, curve, curve.seconds + time.monotonic() - started))
+        if len(curve.epochs) > epoch:
+            continue
+        losses = [row["loss"] for row in curve.steps[first:step]]
         curve.epochs.append(
             {
                 "epoch": epoch + 1,
@@ -269,8 +280,41 @@ def train(
                 "validation_loss": evaluate_loss(model, validation, settings.batch_size),
             }
         )
-    curve.seconds = time.monotonic() - started
+    curve.seconds += time.monotonic() - started
     return curve
+
+
+def _state(
+    optimizer: "_Optimizer", schedule: torch.optim.lr_scheduler.LambdaLR, curve: TrainingCurve, seconds: float
+) -> dict[str, Any]:
+    """What a training needs to go on; its examples and their order follow from its arguments."""
+    return {
+        "parameters": [parameter.detach() for parameter in optimizer.parameters],
+        "optimizer": optimizer.adamw.state_dict(),
+        "scaler": optimizer.scaler.state_dict(),
+        "schedule": schedule.state_dict(),
+        "curve": {**vars(curve), "seconds": seconds},
+    }
+
+
+def _resume(
+    checkpoint: TrainingCheckpoint | None,
+    optimizer: "_Optimizer",
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    curve: TrainingCurve,
+) -> int:
+    """Put everything into the state that was saved last; how many steps were done by then."""
+    state = checkpoint.load() if checkpoint else None
+    if state is None:
+        return 0
+    with torch.no_grad():
+        for parameter, saved in zip(optimizer.parameters, state["parameters"], strict=True):
+            parameter.copy_(saved)
+    optimizer.adamw.load_state_dict(state["optimizer"])
+    optimizer.scaler.load_state_dict(state["scaler"])
+    schedule.load_state_dict(state["schedule"])
+    vars(curve).update(state["curve"])
+    return len(curve.steps)
 
 
 def evaluate_loss(model: PeftModel, examples: Sequence[TokenizedExample], batch_size: int) -> float:

@@ -25,6 +25,7 @@ from tuneshift_dag.method.distillation import (
     train,
 )
 from tuneshift_dag.method.token_selection import ScoredTokens, TokenBytes, select_tokens
+from tuneshift_dag.method.training_checkpoint import TrainingCheckpoint
 from tuneshift_dag.resources.model_loading import (
     DeviceMap,
     Quantization,
@@ -46,6 +47,8 @@ def distill(
     excess: list[ScoredTokens] | None = None,
 ) -> TrainingCurve:
     """Train the target on (prompt, response) pairs; ``folder`` appears only when the training is done.
+
+    One that was ended before goes on where it was, at most a minute back, or 50 times what it takes to write its state.
 
     Args:
         excess: for ``distill.token_mask``, the scored source tokens of each response.
@@ -70,6 +73,7 @@ def distill(
         config.models.device_map if count == 1 else "single",
         settings,
         examples,
+        _checkpoint(folder),
     )
     return _train_into(folder, job, count, on_step)
 
@@ -109,8 +113,13 @@ def train_discriminator(
         config.models.device_map,
         settings,
         examples,
+        _checkpoint(folder),
     )
     return _train_into(folder, job, 1, on_step)
+
+
+def _checkpoint(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.checkpoint")
 
 
 def _train_into(folder: Path, job: "_Job", count: int, on_step: Callable[[int, int, float], None]) -> TrainingCurve:
@@ -127,6 +136,7 @@ def _train_into(folder: Path, job: "_Job", count: int, on_step: Callable[[int, i
             curve = in_processes(count, _run_in_group, job, partial, on_message=lambda message: on_step(*message))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
+    TrainingCheckpoint(job.checkpoint).remove()
     return curve
 
 
@@ -141,6 +151,7 @@ class _Job:
     device_map: DeviceMap
     settings: LoraTraining
     examples: list[TokenizedExample]
+    checkpoint: Path
 
 
 def _run_in_group(send: Callable[[Any], None], job: _Job, folder: Path) -> TrainingCurve:
@@ -152,7 +163,7 @@ def _run(on_step: Callable[[int, int, float], None], job: _Job, folder: Path) ->
     base = load_for_training(job.files, job.quantization, getattr(torch, job.dtype), job.device_map)
     model = add_lora(base, job.settings)
     assert_trainable_layout(model)
-    curve = train(model, job.examples, job.settings, on_step)
+    curve = train(model, job.examples, job.settings, on_step, TrainingCheckpoint(job.checkpoint))
     assert_trainable_layout(model)
     model.peft_config["default"].base_model_name_or_path = job.reference
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
