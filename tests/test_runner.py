@@ -17,7 +17,7 @@ from dagster import DagsterRunStatus
 from tests.conftest import Project
 from tests.fakes import FakeEngine
 from tuneshift_dag.home import use_dagster_home
-from tuneshift_dag.runner import _PID_TAG, close_dead_runs
+from tuneshift_dag.runner import _PID_TAG, close_dead_runs, process_tag
 
 TABLES = ["synthetic_prompts", "scored_pairs", "filtered_dataset", "round_seeds", "rejected_pairs", "accuracy"]
 
@@ -32,7 +32,7 @@ def instance() -> Iterator[dg.DagsterInstance]:
 
 class TestCloseDeadRuns:
     def test_fails_the_run_of_a_dead_process_and_frees_its_pool_slot(self, instance: dg.DagsterInstance) -> None:
-        run = started_run(instance, f"{socket.gethostname()}-{dead_pid()}")
+        run = started_run(instance, f"{socket.gethostname()}-{dead_pid()}-a")
         claim_slot(instance, run)
         assert close_dead_runs(instance) == [run.run_id]
         assert status(instance, run) == DagsterRunStatus.FAILURE
@@ -41,7 +41,7 @@ class TestCloseDeadRuns:
 
     @pytest.mark.parametrize(
         "tag",
-        [f"{socket.gethostname()}-{os.getpid()}", f"{socket.gethostname()}-1", "another-host-999999", None],
+        [process_tag(), f"{socket.gethostname()}-1-a", "another-host-999999-a", None],
         ids=["own process", "other user's process", "other host", "not of the command line"],
     )
     def test_leaves_other_runs_alone(self, instance: dg.DagsterInstance, tag: str | None) -> None:
@@ -51,8 +51,15 @@ class TestCloseDeadRuns:
         assert status(instance, run) == DagsterRunStatus.STARTED
         assert slots_taken(instance) == 1
 
+    def test_fails_the_run_of_a_dead_process_that_had_this_ones_number(self, instance: dg.DagsterInstance) -> None:
+        """As in a container that was started again: its first process is always number 1."""
+        run = started_run(instance, f"{socket.gethostname()}-{os.getpid()}-another")
+        claim_slot(instance, run)
+        assert close_dead_runs(instance) == [run.run_id]
+        assert slots_taken(instance) == 0
+
     def test_leaves_a_finished_run_of_a_dead_process_alone(self, instance: dg.DagsterInstance) -> None:
-        run = started_run(instance, f"{socket.gethostname()}-{dead_pid()}", DagsterRunStatus.SUCCESS)
+        run = started_run(instance, f"{socket.gethostname()}-{dead_pid()}-a", DagsterRunStatus.SUCCESS)
         assert close_dead_runs(instance) == []
         assert status(instance, run) == DagsterRunStatus.SUCCESS
 

@@ -85,7 +85,7 @@ class TestCreate:
     @pytest.mark.parametrize(
         ("name", "content"),
         [
-            ("s.txt", "One?\n\nTwo, or three?\n"),
+            ("s.txt", "\ufeffOne?\n\nTwo, or three?\n"),
             ("s.csv", '\ufeffid,prompt\r\n1,One?\r\n2,"Two, or three?"\r\n'),
             ("s.jsonl", '{"prompt": "One?", "id": 1}\n{"prompt": "Two, or three?"}'),
         ],

@@ -232,9 +232,11 @@ def test_a_served_generator_is_a_name_and_no_reference(transfer_folder, edit_con
     assert load_transfer(transfer_folder).version("generator") != version
 
 
-def test_a_cluster_changes_no_version(transfer_folder, edit_config):
+def test_neither_a_cluster_nor_the_batch_size_changes_a_version(transfer_folder, edit_config):
     sections = ("engine", "models")
     versions = {load_transfer(transfer_folder).version(*sections)}
+    edit_config("models.batch_size", 7)
+    versions.add(load_transfer(transfer_folder).version(*sections))
     for engine in ({"type": "ray"}, {"type": "ray", "ray": {"actors": 8, "gpus_per_actor": 0.5}}):
         edit_config("engine", engine)
         versions.add(load_transfer(transfer_folder).version(*sections))
@@ -302,6 +304,8 @@ def test_a_missing_transfer_yaml_says_what_a_transfer_is(tmp_path):
     ("content", "complaint"),
     [
         (b"source: [", "not valid YAML.*line 1"),
+        (b"rounds: 2\nfilter: {}\nfilter:\n  rule: ratio", "key 'filter' is there twice; keep one of them\n.*line 3"),
+        (b"filter:\n  rule: ratio\n  rule: both", "key 'rule' is there twice.*\n.*line 3"),
         (b"- a list", "must be a mapping of keys; found list"),
         (b"", "must be a mapping"),
         (b"description: caf\xe9", "UTF-8"),

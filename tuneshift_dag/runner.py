@@ -27,6 +27,8 @@ from tuneshift_dag.staleness import Staleness
 from tuneshift_dag.transfer import Transfer
 
 _PID_TAG = "tuneshift/process"
+# In a container that was started again, a killed process had this one's id.
+_OWN_ID = uuid.uuid4().hex
 
 
 @dataclass
@@ -108,7 +110,8 @@ class Runner:
             causes = self._causes(asset, round_)
             if causes == []:
                 continue
-            if asset == "synthetic_prompts" and causes and not regrow and self._only_seeds_changed(causes):
+            grown = asset == "synthetic_prompts" and causes and self._has_prompts(round_)
+            if grown and causes and not regrow and self._only_seeds_changed(causes):
                 self.result.kept_rounds.append(round_)
                 continue
             self._materialize(ROUND_ASSETS[place:], round_)
@@ -117,6 +120,11 @@ class Runner:
     def _causes(self, asset: str, round_: str | None) -> list[StaleCause] | None:
         """Why an asset is out of date: [] when it isn't, None when it was never materialized."""
         return Staleness(self.defs.resolve_asset_graph(), self.instance).causes(key(self.transfer, asset), round_)
+
+    def _has_prompts(self, round_: str) -> bool:
+        """A round after the one that reached ``target_pairs`` has none, and nothing to keep when that is raised."""
+        counted = "SELECT count(*) FROM synthetic_prompts WHERE round = ?"
+        return bool(Store(database_file()).read(counted, [round_], self.transfer.name).item())
 
     def _only_seeds_changed(self, causes: list[StaleCause]) -> bool:
         seeds = key(self.transfer, "round_seeds")
@@ -135,7 +143,7 @@ class Runner:
             partition_key=round_,
             raise_on_error=False,
             run_config={"loggers": {"console": {"config": {"log_level": "INFO"}}}},
-            tags={BATCH_TAG: self.result.batch_id, _PID_TAG: f"{socket.gethostname()}-{os.getpid()}"},
+            tags={BATCH_TAG: self.result.batch_id, _PID_TAG: process_tag()},
         )
         if not result.success:
             raise TuneshiftError(_explain(result, round_))
@@ -149,15 +157,23 @@ def close_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     """
     closed = []
     for run in instance.get_runs(dg.RunsFilter(statuses=list(IN_PROGRESS_RUN_STATUSES))):
-        host, _, pid = run.tags.get(_PID_TAG, "").rpartition("-")
-        if host == socket.gethostname() and not _is_alive(int(pid)):
+        process, _, own_id = run.tags.get(_PID_TAG, "").rpartition("-")
+        host, _, pid = process.rpartition("-")
+        if host == socket.gethostname() and not _is_alive(int(pid), own_id):
             instance.report_run_failed(run, "The process that ran this was killed.")
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
             closed.append(run.run_id)
     return closed
 
 
-def _is_alive(pid: int) -> bool:
+def process_tag() -> str:
+    """Names this process, also when another one had its number before."""
+    return f"{socket.gethostname()}-{os.getpid()}-{_OWN_ID}"
+
+
+def _is_alive(pid: int, own_id: str) -> bool:
+    if pid == os.getpid():
+        return own_id == _OWN_ID
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

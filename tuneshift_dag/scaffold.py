@@ -205,7 +205,7 @@ def read_examples(file: Path, flag: Literal["--seeds", "--heldout"]) -> Rows:
     if file.suffix == ".csv":
         rows = _read_csv(file, ["prompt"] if flag == "--seeds" else ["prompt", "response"])
     elif file.suffix == ".txt" and flag == "--seeds":
-        lines = enumerate(read_text(file).split("\n"), 1)
+        lines = enumerate(read_text(file).removeprefix("\ufeff").split("\n"), 1)
         rows = [(f"{file}:{number}", {"prompt": line}) for number, line in lines if line.strip()]
     else:
         kinds = ".jsonl, .csv or .txt" if flag == "--seeds" else ".jsonl or .csv"

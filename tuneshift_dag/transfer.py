@@ -26,7 +26,6 @@ from tuneshift_dag.resources.model_ref import (
     adapter_fingerprint,
     check_adapter_folder,
     check_reference,
-    fingerprint_of,
     is_hub_id,
 )
 
@@ -891,6 +890,9 @@ class Transfer:
         dump = self.config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
         if dump["engine"]["type"] == "ray":
             dump["engine"]["type"] = "local"  # whose results are the same
+        # How many prompts are answered at once doesn't change what a prompt is answered. (Not left out of the dump, so
+        # that versions from when it counted stay valid.)
+        dump["models"]["batch_size"] = Models.model_fields["batch_size"].default
         if dump["models"]["compute_dtype"] == "auto":
             dump["models"]["compute_dtype"] = "bfloat16"  # which it is, but on old GPUs
         if self.config.response.samples:
@@ -926,7 +928,13 @@ class Transfer:
         if not self.config.evaluation.task_folder:
             return ""
         folder = (self.folder / self.config.evaluation.task_folder).expanduser()
-        return "-" + fingerprint_of(file for file in folder.rglob("*") if file.is_file())[:8]
+        digest = hashlib.sha256()
+        for file in sorted(folder.rglob("*")):
+            name = file.relative_to(folder).as_posix()
+            # Python and editors write files of their own there.
+            if file.is_file() and not re.search(r"(^|/)(\.|__pycache__/)", name):
+                digest.update(f"{name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        return "-" + digest.hexdigest()[:8]
 
 
 def round_key(number: int) -> str:
@@ -987,11 +995,24 @@ def find_transfers(root: Path) -> list[Path]:
     return sorted(path.parent for path in root.glob("*/transfer.yaml"))
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which the last one would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"the key {key.value!r} is there twice; keep one of them"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_config(file: Path) -> TransferConfig:
     if not file.is_file():
         raise TuneshiftError(f"{file} doesn't exist. A transfer is a folder with transfer.yaml and seeds.jsonl.")
     try:
-        data = yaml.safe_load(read_text(file))
+        data = yaml.load(read_text(file), _Loader)
     except yaml.YAMLError as error:
         raise TuneshiftError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(data, dict):

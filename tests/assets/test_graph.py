@@ -206,6 +206,19 @@ class TestThresholdChange:
         result = project.run()
         assert result.materialized == result.kept_rounds == []
 
+    def test_a_raised_target_fills_the_rounds_that_it_had_ended_before(
+        self, project: Project, edit_config: Edit
+    ) -> None:
+        edit_config("rounds", 3)
+        edit_config("target_pairs", 1)
+        project.run()
+        counted = "SELECT round, count(*) > 0 FROM synthetic_prompts GROUP BY round ORDER BY round"
+        assert project.rows(counted) == [("round_01", True)]
+        edit_config("target_pairs", 1000)
+        result = project.run()
+        assert project.rows(counted) == [(round_, True) for round_ in project.transfer.round_keys]
+        assert result.kept_rounds == []
+
     def test_that_would_keep_nothing_leaves_the_dataset_as_it_was(self, project: Project, edit_config: Edit) -> None:
         """Back at the old threshold the round counts as fresh, so nothing would bring lost rows back."""
         project.materialize("seed_set")

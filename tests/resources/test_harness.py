@@ -90,6 +90,10 @@ def test_the_version_follows_settings_and_data(tasks: Path, edit_config) -> None
 
     before, code = version(), load_transfer(tasks.parent).tasks_version()
     assert version() == before
+    (tasks / "__pycache__").mkdir(exist_ok=True)
+    for left_behind in ("__pycache__/metric.cpython-311.pyc", ".DS_Store"):
+        (tasks / left_behind).write_bytes(b"written by Python or an editor")
+    assert load_transfer(tasks.parent).tasks_version() == code
     write_jsonl(tasks / "intents.jsonl", [*EXAMPLES[:3], {"prompt": "Another?", "response": "other"}])
     assert version() != before
     assert load_transfer(tasks.parent).tasks_version() != code
