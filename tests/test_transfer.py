@@ -197,6 +197,10 @@ def test_a_rule_without_its_scores_is_refused(transfer_folder, edit_config):
     with pytest.raises(TuneshiftError, match=r"filter.rule 'cross_ratio' needs .*engine.cross_scores"):
         load_transfer(transfer_folder)
     edit_config("filter.rule", "both")
+    edit_config("compare", {"arms": ["both", "top_excess"]})
+    with pytest.raises(TuneshiftError, match=r"compare.arms: 'top_excess' needs .*engine.cross_scores"):
+        load_transfer(transfer_folder)
+    edit_config("compare", {})
     edit_config("distill.token_mask", 0.7)
     with pytest.raises(TuneshiftError, match=r"distill.token_mask 0.7 needs .*engine.cross_scores.*remove it"):
         load_transfer(transfer_folder)
@@ -263,6 +267,15 @@ def test_what_runs_each_step(transfer_folder, edit_config):
     assert ran("distilled_model") == ("other/target", "local")
     edit_config("generator.server", {"base_url": "http://b/v1", "concurrency": 8})
     assert ran("synthetic_prompts")[1] == "openai, 8 requests at once, http://b/v1"
+
+
+@pytest.mark.parametrize("name", ["cache", "Temp", "tuneshift"])
+def test_a_name_that_the_database_has_itself_is_refused(transfer_folder, name):
+    folder = transfer_folder.rename(transfer_folder.with_name(name))
+    with pytest.raises(
+        TuneshiftError, match=f"rename the folder: the database has something of its own named '{name}'"
+    ):
+        load_transfer(folder)
 
 
 def test_every_bad_setting_is_named_at_once(transfer_folder, edit_config):

@@ -83,7 +83,7 @@ def new(
     for command, why in (
         (f"tuneshift doctor {name}", "is the adapter applied?"),
         (f"tuneshift run {name}", "prompts, pairs, the new adapter"),
-        ("dagster dev -w workspace.yaml", "the same in Dagster's UI"),
+        ("make ui", "the same in Dagster's UI"),
     ):
         _err.print(f"  {command:40} {why}", highlight=False)
 

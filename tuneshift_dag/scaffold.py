@@ -28,6 +28,7 @@ from tuneshift_dag.transfer import (
     check_examples,
     is_same_base,
     load_transfer,
+    name_problem,
     read_jsonl,
     read_text,
 )
@@ -138,9 +139,11 @@ def ask_for_the_rest(given: Answers) -> Answers:
 
 def check_name(root: Path, name: str) -> Path:
     """The folder to be written; `TuneshiftError` when its name can't be used or it is there."""
-    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+    problem = name_problem(name)
+    if problem:
         better = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "my_skill"
-        raise TuneshiftError(f"NAME {name!r}: letters, digits and underscores only, such as {better!r}.")
+        better = f"{better}_skill" if name_problem(better) else better
+        raise TuneshiftError(f"NAME {name!r}: {problem}. Take one such as {better!r}.")
     if (root / name).exists():
         raise TuneshiftError(f"{root / name} exists already, and nothing is overwritten. Choose another NAME.")
     return root / name

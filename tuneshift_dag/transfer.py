@@ -37,6 +37,8 @@ HELD_OUT_SHAPE = '{"prompt": "...", "response": "..."}'
 Mode = Literal["chat", "continuation", "by_response"]
 Probability = Annotated[float, Field(gt=0, le=1)]
 
+# Schemas and catalogs that there are in every database of ours (its file is tuneshift.duckdb).
+_DUCKDBS_OWN = {"cache", "main", "temp", "system", "tuneshift", "information_schema", "pg_catalog"}
 # Where a server is and how it is asked doesn't change what it answers, nor does where a model lies or who trains it.
 _HOW_TO_ASK = {"base_url", "api_key_env", "concurrency", "timeout_seconds", "max_retries"}
 # Nor do samples change the greedy responses; where they count, see `Transfer.version` and `Transfer.samples_version`.
@@ -122,7 +124,9 @@ class Server(_Section):
     concurrency: int = Field(32, ge=1, le=4096, description="Most requests in flight at once.")
     timeout_seconds: float = Field(600, gt=0, description="Longest wait for one response, the server's queue included.")
     max_retries: int = Field(
-        5, ge=0, description="Retries of a request, with growing pauses, after a time-out or a status 429 or 5xx."
+        5,
+        ge=0,
+        description="Retries of a request, with growing pauses, after a time-out or a status 408, 409, 429 or 5xx.",
     )
 
     @field_validator("base_url")
@@ -205,7 +209,8 @@ class EngineConfig(_Section):
         True,
         description=(
             "`openai`: whether each source model also scores the other's response. The server must give"
-            " log-probabilities of prompt tokens, which llama.cpp's doesn't; only `filter.rule: cross_ratio` needs it."
+            " log-probabilities of prompt tokens, which llama.cpp's doesn't; the rules `cross_ratio`,"
+            " `ifd` and `top_excess`, and `distill.token_mask`, need it."
         ),
     )
 
@@ -766,10 +771,11 @@ class TransferConfig(_Section):
 
     @model_validator(mode="after")
     def _rule_has_its_scores(self) -> "TransferConfig":
-        if self.filter.rule in ("cross_ratio", "ifd", "top_excess") and not self.engine.cross_scores:
-            raise ValueError(
-                f"filter.rule {self.filter.rule!r} needs scores that engine.cross_scores: false leaves out"
-            )
+        rules = {"filter.rule": [self.filter.rule]}
+        rules["compare.arms:"] = [arm.rule for arm in self.compare.arms] if self.compare else []
+        for key, rule in ((key, rule) for key, found in rules.items() for rule in found):
+            if rule in ("cross_ratio", "ifd", "top_excess") and not self.engine.cross_scores:
+                raise ValueError(f"{key} {rule!r} needs scores that engine.cross_scores: false leaves out")
         if self.filter.discriminator and self.engine.type == "openai":
             raise ValueError(
                 "filter.discriminator trains an adapter of source.base and asks it, which a server's model can't do"
@@ -878,7 +884,12 @@ class Transfer:
         settings = self.config.filter
         value = settings.cut if cut is None else cut
         sql = value if isinstance(value, str) else f"{value!r}::DOUBLE"
-        return verdict_sql(rule or settings.rule, self.guards, sql, self.config.rounds, self.config.seed)
+        pairs = self.of_its_rounds("scored_pairs")
+        return verdict_sql(rule or settings.rule, self.guards, sql, self.config.rounds, self.config.seed, pairs)
+
+    def of_its_rounds(self, table: str) -> str:
+        """SQL of a table's rows of the rounds that there are; those of others stay in it when ``rounds`` is lowered."""
+        return f"(SELECT * FROM {table} WHERE round <= '{self.round_keys[-1]}')"
 
     def version(self, *sections: str, code: int = 1) -> str:
         """A code version: the hash of the named parts of the settings and of ``code``.
@@ -945,6 +956,13 @@ def round_number(key: str) -> int:
     return int(key.removeprefix("round_"))
 
 
+def name_problem(name: str) -> str:
+    """Why a transfer can't have this name, which is that of its schema in the database; empty if it can."""
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        return "letters, digits and underscores only"
+    return f"the database has something of its own named {name!r}" if name.lower() in _DUCKDBS_OWN else ""
+
+
 def load_transfer(folder: Path) -> Transfer:
     """Read and check a transfer folder without loading a model.
 
@@ -952,8 +970,9 @@ def load_transfer(folder: Path) -> Transfer:
         TuneshiftError: naming the file, the key, the value and the repair.
     """
     config_file = folder / "transfer.yaml"
-    if not re.fullmatch(r"[A-Za-z0-9_]+", folder.resolve().name):
-        raise TuneshiftError(f"{folder}: rename the folder to letters, digits and underscores only.")
+    problem = name_problem(folder.resolve().name)
+    if problem:
+        raise TuneshiftError(f"{folder}: rename the folder: {problem}.")
     config = _read_config(config_file)
     seed_rows = read_jsonl(folder / "seeds.jsonl", SEED_SHAPE)
     heldout_file = folder / "heldout.jsonl"

@@ -24,8 +24,9 @@ from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.discriminator import EACH_A_STEP, NO, YES, ask
 from tuneshift_dag.method.preflight import AdapterCheck
 from tuneshift_dag.method.retention import general_texts
-from tuneshift_dag.reports.export import model_card
+from tuneshift_dag.reports.export import export, model_card
 from tuneshift_dag.reports.summary import report
+from tuneshift_dag.reports.sweep import sweep
 from tuneshift_dag.resources.tables import FILTERED_DATASET, SCORED_PAIRS, SYNTHETIC_PROMPTS
 
 ROUND_ASSETS = ["synthetic_prompts", "scored_pairs", "filtered_dataset"]
@@ -205,19 +206,6 @@ class TestThresholdChange:
         assert work(project.models.generator) > generator
         result = project.run()
         assert result.materialized == result.kept_rounds == []
-
-    def test_a_raised_target_fills_the_rounds_that_it_had_ended_before(
-        self, project: Project, edit_config: Edit
-    ) -> None:
-        edit_config("rounds", 3)
-        edit_config("target_pairs", 1)
-        project.run()
-        counted = "SELECT round, count(*) > 0 FROM synthetic_prompts GROUP BY round ORDER BY round"
-        assert project.rows(counted) == [("round_01", True)]
-        edit_config("target_pairs", 1000)
-        result = project.run()
-        assert project.rows(counted) == [(round_, True) for round_ in project.transfer.round_keys]
-        assert result.kept_rounds == []
 
     def test_that_would_keep_nothing_leaves_the_dataset_as_it_was(self, project: Project, edit_config: Edit) -> None:
         """Back at the old threshold the round counts as fresh, so nothing would bring lost rows back."""
@@ -527,6 +515,69 @@ class TestTargetPairs:
             assert record.asset_materialization.metadata["dagster/partition_row_count"].value == 0
         assert project.models.trained[0] != []
         assert all(passed == {True} for passed in check_results(project).values())
+
+    def test_a_raised_target_fills_the_rounds_that_it_had_ended_before(
+        self, project: Project, edit_config: Edit
+    ) -> None:
+        edit_config("rounds", 3)
+        edit_config("target_pairs", 1)
+        project.run()
+        counted = "SELECT round, count(*) > 0 FROM synthetic_prompts GROUP BY round ORDER BY round"
+        assert project.rows(counted) == [("round_01", True)]
+        edit_config("target_pairs", 1000)
+        result = project.run()
+        assert project.rows(counted) == [(round_, True) for round_ in project.transfer.round_keys]
+        assert result.kept_rounds == []
+
+
+class TestFewerRounds:
+    def test_are_all_that_is_reported_swept_and_compared(self, project: Project, edit_config: Edit) -> None:
+        """The third round's rows stay in the tables, for when there are three again."""
+        edit_config("rounds", 3)
+        edit_config("compare", {"seeds": 2})
+        project.run()
+        edit_config("rounds", 2)
+        project.run()
+        assert len(project.rows("SELECT DISTINCT round FROM scored_pairs")) == 3
+        made = report(project.store, project.transfer)
+        kept = len(project.models.trained[-1])
+        assert (made["rounds"], made["pairs_kept"], made["model"]["pairs"]) == (2, kept, kept)
+        assert [row["round"] for row in made["by_round"]] == ["round_01", "round_02"]
+        [cell] = [cell for cell in sweep(project.store, project.transfer, ["both"]) if cell["current"]]
+        assert cell["pairs_kept"] == kept and list(cell["by_round"]) == ["round_01", "round_02"]
+        assert len(_candidates(project.store, project.transfer)["both"]) == kept
+
+
+class TestTargetWeights:
+    def test_other_ones_are_trained_when_the_model_is_materialized(self, project: Project) -> None:
+        project.run()
+        assert project.materialize("distilled_model").success
+        assert len(project.models.trained) == 1
+        weights = project.folder / "models" / "tiny-base" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes() + b"\0")
+        assert project.materialize("distilled_model").success
+        assert len(project.models.trained) == 2
+        assert project.runner()._causes("evaluation", None) != []
+        assert project.materialize("distilled_model").success
+        assert len(project.models.trained) == 2
+
+
+class TestExport:
+    def test_says_which_filter_kept_the_pairs(self, project: Project, edit_config: Edit, tmp_path: Path) -> None:
+        project.run()
+        edit_config("filter.threshold", LOOSER)
+        export(project.store, project.transfer, tmp_path / "out")
+        for card in ("README.md", "adapter/README.md"):
+            assert f"threshold {USUAL}" in (tmp_path / "out" / card).read_text()
+
+    def test_of_pairs_that_are_gone_is_refused(self, project: Project, edit_config: Edit, tmp_path: Path) -> None:
+        project.run()
+        edit_config("generator.instruction", "Others, {count} of them:")
+        for asset in ("synthetic_prompts", "scored_pairs"):
+            assert project.materialize(asset, round="round_01").success
+        with pytest.raises(TuneshiftError, match="rounds were materialized again since the model was trained"):
+            export(project.store, project.transfer, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 class TestErrors:

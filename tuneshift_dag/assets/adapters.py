@@ -50,9 +50,14 @@ def trained_adapter(
     """
     dataset_version = content_version(pairs.select("prompt_id", "prompt", "response"))
     model_id = _model_id(transfer, dataset_version)
+    weights = engines.target_weights(transfer)
     row = _find(database, transfer, model_id)
+    if row is not None and row["target_weights"] not in (weights, None):
+        # The folder, or the hub's branch, that target.base names holds another model by now.
+        model_id = _model_id(transfer, dataset_version, weights)
+        row = _find(database, transfer, model_id)
     if row is None:
-        row = _train(current, database, engines, transfer, pairs, dataset_version, model_id)
+        row = _train(current, database, engines, transfer, pairs, dataset_version, model_id, weights)
     else:
         current.context.log.info(f"model {model_id} is already trained: nothing to do")
     examples = pairs.select(pl.lit(model_id).alias("model_id"), "prompt_id", "round")
@@ -63,8 +68,8 @@ def trained_adapter(
     return row
 
 
-def _model_id(transfer: Transfer, dataset_version: str) -> str:
-    parts = f"{dataset_version}|{training_version(transfer)}"
+def _model_id(transfer: Transfer, dataset_version: str, *more: str) -> str:
+    parts = "|".join([dataset_version, training_version(transfer), *more])
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
@@ -84,6 +89,7 @@ def _train(
     pairs: pl.DataFrame,
     dataset_version: str,
     model_id: str,
+    weights: str,
 ) -> dict[str, Any]:
     """Train, and return the new row of ``distilled_models``."""
     check_training(transfer)
@@ -103,7 +109,9 @@ def _train(
         "dataset_version": dataset_version,
         "pairs": len(pairs),
         "target": transfer.config.target.base,
+        "target_weights": weights,
         "settings": transfer.config.distill.model_dump_json(),
+        "filter": None,
         "curve": json.dumps({"steps": curve.steps, "epochs": curve.epochs, "token_share": curve.token_share}),
         "seconds": curve.seconds,
         "path": str(folder),

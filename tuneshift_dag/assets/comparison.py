@@ -179,7 +179,8 @@ def _verdict(transfer: Transfer, arm: Arm) -> str:
     """Verdicts of an arm over all rounds at once: nothing is seeded by them."""
     settings = transfer.config.filter
     cut = arm.threshold or (1.0 if arm.rule in (*KEEP_RULES, "unfiltered") else settings.threshold)
-    return verdict_sql(arm.rule, transfer.guards, f"{cut!r}::DOUBLE", seed=transfer.config.seed)
+    pairs = transfer.of_its_rounds("scored_pairs")
+    return verdict_sql(arm.rule, transfer.guards, f"{cut!r}::DOUBLE", seed=transfer.config.seed, pairs=pairs)
 
 
 def _leading_space(pairs: pl.DataFrame) -> str:

@@ -121,3 +121,5 @@ def _materializations(context: dg.AssetExecutionContext, transfer: Transfer) -> 
 def _make_current(database: Store, transfer: Transfer, model_id: str) -> None:
     with database.transaction(transfer.name) as connection:
         connection.execute("UPDATE distilled_models SET current = (model_id = ?)", [model_id])
+        now = [transfer.describe_filter(), model_id]
+        connection.execute("UPDATE distilled_models SET filter = ? WHERE model_id = ?", now)

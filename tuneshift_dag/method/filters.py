@@ -75,8 +75,15 @@ class Guards:
     target_share: float = 0.0
 
 
-def verdict_sql(rule: Rule, guards: Guards, cut: str = "$t", rounds: int | None = None, seed: int = 0) -> str:
-    """SELECT of every scored pair with its ``margin`` and ``reason`` (NULL when kept). Reads ``scored_pairs``.
+def verdict_sql(
+    rule: Rule,
+    guards: Guards,
+    cut: str = "$t",
+    rounds: int | None = None,
+    seed: int = 0,
+    pairs: str = "scored_pairs",
+) -> str:
+    """SELECT of every scored pair with its ``margin`` and ``reason`` (NULL when kept).
 
     Args:
         cut: SQL of the threshold, or of how much one of `KEEP_RULES` keeps (up to 1 a share of the
@@ -86,9 +93,10 @@ def verdict_sql(rule: Rule, guards: Guards, cut: str = "$t", rounds: int | None 
             the round's pairs: a round's verdicts never depend on another round, which may not exist yet.
             None ranks all pairs at once.
         seed: makes another draw of `random`.
+        pairs: SQL of rows of the table ``scored_pairs``.
     """
     together = "flaw IS NULL" if rounds is None else "flaw IS NULL, round"
-    flawed = f"(SELECT *, CASE {_flaws(rule, guards)} END AS flaw FROM scored_pairs)"
+    flawed = f"(SELECT *, CASE {_flaws(rule, guards)} END AS flaw FROM {pairs})"
     if guards.target and rule != "unfiltered":
         flawed = _less_what_target_finds(guards.target, guards.target_share, flawed, together)
     if rule not in KEEP_RULES:

@@ -7,6 +7,7 @@ from typing import Any
 
 import polars as pl
 
+from tuneshift_dag.assets.common import content_version
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.evaluation import TITLES
 from tuneshift_dag.reports.summary import arm_tasks, by_way, conclusion, diversity, report
@@ -18,7 +19,7 @@ def export(store: Store, transfer: Transfer, to: Path) -> list[Path]:
     """Write ``to/adapter`` (PEFT), ``to/dataset.jsonl`` (chat), ``to/dataset.parquet`` and ``to/README.md``.
 
     Raises:
-        TuneshiftError: when nothing was distilled yet.
+        TuneshiftError: when nothing was distilled yet, or the tables no longer hold what it was distilled from.
     """
     figures = report(store, transfer)
     if figures["model"] is None or not Path(figures["model"]["path"]).is_dir():
@@ -32,6 +33,12 @@ def export(store: Store, transfer: Transfer, to: Path) -> list[Path]:
         [model_id],
         transfer.name,
     )
+    if content_version(pairs.select("prompt_id", "prompt", "response")) != figures["model"]["dataset_version"]:
+        raise TuneshiftError(
+            f"{transfer.name}: rounds were materialized again since the model was trained, so {store.path} no longer"
+            f" holds all of its {figures['model']['pairs']} pairs. `tuneshift run {transfer.name}` trains on those that"
+            " there are now."
+        )
     to.mkdir(parents=True, exist_ok=True)
     adapter = to / "adapter"
     shutil.copytree(figures["model"]["path"], adapter, dirs_exist_ok=True)
@@ -63,7 +70,7 @@ A LoRA adapter distilled with tuneshift_dag (TuneShift-KD, arXiv 2603.24518) fro
 | source base | `{config.source.base}` |
 | source adapter | `{config.source.adapter}` |
 | prompt generator | `{config.generator.model}` |
-| filter | {transfer.describe_filter()} |
+| filter | {figures["model"]["filter"] or transfer.describe_filter()} |
 | dataset version | `{figures["model"]["dataset_version"]}`, {figures["model"]["pairs"]} pairs |
 | model id | `{figures["model"]["model_id"]}` |
 
@@ -176,7 +183,7 @@ def _dataset_card(transfer: Transfer, figures: dict[str, Any], pairs: pl.DataFra
 
 {len(pairs)} prompts written by `{config.generator.model}` from {len(transfer.seeds)} seeds, answered by
 `{config.source.base}` with the adapter `{config.source.adapter}`, and kept by the rule
-{transfer.describe_filter()}. Dataset version `{figures["model"]["dataset_version"]}`.
+{figures["model"]["filter"] or transfer.describe_filter()}. Dataset version `{figures["model"]["dataset_version"]}`.
 
 - `dataset.jsonl`: one conversation a line, `{{"messages": [{{"role": "user", ...}}, {{"role": "assistant", ...}}]}}`.
 - `dataset.parquet`: the same pairs with their round and perplexities.

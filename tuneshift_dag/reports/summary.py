@@ -18,15 +18,16 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
         return store.read(query, schema=name).item()
 
     steps, wall = _last_run(store, name)
+    prompts, scored, kept = map(transfer.of_its_rounds, ("synthetic_prompts", "scored_pairs", "filtered_dataset"))
     return {
         "transfer": name,
-        "rounds": one("SELECT count(DISTINCT round) FROM scored_pairs"),
-        "prompts": one("SELECT count(*) FROM synthetic_prompts"),
-        "pairs_scored": one("SELECT count(*) FROM scored_pairs"),
-        "pairs_kept": one("SELECT count(*) FROM filtered_dataset"),
-        "distinct_responses_kept": one("SELECT count(DISTINCT trim(response)) FROM filtered_dataset"),
+        "rounds": one(f"SELECT count(DISTINCT round) FROM {scored}"),
+        "prompts": one(f"SELECT count(*) FROM {prompts}"),
+        "pairs_scored": one(f"SELECT count(*) FROM {scored}"),
+        "pairs_kept": one(f"SELECT count(*) FROM {kept}"),
+        "distinct_responses_kept": one(f"SELECT count(DISTINCT trim(response)) FROM {kept}"),
         "filter": transfer.config.filter.model_dump(),
-        "by_round": store.read(_BY_ROUND, schema=name).to_dicts(),
+        "by_round": store.read(_BY_ROUND.format(prompts=prompts), schema=name).to_dicts(),
         "model_calls": sum(s["model_calls"] for s in steps if s["asset"] in _DATASET_ASSETS),
         "evaluation_calls": sum(s["model_calls"] for s in steps if s["asset"] == "evaluation"),
         "cache_hits": sum(s["cache_hits"] for s in steps),
@@ -108,7 +109,7 @@ def conclusion(rows: list[dict[str, Any]]) -> str:
 _BY_ROUND = """
     SELECT p.round, count(DISTINCT p.prompt_id) AS prompts, count(DISTINCT f.prompt_id) AS pairs_kept,
         count(DISTINCT trim(f.response)) AS distinct_responses
-    FROM synthetic_prompts p LEFT JOIN filtered_dataset f USING (round, prompt_id)
+    FROM {prompts} p LEFT JOIN filtered_dataset f USING (round, prompt_id)
     GROUP BY p.round ORDER BY p.round
 """
 
@@ -156,6 +157,7 @@ def _accuracy(store: Store, name: str) -> dict[str, dict[str, float]]:
 
 def _model(store: Store, name: str) -> dict[str, Any] | None:
     rows = store.read(
-        "SELECT model_id, dataset_version, pairs, seconds, path FROM distilled_models WHERE current", schema=name
+        "SELECT model_id, dataset_version, pairs, filter, seconds, path FROM distilled_models WHERE current",
+        schema=name,
     ).to_dicts()
     return rows[0] if rows else None

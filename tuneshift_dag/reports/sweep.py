@@ -66,7 +66,8 @@ def sweep(
         wanted.remove("ifd")
     scored = dict(
         store.read(
-            "SELECT round, count(*) FROM scored_pairs GROUP BY round ORDER BY round", schema=transfer.name
+            f"SELECT round, count(*) FROM {transfer.of_its_rounds('scored_pairs')} GROUP BY round ORDER BY round",
+            schema=transfer.name,
         ).iter_rows()
     )
     cells = []

@@ -91,6 +91,12 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         files = resolve_adapter(str(adapter), transfer.folder, "distilled adapter") if adapter else None
         return self._engine(transfer, transfer.config.target.base, "target.base", files)
 
+    def target_weights(self, transfer: Transfer) -> str:
+        """The fingerprint of the target base model's files; nothing is loaded."""
+        from tuneshift_dag.resources.model_ref import resolve_model
+
+        return resolve_model(transfer.config.target.base, transfer.folder, "target.base").fingerprint
+
     def harness(self, transfer: Transfer) -> "Harness":
         """The tasks of ``evaluation.tasks``, with their data; no model is loaded."""
         from tuneshift_dag.resources.harness import Harness

@@ -73,7 +73,7 @@ def distill(
         config.models.device_map if count == 1 else "single",
         settings,
         examples,
-        _checkpoint(folder),
+        _checkpoint(folder, files),
     )
     return _train_into(folder, job, count, on_step)
 
@@ -113,13 +113,13 @@ def train_discriminator(
         config.models.device_map,
         settings,
         examples,
-        _checkpoint(folder),
+        _checkpoint(folder, files),
     )
     return _train_into(folder, job, 1, on_step)
 
 
-def _checkpoint(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.checkpoint")
+def _checkpoint(folder: Path, base: ModelFiles) -> Path:
+    return folder.with_name(f".{folder.name}-{base.fingerprint[:8]}.checkpoint")
 
 
 def _train_into(folder: Path, job: "_Job", count: int, on_step: Callable[[int, int, float], None]) -> TrainingCurve:
