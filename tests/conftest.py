@@ -52,6 +52,7 @@ def make_transfer_folder(root: Path, name: str = "banking") -> Path:
     """A minimal valid transfer folder. Its models have the right files and meaningless weights."""
     folder = root / "transfers" / name
     _write_weights(folder / "models" / "tiny-base" / "model.safetensors", "config.json", {"model_type": "llama"})
+    (folder / "models" / "tiny-base" / "tokenizer.json").write_text("{}")
     _write_weights(
         folder / "adapter" / "adapter_model.safetensors",
         "adapter_config.json",

@@ -59,6 +59,14 @@ def examine(name: str | None, with_models: bool) -> Iterator[Finding]:
             yield from _generator(transfer)
         if with_models and not missing.keys() & {"source.base", "source.adapter"}:
             yield from _preflight(transfer)
+        if with_models:
+            _release()  # the next transfer's models need its memory
+
+
+def _release() -> None:
+    from tuneshift_dag.resources.dagster_resources import EngineResource
+
+    EngineResource().release()
 
 
 def _folder(name: str) -> Path:

@@ -217,6 +217,11 @@ def _check_model_folder(path: Path, key: str) -> None:
             f"{key}: {path} holds no *.safetensors weights (pickle weights are never loaded)."
             " Save the model again with `model.save_pretrained(folder)`."
         )
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise TuneshiftError(
+            f"{key}: {path} holds no tokenizer. Save that of its base beside the weights, with"
+            " `AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)`."
+        )
 
 
 def _package_file(reference: str, key: str) -> Path | None:
