@@ -298,7 +298,10 @@ def cache_stats(as_json: AsJson = False) -> None:
 
 @cache_app.command("gc")
 def cache_gc(as_json: AsJson = False) -> None:
-    """Remove what no materialization uses any more. The file keeps its size; DuckDB uses the space again."""
+    """Remove what no materialization uses (yet): don't run it while a step runs, or after one that you want to go on.
+
+    The file keeps its size; DuckDB uses the space again.
+    """
     from tuneshift_dag.resources.cache_upkeep import collect
     from tuneshift_dag.resources.store import Store
 

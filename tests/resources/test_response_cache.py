@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import Project
 from tests.scoring_process import BATCH, score
 from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.home import output_dir
 from tuneshift_dag.resources.cache_upkeep import collect, stats
 from tuneshift_dag.resources.store import Store
 
@@ -69,6 +70,8 @@ def test_gc_removes_only_what_no_materialization_uses(project: Project) -> None:
     project.run()
     calls = project.models.calls()
     assert all(row["unreferenced"] == 0 for row in stats(project.store))
+    unfinished = output_dir(project.folder.name) / "models" / ".id-weights.checkpoint"
+    unfinished.touch()
     score(project.store.path, 0, 6, 0)
     responses, scores, _ = stats(project.store)
     assert (responses["unreferenced"], scores["unreferenced"]) == (12, 12)
@@ -77,6 +80,7 @@ def test_gc_removes_only_what_no_materialization_uses(project: Project) -> None:
     assert all(row["unreferenced"] == 0 for row in stats(project.store))
     for asset in ("synthetic_prompts", "scored_pairs"):
         assert project.materialize(asset, round="round_01").success
+    assert not unfinished.exists() and list(unfinished.parent.iterdir()), "the adapter stays"
     assert project.models.calls() == calls, "something that is still used was removed"
 
 

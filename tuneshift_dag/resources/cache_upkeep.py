@@ -30,7 +30,9 @@ def stats(store: Store) -> list[dict[str, Any]]:
 
 
 def collect(store: Store) -> list[dict[str, Any]]:
-    """Remove the unreferenced entries; returns what `stats` said before.
+    """Remove unreferenced entries, and what unfinished trainings would go on from; returns what `stats` said before.
+
+    What a step has computed that failed or hasn't ended is unreferenced too.
 
     Raises:
         TuneshiftError: when a transfer has scored pairs from before references were recorded: everything it
@@ -47,6 +49,8 @@ def collect(store: Store) -> list[dict[str, Any]]:
     with store.transaction(CACHE, compact=True) as connection:
         for table in _SIZES:
             connection.execute(f"DELETE FROM {table} WHERE key NOT IN ({used})")
+    for file in store.path.parent.glob("output/*/*/.*.checkpoint"):
+        file.unlink()
     return before
 
 
