@@ -258,7 +258,7 @@ def test_a_terminated_run_frees_its_slot_and_keeps_its_batches(here: Deployment)
 def test_the_automation_goes_on_to_the_evaluation(here: Deployment) -> None:
     """Meanwhile another transfer runs: both want the pool and write the one DuckDB file."""
     other = here.server.materialize("moved", "seed_set")
-    wait_for(lambda: here.materialization("evaluation", transfer="driven"), 120, "the automation doesn't end")
+    wait_for(lambda: here.materialization("evaluation", transfer="driven"), 300, "the automation doesn't end")
     assert here.finished_run(other) == "SUCCESS"
     runs = here.instance.get_runs(dg.RunsFilter(tags={"dagster/sensor_name": "driven_automation"}), ascending=True)
     assert [run.tags.get("dagster/partition") for run in runs] == ["round_01", "round_02", None]
