@@ -253,7 +253,6 @@ def test_what_runs_each_step(transfer_folder, edit_config):
         return transfer.models_of(asset), transfer.engine_of(asset)
 
     base = load_transfer(transfer_folder).config.source.base
-    (transfer_folder / base / "tokenizer.json").write_text("{}")
     assert ran("filtered_dataset") == (None, None)
     assert ran("scored_pairs") == (base, "local")
     edit_config("engine", {"type": "ray", "ray": {"actors": 4, "gpus_per_actor": 0.5}})

@@ -208,7 +208,7 @@ def read_examples(file: Path, flag: Literal["--seeds", "--heldout"]) -> Rows:
     if file.suffix == ".csv":
         rows = _read_csv(file, ["prompt"] if flag == "--seeds" else ["prompt", "response"])
     elif file.suffix == ".txt" and flag == "--seeds":
-        lines = enumerate(read_text(file).removeprefix("\ufeff").split("\n"), 1)
+        lines = enumerate(read_text(file).split("\n"), 1)
         rows = [(f"{file}:{number}", {"prompt": line}) for number, line in lines if line.strip()]
     else:
         kinds = ".jsonl, .csv or .txt" if flag == "--seeds" else ".jsonl or .csv"
@@ -219,7 +219,7 @@ def read_examples(file: Path, flag: Literal["--seeds", "--heldout"]) -> Rows:
 
 
 def _read_csv(file: Path, columns: list[str]) -> Rows:
-    reader = csv.DictReader(io.StringIO(read_text(file).removeprefix("\ufeff"), newline=""))
+    reader = csv.DictReader(io.StringIO(read_text(file), newline=""))
     found = list(reader.fieldnames or [])
     if any(column not in found for column in columns):
         raise TuneshiftError(f"{file}: its first line must name the columns {columns} (found {found}).")

@@ -771,9 +771,8 @@ class TransferConfig(_Section):
 
     @model_validator(mode="after")
     def _rule_has_its_scores(self) -> "TransferConfig":
-        rules = {"filter.rule": [self.filter.rule]}
-        rules["compare.arms:"] = [arm.rule for arm in self.compare.arms] if self.compare else []
-        for key, rule in ((key, rule) for key, found in rules.items() for rule in found):
+        arms = self.compare.arms if self.compare else ()
+        for key, rule in [("filter.rule", self.filter.rule), *(("compare.arms:", arm.rule) for arm in arms)]:
             if rule in ("cross_ratio", "ifd", "top_excess") and not self.engine.cross_scores:
                 raise ValueError(f"{key} {rule!r} needs scores that engine.cross_scores: false leaves out")
         if self.filter.discriminator and self.engine.type == "openai":
@@ -1060,7 +1059,7 @@ def _explain(file: Path, problem: Any) -> str:
 
 def read_text(file: Path) -> str:
     try:
-        return file.read_text("utf-8")
+        return file.read_text("utf-8-sig")  # which is UTF-8, with or without a byte-order mark
     except UnicodeDecodeError as error:
         raise TuneshiftError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from error
 

@@ -268,7 +268,7 @@ def train(
             curve.steps.append({"step": step, "loss": loss, "learning_rate": float(schedule.get_last_lr()[0])})
             curve.response_tokens += sum(len(e.counted) for e in chosen)
             on_step(step, total, loss)
-            if checkpoint and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+            if checkpoint and is_first_process():
                 checkpoint.save(lambda: _state(optimizer, schedule, curve, curve.seconds + time.monotonic() - started))
         if len(curve.epochs) > epoch:
             continue
@@ -447,6 +447,11 @@ def _gradients(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of its group, or the only one."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _own_share(items: Sequence[T]) -> Sequence[T]:

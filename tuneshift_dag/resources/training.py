@@ -21,6 +21,7 @@ from tuneshift_dag.method.distillation import (
     TokenizedExample,
     TrainingCurve,
     add_lora,
+    is_first_process,
     tokenize_example,
     train,
 )
@@ -166,7 +167,7 @@ def _run(on_step: Callable[[int, int, float], None], job: _Job, folder: Path) ->
     curve = train(model, job.examples, job.settings, on_step, TrainingCheckpoint(job.checkpoint))
     assert_trainable_layout(model)
     model.peft_config["default"].base_model_name_or_path = job.reference
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if is_first_process():
         # The embeddings aren't trained; looking for changed ones would need the base's config from a hub.
         model.save_pretrained(folder, save_embedding_layers=False)
     del model, base
