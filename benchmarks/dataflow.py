@@ -11,7 +11,7 @@ import yaml
 
 from benchmarks.common import REPETITIONS, TRANSFER, spread
 from tuneshift_dag.assets.filtered_dataset import refilter
-from tuneshift_dag.resources.store import Store
+from tuneshift_dag.store.database import Store
 
 
 def filter_rows() -> dict[str, Any]:
@@ -63,7 +63,7 @@ def overhead() -> dict[str, Any]:
 
     from tuneshift_dag.reports.summary import report
     from tuneshift_dag.runner import Runner
-    from tuneshift_dag.transfer import load_transfer
+    from tuneshift_dag.config.transfer import load_transfer
 
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)

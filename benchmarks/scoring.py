@@ -11,9 +11,9 @@ import torch
 
 from benchmarks.baselines import TwoModels
 from benchmarks.common import GREEDY, REPETITIONS, interleaved, prompts, ratio, source_files, spread
-from tuneshift_dag.resources import decoding as loop
-from tuneshift_dag.resources.kv_cache import KVDtype
-from tuneshift_dag.resources.local_engine import LocalEngine
+from tuneshift_dag.engines import decoding as loop
+from tuneshift_dag.engines.kv_cache import KVDtype
+from tuneshift_dag.engines.local import LocalEngine
 
 BATCH = 32
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import TRANSFER, ratio, spread, target_files
-from tuneshift_dag.method.distillation import (
+from tuneshift_dag.training.loop import (
     LoraTraining,
     TokenizedExample,
     _cosine_with_warmup,
@@ -22,7 +22,7 @@ from tuneshift_dag.method.distillation import (
     tokenize_example,
     train,
 )
-from tuneshift_dag.resources.model_loading import load_for_training, load_tokenizer
+from tuneshift_dag.models.loading import load_for_training, load_tokenizer
 
 PAIRS, BATCH, REPETITIONS = 48, 16, 5
 SETTINGS = LoraTraining(batch_size=BATCH, epochs=2, validation_fraction=0.0, warmup_ratio=0.05)

@@ -16,10 +16,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Pair, Response, Side
-from tuneshift_dag.method.preflight import AdapterCheck
+from tuneshift_dag.engines.preflight import AdapterCheck
 from tuneshift_dag.method.token_selection import ScoredTokens
 from tuneshift_dag.resources.dagster_resources import EngineResource
-from tuneshift_dag.transfer import Transfer
+from tuneshift_dag.config.transfer import Transfer
 
 EOS = 0
 # Columns of a row of `scored_pairs` where the fine-tuned model is sure and the base is not.
@@ -272,7 +272,7 @@ class FakeModels:
 
 
 class FakeHarness:
-    """Stands for `tuneshift_dag.resources.harness.Harness`: every task gives one score."""
+    """Stands for `tuneshift_dag.engines.harness.Harness`: every task gives one score."""
 
     def __init__(self, transfer: Transfer, models: FakeModels) -> None:
         self.names = transfer.config.evaluation.tasks

@@ -10,8 +10,8 @@ from pathlib import Path
 from tests.fakes import FakeEngine
 from tuneshift_dag.method.engine import Decoding
 from tuneshift_dag.method.scoring import Cost, score_pairs
-from tuneshift_dag.resources.response_cache import ResponseCache
-from tuneshift_dag.resources.store import Store
+from tuneshift_dag.store.cache import ResponseCache
+from tuneshift_dag.store.database import Store
 
 BATCH = 3
 

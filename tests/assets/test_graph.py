@@ -22,12 +22,12 @@ from tuneshift_dag.assets.synthetic_prompts import _check_duplicates, _check_hel
 from tuneshift_dag.definitions import build_definitions
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.discriminator import EACH_A_STEP, NO, YES, ask
-from tuneshift_dag.method.preflight import AdapterCheck
+from tuneshift_dag.engines.preflight import AdapterCheck
 from tuneshift_dag.method.retention import general_texts
 from tuneshift_dag.reports.export import export, model_card
 from tuneshift_dag.reports.summary import report
 from tuneshift_dag.reports.sweep import sweep
-from tuneshift_dag.resources.tables import FILTERED_DATASET, SCORED_PAIRS, SYNTHETIC_PROMPTS
+from tuneshift_dag.store.tables import FILTERED_DATASET, SCORED_PAIRS, SYNTHETIC_PROMPTS
 
 ROUND_ASSETS = ["synthetic_prompts", "scored_pairs", "filtered_dataset"]
 WHOLE_RUN = [

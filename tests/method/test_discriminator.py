@@ -8,8 +8,8 @@ from tuneshift_dag.method import discriminator
 from tuneshift_dag.method.discriminator import EACH_A_STEP, NO, YES, ask, identity, scores, training_batches
 from tuneshift_dag.method.engine import Side
 from tuneshift_dag.method.scoring import Cost
-from tuneshift_dag.resources.response_cache import ResponseCache
-from tuneshift_dag.resources.store import Store
+from tuneshift_dag.store.cache import ResponseCache
+from tuneshift_dag.store.database import Store
 
 SEEDS = [f"seed {i}" for i in range(5)]
 GENERATED = [f"generated {i}" for i in range(20)]

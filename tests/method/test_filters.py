@@ -5,8 +5,8 @@ import pytest
 from tests.fakes import CONFIDENT_PAIR
 from tuneshift_dag.method.filters import KEEP_RULES, Guards, repetition_sql, verdict_sql
 from tuneshift_dag.method.filters import RULES as ALL_RULES
-from tuneshift_dag.resources.store import Store
-from tuneshift_dag.resources.tables import SCORED_PAIRS
+from tuneshift_dag.store.database import Store
+from tuneshift_dag.store.tables import SCORED_PAIRS
 
 RULES = ("both", "difference", "ratio", "cross_ratio")
 JUDGED = (*RULES, "ifd", *KEEP_RULES)

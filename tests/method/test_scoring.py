@@ -3,8 +3,8 @@ import pytest
 from tests.fakes import FakeEngine
 from tuneshift_dag.method.engine import Decoding
 from tuneshift_dag.method.scoring import Cost, chunk_progress, generate, score_alone, score_pairs, token_excess
-from tuneshift_dag.resources.response_cache import ResponseCache
-from tuneshift_dag.resources.store import Store
+from tuneshift_dag.store.cache import ResponseCache
+from tuneshift_dag.store.database import Store
 
 GREEDY = Decoding(64)
 SAMPLING = Decoding(64, temperature=1.0, top_k=50)

@@ -4,8 +4,8 @@ from tests.fakes import FakeEngine
 from tuneshift_dag.method.engine import Decoding
 from tuneshift_dag.method.scoring import Cost, generate
 from tuneshift_dag.method.self_consistency import agreement, agreements
-from tuneshift_dag.resources.response_cache import ResponseCache
-from tuneshift_dag.resources.store import Store
+from tuneshift_dag.store.cache import ResponseCache
+from tuneshift_dag.store.database import Store
 
 SAMPLING = Decoding(64, temperature=0.7)
 TEXTS = [f"prompt {i}" for i in range(8)]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tuneshift_dag.method.token_selection import TokenBytes, select_tokens
-from tuneshift_dag.resources.model_loading import load_tokenizer
-from tuneshift_dag.resources.model_ref import resolve_model
+from tuneshift_dag.models.loading import load_tokenizer
+from tuneshift_dag.models.references import resolve_model
 
 TRANSFER = Path(__file__).parents[2] / "transfers" / "banking_intents"
 PIECES = [

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from tuneshift_dag.method.distillation import LoraTraining, add_lora, tokenize_example, train
-from tuneshift_dag.resources.model_loading import load_for_training, load_tokenizer
-from tuneshift_dag.resources.model_ref import resolve_model
-from tuneshift_dag.transfer import load_transfer
+from tuneshift_dag.training.loop import LoraTraining, add_lora, tokenize_example, train
+from tuneshift_dag.models.loading import load_for_training, load_tokenizer
+from tuneshift_dag.models.references import resolve_model
+from tuneshift_dag.config.transfer import load_transfer
 
 HERE = Path(__file__).parent
 TRANSFER = load_transfer(HERE).config

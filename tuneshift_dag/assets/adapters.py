@@ -17,11 +17,11 @@ from tuneshift_dag.method import scoring
 from tuneshift_dag.method.engine import Decoding
 from tuneshift_dag.method.token_selection import ScoredTokens
 from tuneshift_dag.resources.dagster_resources import EngineResource
-from tuneshift_dag.resources.hardware import check_training
-from tuneshift_dag.resources.response_cache import ResponseCache
-from tuneshift_dag.resources.store import Store, insert
-from tuneshift_dag.resources.tables import DISTILLED_MODELS, TRAINING_EXAMPLES
-from tuneshift_dag.transfer import Transfer
+from tuneshift_dag.training.hardware import check_training
+from tuneshift_dag.store.cache import ResponseCache
+from tuneshift_dag.store.database import Store, insert
+from tuneshift_dag.store.tables import DISTILLED_MODELS, TRAINING_EXAMPLES
+from tuneshift_dag.config.transfer import Transfer
 
 # The parts of transfer.yaml that a training depends on.
 TRAINING_SECTIONS = ("distill", "target", "prompt_template", "seed", "models.compute_dtype")

@@ -11,9 +11,9 @@ from tuneshift_dag.assets.common import Step, prompt_chunks
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.method import discriminator, scoring
 from tuneshift_dag.resources.dagster_resources import EngineResource
-from tuneshift_dag.resources.response_cache import ResponseCache
-from tuneshift_dag.resources.store import Store
-from tuneshift_dag.transfer import Transfer, round_key
+from tuneshift_dag.store.cache import ResponseCache
+from tuneshift_dag.store.database import Store
+from tuneshift_dag.config.transfer import Transfer, round_key
 
 # Whose prompts it learns to call generated: see `tuneshift_dag.method.discriminator`.
 TAUGHT_BY = round_key(1)

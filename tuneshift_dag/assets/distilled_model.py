@@ -18,9 +18,9 @@ from tuneshift_dag.assets.common import (
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.reports import plots
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
-from tuneshift_dag.resources.store import Store
-from tuneshift_dag.resources.tables import DISTILLED_MODELS
-from tuneshift_dag.transfer import Transfer
+from tuneshift_dag.store.database import Store
+from tuneshift_dag.store.tables import DISTILLED_MODELS
+from tuneshift_dag.config.transfer import Transfer
 
 
 def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:

@@ -28,9 +28,9 @@ from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.method.retention import Retention, general_texts, retention
 from tuneshift_dag.reports import plots
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
-from tuneshift_dag.resources.store import Store
-from tuneshift_dag.resources.tables import ACCURACY, EVALUATIONS, RETENTION
-from tuneshift_dag.transfer import Transfer
+from tuneshift_dag.store.database import Store
+from tuneshift_dag.store.tables import ACCURACY, EVALUATIONS, RETENTION
+from tuneshift_dag.config.transfer import Transfer
 
 
 def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:

@@ -15,9 +15,9 @@ from tuneshift_dag.assets.common import (
 from tuneshift_dag.assets.round_seeds import report_seeds
 from tuneshift_dag.method.seed_sampling import Candidate
 from tuneshift_dag.resources.dagster_resources import StoreResource
-from tuneshift_dag.resources.store import Store
-from tuneshift_dag.resources.tables import FILTERED_DATASET, REJECTED_PAIRS
-from tuneshift_dag.transfer import Transfer, round_number
+from tuneshift_dag.store.database import Store
+from tuneshift_dag.store.tables import FILTERED_DATASET, REJECTED_PAIRS
+from tuneshift_dag.config.transfer import Transfer, round_number
 
 
 def build_filtered_dataset(transfer: Transfer) -> dg.AssetsDefinition:

@@ -24,11 +24,11 @@ from tuneshift_dag.assets.discriminator import TAUGHT_BY, ask_discriminator
 from tuneshift_dag.method import discriminator, scoring, self_consistency
 from tuneshift_dag.method.engine import Decoding, Pair, Response, perplexity
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
-from tuneshift_dag.resources.memory import trim
-from tuneshift_dag.resources.response_cache import ResponseCache
-from tuneshift_dag.resources.store import Spool, Store, in_chunks
-from tuneshift_dag.resources.tables import SCORED_PAIRS
-from tuneshift_dag.transfer import Transfer
+from tuneshift_dag.models.memory import trim
+from tuneshift_dag.store.cache import ResponseCache
+from tuneshift_dag.store.database import Spool, Store, in_chunks
+from tuneshift_dag.store.tables import SCORED_PAIRS
+from tuneshift_dag.config.transfer import Transfer
 
 # Scores that only some settings ask for.
 _OPTIONAL = ("agreement", "ppl_target", "discriminator_score")

@@ -34,10 +34,10 @@ from tuneshift_dag.method.prompting import (
 )
 from tuneshift_dag.method.seed_sampling import Candidate
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
-from tuneshift_dag.resources.response_cache import ResponseCache
-from tuneshift_dag.resources.store import Store
-from tuneshift_dag.resources.tables import PROPOSALS, REJECTED_PROMPTS, SYNTHETIC_PROMPTS
-from tuneshift_dag.transfer import Generator, Transfer, round_key, round_number
+from tuneshift_dag.store.cache import ResponseCache
+from tuneshift_dag.store.database import Store
+from tuneshift_dag.store.tables import PROPOSALS, REJECTED_PROMPTS, SYNTHETIC_PROMPTS
+from tuneshift_dag.config.transfer import Generator, Transfer, round_key, round_number
 
 FIRST_ROUND = round_key(1)
 

@@ -7,9 +7,9 @@ import polars as pl
 
 from tuneshift_dag.assets.common import Step
 from tuneshift_dag.method.engine import Engine, Side
-from tuneshift_dag.resources.store import Store
-from tuneshift_dag.resources.tables import TASK_SCORES
-from tuneshift_dag.transfer import Transfer
+from tuneshift_dag.store.database import Store
+from tuneshift_dag.store.tables import TASK_SCORES
+from tuneshift_dag.config.transfer import Transfer
 
 TASK_COLUMNS = ["model", "task", "metric", "filter", "value", "stderr", "n"]
 
@@ -20,7 +20,7 @@ def score_tasks(
     """Rows of ``task_scores`` for both target models, which are then the current ones.
 
     Args:
-        harness: a `tuneshift_dag.resources.harness.Harness`; without one there are no rows.
+        harness: a `tuneshift_dag.engines.harness.Harness`; without one there are no rows.
         models: name, engine and side, of which those of the target are measured.
     """
     keys = []

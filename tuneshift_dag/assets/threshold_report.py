@@ -18,9 +18,9 @@ from tuneshift_dag.home import output_dir
 from tuneshift_dag.reports import distributions, plots
 from tuneshift_dag.reports.sweep import sweep
 from tuneshift_dag.resources.dagster_resources import StoreResource
-from tuneshift_dag.resources.store import Store
-from tuneshift_dag.resources.tables import THRESHOLD_REPORT
-from tuneshift_dag.transfer import Transfer
+from tuneshift_dag.store.database import Store
+from tuneshift_dag.store.tables import THRESHOLD_REPORT
+from tuneshift_dag.config.transfer import Transfer
 
 
 def build_threshold_report(transfer: Transfer) -> dg.AssetsDefinition:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from tuneshift_dag.method.preflight import AdapterCheck
+from tuneshift_dag.engines.preflight import AdapterCheck
 
 Side = Literal["base", "fine_tuned"]
 CHUNK_SIZE = 1024

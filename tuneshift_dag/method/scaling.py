@@ -29,7 +29,7 @@ _LORA_BYTES = 16
 _LORA_BYTES_8BIT = 10
 # The libraries of a process: what the packaged transfer's `seed_set` peaked at, less its model.
 _PROCESS_BYTES = 800_000_000
-# As `tuneshift_dag.resources.batching`: the share of the free memory that a batch may plan with.
+# As `tuneshift_dag.models.batching`: the share of the free memory that a batch may plan with.
 _BATCH_SHARE = 0.5
 # Where freed memory stays with the process, on a CPU, the packaged transfer's recorded peaks are 1.3 to 2.1 times the
 # estimates.

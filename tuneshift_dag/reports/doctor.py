@@ -12,8 +12,8 @@ from pathlib import Path
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file, home_dir, transfers_dir
 from tuneshift_dag.reports.plan import run_warnings
-from tuneshift_dag.resources.hardware import training_problem
-from tuneshift_dag.transfer import Transfer, find_transfers, load_transfer
+from tuneshift_dag.training.hardware import training_problem
+from tuneshift_dag.config.transfer import Transfer, find_transfers, load_transfer
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "dagster", "duckdb", "polars")
 # A 4-bit 7B model, its converted copy and a database fit in this.
@@ -82,7 +82,7 @@ def _environment() -> Iterator[Finding]:
     home_dir().mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(home_dir()).free / 2**30
     yield Finding("disk", free > _FREE_GIB, f"{free:.0f} GiB free for {home_dir()}")
-    from tuneshift_dag.resources.store import Store
+    from tuneshift_dag.store.database import Store
 
     try:
         Store(database_file()).prepare(None)
@@ -92,7 +92,7 @@ def _environment() -> Iterator[Finding]:
 
 
 def _tasks(transfer: Transfer) -> Finding:
-    from tuneshift_dag.resources.harness import check_names
+    from tuneshift_dag.engines.harness import check_names
 
     what = f"{transfer.name} tasks"
     try:
@@ -104,7 +104,7 @@ def _tasks(transfer: Transfer) -> Finding:
 
 def _not_here(transfer: Transfer) -> dict[str, str]:
     """Models of the hub that a run would fetch, by key of ``transfer.yaml``."""
-    from tuneshift_dag.resources.model_ref import hub_files_here
+    from tuneshift_dag.models.references import hub_files_here
 
     config = transfer.config
     models = {

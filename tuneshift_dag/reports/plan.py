@@ -24,14 +24,14 @@ from tuneshift_dag.method.scaling import (
     Workload,
 )
 from tuneshift_dag.method.scaling import estimate as estimate_gpus
-from tuneshift_dag.resources.memory import gpu_count, total_bytes
-from tuneshift_dag.resources.model_ref import known_config
-from tuneshift_dag.resources.store import Store
-from tuneshift_dag.transfer import Transfer
+from tuneshift_dag.models.memory import gpu_count, total_bytes
+from tuneshift_dag.models.references import known_config
+from tuneshift_dag.store.database import Store
+from tuneshift_dag.config.transfer import Transfer
 
 # English text and these models' tokenizers: 3.9 over the packaged transfer's prompts.
 _CHARACTERS_PER_TOKEN = 4
-# As `tuneshift_dag.resources.decoding`: shorter openings aren't shared.
+# As `tuneshift_dag.engines.decoding`: shorter openings aren't shared.
 _SHARE_FROM = 16
 HERE = "this machine"
 MODELS = ("source", "generator", "target")

@@ -10,8 +10,8 @@ import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from tuneshift_dag.resources.tables import CACHE, CACHE_TABLES, TRANSFER_TABLES, Table
-from tuneshift_dag.transfer import TransferConfig
+from tuneshift_dag.store.tables import CACHE, CACHE_TABLES, TRANSFER_TABLES, Table
+from tuneshift_dag.config.transfer import TransferConfig
 
 
 def render() -> str:
@@ -47,7 +47,7 @@ def _is_section(kind: Any) -> bool:
 
 
 def _commands() -> dict[str, Any]:
-    from tuneshift_dag.cli import app
+    from tuneshift_dag.cli.commands import app
 
     def flat(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         for name, command in group.commands.items():

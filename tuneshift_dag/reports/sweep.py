@@ -11,8 +11,8 @@ from typing import Any
 
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.filters import GUARD_REASONS, KEEP_RULES, RULES, Rule
-from tuneshift_dag.resources.store import Store
-from tuneshift_dag.transfer import Transfer, check_cut
+from tuneshift_dag.store.database import Store
+from tuneshift_dag.config.transfer import Transfer, check_cut
 
 PAPER_THRESHOLD = 1.5
 _MOST_THRESHOLDS = 1000
@@ -140,7 +140,7 @@ def _steps(text: str, start: float, stop: float, step: float) -> list[float]:
 
 
 def _floor(rule: Rule) -> int:
-    """Thresholds are above this, as in `tuneshift_dag.transfer.check_cut`."""
+    """Thresholds are above this, as in `tuneshift_dag.config.transfer.check_cut`."""
     return 0 if rule in ("difference", "ifd") else 1
 
 

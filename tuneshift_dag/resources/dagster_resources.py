@@ -10,14 +10,14 @@ import dagster as dg
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import Engine
 from tuneshift_dag.method.token_selection import ScoredTokens
-from tuneshift_dag.resources.response_cache import ResponseCache
-from tuneshift_dag.resources.store import Store
-from tuneshift_dag.transfer import Transfer
+from tuneshift_dag.store.cache import ResponseCache
+from tuneshift_dag.store.database import Store
+from tuneshift_dag.config.transfer import Transfer
 
 if TYPE_CHECKING:
-    from tuneshift_dag.method.distillation import TrainingCurve
-    from tuneshift_dag.resources.harness import Harness
-    from tuneshift_dag.resources.model_ref import ModelFiles
+    from tuneshift_dag.training.loop import TrainingCurve
+    from tuneshift_dag.engines.harness import Harness
+    from tuneshift_dag.models.references import ModelFiles
 
 # Engines live as long as the process: the steps of a run share loaded models.
 _ENGINES: dict[str, Engine] = {}
@@ -40,7 +40,7 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     def source(self, transfer: Transfer) -> Engine:
         """The source base model with the source adapter, in this process, on a cluster or on a server."""
-        from tuneshift_dag.resources.model_ref import resolve_adapter, resolve_tokenizer
+        from tuneshift_dag.models.references import resolve_adapter, resolve_tokenizer
 
         source, settings = transfer.config.source, transfer.config.engine
         adapter = resolve_adapter(source.adapter, transfer.folder, "source.adapter")
@@ -78,7 +78,7 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
         It is a second copy of that base: `release` the source before it loads, and it before the source does.
         """
-        from tuneshift_dag.resources.model_ref import resolve_adapter
+        from tuneshift_dag.models.references import resolve_adapter
 
         files = resolve_adapter(str(adapter), transfer.folder, "discriminator")
         on_ray = transfer.config.engine.type == "ray"
@@ -86,20 +86,20 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     def target(self, transfer: Transfer, adapter: Path | None = None) -> Engine:
         """The target base model, with a distilled adapter when a folder is given."""
-        from tuneshift_dag.resources.model_ref import resolve_adapter
+        from tuneshift_dag.models.references import resolve_adapter
 
         files = resolve_adapter(str(adapter), transfer.folder, "distilled adapter") if adapter else None
         return self._engine(transfer, transfer.config.target.base, "target.base", files)
 
     def target_weights(self, transfer: Transfer) -> str:
         """The fingerprint of the target base model's files; nothing is loaded."""
-        from tuneshift_dag.resources.model_ref import resolve_model
+        from tuneshift_dag.models.references import resolve_model
 
         return resolve_model(transfer.config.target.base, transfer.folder, "target.base").fingerprint
 
     def harness(self, transfer: Transfer) -> "Harness":
         """The tasks of ``evaluation.tasks``, with their data; no model is loaded."""
-        from tuneshift_dag.resources.harness import Harness
+        from tuneshift_dag.engines.harness import Harness
 
         return Harness(transfer)
 
@@ -116,7 +116,7 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         Args:
             excess: for ``distill.token_mask``, the scored source tokens of each response.
         """
-        from tuneshift_dag.resources.training import distill
+        from tuneshift_dag.training.run import distill
 
         self.release()
         return distill(transfer, pairs, folder, on_step, excess)
@@ -129,7 +129,7 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         on_step: Callable[[int, int, float], None],
     ) -> "TrainingCurve":
         """Train a LoRA of the source base on (question, answer) pairs and save it to ``folder``."""
-        from tuneshift_dag.resources.training import train_discriminator
+        from tuneshift_dag.training.run import train_discriminator
 
         self.release()
         return train_discriminator(transfer, batches, folder, on_step)
@@ -147,8 +147,8 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         on_ray: bool = False,
         quantization: str | None = None,
     ) -> Engine:
-        from tuneshift_dag.resources.local_engine import LocalEngine
-        from tuneshift_dag.resources.model_ref import resolve_model
+        from tuneshift_dag.engines.local import LocalEngine
+        from tuneshift_dag.models.references import resolve_model
 
         models, cluster = transfer.config.models, transfer.config.engine.ray
         if quantization is not None:

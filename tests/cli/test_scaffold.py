@@ -1,0 +1,204 @@
+"""`tuneshift new`: the folder that it writes, what it asks, and what it refuses."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from tests.conftest import make_transfer_folder, write_jsonl
+from tuneshift_dag.cli import commands as cli
+from tuneshift_dag.cli import scaffold
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.cli.scaffold import Answers, create
+from tuneshift_dag.config.transfer import Transfer, TransferConfig
+
+New = Callable[..., Transfer]
+
+
+@pytest.fixture
+def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Answers:
+    """Everything needed, as a user in the folder ``work`` would name it."""
+    made = make_transfer_folder(tmp_path / "elsewhere")
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    shutil.copytree(made / "models" / "tiny-base", work / "tiny-base")
+    shutil.copytree(made / "adapter", work / "my-adapter")
+    write_jsonl(work / "seeds.jsonl", [{"prompt": "Where is it?"}, {"prompt": "Who is “she”?"}])
+    return Answers("my-adapter", "tiny-base", "org/new-base@v2", "Q: {prompt}\\nA:", "seeds.jsonl")
+
+
+@pytest.fixture
+def new(tmp_path: Path, given: Answers) -> New:
+    def call(name: str = "my_skill", **changes: object) -> Transfer:
+        return create(tmp_path / "transfers", name, Answers(**{**vars(given), **changes}))  # type: ignore[arg-type]
+
+    return call
+
+
+class TestCreate:
+    def test_the_folder_holds_everything_it_needs(self, new: New, tmp_path: Path) -> None:
+        transfer = new()
+        assert transfer.folder == tmp_path / "transfers" / "my_skill"
+        assert transfer.seeds == ["Where is it?", "Who is “she”?"]
+        assert transfer.config.prompt_template == "Q: {prompt}\nA:"
+        # A path means the same from there; a hub id stays as it is.
+        assert transfer.config.source.base == str(tmp_path / "work" / "tiny-base")
+        assert transfer.config.target.base == transfer.config.generator.model == "org/new-base@v2"
+        assert {path.name for path in (transfer.folder / "adapter").iterdir()} == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+        assert sorted(path.name for path in transfer.folder.parent.iterdir()) == ["my_skill"]
+
+    def test_the_adapter_can_stay_where_it_is(self, new: New, tmp_path: Path) -> None:
+        transfer = new(copy_adapter=False)
+        assert transfer.config.source.adapter == str(tmp_path / "work" / "my-adapter")
+        assert not (transfer.folder / "adapter").exists()
+
+    def test_an_adapter_on_the_hub_is_named(self, new: New) -> None:
+        assert new(adapter="org/their-adapter").config.source.adapter == "org/their-adapter"
+
+    def test_chat_mode_writes_the_defaults(self, new: New) -> None:
+        written = new(description="A skill.").config
+        shown = {"evaluation": {"max_new_tokens": written.evaluation.max_new_tokens}}
+        least = written.model_dump(include={"source", "target", "prompt_template", "description"})
+        assert written == TransferConfig.model_validate(
+            {**least, **shown, "generator": {"model": written.generator.model}}
+        )
+
+    @pytest.mark.parametrize("mode", ["continuation", "by_response"])
+    def test_the_other_modes_and_texts_with_odd_characters(self, new: New, mode: str) -> None:
+        config = new(mode=mode, instruction='Say "yes": # {x}', description="a: b # c\\").config
+        assert (config.generator.mode, config.generator.instruction) == (mode, 'Say "yes": # {x}')
+        assert config.description == "a: b # c\\"
+        assert config.generator.original_seeds_per_call > 0
+
+    def test_the_base_is_the_one_that_the_adapter_names(self, new: New, given: Answers) -> None:
+        _edit_adapter(base_model_name_or_path="org/named-base")
+        assert new(base="").config.source.base == "org/named-base"
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("s.txt", "\ufeffOne?\n\nTwo, or three?\n"),
+            ("s.csv", '\ufeffid,prompt\r\n1,One?\r\n2,"Two, or three?"\r\n'),
+            ("s.jsonl", '{"prompt": "One?", "id": 1}\n{"prompt": "Two, or three?"}'),
+        ],
+    )
+    def test_seeds_may_be_text_csv_or_jsonl(self, new: New, name: str, content: str) -> None:
+        Path(name).write_bytes(content.encode())
+        assert new(seeds=name).seeds == ["One?", "Two, or three?"]
+
+    def test_a_held_out_csv(self, new: New) -> None:
+        Path("h.csv").write_text("response,prompt\nyes,Really?\n")
+        assert new(heldout="h.csv").heldout == [("Really?", "yes")]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"name": "my-skill"}, ["NAME 'my-skill'", "'my_skill'"]),
+            ({"adapter": "", "target": "", "seeds": ""}, ["--adapter, --target, --seeds missing", "terminal"]),
+            ({"adapter": "./nowhere"}, ["--adapter", "nowhere", "doesn't exist"]),
+            ({"adapter": "tiny-base"}, ["--adapter 'tiny-base'", "a whole model, not an adapter"]),
+            ({"adapter": "."}, ["--adapter '.'", "in my-adapter", "Give one of these"]),
+            ({"base": "org/other-base"}, ["--base 'org/other-base'", "someone/tiny-base", "adapter_config.json"]),
+            ({"base": "", "adapter": "org/on-the-hub"}, ["--base missing", "doesn't say"]),
+            ({"target": "./nowhere"}, ["--target", "'./nowhere'", "hub id"]),
+            ({"generator": "package://no_such_package"}, ["--generator", "pip install no-such-package"]),
+            ({"template": "Question:"}, ["--template 'Question:'", "{prompt} exactly once"]),
+            ({"seeds": "none.jsonl"}, ["--seeds 'none.jsonl'", "no such file"]),
+            ({"seeds": "my-adapter/adapter_config.json"}, ["--seeds", "must be a .jsonl, .csv or .txt file"]),
+            ({"seeds": "empty.txt"}, ["--seeds 'empty.txt'", "no examples"]),
+            ({"seeds": "twice.txt"}, ["twice.txt:3", "is the prompt of twice.txt:1 again"]),
+            ({"seeds": "wrong.csv"}, ["wrong.csv", "'prompt'", "'question'"]),
+            ({"heldout": "leak.csv"}, ["leak.csv:2", "'where is it'", "also a seed"]),
+            ({"heldout": "short.csv"}, ["short.csv:3", "'response' must be a non-empty string"]),
+            ({"heldout": "twice.txt"}, ["--heldout", "must be a .jsonl or .csv file"]),
+        ],
+    )
+    def test_names_the_flag_or_file_and_the_repair(
+        self, new: New, tmp_path: Path, changes: dict[str, str], words: list[str]
+    ) -> None:
+        Path("empty.txt").write_text("\n")
+        Path("twice.txt").write_text("one\n\nOne.\n")
+        Path("wrong.csv").write_text("question\nWhy?\n")
+        Path("leak.csv").write_text("prompt,response\nwhere is it,here\n")
+        Path("short.csv").write_text("prompt,response\na,b\nc\n")
+        with pytest.raises(TuneshiftError) as error:
+            new(**changes)
+        for word in words:
+            assert word in str(error.value)
+        assert not list((tmp_path / "transfers").glob("*")), "nothing is left behind"
+
+    def test_nothing_is_overwritten(self, new: New) -> None:
+        before = (new().folder / "transfer.yaml").read_text()
+        with pytest.raises(TuneshiftError, match="my_skill exists already, and nothing is overwritten"):
+            new(template="Other: {prompt}")
+        assert yaml.safe_load(before)["prompt_template"] == "Q: {prompt}\nA:"
+
+    def test_a_pickle_adapter(self, new: New) -> None:
+        Path("my-adapter/adapter_model.safetensors").rename("my-adapter/adapter_model.bin")
+        with pytest.raises(TuneshiftError, match=r"--adapter: .*pickle adapter.*safe_serialization"):
+            new()
+
+
+class TestCommand:
+    def test_flags_alone(self, given: Answers, tmp_path: Path) -> None:
+        flags = {"adapter": given.adapter, "base": given.base, "target": given.target, "seeds": given.seeds}
+        options = [part for name, value in flags.items() for part in (f"--{name}", value)]
+        result = CliRunner().invoke(cli.app, ["new", "my_skill", *options, "--template", given.template])
+        assert result.exit_code == 0
+        assert result.stdout.strip() == str(tmp_path / "transfers" / "my_skill")
+        assert "2 seeds, no held-out file" in result.stderr
+        assert "tuneshift doctor my_skill" in result.stderr
+
+    def test_without_a_terminal_nothing_is_asked(self, given: Answers) -> None:
+        result = CliRunner().invoke(cli.app, ["new", "my_skill", "--adapter", given.adapter], input="x\n")
+        assert isinstance(result.exception, TuneshiftError)
+        assert "--target, --template, --seeds missing" in str(result.exception)
+
+    def test_in_a_terminal_the_rest_is_asked_and_a_wrong_answer_again(
+        self, given: Answers, new: New, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asking = typer.Typer()
+        got: list[Answers] = []
+        asking.command()(lambda: got.append(scaffold.ask_for_the_rest(Answers(target=given.target))))
+        typed = [
+            "./nowhere",
+            "my-adapter",
+            "org/other-base",
+            "tiny-base",
+            "",
+            "poetry",
+            "continuation",
+            "Q:",
+            given.template,
+        ]
+        typed += ["", "Where?", "Who?", "", ""]
+        result = CliRunner().invoke(asking, [], input="\n".join(typed) + "\n")
+        assert result.exit_code == 0, result.output
+        assert "nowhere" in result.stderr and "{prompt} exactly once" in result.stderr
+        (answers,) = got
+        assert answers == Answers(
+            adapter="my-adapter",
+            base="tiny-base",
+            target=given.target,
+            template=given.template,
+            generator=given.target,
+            mode="continuation",
+            typed_seeds=("Where?", "Who?"),
+        )
+        assert new(**vars(answers)).seeds == ["Where?", "Who?"]
+
+
+def _edit_adapter(**changes: str) -> None:
+    file = Path("my-adapter/adapter_config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))

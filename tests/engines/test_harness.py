@@ -1,0 +1,151 @@
+"""lm-evaluation-harness on the packaged model: tasks and data of this machine, and no network."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import write_jsonl
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.engines.local import LocalEngine
+from tuneshift_dag.models.references import resolve_adapter, resolve_model
+from tuneshift_dag.config.transfer import load_transfer
+
+pytest.importorskip("lm_eval", reason="the extra lm-eval isn't installed")
+
+PACKAGED = Path(__file__).parents[2] / "transfers" / "banking_intents"
+TEMPLATE = load_transfer(PACKAGED).config.prompt_template
+EXAMPLES = [json.loads(line) for line in (PACKAGED / "heldout.jsonl").read_text().splitlines()[::40]]
+
+
+@pytest.fixture(scope="module")
+def engine() -> LocalEngine:
+    base = resolve_model(load_transfer(PACKAGED).config.source.base, PACKAGED, "test")
+    return LocalEngine(base, resolve_adapter("adapter", PACKAGED, "test"))
+
+
+@pytest.fixture
+def tasks(transfer_folder: Path, edit_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two tasks over the same file: write the intent, and choose it among four."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    folder = transfer_folder / "tasks"
+    folder.mkdir()
+    write_jsonl(folder / "intents.jsonl", EXAMPLES)
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "intents.jsonl"}},
+        "test_split": "test",
+        "doc_to_text": TEMPLATE.replace("{prompt}", "{{prompt}}"),
+        "metadata": {"version": 1.0},
+    }
+    writing = {
+        "task": "write_intent",
+        "output_type": "generate_until",
+        "doc_to_target": "{{response}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 12},
+        "filter_list": [
+            {"name": "stripped", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}
+        ],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    choosing = {
+        "task": "choose_intent",
+        "output_type": "multiple_choice",
+        "doc_to_choice": [example["response"] for example in EXAMPLES[:4]],
+        "doc_to_target": "{{response}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    for task in (writing, choosing):
+        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task))
+    edit_config("evaluation", {"tasks": ["write_intent", "choose_intent"], "task_folder": "tasks", "task_limit": 4})
+    return folder
+
+
+def test_a_model_is_measured_with_its_adapter_on_and_off(tasks: Path, engine: LocalEngine) -> None:
+    from tuneshift_dag.engines.harness import Harness
+
+    harness = Harness(load_transfer(tasks.parent))
+    found = {
+        (side, row["task"]): row
+        for side in ("base", "fine_tuned")
+        for name in harness.names
+        for row in harness.run(name, engine, side)
+    }
+    written, chosen = found["fine_tuned", "write_intent"], found["fine_tuned", "choose_intent"]
+    assert (written["metric"], written["filter"], written["n"]) == ("exact_match", "stripped", 4)
+    assert (chosen["metric"], chosen["task_version"]) == ("acc", "1.0")
+    assert written["stderr"] is not None
+    # The same greedy answers and the same choices, by the engine's own decode loop and scores.
+    assert written["value"] == sum(own_answer(engine, e["prompt"]) == e["response"] for e in EXAMPLES[:4]) / 4
+    assert chosen["value"] == sum(own_choice(engine, e["prompt"]) == e["response"] for e in EXAMPLES[:4]) / 4
+    assert written["value"] >= 0.5 > found["base", "write_intent"]["value"] == 0
+
+
+def test_the_version_follows_settings_and_data(tasks: Path, edit_config) -> None:
+    from tuneshift_dag.engines.harness import Harness
+
+    def version() -> str:
+        return Harness(load_transfer(tasks.parent)).version("write_intent")
+
+    before, code = version(), load_transfer(tasks.parent).tasks_version()
+    assert version() == before
+    (tasks / "__pycache__").mkdir(exist_ok=True)
+    for left_behind in ("__pycache__/metric.cpython-311.pyc", ".DS_Store"):
+        (tasks / left_behind).write_bytes(b"written by Python or an editor")
+    assert load_transfer(tasks.parent).tasks_version() == code
+    write_jsonl(tasks / "intents.jsonl", [*EXAMPLES[:3], {"prompt": "Another?", "response": "other"}])
+    assert version() != before
+    assert load_transfer(tasks.parent).tasks_version() != code
+    write_jsonl(tasks / "intents.jsonl", EXAMPLES)
+    edit_config("evaluation.task_limit", 3)
+    assert version() != before
+
+
+def test_an_unknown_task_is_named_with_its_neighbours(tasks: Path, edit_config) -> None:
+    from tuneshift_dag.reports.doctor import examine
+    from tuneshift_dag.engines.harness import Harness
+
+    edit_config("evaluation.tasks", ["write_intents"])
+    with pytest.raises(TuneshiftError) as error:
+        Harness(load_transfer(tasks.parent))
+    for word in [str(tasks.parent / "transfer.yaml"), "evaluation.tasks", "'write_intents'", "near: write_intent"]:
+        assert word in str(error.value)
+    assert str(error.value) in [f.detail for f in examine("banking", with_models=False) if f.ok is False]
+
+
+def test_a_task_whose_data_cannot_be_had_says_so(tasks: Path) -> None:
+    from tuneshift_dag.engines.harness import Harness
+
+    (tasks / "intents.jsonl").unlink()
+    with pytest.raises(
+        TuneshiftError, match=r"evaluation\.tasks: the task 'write_intent' can't be loaded .*task_folder"
+    ):
+        Harness(load_transfer(tasks.parent))
+
+
+def test_model_written_code_is_run_only_when_that_is_allowed(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tuneshift_dag.engines.harness import Harness
+
+    file = tasks / "write_intent.yaml"
+    file.write_text(file.read_text() + "unsafe_code: true\n")
+    with pytest.raises(TuneshiftError, match=r"'write_intent' runs code .*HF_ALLOW_CODE_EVAL=1"):
+        Harness(load_transfer(tasks.parent))
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    assert Harness(load_transfer(tasks.parent)).names == ("write_intent", "choose_intent")
+
+
+def own_answer(engine: LocalEngine, prompt: str) -> str:
+    from tuneshift_dag.method.engine import Decoding
+
+    ids = engine.encode(TEMPLATE.replace("{prompt}", prompt))
+    ((_, response),) = next(iter(engine.generate([ids], "fine_tuned", Decoding(12, stop="\n"))))
+    return response.text.strip()
+
+
+def own_choice(engine: LocalEngine, prompt: str) -> str:
+    ids = engine.encode(TEMPLATE.replace("{prompt}", prompt))
+    choices = [example["response"] for example in EXAMPLES[:4]]
+    responses = [engine.encode(f" {choice}") for choice in choices]
+    scores = dict(pair for batch in engine.score([ids] * 4, responses, "fine_tuned") for pair in batch)
+    return choices[max(scores, key=scores.__getitem__)]

@@ -1,0 +1,68 @@
+"""Batches: similar lengths together, fewer rows when memory is short, halved when it runs out."""
+
+import pytest
+import torch
+
+from tuneshift_dag.models import batching
+from tuneshift_dag.models.batching import in_batches
+
+LENGTHS = [3, 9, 1, 7, 5, 8, 2, 6, 4, 10]
+
+
+def run(limit: int, most_rows: int = 8, error: Exception | None = None) -> tuple[list[list[int]], list[int]]:
+    """Batches done, and the sizes tried, of a machine that takes ``limit`` rows at once."""
+    tried = []
+
+    def work(batch: list[int]) -> list[int]:
+        tried.append(len(batch))
+        if len(batch) > limit:
+            raise error or torch.OutOfMemoryError("CUDA out of memory")
+        return [LENGTHS[i] for i in batch]
+
+    done = list(in_batches(LENGTHS, most_rows, lambda length: 1, work))
+    assert all(result == [LENGTHS[i] for i in batch] for batch, result in done)
+    return [batch for batch, _ in done], tried
+
+
+def test_every_row_once_and_longest_first() -> None:
+    batches, tried = run(limit=8)
+    assert tried == [8, 2]
+    assert [LENGTHS[i] for batch in batches for i in batch] == sorted(LENGTHS, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_a_batch_that_runs_out_of_memory_is_halved_and_nothing_is_lost(error: Exception) -> None:
+    batches, tried = run(limit=3, error=error)
+    assert tried == [8, 4, 2, 2, 2, 2, 2]
+    assert sorted(i for batch in batches for i in batch) == list(range(len(LENGTHS)))
+
+
+def test_a_row_that_does_not_fit_alone_is_an_error() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        run(limit=0)
+
+
+def test_other_errors_are_not_taken_for_memory() -> None:
+    with pytest.raises(RuntimeError, match="shape"):
+        run(limit=3, error=RuntimeError("shape mismatch"))
+
+
+def test_rows_are_as_many_as_half_of_the_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "free_memory", lambda: 1000)
+    sizes = [len(b) for b, _ in in_batches(LENGTHS, 8, lambda length: 20 * length, lambda batch: None)]
+    # 500 bytes: two rows of 10 tokens; shorter rows later, so more of them.
+    assert sizes[0] == 2
+    assert sizes == sorted(sizes)
+
+
+def test_an_allocation_that_fails_on_this_cpu_is_recognized() -> None:
+    with pytest.raises(RuntimeError) as failed:
+        torch.empty(1 << 55, dtype=torch.uint8)
+    assert batching.is_out_of_memory(failed.value)

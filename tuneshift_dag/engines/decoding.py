@@ -1,0 +1,402 @@
+"""The decode loop: prefill a batch of prompts once, then generate from it and score against it.
+
+Own-response log-probabilities fall out of decoding: at each step the chosen token's raw logit minus
+the float32 log-sum-exp is added up, before temperature and top-p, so no second pass is needed. A prompt's
+keys and values are kept (`Prefix`), so another model's response is scored by running only its tokens.
+Rows that finish leave the batch.
+
+Prompts are padded on the left, so that all rows write their next token at the same place; padding is
+masked out and position ids count real tokens only. An opening that all prompts share runs once. Many tokens
+at a time run in chunks of rows of similar length, so that little of the work is padding.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.method.engine import Decoding, Response
+from tuneshift_dag.models import memory
+from tuneshift_dag.engines.kv_cache import (
+    KeysValues,
+    KVDtype,
+    give_back,
+    growing_cache,
+    handed_over,
+    rows_of,
+    set_aside,
+    stored,
+    zeros,
+)
+
+# Rows are taken out of the batch when at least this share of it has finished: copying the cache
+# costs about as much as decoding one row in eight.
+_COMPACT_AT = 1 / 8
+# Prompts that open with at least this many equal tokens share their computation.
+_SHARE_FROM = 16
+# Tokens that run through the model at once, padding included. On a CPU more isn't faster, and smaller
+# chunks are less padded; a GPU needs many to be busy.
+_TOKENS_AT_ONCE = {"cpu": 512}
+_TOKENS_AT_ONCE_ELSEWHERE = 16384
+# Tokens by which a decoding batch's cache grows.
+_GROW_BY = 32
+# Logits computed at once when a given response is scored, in elements (8 MB in bfloat16); but as many rows as a step
+# decodes by default: fewer would wait for the head's weights.
+_LOGITS_AT_ONCE = 1 << 22
+_LEAST_LOGIT_ROWS = 32
+# Logits turned into float32 at once, in elements: half a megabyte stays in a core's cache.
+_FLOAT_AT_ONCE = 1 << 17
+
+
+@dataclass
+class Prefix:
+    """Prompts after the forward pass. Shapes: stored keys and values (B, H, L, *) per layer; mask (B, L), 1 for real
+    tokens; the head's input at the last token (B, D): the logits are hundreds of times larger."""
+
+    keys_values: list[KeysValues]
+    mask: torch.Tensor
+    hidden: torch.Tensor
+
+    def select(self, rows: Sequence[int]) -> "Prefix":
+        if list(rows) == list(range(len(self.mask))):
+            return self
+        # On the CPU: layers may be on several GPUs.
+        index = torch.tensor(list(rows))
+        kv = [rows_of(keys_values, index) for keys_values in self.keys_values]
+        return Prefix(kv, self.mask[index], self.hidden[index])
+
+
+@torch.inference_mode()
+def prefill(model: Any, prompts: Sequence[list[int]], new_tokens: int = 0, kv_dtype: KVDtype = "auto") -> Prefix:
+    """Run prompts (token ids) through the model once, what they all open with only for one of them.
+
+    A row of the result is the shared opening, then padding, then the row's own tokens.
+
+    Args:
+        new_tokens: the most tokens that will follow a prompt.
+        kv_dtype: what keys and values are kept in: the compute dtype (``auto``), or 8 bits.
+    """
+    shared = _shared_length(model, prompts, new_tokens)
+    opening = DynamicCache()
+    if shared:
+        model(
+            input_ids=torch.tensor([prompts[0][:shared]], device=model.device), past_key_values=opening, use_cache=True
+        )
+    own = [len(p) - shared for p in prompts]
+    keys_values: list[KeysValues] = []
+    hidden = []
+    for rows in _chunks(own, model.device):
+        mask = _mask(shared, [own[i] for i in rows], model.device)
+        width = mask.shape[1] - shared
+        cache = DynamicCache()
+        for number, layer in enumerate(opening.layers):
+            cache.update(layer.keys.expand(len(rows), -1, -1, -1), layer.values.expand(len(rows), -1, -1, -1), number)
+        ids = torch.tensor([[0] * (width - own[i]) + prompts[i][shared:] for i in rows], device=model.device)
+        with _capture_hidden(model, torch.arange(len(rows))) as captured:
+            model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=_positions(mask)[:, shared:],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        hidden += captured
+        for number, layer in enumerate(cache.layers):
+            new = stored(layer.keys, layer.values, kv_dtype)
+            layer.keys = layer.values = None
+            if number == len(keys_values):
+                keys_values.append(tuple(_room((len(prompts), shared + max(own)), tensor) for tensor in new))
+            for all_rows, some in zip(keys_values[number], new, strict=True):
+                _place(some, all_rows[rows[0] : rows[-1] + 1], shared)
+        del cache
+    memory.trim()
+    return Prefix(keys_values, _mask(shared, own, model.device), torch.cat(hidden))
+
+
+def _mask(shared: int, own: Sequence[int], device: torch.device) -> torch.Tensor:
+    """1 for the shared opening, 0 for padding, 1 for each row's own tokens."""
+    width = max(own)
+    return torch.tensor([[1] * shared + [0] * (width - n) + [1] * n for n in own], device=device)
+
+
+def _room(size: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
+    rows, length = size
+    return zeros((rows, like.shape[1], length, like.shape[3]), like)
+
+
+def _place(source: torch.Tensor, target: torch.Tensor, shared: int) -> None:
+    """Copy rows into longer ones: padding stands after the shared opening."""
+    own = source.shape[2] - shared
+    target[:, :, :shared] = source[:, :, :shared]
+    target[:, :, target.shape[2] - own :] = source[:, :, shared:]
+
+
+def _shared_length(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> int:
+    """How many opening tokens all prompts share, if computing them once pays and is exact."""
+    first, last = min(prompts), max(prompts)
+    most = min(map(len, prompts)) - 1  # every row keeps a token of its own, whose logits are wanted
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
+    shared = min(shared, most)
+    # Padding between the opening and a row's own tokens would count in a sliding window.
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if window and max(map(len, prompts)) + new_tokens > window:
+        return 0
+    return shared if len(prompts) > 1 and shared >= _SHARE_FROM else 0
+
+
+def _chunks(lengths: Sequence[int], device: torch.device) -> Iterator[list[int]]:
+    """Consecutive rows whose padded tokens are few enough to run at once; at least one row each."""
+    most = _TOKENS_AT_ONCE.get(device.type, _TOKENS_AT_ONCE_ELSEWHERE)
+    rows: list[int] = []
+    width = 0
+    for row, length in enumerate(lengths):
+        if rows and max(width, length) * (len(rows) + 1) > most:
+            yield rows
+            rows, width = [], 0
+        rows.append(row)
+        width = max(width, length)
+    yield rows
+
+
+@torch.inference_mode()
+def decode(
+    model: Any,
+    tokenizer: Any,
+    prefix: Prefix,
+    decoding: Decoding,
+    seeds: Sequence[int] | None = None,
+    keep_prefix: bool = True,
+) -> list[Response]:
+    """Generate one response per row of ``prefix``, whose keys and values the cache takes over meanwhile.
+
+    Args:
+        seeds: for sampling: one number per row, which makes its random choices its own, whatever the
+            batch around it.
+        keep_prefix: whether ``prefix`` gets its keys and values back, or they are let go.
+    """
+    rows = _Rows(tokenizer, len(prefix.mask), decoding)
+    cache = growing_cache(handed_over(prefix.keys_values), min(decoding.max_new_tokens, _GROW_BY))
+    mask, logits = prefix.mask, head_logits(model, prefix.hidden)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or []]
+    active = list(range(len(mask)))
+    gone: list[int] = []
+    for step in range(decoding.max_new_tokens):
+        tokens = _choose(logits, decoding, [generators[row] for row in active] if generators else [])
+        logprobs = _logprobs(logits, tokens)
+        going_on = rows.add(active, tokens.tolist(), logprobs.tolist())
+        if not any(going_on) or step + 1 == decoding.max_new_tokens:
+            break
+        if going_on.count(False) >= max(1, len(active) * _COMPACT_AT):
+            keep = [i for i, go in enumerate(going_on) if go]
+            if keep_prefix:
+                finished = [i for i, go in enumerate(going_on) if not go]
+                set_aside(cache, finished)
+                gone += [active[i] for i in finished]
+            index = torch.tensor(keep, device=mask.device)
+            cache.batch_select_indices(index)
+            mask, tokens = mask[index], tokens[index]
+            active = [active[i] for i in keep]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        logits = logits.new_empty(0)  # let go before there are new ones
+        logits = model(
+            input_ids=tokens[:, None],
+            attention_mask=mask,
+            position_ids=mask.sum(1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        if step % _GROW_BY == 0:  # the cache has just grown, and let shorter tensors go
+            memory.trim()
+    if keep_prefix:
+        prefix.keys_values = give_back(cache, gone + active)
+    del cache
+    memory.trim()
+    return rows.responses()
+
+
+def score(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> list[float]:
+    """Sums of `token_scores`. A response without tokens scores 0."""
+    return [sum(values, 0.0) for values in token_scores(model, prefix, responses)]
+
+
+@torch.inference_mode()
+def token_scores(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> list[list[float]]:
+    """Log-probabilities (nats) of given response token ids after each prompt of ``prefix``.
+
+    Logits are computed for response positions only.
+    """
+    first = [(r[0] if r else 0) for r in responses]
+    first_logprob = _logprobs(head_logits(model, prefix.hidden), torch.tensor(first, device=model.device))
+    found = [[value] if r else [] for value, r in zip(first_logprob.tolist(), responses, strict=True)]
+    # Inputs are all tokens but the last; each predicts the next.
+    longer = sorted((i for i, r in enumerate(responses) if len(r) > 1), key=lambda i: len(responses[i]))
+    for chunk in _chunks([len(responses[i]) - 1 for i in longer], model.device) if longer else ():
+        rows = [longer[i] for i in chunk]
+        rest = _score_rest(model, prefix, rows, [responses[i] for i in rows])
+        for row, values in zip(rows, rest, strict=True):
+            found[row] += values
+        memory.trim()
+    return found
+
+
+def _score_rest(model: Any, prefix: Prefix, rows: list[int], responses: list[list[int]]) -> list[list[float]]:
+    """Log-probabilities of the tokens of responses (of at least two) to some rows, without their first."""
+    # Padding stands on the right, where the causal mask keeps it from every real token.
+    length = max(map(len, responses)) - 1
+    ids = torch.tensor([r[:-1] + [0] * (length - len(r) + 1) for r in responses], device=model.device)
+    index = torch.tensor(rows)  # on the CPU: layers may be on several GPUs
+    mask = torch.cat([prefix.mask[index], torch.ones_like(ids)], dim=1)
+    owner = [i for i, r in enumerate(responses) for _ in r[1:]]
+    predicts = [i * length + t for i, r in enumerate(responses) for t in range(len(r) - 1)]
+    targets = torch.tensor([token for r in responses for token in r[1:]], device=model.device)
+    with _capture_hidden(model, torch.tensor(predicts)) as captured:
+        model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=_positions(mask)[:, prefix.mask.shape[1] :],
+            past_key_values=growing_cache((rows_of(kv, index) for kv in prefix.keys_values), length),
+            use_cache=True,
+        )
+    found: list[list[float]] = [[] for _ in responses]
+    chunk = max(_LEAST_LOGIT_ROWS, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    for start in range(0, len(owner), chunk):
+        logits = head_logits(model, captured[0][start : start + chunk])
+        logprobs = _logprobs(logits, targets[start : start + chunk])
+        for row, value in zip(owner[start : start + chunk], logprobs.tolist(), strict=True):
+            found[row].append(value)
+    return found
+
+
+def bytes_per_row(model: Any, tokens: int, logits: int, kv_dtype: KVDtype = "auto") -> int:
+    """Memory that a row needs for the keys and values of ``tokens`` tokens and for ``logits`` rows of logits."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = model.dtype.itemsize
+    # In 8 bits every head has a scale as well.
+    kept = width * each if kv_dtype == "auto" else width + each
+    return int(tokens * config.num_hidden_layers * 2 * heads * kept + logits * config.vocab_size * each)
+
+
+def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits of hidden states (N, D), as the model itself computes them after its body."""
+    logits: torch.Tensor = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def check_head(model: Any) -> None:
+    """Raise when `head_logits` differs from the model's own logits (an unknown kind of head)."""
+    ids = torch.tensor([[1, 2, 3]], device=model.device)
+    with torch.inference_mode():
+        own = model(input_ids=ids, use_cache=False).logits[0].float()
+        with _capture_hidden(model, torch.arange(3)) as captured:
+            model(input_ids=ids, use_cache=False)
+        ours = head_logits(model, captured[0]).float().to(own.device)
+    if not own.isfinite().all():
+        raise TuneshiftError(
+            f"{model.config.model_type}: its activations overflow in {model.dtype}, so it can't answer. Set"
+            " models.compute_dtype: float32."
+        )
+    if not torch.allclose(own, ours, atol=0.1, rtol=0.02):
+        raise RuntimeError(
+            f"{model.config.model_type}: its logits aren't a linear head with an optional soft cap, so given"
+            " responses can't be scored with this engine."
+        )
+
+
+@contextmanager
+def contiguous_head(model: Any) -> Iterator[None]:
+    """Give the head contiguous input: otherwise a frozen head is copied once per row of a batch."""
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda m, inputs: inputs[0].contiguous())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _capture_hidden(model: Any, positions: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Collect the head's input at ``positions`` (of batch × length); the head itself sees one position."""
+    captured: list[torch.Tensor] = []
+
+    def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        # The head may be on another GPU than the embeddings.
+        captured.append(inputs[0].flatten(0, 1)[positions.to(inputs[0].device)])
+        return inputs[0][0, :1].contiguous()  # (1, D): for (1, 1, D) the head would copy its weight
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook, prepend=True)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+class _Rows:
+    """What each row has produced so far."""
+
+    def __init__(self, tokenizer: Any, count: int, decoding: Decoding) -> None:
+        self.tokenizer = tokenizer
+        self.decoding = decoding
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.sums = [0.0] * count
+        self.eos: list[float | None] = [None] * count
+        self.done = [False] * count
+
+    def add(self, rows: list[int], tokens: list[int], logprobs: list[float]) -> list[bool]:
+        """Append one token to each row; True where the row goes on. Finished rows ignore theirs."""
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            if self.done[row]:
+                continue
+            self.tokens[row].append(token)
+            self.sums[row] += logprob
+            if token == self.tokenizer.eos_token_id:
+                self.eos[row] = logprob
+                self.done[row] = True
+            elif self.decoding.stop and self.decoding.stop in self.tokenizer.decode(self.tokens[row][-8:]):
+                self.done[row] = True
+        return [not self.done[row] for row in rows]
+
+    def responses(self) -> list[Response]:
+        return [
+            Response(
+                self.tokenizer.decode(tokens, skip_special_tokens=True),
+                tokens,
+                "stop" if done else "length",
+                total,
+                eos,
+            )
+            for tokens, done, total, eos in zip(self.tokens, self.done, self.sums, self.eos, strict=True)
+        ]
+
+
+def _choose(logits: torch.Tensor, decoding: Decoding, generators: list[torch.Generator]) -> torch.Tensor:
+    """One token per row. Sampling looks at the ``top_k`` candidates only: sorting a whole vocabulary
+    for top-p would cost more than the model's forward pass."""
+    if decoding.temperature == 0:
+        return logits.argmax(1)
+    k = min(decoding.top_k or 1024, logits.shape[1])
+    values, candidates = logits.topk(k)
+    probabilities = (values.float() / decoding.temperature).softmax(1)
+    before = probabilities.cumsum(1) - probabilities
+    probabilities = probabilities.masked_fill(before >= decoding.top_p, 0)
+    # Gumbel-max with each row's own noise: the same row draws the same token in any batch.
+    noise = torch.stack([torch.rand(k, generator=g) for g in generators]).to(logits.device)
+    gumbel = -torch.log(-torch.log(noise.clamp_min(1e-20)))
+    return candidates.gather(1, (probabilities.log() + gumbel).argmax(1, keepdim=True))[:, 0]
+
+
+def _logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Float32 log-probability of one token per row (N, V). A few rows at a time, never a float32 copy."""
+    step = max(1, _FLOAT_AT_ONCE // logits.shape[1])
+    totals = torch.cat([logits[i : i + step].float().logsumexp(1) for i in range(0, len(logits), step)])
+    return logits.gather(1, tokens[:, None].to(logits.device))[:, 0].float() - totals
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(1) - 1).clamp_min(0)

@@ -1,0 +1,219 @@
+"""The in-process engine: one resident base model, its adapter switched on or off per batch."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from safetensors import safe_open
+
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Pair, Response, Side
+from tuneshift_dag.engines.preflight import AdapterCheck, adapter_delta_norm, check_adapter_keys, check_outputs
+from tuneshift_dag.method.scoring import SIDES
+from tuneshift_dag.engines import decoding as loop
+from tuneshift_dag.models import memory
+from tuneshift_dag.models.batching import in_batches
+from tuneshift_dag.engines.kv_cache import KVDtype
+from tuneshift_dag.models.loading import (
+    ADAPTER,
+    DeviceMap,
+    Quantization,
+    dtype_name,
+    load_for_inference,
+    load_tokenizer,
+    pack,
+    quantized_dir,
+    start_ids,
+)
+from tuneshift_dag.models.references import ModelFiles
+
+T = TypeVar("T")
+# Raised by hand when a change to the decode loop changes its outputs.
+_ENGINE_VERSION = "local-1"
+
+
+class LocalEngine:
+    """Implements `tuneshift_dag.method.engine.Engine` with transformers, PEFT and bitsandbytes.
+
+    The model is loaded at first use, so a step that finds everything in the cache loads nothing.
+    """
+
+    cross_scores = True
+    chunk_size = CHUNK_SIZE
+
+    def __init__(
+        self,
+        base: ModelFiles,
+        adapter: ModelFiles | None = None,
+        quantization: Quantization = "nf4",
+        compute_dtype: str = "auto",
+        batch_size: int = 32,
+        device_map: DeviceMap = "auto",
+        kv_cache_dtype: KVDtype = "auto",
+    ) -> None:
+        self.base = base
+        self.adapter = adapter
+        self.quantization = quantization
+        self.compute_dtype = dtype_name(compute_dtype)
+        self.batch_size = batch_size
+        self.device_map = device_map
+        self.kv_cache_dtype = kv_cache_dtype
+        self._model: Any = None
+
+    def session(self) -> AbstractContextManager[None]:
+        return nullcontext()  # its model stays anyway
+
+    @property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.base)
+
+    @property
+    def model(self) -> Any:
+        if self._model is None:
+            memory.keep_few_kernels()
+            dtype = getattr(torch, self.compute_dtype)
+            self._model = load_for_inference(self.base, self.adapter, self.quantization, dtype, self.device_map)
+            pack(self._model)
+            with loop.contiguous_head(self._model):
+                loop.check_head(self._model)
+            memory.trim()
+            memory.drop_file_pages(quantized_dir())
+        return self._model
+
+    def fingerprint(self, side: Side) -> str:
+        parts = [_ENGINE_VERSION, self.base.fingerprint, self.quantization, self.compute_dtype]
+        if self.kv_cache_dtype != "auto":
+            parts.append(f"kv-{self.kv_cache_dtype}")
+        if side == "fine_tuned":
+            if self.adapter is None:
+                raise ValueError("this engine has no adapter")
+            parts.append(self.adapter.fingerprint)
+        return "|".join(parts)
+
+    def encode(self, text: str, templated: bool = False) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=not templated).input_ids)
+
+    def render_chat(self, message: str) -> str:
+        if not self.tokenizer.chat_template:
+            raise TuneshiftError(
+                f"{self.base.reference} has no chat template: it is a base model. Set generator.mode to continuation."
+            )
+        chat = [{"role": "user", "content": message}]
+        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+    def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
+        assert self.adapter is not None, "only an engine with an adapter can be checked"
+        with safe_open(self.adapter.path / "adapter_model.safetensors", "pt") as saved:
+            problems = check_adapter_keys(self.model, list(saved.keys()), ADAPTER)
+        ids = [self.encode(prompt) for prompt in prompts]
+        logits = {}
+        for side in SIDES:
+            with self.side(side) as model:
+                logits[side] = loop.head_logits(model, loop.prefill(model, ids).hidden)
+        check = check_outputs(logits["base"], logits["fine_tuned"], adapter_delta_norm(self.model))
+        return replace(check, problems=problems + check.problems)
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        side: Side,
+        decoding: Decoding,
+        seeds: Sequence[int] | None = None,
+    ) -> Iterator[list[tuple[int, Response]]]:
+        def work(batch: list[int]) -> list[Response]:
+            with self.side(side) as model:
+                prefix = self._prefill(model, [prompts[i] for i in batch], decoding.max_new_tokens)
+                own_seeds = [seeds[i] for i in batch] if seeds else None
+                return loop.decode(model, self.tokenizer, prefix, decoding, own_seeds, keep_prefix=False)
+
+        for batch, responses in self._batches(prompts, decoding, work):
+            yield list(zip(batch, responses, strict=True))
+
+    def pairs(
+        self, prompts: Sequence[list[int]], known: Sequence[dict[Side, Response]], decoding: Decoding
+    ) -> Iterator[list[tuple[int, Pair]]]:
+        """Each side prefills a prompt once; its keys and values serve both decoding and cross scoring."""
+
+        def work(batch: list[int]) -> list[Pair]:
+            first, second = SIDES
+            responses: dict[Side, list[Response]] = {}
+            cross: dict[Side, list[float]] = {}
+            rows = [prompts[i] for i in batch]
+            with self.side(first) as model:
+                prefix = self._prefill(model, rows, decoding.max_new_tokens)
+                responses[first] = self._respond(model, prefix, [known[i].get(first) for i in batch], decoding, True)
+            # The second side scores before it decodes, so that its prompts needn't be held while its cache grows.
+            with self.side(second) as model:
+                other = self._prefill(model, rows, decoding.max_new_tokens)
+                cross[second] = loop.score(model, other, [r.token_ids for r in responses[first]])
+                responses[second] = self._respond(model, other, [known[i].get(second) for i in batch], decoding, False)
+            with self.side(first) as model:
+                cross[first] = loop.score(model, prefix, [r.token_ids for r in responses[second]])
+            columns = (responses["base"], responses["fine_tuned"], cross["base"], cross["fine_tuned"])
+            return list(map(Pair, *columns))
+
+        for batch, pairs in self._batches(prompts, decoding, work):
+            yield list(zip(batch, pairs, strict=True))
+
+    def score(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
+    ) -> Iterator[list[tuple[int, float]]]:
+        for batch in self.token_scores(prompts, responses, side):
+            yield [(i, sum(values, 0.0)) for i, values in batch]
+
+    def token_scores(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
+    ) -> Iterator[list[tuple[int, list[float]]]]:
+        start, longest = start_ids(self.tokenizer), max(map(len, responses), default=0)
+
+        def work(batch: list[int]) -> list[list[float]]:
+            with self.side(side) as model:
+                prefix = self._prefill(model, [prompts[i] or start for i in batch], longest)
+                return loop.token_scores(model, prefix, [responses[i] for i in batch])
+
+        whole = [p + r for p, r in zip(prompts, responses, strict=True)]
+        for batch, values in self._batches(whole, Decoding(longest), work):
+            yield list(zip(batch, values, strict=True))
+
+    def _prefill(self, model: Any, prompts: list[list[int]], new_tokens: int) -> loop.Prefix:
+        return loop.prefill(model, prompts, new_tokens, self.kv_cache_dtype)
+
+    def _respond(
+        self,
+        model: Any,
+        prefix: loop.Prefix,
+        known: list[Response | None],
+        decoding: Decoding,
+        keep_prefix: bool,
+    ) -> list[Response]:
+        """A response to every row: the known one, or a new one."""
+        missing = [row for row, response in enumerate(known) if response is None]
+        if missing:
+            own = prefix if len(missing) == len(known) else prefix.select(missing)
+            new = loop.decode(model, self.tokenizer, own, decoding, keep_prefix=keep_prefix and own is prefix)
+            for row, response in zip(missing, new, strict=True):
+                known[row] = response
+        return [response for response in known if response is not None]
+
+    @contextmanager
+    def side(self, side: Side) -> Iterator[Any]:
+        """The model with the adapter on (``fine_tuned``) or off (``base``)."""
+        with loop.contiguous_head(self.model):
+            if side == "base" and self.adapter is not None:
+                with self.model.disable_adapter():
+                    yield self.model
+            else:
+                yield self.model
+
+    def _batches(
+        self, prompts: Sequence[list[int]], decoding: Decoding, work: Callable[[list[int]], list[T]]
+    ) -> Iterator[tuple[list[int], list[T]]]:
+        def row(length: int) -> int:
+            # The keys and values of two prefills, and of the tokens that follow one; a copy of a prefill where some
+            # responses are known.
+            tokens = 3 * length + decoding.max_new_tokens
+            return loop.bytes_per_row(self.model, tokens, logits=1, kv_dtype=self.kv_cache_dtype)
+
+        return in_batches([len(p) for p in prompts], self.batch_size, row, work)

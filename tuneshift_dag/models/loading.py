@@ -1,0 +1,221 @@
+"""Loading models: one load, one role.
+
+A model is quantized once; its 4-bit weights are kept beside the converted ones, because quantizing at every load
+takes seconds and reads the 16-bit weights into memory, which would be the peak of a whole scoring step.
+
+On CPUs with AVX512_BF16, bitsandbytes repacks every 4-bit weight in place at the first forward in
+eval mode. After that, gradients through the layer are silently absent, and merging and saving give
+garbage. So a model is loaded either `for_inference` or `for_training`, never used as both, and
+`assert_trainable_layout` refuses a load that was repacked.
+"""
+
+import contextlib
+import hashlib
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import bitsandbytes
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.models import attention, lora_inference, memory
+from tuneshift_dag.models.references import ModelFiles, cache_dir
+
+Quantization = Literal["nf4", "fp4", "none"]
+DeviceMap = Literal["auto", "single"]
+ADAPTER = "fine_tuned"
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(files: ModelFiles) -> Tokenizer:
+    """The model's tokenizer, with a padding token (its own, or the end-of-sequence token).
+
+    One object for everyone in the process: reading a large vocabulary takes seconds.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(files.path)
+    if tokenizer.eos_token_id is None:
+        raise TuneshiftError(f"{files.reference}: the tokenizer has no end-of-sequence token.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def start_ids(tokenizer: Tokenizer) -> list[int]:
+    """What a model's texts start with. Without such a token (GPT-2, SmolLM2) it is what ends the text before."""
+    ids = list(tokenizer("").input_ids)
+    if ids:
+        return ids
+    return [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+
+
+def dtype_name(setting: str) -> str:
+    """The name of the dtype that ``models.compute_dtype`` means on this machine."""
+    if setting != "auto":
+        return setting
+    # A GPU without bfloat16 emulates it, in float32's time.
+    emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "float16" if emulated else "bfloat16"
+
+
+def load_for_inference(
+    files: ModelFiles,
+    adapter: ModelFiles | None,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device_map: DeviceMap = "auto",
+) -> PreTrainedModel | PeftModel:
+    """A model in eval mode, with the adapter (if any) attached, unmerged, under the name `ADAPTER`.
+
+    Raises:
+        TuneshiftError: when the GPUs haven't the memory.
+    """
+    model: Any = _load(files, quantization, dtype, device_map)
+    if dtype != torch.bfloat16 or not _repacking_pays():
+        # The repacked layout's kernel computes in bfloat16 whatever the dtype asked for.
+        _keep_layout(model)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter.path, adapter_name=ADAPTER, autocast_adapter_dtype=False)
+        # An adapter in float32 would pull its matrix products, and so half the step, to float32.
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+        lora_inference.shorten(model)
+    return model.eval().requires_grad_(False)
+
+
+def load_for_training(
+    files: ModelFiles, quantization: Quantization, dtype: torch.dtype, device_map: DeviceMap = "auto"
+) -> PreTrainedModel:
+    """A base model in train mode whose 4-bit weights stay in the layout that has gradients.
+
+    Raises:
+        TuneshiftError: when the GPUs haven't the memory.
+    """
+    model = _load(files, quantization, dtype, device_map)
+    _keep_layout(model)
+    return model.requires_grad_(False).train()
+
+
+@torch.inference_mode()
+def pack(model: torch.nn.Module) -> None:
+    """Have bitsandbytes repack the 4-bit weights now, if it will.
+
+    It takes eight times a layer's memory meanwhile: in the first forward the heap would be left full of holes.
+    """
+    for module in model.modules():
+        # The flag says what the CPU can do, wherever the weight is.
+        if (
+            isinstance(module, bitsandbytes.nn.Linear4bit)
+            and module.support_avx512bf16_for_cpu
+            and module.weight.device.type == "cpu"
+        ):
+            module(torch.zeros(1, module.in_features, dtype=module.compute_dtype))
+            memory.trim()
+
+
+def assert_trainable_layout(model: torch.nn.Module) -> None:
+    """Raise when a 4-bit weight was repacked for inference: its gradients would be silently absent."""
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise RuntimeError(
+                f"{name}: its 4-bit weight was repacked for inference, so it has no gradients and can't be"
+                " merged or saved. Load the model again with `load_for_training`."
+            )
+
+
+def quantized_dir() -> Path:
+    """Where 4-bit weights are kept."""
+    return cache_dir() / "quantized"
+
+
+def _repacking_pays() -> bool:
+    """Not on CPUs that multiply in tiles (AMX): dequantizing a layer and one large product beats the repacked kernel.
+
+    A layer of 640 x 2,048 on two such cores: 0.5 against 0.3 ms for 16 rows, 0.5 against 1.1 ms for 64, 1.3 against
+    16.5 ms for 1,024.
+    """
+    # The oldest torch that is supported can't tell; there bitsandbytes decides, as on other CPUs.
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return not capabilities.get("amx_bf16", False)
+
+
+def _keep_layout(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first forward in eval mode."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype, device_map: DeviceMap) -> PreTrainedModel:
+    placed = _device_map(device_map)
+    if quantization == "none":
+        return _refuse_offloaded(files, _read(files.path, _attention(files), quantization, dtype, placed))
+    # The version is in the name because the layout of 4-bit weights belongs to bitsandbytes.
+    parts = [files.fingerprint, quantization, str(dtype), bitsandbytes.__version__]
+    folder = quantized_dir() / hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+    if not folder.is_dir():
+        model = _read(files.path, _attention(files), quantization, dtype, placed)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
+            # Before any forward: that may repack the weights, and a repacked model is saved as garbage.
+            model.save_pretrained(Path(staging) / "model")
+            with contextlib.suppress(OSError):  # another process was first
+                (Path(staging) / "model").rename(folder)
+        del model
+    return _read(folder, _attention(files), "saved", dtype, placed)
+
+
+def _device_map(setting: DeviceMap) -> str | dict[str, int] | None:
+    """What transformers is told; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return "auto" if setting == "auto" else {"": torch.cuda.current_device()}
+
+
+def _refuse_offloaded(files: ModelFiles, model: PreTrainedModel) -> PreTrainedModel:
+    """The model, unless accelerate has left a part of it out of the GPUs, where it would crawl and can't be trained.
+
+    Of a 4-bit model transformers refuses this itself.
+    """
+    outside = [name for name, device in getattr(model, "hf_device_map", {}).items() if device in ("cpu", "disk")]
+    if outside and torch.cuda.is_available():
+        raise TuneshiftError(
+            f"{files.reference} doesn't fit in the free memory of {torch.cuda.device_count()} GPU(s): {len(outside)} of"
+            f" its parts, such as {outside[0]}, would be left out. Set models.quantization: nf4 (when it is trained,"
+            " distill.quantization: nf4), free the GPUs' memory or use more of them."
+        )
+    return model
+
+
+def _read(
+    folder: Path,
+    attention_name: str,
+    quantization: Quantization | Literal["saved"],
+    dtype: torch.dtype,
+    device_map: str | dict[str, int] | None,
+) -> PreTrainedModel:
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention_name}
+    if quantization not in ("none", "saved"):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=True,
+        )
+    if device_map is not None:
+        options["device_map"] = device_map
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def _attention(files: ModelFiles) -> str:
+    """The fused kernel, but on a CPU plain products where the family allows them."""
+    if torch.cuda.is_available():
+        return "sdpa"
+    family = AutoConfig.from_pretrained(files.path).model_type
+    return attention.NAME if family in attention.MODEL_TYPES else "sdpa"

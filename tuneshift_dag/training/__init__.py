@@ -1,0 +1,1 @@
+"""LoRA training: the loop, its loss, checkpoints and processes. Nothing here knows Dagster."""
