@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tuneshift_dag.config.transfer import load_transfer
 from tuneshift_dag.method.engine import Decoding
 from tuneshift_dag.models.references import ModelFiles, resolve_adapter, resolve_model
-from tuneshift_dag.config.transfer import load_transfer
 
 TRANSFER = load_transfer(Path(__file__).parents[1] / "transfers" / "banking_intents")
 REPETITIONS = 5

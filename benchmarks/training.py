@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import TRANSFER, ratio, spread, target_files
+from tuneshift_dag.models.loading import load_for_training, load_tokenizer
 from tuneshift_dag.training.loop import (
     LoraTraining,
     TokenizedExample,
@@ -22,7 +23,6 @@ from tuneshift_dag.training.loop import (
     tokenize_example,
     train,
 )
-from tuneshift_dag.models.loading import load_for_training, load_tokenizer
 
 PAIRS, BATCH, REPETITIONS = 48, 16, 5
 SETTINGS = LoraTraining(batch_size=BATCH, epochs=2, validation_fraction=0.0, warmup_ratio=0.05)

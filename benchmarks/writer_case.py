@@ -21,15 +21,15 @@ from typing import Any
 import dagster as dg
 import psutil
 
+from tuneshift_dag.config.transfer import RayCluster, Transfer, load_transfer
+from tuneshift_dag.engines.ray import RayEngine
 from tuneshift_dag.home import database_file
 from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Engine, Pair, Response, Side
-from tuneshift_dag.resources.dagster_resources import EngineResource
 from tuneshift_dag.models.memory import peak_bytes
-from tuneshift_dag.engines.ray import RayEngine
+from tuneshift_dag.resources.dagster_resources import EngineResource
+from tuneshift_dag.runner import Runner
 from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import SYNTHETIC_PROMPTS
-from tuneshift_dag.runner import Runner
-from tuneshift_dag.config.transfer import RayCluster, Transfer, load_transfer
 
 PROMPT_TOKENS, RESPONSE_TOKENS, BATCH = 50, 24, 32
 WARM_UP, MEASURED = "round_01", "round_02"

@@ -22,11 +22,11 @@ from safetensors.numpy import save_file
 from tests.fakes import FakeModels
 from tuneshift_dag import definitions, runner
 from tuneshift_dag.cli import commands as cli
+from tuneshift_dag.config.transfer import Transfer, load_transfer
 from tuneshift_dag.home import database_file
 from tuneshift_dag.models import encoder
-from tuneshift_dag.store.database import Store
 from tuneshift_dag.runner import Runner, RunResult
-from tuneshift_dag.config.transfer import Transfer, load_transfer
+from tuneshift_dag.store.database import Store
 
 Run = Callable[..., tuple[int, str, str]]
 

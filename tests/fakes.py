@@ -15,11 +15,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Pair, Response, Side
-from tuneshift_dag.engines.preflight import AdapterCheck
 from tuneshift_dag.method.token_selection import ScoredTokens
-from tuneshift_dag.resources.dagster_resources import EngineResource
+
 from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.engines.preflight import AdapterCheck
+from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Pair, Response, Side
+from tuneshift_dag.resources.dagster_resources import EngineResource
 
 EOS = 0
 # Columns of a row of `scored_pairs` where the fine-tuned model is sure and the base is not.

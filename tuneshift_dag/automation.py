@@ -13,8 +13,8 @@ from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus
 from dagster._core.storage.dagster_run import NOT_FINISHED_STATUSES
 
 from tuneshift_dag.assets.common import ROUND_ASSETS, key
-from tuneshift_dag.staleness import Staleness
 from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.staleness import Staleness
 
 # After the rounds, in the order in which they may need each other.
 _AFTER_ROUNDS = ("threshold_report", "distilled_model", "evaluation", "diversity_map")

@@ -7,9 +7,9 @@ import dagster as dg
 from tuneshift_dag.assets import build_assets
 from tuneshift_dag.assets.filtered_dataset import build_refilter_job
 from tuneshift_dag.automation import build_automation
+from tuneshift_dag.config.transfer import Transfer, find_transfers, load_transfer
 from tuneshift_dag.home import database_file, transfers_dir
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
-from tuneshift_dag.config.transfer import Transfer, find_transfers, load_transfer
 
 
 def build_definitions(

@@ -16,15 +16,15 @@ from dagster._core.definitions.data_version import StaleCause, StaleCauseCategor
 from dagster._core.storage.dagster_run import IN_PROGRESS_RUN_STATUSES
 
 from tuneshift_dag.assets.common import BATCH_TAG, ROUND_ASSETS, key
+from tuneshift_dag.config.transfer import Transfer
 from tuneshift_dag.definitions import build_definitions
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file
 from tuneshift_dag.resources.dagster_resources import EngineResource
-from tuneshift_dag.training.hardware import check_training
+from tuneshift_dag.staleness import Staleness
 from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import RUNS
-from tuneshift_dag.staleness import Staleness
-from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.training.hardware import check_training
 
 _PID_TAG = "tuneshift/process"
 # In a container that was started again, a killed process had this one's id.

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 from dagster._core.asset_graph_view.asset_graph_view import AssetGraphView
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
+from tuneshift_dag.method.discriminator import EACH_A_STEP, NO, YES, ask
 
 from tests import conftest
 from tests.conftest import Project
@@ -20,9 +21,8 @@ from tuneshift_dag.assets.filtered_dataset import _check_seeds
 from tuneshift_dag.assets.scored_pairs import _check_finite
 from tuneshift_dag.assets.synthetic_prompts import _check_duplicates, _check_held_out
 from tuneshift_dag.definitions import build_definitions
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.discriminator import EACH_A_STEP, NO, YES, ask
 from tuneshift_dag.engines.preflight import AdapterCheck
+from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.retention import general_texts
 from tuneshift_dag.reports.export import export, model_card
 from tuneshift_dag.reports.summary import report

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from tests.conftest import make_transfer_folder, write_jsonl
 from tuneshift_dag.cli import commands as cli
 from tuneshift_dag.cli import scaffold
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.cli.scaffold import Answers, create
 from tuneshift_dag.config.transfer import Transfer, TransferConfig
+from tuneshift_dag.errors import TuneshiftError
 
 New = Callable[..., Transfer]
 

@@ -8,8 +8,8 @@ import pytest
 
 import tuneshift_dag.method
 from tests.conftest import write_jsonl
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.config.transfer import find_transfers, load_transfer
+from tuneshift_dag.errors import TuneshiftError
 
 SERVED = {
     "type": "openai",

@@ -19,15 +19,15 @@ import pytest
 from tests.conftest import Project
 from tests.fake_server import FakeServer, fail_first, save_tokenizer
 from tests.fakes import FakeEngine, FakeModels
+from tuneshift_dag.config.transfer import ServedModel, Server
+from tuneshift_dag.engines.openai_source import OpenAIServer, ServedGenerator, ServedSource
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import Decoding, Pair, Response, Side
 from tuneshift_dag.method.scoring import SIDES, Cost, generate, score_pairs
-from tuneshift_dag.resources.dagster_resources import EngineResource
 from tuneshift_dag.models.references import ModelFiles
-from tuneshift_dag.engines.openai_source import OpenAIServer, ServedGenerator, ServedSource
+from tuneshift_dag.resources.dagster_resources import EngineResource
 from tuneshift_dag.store.cache import ResponseCache
 from tuneshift_dag.store.database import Store
-from tuneshift_dag.config.transfer import ServedModel, Server
 
 GREEDY = Decoding(64)
 TEXTS = [f"Query: {'x' * (i * 7 % 5)} {i}\nIntent:" for i in range(10)]

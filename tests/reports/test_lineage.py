@@ -14,17 +14,17 @@ from typer.testing import CliRunner
 
 from tests.conftest import make_transfer_folder
 from tests.fakes import FakeModels
-from tuneshift_dag.cli import commands as cli
 from tuneshift_dag.assets import build_assets
+from tuneshift_dag.cli import commands as cli
+from tuneshift_dag.config.transfer import Transfer, load_transfer
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file
 from tuneshift_dag.method.diversity import distinct_bigrams
 from tuneshift_dag.reports.lineage import Call, Prompt, down, up
+from tuneshift_dag.runner import Runner
 from tuneshift_dag.store import tables
 from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import SYNTHETIC_PROMPTS, TRANSFER_TABLES, TRANSFER_VIEWS, View
-from tuneshift_dag.runner import Runner
-from tuneshift_dag.config.transfer import Transfer, load_transfer
 
 DOCS = Path(__file__).parents[2] / "docs" / "lineage.md"
 ROUNDS = 4

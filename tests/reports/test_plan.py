@@ -10,12 +10,12 @@ import pytest
 
 from tests.conftest import Run
 from tests.fakes import FakeEngine, FakeModels
+from tuneshift_dag.config.transfer import load_transfer
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file
 from tuneshift_dag.reports import plan as plans
 from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import DISTILLED_MODELS, STEPS
-from tuneshift_dag.config.transfer import load_transfer
 
 Edit = Callable[[str, Any], None]
 # Small, and of a size that is known exactly.

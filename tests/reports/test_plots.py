@@ -7,12 +7,12 @@ import pytest
 from matplotlib.image import imread
 
 from tests.conftest import Project
+from tuneshift_dag.config.transfer import load_transfer
 from tuneshift_dag.method.filters import KEEP_RULES, RULES
 from tuneshift_dag.reports import distributions, plots
 from tuneshift_dag.reports.sweep import sweep
 from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import SCORED_PAIRS
-from tuneshift_dag.config.transfer import load_transfer
 
 
 def pairs(count: int, ppl_base: float = 4.0) -> pl.DataFrame:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from tuneshift_dag.reports.reference import render
 from tuneshift_dag.config.transfer import TransferConfig
+from tuneshift_dag.reports.reference import render
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference.md"
 

@@ -7,13 +7,13 @@ import pytest
 from tests.conftest import Project
 from tests.fakes import CONFIDENT_PAIR
 from tuneshift_dag.cli import commands as cli
+from tuneshift_dag.config.transfer import Transfer, load_transfer
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.filters import KEEP_RULES
 from tuneshift_dag.method.filters import RULES as ALL_RULES
 from tuneshift_dag.reports.sweep import default_grid, parse_grid, sweep
 from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import SCORED_PAIRS
-from tuneshift_dag.config.transfer import Transfer, load_transfer
 
 # Those with a threshold that the fake pairs have the perplexities for.
 RULES = ("both", "difference", "ratio", "cross_ratio")

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from tests.conftest import Project
+from tuneshift_dag.config.transfer import load_transfer
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.reports.doctor import examine
 from tuneshift_dag.training import hardware
 from tuneshift_dag.training.hardware import training_problem
-from tuneshift_dag.config.transfer import load_transfer
 
 Edit = Callable[[str, Any], None]
 PAGED = r"transfer\.yaml: distill\.optimizer: 'paged_adamw_8bit' needs CUDA.* Set it to adamw"

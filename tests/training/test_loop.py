@@ -22,6 +22,7 @@ from transformers import (
 
 from tuneshift_dag.training import checkpoint as training_checkpoint
 from tuneshift_dag.training import loop as distillation
+from tuneshift_dag.training.checkpoint import TrainingCheckpoint
 from tuneshift_dag.training.loop import (
     LoraTraining,
     TokenizedExample,
@@ -32,7 +33,6 @@ from tuneshift_dag.training.loop import (
     response_loss,
     train,
 )
-from tuneshift_dag.training.checkpoint import TrainingCheckpoint
 
 SETTINGS = LoraTraining(rank=4, alpha=8, epochs=2, batch_size=4, learning_rate=1e-2, validation_fraction=0.25)
 TINY = {

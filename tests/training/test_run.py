@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from tuneshift_dag.method.token_selection import ScoredTokens
 
+from tuneshift_dag.config.transfer import Transfer, load_transfer
+from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method import discriminator
 from tuneshift_dag.method.engine import Decoding, Engine, Side
 from tuneshift_dag.method.retention import Retention, general_texts, retention
 from tuneshift_dag.method.scoring import Cost, score_alone, token_excess
-from tuneshift_dag.method.token_selection import ScoredTokens
-from tuneshift_dag.resources.dagster_resources import EngineResource
-from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.models.loading import load_tokenizer
 from tuneshift_dag.models.references import resolve_model
+from tuneshift_dag.resources.dagster_resources import EngineResource
 from tuneshift_dag.store.cache import ResponseCache
 from tuneshift_dag.store.database import Store
 from tuneshift_dag.training.run import distill
-from tuneshift_dag.config.transfer import Transfer, load_transfer
 
 SHARE = 0.5
 

@@ -12,16 +12,12 @@ from typing import Any
 import polars as pl
 
 from tuneshift_dag.assets.common import Step, content_version
+from tuneshift_dag.config.transfer import Transfer
 from tuneshift_dag.home import output_dir
-from tuneshift_dag.method import scoring
-from tuneshift_dag.method.engine import Decoding
-from tuneshift_dag.method.token_selection import ScoredTokens
 from tuneshift_dag.resources.dagster_resources import EngineResource
-from tuneshift_dag.training.hardware import check_training
-from tuneshift_dag.store.cache import ResponseCache
 from tuneshift_dag.store.database import Store, insert
 from tuneshift_dag.store.tables import DISTILLED_MODELS, TRAINING_EXAMPLES
-from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.training.hardware import check_training
 
 # The parts of transfer.yaml that a training depends on.
 TRAINING_SECTIONS = ("distill", "target", "prompt_template", "seed", "models.compute_dtype")
@@ -31,14 +27,7 @@ def training_version(transfer: Transfer) -> str:
     """Changes with all that makes another adapter of the same pairs."""
     # Balanced drawing has changed three times: those models aren't current.
     code = 1 if transfer.config.distill.balance == "none" else 4
-    if transfer.config.distill.token_mask is None:
-        return transfer.version(*TRAINING_SECTIONS, code=code)
-    # Which tokens count is up to the source models.
-    sections = [*TRAINING_SECTIONS, "source", "models.quantization", "engine"]
-    if transfer.config.models.kv_cache_dtype != "auto":
-        sections.append("models.kv_cache_dtype")
-    version = transfer.version(*sections, code=code)
-    return f"{version}-{transfer.adapter_version()}"
+    return transfer.version(*TRAINING_SECTIONS, code=code)
 
 
 def trained_adapter(
@@ -99,11 +88,8 @@ def _train(
         if number % max(1, total // 20) == 0 or number == total:
             current.context.log.info(f"training: step {number}/{total}, loss {loss:.3f} nats per token")
 
-    excess = (
-        None if transfer.config.distill.token_mask is None else _excess(current, database, engines, transfer, pairs)
-    )
     with current.cost.model_time():
-        curve = engines.distill(transfer, pairs.select("prompt", "response").rows(), folder, on_step, excess)
+        curve = engines.distill(transfer, pairs.select("prompt", "response").rows(), folder, on_step)
     return {
         "model_id": model_id,
         "dataset_version": dataset_version,
@@ -112,25 +98,9 @@ def _train(
         "target_weights": weights,
         "settings": transfer.config.distill.model_dump_json(),
         "filter": None,
-        "curve": json.dumps({"steps": curve.steps, "epochs": curve.epochs, "token_share": curve.token_share}),
+        "curve": json.dumps({"steps": curve.steps, "epochs": curve.epochs}),
         "seconds": curve.seconds,
         "path": str(folder),
         "created_at": datetime.now(UTC).replace(tzinfo=None),
         "current": False,
     }
-
-
-def _excess(
-    current: Step, database: Store, engines: EngineResource, transfer: Transfer, pairs: pl.DataFrame
-) -> list[ScoredTokens]:
-    engine = engines.source(transfer)
-    template = transfer.config.prompt_template
-    return scoring.token_excess(
-        engine,
-        ResponseCache(database),
-        [engine.encode(template.replace("{prompt}", prompt)) for prompt in pairs["prompt"]],
-        list(pairs["response"]),
-        Decoding(transfer.config.response.max_new_tokens),
-        current.cost,
-        current.progress,
-    )

@@ -17,12 +17,12 @@ import dagster as dg
 import polars as pl
 from tqdm import tqdm
 
+from tuneshift_dag.config.transfer import Transfer
 from tuneshift_dag.method.filters import repetition_sql
 from tuneshift_dag.method.scoring import Cost
 from tuneshift_dag.models.memory import peak_bytes, reset_peak
 from tuneshift_dag.store.database import Spool, Store, in_chunks, insert
 from tuneshift_dag.store.tables import CACHE_REFERENCES, COLUMN_SOURCES, STEPS, Table
-from tuneshift_dag.config.transfer import Transfer
 
 # `tuneshift run` puts this tag on its runs, so that their cost can be added up.
 BATCH_TAG = "tuneshift/batch"

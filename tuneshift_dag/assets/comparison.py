@@ -26,17 +26,17 @@ from tuneshift_dag.assets.common import (
 )
 from tuneshift_dag.assets.evaluation import answer_heldout
 from tuneshift_dag.assets.task_scores import measured_tasks
+from tuneshift_dag.config.transfer import Arm, Compare, Transfer
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.method.diversity import distinct_bigrams, mean_similarity
 from tuneshift_dag.method.evaluation import Interval, bootstrap_runs, mark
 from tuneshift_dag.method.filters import KEEP_RULES, RANKING_RULES, verdict_sql
 from tuneshift_dag.method.prompting import prompt_id
-from tuneshift_dag.reports import plots
 from tuneshift_dag.models import encoder
+from tuneshift_dag.reports import plots
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
 from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import COMPARISON, COMPARISON_ANSWERS, COMPARISON_TASKS
-from tuneshift_dag.config.transfer import Arm, Compare, Transfer
 
 # What each arm is measured against.
 REFERENCES = ("random", "unfiltered")

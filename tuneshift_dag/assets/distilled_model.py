@@ -15,12 +15,12 @@ from tuneshift_dag.assets.common import (
     missing_rounds,
     step,
 )
+from tuneshift_dag.config.transfer import Transfer
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.reports import plots
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
 from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import DISTILLED_MODELS
-from tuneshift_dag.config.transfer import Transfer
 
 
 def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
@@ -46,9 +46,8 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         """A LoRA adapter for the target model, trained on (prompt, fine-tuned response) of every kept pair.
 
-        The loss is on the response tokens only; with `distill.token_mask`, on those that the fine-tune knows
-        better than its base. Adapters are kept by the hash of dataset, target and settings, so a dataset that
-        was trained on before is not trained on again.
+        The loss is on the response tokens only. Adapters are kept by the hash of dataset, target and settings, so a
+        dataset that was trained on before is not trained on again.
         """
         database = store.store()
         with step(context, database, transfer) as current:
@@ -79,7 +78,6 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
                 "path": dg.MetadataValue.path(known["path"]),
                 "training_seconds": known["seconds"],
                 "final_losses": curve["epochs"][-1],
-                "share_of_tokens_trained_on": curve.get("token_share", 1.0),
                 "training_curve": picture.markdown(),
                 **current.metadata(),
             },

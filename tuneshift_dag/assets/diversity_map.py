@@ -18,14 +18,14 @@ from tuneshift_dag.assets.common import (
     key,
     step,
 )
+from tuneshift_dag.config.transfer import Transfer
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.method.diversity import mean_similarity
-from tuneshift_dag.reports import plots
 from tuneshift_dag.models import encoder
+from tuneshift_dag.reports import plots
 from tuneshift_dag.resources.dagster_resources import StoreResource
 from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import DIVERSITY_MAP, ROUND_SIMILARITY
-from tuneshift_dag.config.transfer import Transfer
 
 # A few seconds of CPU for the encoder and as many for the projection; more points only cover each other.
 _MOST_PROMPTS = 2000

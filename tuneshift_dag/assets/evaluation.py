@@ -19,6 +19,7 @@ from tuneshift_dag.assets.common import (
     step,
 )
 from tuneshift_dag.assets.task_scores import TASK_COLUMNS, score_tasks
+from tuneshift_dag.config.transfer import Transfer
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.method import scoring
 from tuneshift_dag.method.engine import Decoding, Engine, Side
@@ -30,7 +31,6 @@ from tuneshift_dag.reports import plots
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
 from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import ACCURACY, EVALUATIONS, RETENTION
-from tuneshift_dag.config.transfer import Transfer
 
 
 def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:

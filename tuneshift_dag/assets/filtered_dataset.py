@@ -13,11 +13,11 @@ from tuneshift_dag.assets.common import (
     step,
 )
 from tuneshift_dag.assets.round_seeds import report_seeds
+from tuneshift_dag.config.transfer import Transfer, round_number
 from tuneshift_dag.method.seed_sampling import Candidate
 from tuneshift_dag.resources.dagster_resources import StoreResource
 from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import FILTERED_DATASET, REJECTED_PAIRS
-from tuneshift_dag.config.transfer import Transfer, round_number
 
 
 def build_filtered_dataset(transfer: Transfer) -> dg.AssetsDefinition:
@@ -113,8 +113,8 @@ def refilter(database: Store, transfer: Transfer, round_: str, threshold: float)
         threshold: or, of `filters.KEEP_RULES`, how much is kept (`Filter.cut`).
 
     Raises:
-        dg.Failure: when no pair is kept up to this round, or pairs were scored without the samples, the target or the
-            discriminator that are wanted now. The rows that were there stay: for Dagster this materialization never
+        dg.Failure: when no pair is kept up to this round, or pairs were scored without the samples that are wanted
+            now. The rows that were there stay: for Dagster this materialization never
             was, so a threshold moved back would count them as fresh.
     """
     verdict = transfer.verdict_sql(cut=threshold)
@@ -136,21 +136,15 @@ def refilter(database: Store, transfer: Transfer, round_: str, threshold: float)
         ).fetchone()
         pool = connection.execute("SELECT count(*) FROM filtered_dataset WHERE round <= ?", [round_]).fetchone()
         reasons = connection.execute("SELECT reason, count(*) FROM judged GROUP BY reason ORDER BY reason").fetchall()
-        for reason, name in (
-            ("no_samples", "response.samples"),
-            ("no_target_score", "filter.target"),
-            ("no_discriminator_score", "filter.discriminator"),
-        ):
-            if reason in dict(reasons):
-                raise dg.Failure(
-                    f"{dict(reasons)[reason]} pairs of {round_} were scored before {name} was set: materialize"
-                    " scored_pairs of this round first, which adds what is missing and computes nothing else again.",
-                    allow_retries=False,
-                )
+        if "no_samples" in dict(reasons):
+            raise dg.Failure(
+                f"{dict(reasons)['no_samples']} pairs of {round_} were scored before response.samples was set:"
+                " materialize scored_pairs of this round first, which adds what is missing and computes nothing else"
+                " again.",
+                allow_retries=False,
+            )
         if pool == (0,):
             cuts = f"filter.{transfer.config.filter.cut_key} (now {transfer.config.filter.cut:g})"
-            if "taken_for_generated" in dict(reasons):
-                cuts += f" or filter.discriminator.threshold (now {transfer.guards.discriminator:g})"
             raise dg.Failure(
                 f"No pair was kept up to {round_}, so nothing can seed the next round ({dict(reasons)} here)."
                 f" Loosen {cuts} in {transfer.folder / 'transfer.yaml'}, or write"

@@ -9,11 +9,11 @@ version is their hash. `synthetic_prompts` depends on it, and becomes stale exac
 import dagster as dg
 
 from tuneshift_dag.assets.common import OWNERS, column_schema, content_version, key, partitions
+from tuneshift_dag.config.transfer import Transfer, round_key, round_number
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.method.seed_sampling import Candidate, draw_seeds
 from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import ROUND_SEEDS
-from tuneshift_dag.config.transfer import Transfer, round_key, round_number
 
 
 def build_round_seeds(transfer: Transfer) -> dg.AssetSpec:

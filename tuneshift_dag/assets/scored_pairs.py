@@ -20,19 +20,14 @@ from tuneshift_dag.assets.common import (
     prompt_chunks,
     step,
 )
-from tuneshift_dag.assets.discriminator import TAUGHT_BY, ask_discriminator
-from tuneshift_dag.method import discriminator, scoring, self_consistency
+from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.method import scoring, self_consistency
 from tuneshift_dag.method.engine import Decoding, Pair, Response, perplexity
-from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
 from tuneshift_dag.models.memory import trim
+from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
 from tuneshift_dag.store.cache import ResponseCache
 from tuneshift_dag.store.database import Spool, Store, in_chunks
 from tuneshift_dag.store.tables import SCORED_PAIRS
-from tuneshift_dag.config.transfer import Transfer
-
-# Scores that only some settings ask for.
-_OPTIONAL = ("agreement", "ppl_target", "discriminator_score")
-_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
 def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
@@ -40,16 +35,14 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=asset_key,
-        deps=[dg.AssetDep(key(transfer, "synthetic_prompts"), partition_mapping=_prompts_read(transfer))],
+        deps=[key(transfer, "synthetic_prompts")],
         partitions_def=partitions(transfer),
         group_name=transfer.name,
         owners=OWNERS,
         kinds={"duckdb", "pytorch"},
         pool=MODEL_POOL,
         code_version=f"{transfer.version('source', 'engine', 'models', 'prompt_template', 'response')}"
-        f"-{transfer.adapter_version()}{'-ifd' if transfer.needs_ifd else ''}{transfer.samples_version()}"
-        f"{'-' + transfer.version('target') if transfer.config.filter.target else ''}"
-        f"{transfer.discriminator_version()}",
+        f"-{transfer.adapter_version()}{transfer.samples_version()}",
         metadata=definition_metadata(transfer, SCORED_PAIRS),
         check_specs=[
             dg.AssetCheckSpec(
@@ -65,14 +58,11 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
         """The source base model and the source fine-tuned model each answer every prompt of the round.
 
         Each pair gets four perplexities: each model on its own response and on the other's (unless
-        `engine.cross_scores` is off), and for the rule `ifd` the base's of the fine-tuned response without the
-        prompt. The local engine keeps one 4-bit base model, with the adapter switched on or off; a server has the
-        models under two names.
+        `engine.cross_scores` is off). The local engine keeps one 4-bit base model, with the adapter switched on or
+        off; a server has the models under two names.
 
         With `response.samples`, the fine-tuned model also samples that many responses to each prompt, and the pair
-        gets the share of them that agrees with its greedy one. With `filter.target`, the target's base scores the
-        fine-tuned responses too. With `filter.discriminator`, an adapter of the source base that was trained once, to
-        tell the seeds from the prompts of the first round, scores the prompts.
+        gets the share of them that agrees with its greedy one.
         """
         round_ = context.partition_key
         database, cache = store.store(), store.cache()
@@ -84,7 +74,6 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
                     trim()
                 database.replace(transfer.name, SCORED_PAIRS, rows, round=round_)
             known = (value for chunk in rows for value in chunk["agreement"].drop_nulls())
-            quantiles = _discriminator_quantiles(database, transfer, round_)
             return dg.MaterializeResult(
                 data_version=dg.DataVersion(content_version(rows)),
                 metadata={
@@ -95,7 +84,6 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
                         ["prompt", "fine_tuned_response", "base_response", "ppl_fine_tuned", "ppl_base"],
                     ),
                     **({"mean_agreement": sum(known) / len(rows)} if transfer.config.response.samples and rows else {}),
-                    **({"discriminator_score_quantiles": quantiles} if quantiles else {}),
                     "truncated_fine_tuned_responses": sum(
                         chunk.filter(pl.col("fine_tuned_finish") == "length").height for chunk in rows
                     ),
@@ -107,25 +95,6 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
     return scored_pairs
 
 
-def _prompts_read(transfer: Transfer) -> dg.PartitionMapping | None:
-    """A round's own prompts; with a discriminator also those that it learned from."""
-    if transfer.config.filter.discriminator is None:
-        return None
-    rounds = transfer.round_keys
-    return dg.StaticPartitionMapping({round_: rounds if round_ == TAUGHT_BY else round_ for round_ in rounds})
-
-
-def _discriminator_quantiles(database: Store, transfer: Transfer, round_: str) -> dict[str, float]:
-    """Of a round's scores, to choose `filter.discriminator.threshold` by; nothing without a discriminator."""
-    found = database.read(
-        f"SELECT unnest(quantile_cont(discriminator_score, {list(_QUANTILES)})) AS score FROM scored_pairs"
-        " WHERE round = ?",
-        [round_],
-        transfer.name,
-    )["score"]
-    return {f"{quantile:g}": score for quantile, score in zip(_QUANTILES, found, strict=False)}
-
-
 def _score_round(
     current: Step, database: Store, cache: ResponseCache, engines: EngineResource, transfer: Transfer, round_: str
 ) -> Iterator[pl.DataFrame]:
@@ -134,28 +103,16 @@ def _score_round(
     total = database.read(counted, [round_], transfer.name).item()
     if not total:
         return
-    if transfer.config.filter.discriminator:
-        # First: its base is also the source models', and memory has room for one.
-        adapter = ask_discriminator(current, database, cache, engines, transfer, round_, total)
-        judge = engines.discriminator(transfer, adapter)  # which loads nothing: all it is asked is in the cache
     engine = engines.source(transfer)
     settings = transfer.config.response
     pairs_progress = scoring.chunk_progress(current.progress("pairs scored"), total)
-    if transfer.needs_ifd:
-        alone_progress = scoring.chunk_progress(current.progress("responses scored without their prompt"), total)
     if settings.samples:
         samples_progress = scoring.chunk_progress(current.progress("responses sampled"), total * settings.samples)
-    if transfer.config.filter.target:
-        target_progress = scoring.chunk_progress(current.progress("responses scored by the target"), total)
 
     def score(prompts: pl.DataFrame) -> pl.DataFrame:
         ids = [engine.encode(transfer.config.prompt_template.replace("{prompt}", p)) for p in prompts["prompt"]]
         decoding = Decoding(settings.max_new_tokens)
         pairs = scoring.score_pairs(engine, cache, ids, decoding, current.cost, pairs_progress(len(ids)))
-        alone: Sequence[float | None] = [None] * len(pairs)
-        if transfer.needs_ifd:
-            responses = [pair.fine_tuned.token_ids for pair in pairs]
-            alone = scoring.score_alone(engine, cache, responses, "base", current.cost, alone_progress(len(ids)))
         agreements: Sequence[float | None] = [None] * len(pairs)
         if settings.samples:
             agreements = self_consistency.agreements(
@@ -170,24 +127,10 @@ def _score_round(
                 current.cost,
                 samples_progress(len(ids) * settings.samples),
             )
-        of_target: Sequence[float | None] = [None] * len(pairs)
-        if transfer.config.filter.target:
-            report = target_progress(len(ids))
-            of_target = _target_perplexities(transfer, cache, engines, prompts["prompt"], pairs, current, report)
-        real: Sequence[float | None] = [None] * len(pairs)
-        if transfer.config.filter.discriminator:
-            real = discriminator.scores(judge, cache, list(prompts["prompt"]), scoring.Cost())  # they are counted
         return SCORED_PAIRS.frame(
             [
-                {
-                    **prompt,
-                    **pair_row(pair, without_prompt),
-                    "round": round_,
-                    **dict(zip(_OPTIONAL, values, strict=True)),
-                }
-                for prompt, pair, without_prompt, *values in zip(
-                    prompts.iter_rows(named=True), pairs, alone, agreements, of_target, real, strict=True
-                )
+                {**prompt, **pair_row(pair), "round": round_, "agreement": agreement}
+                for prompt, pair, agreement in zip(prompts.iter_rows(named=True), pairs, agreements, strict=True)
             ]
         )
 
@@ -195,8 +138,8 @@ def _score_round(
         yield from map(score, prompt_chunks(database, transfer, round_, engine.chunk_size))
 
 
-def pair_row(pair: Pair, alone: float | None) -> dict[str, Any]:
-    """The columns of ``scored_pairs`` that a pair determines; ``alone`` is log p_b(y_f), when it was asked for."""
+def pair_row(pair: Pair) -> dict[str, Any]:
+    """The columns of ``scored_pairs`` that a pair determines."""
     f, b = pair.fine_tuned, pair.base
     return {
         "fine_tuned_response": f.text,
@@ -215,33 +158,7 @@ def pair_row(pair: Pair, alone: float | None) -> dict[str, Any]:
         "ppl_base": perplexity(b.sum_logprob, len(b.token_ids)),
         "ppl_base_cross": _cross_perplexity(pair.base_on_fine_tuned, f),
         "ppl_fine_tuned_cross": _cross_perplexity(pair.fine_tuned_on_base, b),
-        "base_alone_logprob": alone,
-        "ppl_base_alone": None if alone is None else perplexity(alone, len(f.token_ids)),
     }
-
-
-def _target_perplexities(
-    transfer: Transfer,
-    cache: ResponseCache,
-    engines: EngineResource,
-    prompts: pl.Series,
-    pairs: list[Pair],
-    current: Step,
-    on_progress: scoring.OnProgress,
-) -> list[float | None]:
-    """PPL of every fine-tuned response after its prompt under the target's base, tokenized as it is for training."""
-    target = engines.target(transfer)
-    responses = [target.encode(pair.fine_tuned.text, templated=True) for pair in pairs]
-    scores = scoring.score_given(
-        target,
-        cache,
-        [target.encode(transfer.config.prompt_template.replace("{prompt}", prompt)) for prompt in prompts],
-        responses,
-        "base",
-        current.cost,
-        on_progress,
-    )
-    return [perplexity(score, len(response)) for score, response in zip(scores, responses, strict=True)]
 
 
 def _cross_perplexity(sum_logprob: float | None, response: Response) -> float | None:

@@ -15,13 +15,13 @@ from tuneshift_dag.assets.common import (
     step,
 )
 from tuneshift_dag.assets.round_seeds import report_seeds, seed_candidates
+from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.engines.preflight import AdapterCheck
 from tuneshift_dag.method import scoring
 from tuneshift_dag.method.engine import Decoding
-from tuneshift_dag.engines.preflight import AdapterCheck
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
 from tuneshift_dag.store.tables import SEED_SET
-from tuneshift_dag.config.transfer import Transfer
 
 
 def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:

@@ -21,6 +21,7 @@ from tuneshift_dag.assets.common import (
     step,
 )
 from tuneshift_dag.assets.round_seeds import read_seeds, reporter
+from tuneshift_dag.config.transfer import Generator, Transfer, round_key, round_number
 from tuneshift_dag.method import scoring
 from tuneshift_dag.method.diversity import distinct_bigrams, novel_bigrams
 from tuneshift_dag.method.engine import Decoding, Engine, Response
@@ -37,7 +38,6 @@ from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResou
 from tuneshift_dag.store.cache import ResponseCache
 from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import PROPOSALS, REJECTED_PROMPTS, SYNTHETIC_PROMPTS
-from tuneshift_dag.config.transfer import Generator, Transfer, round_key, round_number
 
 FIRST_ROUND = round_key(1)
 

@@ -6,10 +6,10 @@ from typing import Any
 import polars as pl
 
 from tuneshift_dag.assets.common import Step
+from tuneshift_dag.config.transfer import Transfer
 from tuneshift_dag.method.engine import Engine, Side
 from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import TASK_SCORES
-from tuneshift_dag.config.transfer import Transfer
 
 TASK_COLUMNS = ["model", "task", "metric", "filter", "value", "stderr", "n"]
 

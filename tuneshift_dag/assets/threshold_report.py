@@ -14,13 +14,13 @@ from tuneshift_dag.assets.common import (
     key,
     step,
 )
+from tuneshift_dag.config.transfer import Transfer
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.reports import distributions, plots
 from tuneshift_dag.reports.sweep import sweep
 from tuneshift_dag.resources.dagster_resources import StoreResource
 from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import THRESHOLD_REPORT
-from tuneshift_dag.config.transfer import Transfer
 
 
 def build_threshold_report(transfer: Transfer) -> dg.AssetsDefinition:

@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from tuneshift_dag.config.transfer import Mode
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file, transfers_dir, use_dagster_home
 from tuneshift_dag.method.filters import KEEP_RULES, RULES
-from tuneshift_dag.config.transfer import Mode
 
 if TYPE_CHECKING:
     from tuneshift_dag.reports.lineage import Prompt
@@ -290,8 +290,8 @@ app.add_typer(cache_app, name="cache")
 @cache_app.command("stats")
 def cache_stats(as_json: AsJson = False) -> None:
     """What the cache holds, and how much of it no materialization uses any more."""
-    from tuneshift_dag.store.upkeep import stats
     from tuneshift_dag.store.database import Store
+    from tuneshift_dag.store.upkeep import stats
 
     _show_rows("Cache (bytes before compression)", stats(Store(database_file())), as_json)
 
@@ -302,8 +302,8 @@ def cache_gc(as_json: AsJson = False) -> None:
 
     The file keeps its size; DuckDB uses the space again.
     """
-    from tuneshift_dag.store.upkeep import collect
     from tuneshift_dag.store.database import Store
+    from tuneshift_dag.store.upkeep import collect
 
     _show_rows("Removed: the unreferenced ones", collect(Store(database_file())), as_json)
 

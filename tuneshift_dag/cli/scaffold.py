@@ -17,8 +17,6 @@ from typing import Literal
 
 import typer
 
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.models.references import check_adapter_folder, check_reference, is_hub_id
 from tuneshift_dag.config.transfer import (
     HELD_OUT_SHAPE,
     SEED_SHAPE,
@@ -32,6 +30,8 @@ from tuneshift_dag.config.transfer import (
     read_jsonl,
     read_text,
 )
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.models.references import check_adapter_folder, check_reference, is_hub_id
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 

@@ -18,9 +18,6 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import Decoding, Response
-from tuneshift_dag.models import memory
 from tuneshift_dag.engines.kv_cache import (
     KeysValues,
     KVDtype,
@@ -32,6 +29,9 @@ from tuneshift_dag.engines.kv_cache import (
     stored,
     zeros,
 )
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.method.engine import Decoding, Response
+from tuneshift_dag.models import memory
 
 # Rows are taken out of the batch when at least this share of it has finished: copying the cache
 # costs about as much as decoding one row in eight.

@@ -19,9 +19,9 @@ import lm_eval
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
+from tuneshift_dag.config.transfer import Transfer
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import Engine, Side
-from tuneshift_dag.config.transfer import Transfer
 
 # The harness's own way to ask; others of its tasks that run code read it too.
 _CODE_ALLOWED = "HF_ALLOW_CODE_EVAL"

@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 import torch
 from safetensors import safe_open
 
+from tuneshift_dag.engines import decoding as loop
+from tuneshift_dag.engines.kv_cache import KVDtype
+from tuneshift_dag.engines.preflight import AdapterCheck, adapter_delta_norm, check_adapter_keys, check_outputs
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Pair, Response, Side
-from tuneshift_dag.engines.preflight import AdapterCheck, adapter_delta_norm, check_adapter_keys, check_outputs
 from tuneshift_dag.method.scoring import SIDES
-from tuneshift_dag.engines import decoding as loop
 from tuneshift_dag.models import memory
 from tuneshift_dag.models.batching import in_batches
-from tuneshift_dag.engines.kv_cache import KVDtype
 from tuneshift_dag.models.loading import (
     ADAPTER,
     DeviceMap,

@@ -24,13 +24,13 @@ from typing import Any, TypeVar
 import dagster as dg
 import openai
 
+from tuneshift_dag.config.transfer import ServedModel, Server
+from tuneshift_dag.engines.preflight import AdapterCheck
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Pair, Response, Side
-from tuneshift_dag.engines.preflight import AdapterCheck
 from tuneshift_dag.method.scoring import SIDES
 from tuneshift_dag.models.loading import load_tokenizer, start_ids
 from tuneshift_dag.models.references import ModelFiles
-from tuneshift_dag.config.transfer import ServedModel, Server
 
 T = TypeVar("T")
 Work = Callable[["Requests", int], Awaitable[T]]

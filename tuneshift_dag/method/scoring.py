@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 from tuneshift_dag.method.engine import Decoding, Engine, Pair, Response, Side
-from tuneshift_dag.method.token_selection import ScoredTokens
 
 SIDES: tuple[Side, Side] = ("base", "fine_tuned")
 T = TypeVar("T")
@@ -21,9 +20,7 @@ class Cache(Protocol):
     def score_key(self, fingerprint: str, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str: ...
     def responses(self, keys: Sequence[str]) -> dict[str, Response]: ...
     def scores(self, keys: Sequence[str]) -> dict[str, float]: ...
-    def token_scores(self, keys: Sequence[str]) -> dict[str, list[float]]: ...
     def put(self, responses: dict[str, Response], scores: dict[str, float]) -> None: ...
-    def put_token_scores(self, scores: dict[str, list[float]]) -> None: ...
 
 
 @dataclass
@@ -117,93 +114,22 @@ def score_given(
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[float]:
     """log p(y | x) in nats of every given response (token ids) after its prompt; equal ones are scored once."""
-    keys = _score_keys(engine, cache, prompts, responses, side)
-    found = cache.scores(keys)
-    return _known_or_new(
-        keys, found, prompts, responses, side, engine.score, lambda new: cache.put({}, new), cost, on_progress
-    )
-
-
-def token_excess(
-    engine: Engine,
-    cache: Cache,
-    prompts: Sequence[list[int]],
-    texts: Sequence[str],
-    decoding: Decoding,
-    cost: Cost,
-    progress: Callable[[str], OnProgress] = lambda what: lambda done, total: None,
-) -> list[ScoredTokens]:
-    """The tokens of every fine-tuned response, each with log p_fine-tuned - log p_base (nats): TiTok's excess.
-
-    They are the tokens that the model generated with ``decoding``. A text that it didn't write (labelled data in a
-    comparison) is tokenized.
-
-    Args:
-        progress: called with what is going on, for each side; it gives what is called with (done, total).
-    """
-    keys = [cache.response_key(engine.fingerprint("fine_tuned"), prompt, decoding) for prompt in prompts]
-    known = cache.responses(keys)
-    responses = [
-        known[key].token_ids if key in known and known[key].text == text else engine.encode(text, templated=True)
-        for key, text in zip(keys, texts, strict=True)
-    ]
-    base, fine_tuned = (
-        _token_scores(engine, cache, prompts, responses, side, cost, progress(f"scoring tokens, {side}"))
-        for side in SIDES
-    )
-    return [
-        ScoredTokens(ids, [f - b for f, b in zip(of_f, of_b, strict=True)])
-        for ids, of_f, of_b in zip(responses, fine_tuned, base, strict=True)
-    ]
-
-
-def _token_scores(
-    engine: Engine,
-    cache: Cache,
-    prompts: Sequence[list[int]],
-    responses: Sequence[list[int]],
-    side: Side,
-    cost: Cost,
-    on_progress: OnProgress,
-) -> list[list[float]]:
-    keys = _score_keys(engine, cache, prompts, responses, side)
-    found = cache.token_scores(keys)
-    return _known_or_new(
-        keys, found, prompts, responses, side, engine.token_scores, cache.put_token_scores, cost, on_progress
-    )
-
-
-def _score_keys(
-    engine: Engine, cache: Cache, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
-) -> list[str]:
     fingerprint = engine.fingerprint(side)
-    return [cache.score_key(fingerprint, p, r) for p, r in zip(prompts, responses, strict=True)]
-
-
-def _known_or_new(
-    keys: Sequence[str],
-    found: dict[str, T],
-    prompts: Sequence[list[int]],
-    responses: Sequence[list[int]],
-    side: Side,
-    ask: Callable[[Sequence[list[int]], Sequence[list[int]], Side], Iterator[list[tuple[int, T]]]],
-    put: Callable[[dict[str, T]], None],
-    cost: Cost,
-    on_progress: OnProgress,
-) -> list[T]:
-    """What was ``found`` in the cache, by key, and what wasn't: asked for once for each key, and put there."""
+    keys = [cache.score_key(fingerprint, p, r) for p, r in zip(prompts, responses, strict=True)]
+    found = cache.scores(keys)
     missing = list({key: i for i, key in enumerate(keys) if key not in found}.values())
     cost.keys.update(keys)
     cost.cache_hits += len(keys) - len(missing)
     done = 0
-    asked = ask([prompts[i] for i in missing], [responses[i] for i in missing], side) if missing else iter(())
-    for batch in cost.timed(asked):
-        new = {keys[missing[i]]: value for i, value in batch}
-        put(new)
-        found |= new
-        cost.model_calls += len(new)
-        done += len(new)
-        on_progress(done, len(missing))
+    if missing:
+        asked = engine.score([prompts[i] for i in missing], [responses[i] for i in missing], side)
+        for batch in cost.timed(asked):
+            new = {keys[missing[i]]: value for i, value in batch}
+            cache.put({}, new)
+            found |= new
+            cost.model_calls += len(new)
+            done += len(new)
+            on_progress(done, len(missing))
     return [found[key] for key in keys]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import polars as pl
 
-from tuneshift_dag.store.database import Store
 from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.store.database import Store
 
 # Points in one picture: more only paint over each other and make the PNG large.
 _MOST_POINTS = 3000

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tuneshift_dag.config.transfer import Transfer, find_transfers, load_transfer
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file, home_dir, transfers_dir
 from tuneshift_dag.reports.plan import run_warnings
 from tuneshift_dag.training.hardware import training_problem
-from tuneshift_dag.config.transfer import Transfer, find_transfers, load_transfer
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "dagster", "duckdb", "polars")
 # A 4-bit 7B model, its converted copy and a database fit in this.

@@ -8,11 +8,11 @@ from typing import Any
 import polars as pl
 
 from tuneshift_dag.assets.common import content_version
+from tuneshift_dag.config.transfer import Transfer
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.evaluation import TITLES
 from tuneshift_dag.reports.summary import arm_tasks, by_way, conclusion, diversity, report
 from tuneshift_dag.store.database import Store
-from tuneshift_dag.config.transfer import Transfer
 
 
 def export(store: Store, transfer: Transfer, to: Path) -> list[Path]:

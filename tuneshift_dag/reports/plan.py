@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tuneshift_dag.config.transfer import Transfer
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file
-from tuneshift_dag.method.discriminator import QUESTION
 from tuneshift_dag.method.scaling import (
     CPU_USABLE,
     GPUS,
@@ -27,7 +27,6 @@ from tuneshift_dag.method.scaling import estimate as estimate_gpus
 from tuneshift_dag.models.memory import gpu_count, total_bytes
 from tuneshift_dag.models.references import known_config
 from tuneshift_dag.store.database import Store
-from tuneshift_dag.config.transfer import Transfer
 
 # English text and these models' tokenizers: 3.9 over the packaged transfer's prompts.
 _CHARACTERS_PER_TOKEN = 4
@@ -209,10 +208,6 @@ def workload(transfer: Transfer, sizes: Mapping[str, ModelSize], known: Lengths,
         sides.append(
             Answers(target, quantized, prompts, config.models.batch_size, prompt, 0, 0, shared, known.fine_tuned[0])
         )
-    if config.filter.discriminator:
-        # Its question is longer than the template, and each of two answers is a prefill of its own.
-        asked = (len(QUESTION) + known.prompt_characters) / _CHARACTERS_PER_TOKEN
-        sides.append(Answers(source, quantized, 2 * prompts, batch, asked, 0, 0, 0, 1, eager=True))
     source_bytes = 0.0 if here and not local else source.weight_bytes(quantized and local)
     proposals = _proposals(transfer, generator, known)
     generator_bytes = 0.0 if here and served_generator else generator.weight_bytes(proposals.quantized)

@@ -10,8 +10,8 @@ import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from tuneshift_dag.store.tables import CACHE, CACHE_TABLES, TRANSFER_TABLES, Table
 from tuneshift_dag.config.transfer import TransferConfig
+from tuneshift_dag.store.tables import CACHE, CACHE_TABLES, TRANSFER_TABLES, Table
 
 
 def render() -> str:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tuneshift_dag.store.database import Store
 from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.store.database import Store
 
 # Model calls of these assets make the dataset; those of `evaluation` measure the result.
 _DATASET_ASSETS = ("seed_set", "synthetic_prompts", "scored_pairs")

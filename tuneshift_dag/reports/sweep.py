@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tuneshift_dag.config.transfer import Transfer, check_cut
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.filters import GUARD_REASONS, KEEP_RULES, RULES, Rule
 from tuneshift_dag.store.database import Store
-from tuneshift_dag.config.transfer import Transfer, check_cut
 
 PAPER_THRESHOLD = 1.5
 _MOST_THRESHOLDS = 1000

@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from tuneshift_dag.config.transfer import Transfer
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import Engine
-from tuneshift_dag.method.token_selection import ScoredTokens
 from tuneshift_dag.store.cache import ResponseCache
 from tuneshift_dag.store.database import Store
-from tuneshift_dag.config.transfer import Transfer
 
 if TYPE_CHECKING:
-    from tuneshift_dag.training.loop import TrainingCurve
     from tuneshift_dag.engines.harness import Harness
     from tuneshift_dag.models.references import ModelFiles
+    from tuneshift_dag.training.loop import TrainingCurve
 
 # Engines live as long as the process: the steps of a run share loaded models.
 _ENGINES: dict[str, Engine] = {}
@@ -36,7 +35,7 @@ class StoreResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
 
 class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
-    """Models for generation and scoring: the source pair, its discriminator, the generator and the target."""
+    """Models for generation and scoring: the source pair, the generator and the target."""
 
     def source(self, transfer: Transfer) -> Engine:
         """The source base model with the source adapter, in this process, on a cluster or on a server."""
@@ -73,17 +72,6 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         quantization = transfer.config.generator_quantization
         return self._engine(transfer, settings.model, "generator.model", on_ray=on_ray, quantization=quantization)
 
-    def discriminator(self, transfer: Transfer, adapter: Path) -> Engine:
-        """The source base model with an adapter that `train_discriminator` has made, where the source models run.
-
-        It is a second copy of that base: `release` the source before it loads, and it before the source does.
-        """
-        from tuneshift_dag.models.references import resolve_adapter
-
-        files = resolve_adapter(str(adapter), transfer.folder, "discriminator")
-        on_ray = transfer.config.engine.type == "ray"
-        return self._engine(transfer, transfer.config.source.base, "source.base", files, on_ray)
-
     def target(self, transfer: Transfer, adapter: Path | None = None) -> Engine:
         """The target base model, with a distilled adapter when a folder is given."""
         from tuneshift_dag.models.references import resolve_adapter
@@ -109,30 +97,12 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         pairs: list[tuple[str, str]],
         folder: Path,
         on_step: Callable[[int, int, float], None],
-        excess: list[ScoredTokens] | None = None,
     ) -> "TrainingCurve":
-        """Train the target on (prompt, response) pairs and save the adapter to ``folder``.
-
-        Args:
-            excess: for ``distill.token_mask``, the scored source tokens of each response.
-        """
+        """Train the target on (prompt, response) pairs and save the adapter to ``folder``."""
         from tuneshift_dag.training.run import distill
 
         self.release()
-        return distill(transfer, pairs, folder, on_step, excess)
-
-    def train_discriminator(
-        self,
-        transfer: Transfer,
-        batches: list[list[tuple[str, str]]],
-        folder: Path,
-        on_step: Callable[[int, int, float], None],
-    ) -> "TrainingCurve":
-        """Train a LoRA of the source base on (question, answer) pairs and save it to ``folder``."""
-        from tuneshift_dag.training.run import train_discriminator
-
-        self.release()
-        return train_discriminator(transfer, batches, folder, on_step)
+        return distill(transfer, pairs, folder, on_step)
 
     def release(self) -> None:
         """Forget every loaded model, for example before a training needs the memory."""

@@ -1,9 +1,9 @@
 """Whether this machine can train as ``distill`` says; asked before a model is loaded, and without importing torch
 where there is no GPU."""
 
+from tuneshift_dag.config.transfer import Transfer
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.models.memory import gpu_count
-from tuneshift_dag.config.transfer import Transfer
 
 
 def training_problem(transfer: Transfer) -> str | None:

@@ -29,9 +29,9 @@ import bitsandbytes
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from tuneshift_dag.training.checkpoint import TrainingCheckpoint
 from tuneshift_dag.training.lora_layers import shorten
 from tuneshift_dag.training.loss import mean_cross_entropy
-from tuneshift_dag.training.checkpoint import TrainingCheckpoint
 
 T = TypeVar("T")
 Optimizer = Literal["adamw", "paged_adamw_8bit"]

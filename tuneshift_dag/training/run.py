@@ -1,21 +1,27 @@
-"""Training end to end: load a base for training, train its LoRA, save it in PEFT format.
-
-That of the target, and that of a discriminator on the source base.
-"""
+"""Training end to end: load a base for training, train its LoRA, save it in PEFT format."""
 
 import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method import discriminator
+from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.models.loading import (
+    DeviceMap,
+    Quantization,
+    assert_trainable_layout,
+    dtype_name,
+    load_for_training,
+    load_tokenizer,
+)
+from tuneshift_dag.models.references import ModelFiles, resolve_model
+from tuneshift_dag.training.checkpoint import TrainingCheckpoint
 from tuneshift_dag.training.loop import (
     LoraTraining,
     TokenizedExample,
@@ -25,19 +31,7 @@ from tuneshift_dag.training.loop import (
     tokenize_example,
     train,
 )
-from tuneshift_dag.method.token_selection import ScoredTokens, TokenBytes, select_tokens
-from tuneshift_dag.training.checkpoint import TrainingCheckpoint
-from tuneshift_dag.models.loading import (
-    DeviceMap,
-    Quantization,
-    assert_trainable_layout,
-    dtype_name,
-    load_for_training,
-    load_tokenizer,
-)
-from tuneshift_dag.models.references import ModelFiles, resolve_model, resolve_tokenizer
 from tuneshift_dag.training.processes import in_processes
-from tuneshift_dag.config.transfer import Transfer
 
 
 def distill(
@@ -45,26 +39,17 @@ def distill(
     pairs: list[tuple[str, str]],
     folder: Path,
     on_step: Callable[[int, int, float], None],
-    excess: list[ScoredTokens] | None = None,
 ) -> TrainingCurve:
     """Train the target on (prompt, response) pairs; ``folder`` appears only when the training is done.
 
     One that was ended before goes on where it was, at most a minute back, or 50 times what it takes to write its state.
-
-    Args:
-        excess: for ``distill.token_mask``, the scored source tokens of each response.
-
-    Raises:
-        TuneshiftError: when ``excess`` can't be carried over to the target's tokens.
     """
     config = transfer.config
     files = resolve_model(config.target.base, transfer.folder, "target.base")
     tokenizer = load_tokenizer(files)
-    loading = {"quantization", "token_mask", "processes"}
+    loading = {"quantization", "processes"}
     settings = LoraTraining(seed=config.seed, **config.distill.model_dump(exclude=loading))
     examples = [tokenize_example(tokenizer, config.prompt_template, p, r) for p, r in pairs]
-    if excess is not None:
-        examples = _masked(transfer, tokenizer, examples, excess)
     count = config.distill.processes
     job = _Job(
         files,
@@ -77,46 +62,6 @@ def distill(
         _checkpoint(folder, files),
     )
     return _train_into(folder, job, count, on_step)
-
-
-def train_discriminator(
-    transfer: Transfer,
-    batches: Sequence[Sequence[tuple[str, str]]],
-    folder: Path,
-    on_step: Callable[[int, int, float], None],
-) -> TrainingCurve:
-    """Train a LoRA of the source base on (question, answer) pairs, a batch a step; ``folder`` appears when it is done.
-
-    The base is loaded as it is for scoring: in 4 bits, where ``models.quantization`` says so.
-    """
-    config = transfer.config
-    files = resolve_model(config.source.base, transfer.folder, "source.base")
-    tokenizer = load_tokenizer(files)
-    # Without an end token: only the answer is asked for later.
-    examples = [
-        TokenizedExample(tokenizer(question).input_ids, tokenizer(answer, add_special_tokens=False).input_ids)
-        for batch in batches
-        for question, answer in batch
-    ]
-    settings = LoraTraining(
-        **discriminator.LORA,
-        epochs=1,
-        batch_size=len(batches[0]),
-        shuffle=False,
-        validation_fraction=0,
-        seed=config.seed,
-    )
-    job = _Job(
-        files,
-        config.source.base,
-        config.models.quantization,
-        dtype_name(config.models.compute_dtype),
-        config.models.device_map,
-        settings,
-        examples,
-        _checkpoint(folder, files),
-    )
-    return _train_into(folder, job, 1, on_step)
 
 
 def _checkpoint(folder: Path, base: ModelFiles) -> Path:
@@ -173,31 +118,3 @@ def _run(on_step: Callable[[int, int, float], None], job: _Job, folder: Path) ->
     del model, base
     gc.collect()
     return curve
-
-
-def _masked(
-    transfer: Transfer, tokenizer: Any, examples: list[TokenizedExample], excess: list[ScoredTokens]
-) -> list[TokenizedExample]:
-    """The examples with the tokens that ``distill.token_mask`` selects, and the end token.
-
-    The end token is always trained on: it has no bytes by which the source's could be found, and a model that wasn't
-    taught to stop answers nothing exactly. A response that the tokens don't spell is trained on as a whole.
-    """
-    config = transfer.config
-    share = config.distill.token_mask
-    assert share is not None
-    source = load_tokenizer(resolve_tokenizer(config.source.base, transfer.folder, "source.base"))
-    source_bytes, target_bytes = TokenBytes(source), TokenBytes(tokenizer)
-    masks = [
-        select_tokens(source_bytes(scored.ids), scored.excess, target_bytes(example.response_ids[:-1]), share)
-        for example, scored in zip(examples, excess, strict=True)
-    ]
-    if all(mask is None for mask in masks):
-        raise TuneshiftError(
-            f"{transfer.folder / 'transfer.yaml'}: distill.token_mask {share:g}: the tokens of {config.source.base!r}"
-            f" and of {config.target.base!r} don't spell the same text, so nothing can be selected. Remove token_mask."
-        )
-    return [
-        example if mask is None else replace(example, mask=[*mask, True])
-        for example, mask in zip(examples, masks, strict=True)
-    ]
