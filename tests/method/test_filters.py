@@ -57,27 +57,29 @@ def test_the_other_rules_keep_what_exceeds_the_threshold(store, rule, margin):
     assert verdicts(store, rule, margin - 0.5, [swapped])[0][0] == "below_threshold"
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_truncated_response_is_dropped_unless_allowed(store, rule):
-    pairs = [{"fine_tuned_finish": "length"}, {"base_finish": "length"}]
-    assert [r for r, _ in verdicts(store, rule, 1.5, pairs)] == ["truncated_response", None]
-    assert [r for r, _ in verdicts(store, rule, 1.5, pairs, allow_truncated=True)] == [None, None]
+def test_an_empty_response_is_dropped(store):
+    pairs = [{"fine_tuned_response": response} for response in ("", "  ", "\n", "\t \n")]
+    assert reasons(store, "both", 1.5, pairs, allow_truncated=True) == ["empty_response"] * 4
 
 
-@pytest.mark.parametrize("response", ["", "  ", "\n", "\t \n"])
-def test_an_empty_response_is_dropped(store, response):
-    pair = {"fine_tuned_response": response}
-    assert verdicts(store, "both", 1.5, [pair], allow_truncated=True)[0][0] == "empty_response"
-
-
-@pytest.mark.parametrize("value", [None, math.inf, math.nan])
 @pytest.mark.parametrize(
-    ("rule", "column"),
-    [(rule, "ppl_fine_tuned") for rule in RULES]
-    + [("both", "ppl_base"), ("difference", "ppl_base"), ("ratio", "ppl_base"), ("cross_ratio", "ppl_base_cross")],
+    ("rule", "columns"),
+    [
+        ("both", ("ppl_fine_tuned", "ppl_base")),
+        ("difference", ("ppl_fine_tuned", "ppl_base")),
+        ("ratio", ("ppl_fine_tuned", "ppl_base")),
+        ("cross_ratio", ("ppl_fine_tuned", "ppl_base_cross")),
+        ("top_excess", ("ppl_fine_tuned", "ppl_base_cross")),
+        ("balanced_confidence", ("ppl_fine_tuned",)),
+        ("random", ()),
+        ("unfiltered", ()),
+    ],
 )
-def test_a_pair_without_a_finite_perplexity_is_not_kept(store, rule, column, value):
-    assert verdicts(store, rule, 1.5, [{column: value}])[0][0] is not None
+def test_a_pair_without_a_finite_perplexity_that_the_rule_reads_is_not_kept(store, rule, columns):
+    broken = ("ppl_fine_tuned", "ppl_base", "ppl_base_cross", "ppl_fine_tuned_cross")
+    pairs = [{column: value} for column in broken for value in (None, math.inf, math.nan)]
+    expected = [("no_perplexity" if column in columns else None) for column in broken for _ in range(3)]
+    assert reasons(store, rule, 1.5 if rule in RULES else 1, pairs) == expected
 
 
 @pytest.mark.parametrize("rule", ALL_RULES)
@@ -179,18 +181,15 @@ VARIED = "The balance of an account is what it holds after every payment that ha
 
 @pytest.mark.parametrize("rule", JUDGED)
 def test_guards_come_before_the_rule(store, rule):
-    good = {"fine_tuned_tokens": 30}
-    pairs = [
-        {**good, "fine_tuned_response": LOOP},
-        {**good, "fine_tuned_response": VARIED},
-        {**good, "fine_tuned_response": "As an AI language model I can’t say."},
-        {**good, "fine_tuned_response": "Sorry, I can’t help with that."},
-    ]
+    texts = (LOOP, VARIED, "As an AI language model I can’t say.", "Sorry, I can’t help with that.")
+    pairs = [{"fine_tuned_tokens": 30, "fine_tuned_response": text} for text in texts]
+    pairs += [{"fine_tuned_finish": "length"}, {"base_finish": "length"}]
     threshold = 1.5 if rule in RULES else 1
     refusals = ("AS AN AI language model", "can't help with that")
-    found = reasons(store, rule, threshold, pairs, refusals=refusals)
-    assert found == ["repetitive_response", None, "refused_response", "refused_response"]
-    assert reasons(store, rule, threshold, pairs, max_repetition=1.0) == [None] * 4
+    assert reasons(store, rule, threshold, pairs, refusals=refusals) == [
+        "repetitive_response", None, "refused_response", "refused_response", "truncated_response", None,
+    ]  # fmt: skip
+    assert reasons(store, rule, threshold, pairs, max_repetition=1.0, allow_truncated=True) == [None] * 6
 
 
 @pytest.mark.parametrize("rule", JUDGED)
@@ -206,19 +205,10 @@ def test_short_responses_are_not_searched_for_repetition(store):
     assert reasons(store, "both", 1.5, [pair]) == [None]
 
 
-@pytest.mark.parametrize(
-    ("text", "share"),
-    [
-        ("", 0),
-        ("a b c d", 0),
-        ("a b c d e", 0),
-        ("a a a a a", 0.5),
-        ("a b a b a b a", 0.5),
-        ("no no no no no no no no no no no no no", 0.9),
-    ],
-)
-def test_repetition_is_the_share_of_word_4_grams_that_were_there_before(store, text, share):
-    found = store.read(f"SELECT {repetition_sql('$text')} AS share", {"text": text}).item()
-    assert found == pytest.approx(share)
-    least = store.read(f"SELECT {repetition_sql('$text', 0.5)} AS share", {"text": text}).item()
-    assert (least > 0.5) == (share > 0.5)
+def test_repetition_is_the_share_of_word_4_grams_that_were_there_before(store):
+    shares = {"": 0, "a b c d": 0, "a b c d e": 0, "a a a a a": 0.5, "a b a b a b a": 0.5, "no " * 12 + "no": 0.9}
+    columns = f"{repetition_sql('text')} AS share, {repetition_sql('text', 0.5)} AS least"
+    query = f"SELECT {columns} FROM (SELECT unnest($texts) AS text)"
+    found = store.read(query, {"texts": list(shares)})
+    assert found["share"].to_list() == pytest.approx(list(shares.values()))
+    assert [least > 0.5 for least in found["least"]] == [share > 0.5 for share in shares.values()]
