@@ -139,12 +139,11 @@ def run(
     loaded = _load(transfer)
     if rounds is not None:
         loaded = loaded.with_rounds(rounds)
-    runner = _runner(loaded)
-    store = _store()
+    runner, store = _runner(loaded), _store()
     store.prepare(loaded.name)
     for warning in plans.run_warnings(loaded):
         rendering.message("warning", "yellow", warning)
-    pending = runner.pending(regrow)
+    pending = plans.to_do(store, loaded, regrow)
     if pending:
         speeds = plans.chosen_speeds(plans.recorded_speeds(store, loaded), loaded)
         seconds = plans.work(store, loaded).seconds(speeds, pending)
@@ -286,17 +285,20 @@ def cache_gc(
     from tuneshift_dag.reports.doctor import quantized_in_use
     from tuneshift_dag.store.cache import collect, collect_plan
 
-    store = _store()
-    # One that can't be read is an error: what it uses isn't known.
-    transfers = [load_transfer(folder) for folder in find_transfers(transfers_dir())]
-    rows = collect_plan(store, transfers, quantized_in_use(transfers))
+    store, folders, used = _store(), find_transfers(transfers_dir()), None
+    try:
+        used = quantized_in_use([load_transfer(folder) for folder in folders])
+    except TuneshiftError as error:
+        rendering.message("note", "yellow", f"4-bit copies of weights are left alone, since one can't be read: {error}")
+    plan = collect_plan(store, [(folder.name, folder) for folder in folders], used)
+    rows = [{"kind": one.kind, "name": one.name, "bytes": one.bytes, "why": one.reason} for one in plan]
     rendering.as_json(rows) if as_json else rendering.rows("What no transfer uses", rows)
-    if not rows or dry_run:
+    if not plan or dry_run:
         return
     if not yes and not sys.stdin.isatty():
         rendering.err.print("Nothing was removed: --yes removes it.")
     elif yes or typer.confirm("Remove all of it?", err=True):
-        collect(store, rows)
+        collect(store, plan)
         rendering.err.print("Removed.")
 
 

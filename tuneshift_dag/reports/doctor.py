@@ -66,7 +66,7 @@ def examine(name: str | None, with_models: bool) -> Iterator[Finding]:
 
 
 def _release() -> None:
-    from tuneshift_dag.resources.dagster_resources import EngineResource
+    from tuneshift_dag.resources import EngineResource
 
     EngineResource().release()
 
@@ -162,7 +162,7 @@ def quantized_in_use(transfers: Sequence[Transfer]) -> set[str]:
 
 def _generator(transfer: Transfer) -> Iterator[Finding]:
     """A base model has no chat template, and a run would notice only after the preflight."""
-    from tuneshift_dag.resources.dagster_resources import EngineResource
+    from tuneshift_dag.resources import EngineResource
 
     config = transfer.config.generator
     what = f"{transfer.name} generator"
@@ -183,7 +183,7 @@ def _generator(transfer: Transfer) -> Iterator[Finding]:
 
 
 def _preflight(transfer: Transfer) -> Iterator[Finding]:
-    from tuneshift_dag.resources.dagster_resources import EngineResource
+    from tuneshift_dag.resources import EngineResource
 
     template = transfer.config.prompt_template
     try:

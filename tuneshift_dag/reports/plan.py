@@ -18,6 +18,7 @@ from tuneshift_dag.home import database_file
 from tuneshift_dag.models.memory import BATCH_SHARE, gpu_count, total_bytes
 from tuneshift_dag.models.references import known_config
 from tuneshift_dag.store.database import Store
+from tuneshift_dag.store.records import ROUND_ASSETS, Records
 
 STEPS = ("synthetic_prompts", "scored_pairs", "distilled_model", "evaluation")
 # English text and these models' tokenizers: 3.9 over the packaged transfer's prompts.
@@ -175,7 +176,7 @@ def work(store: Store, transfer: Transfer) -> Work:
     examples = max(1, round(pairs * (1 - config.distill.validation_fraction))) * config.distill.epochs
     rows = (rounds * generator.calls_per_round, rounds * prompts, examples, 4 * len(transfer.heldout))
     characters = row["characters"] or sum(map(len, transfer.seeds)) / len(transfer.seeds)
-    prompt = (len(config.prompt_template) - len("{prompt}") + characters) / _CHARACTERS_PER_TOKEN
+    prompt = characters / _CHARACTERS_PER_TOKEN
     response = min(row["response"] or math.inf, config.response.max_new_tokens)
     return Work(bool(row["scored"]), rounds, {s: n for s, n in zip(STEPS, rows, strict=True) if n}, prompt, response)
 
@@ -206,12 +207,14 @@ def memory(transfer: Transfer, needed: Work, total: float, usable: float) -> tup
     example = 1 + (needed.response if config.generator.mode == "by_response" else 0)
     call = len(config.generator.instruction) / _CHARACTERS_PER_TOKEN
     call += config.generator.seeds_per_call * (needed.prompt + example)
+    template = (len(config.prompt_template) - len("{prompt}")) / _CHARACTERS_PER_TOKEN
+    prompt_tokens = template + needed.prompt
     calls, pairs = (needed.rows[step] // needed.rounds for step in STEPS[:2])
     answered = [
         ("synthetic_prompts", "generator", answering, call, config.generator.max_new_tokens, calls),
-        ("scored_pairs", "source", answering, needed.prompt, config.response.max_new_tokens, pairs),
-        ("evaluation", "source", evaluating, needed.prompt, config.evaluation.max_new_tokens, len(transfer.heldout)),
-        ("evaluation", "target", evaluating, needed.prompt, config.evaluation.max_new_tokens, len(transfer.heldout)),
+        ("scored_pairs", "source", answering, prompt_tokens, config.response.max_new_tokens, pairs),
+        ("evaluation", "source", evaluating, prompt_tokens, config.evaluation.max_new_tokens, len(transfer.heldout)),
+        ("evaluation", "target", evaluating, prompt_tokens, config.evaluation.max_new_tokens, len(transfer.heldout)),
     ]
     found: dict[str, float] = {}
     lines: dict[str, str] = {}
@@ -226,8 +229,8 @@ def memory(transfer: Transfer, needed: Work, total: float, usable: float) -> tup
         elif batch < wanted and step != "evaluation":
             more = "; models.kv_cache_dtype: int8 makes room for more" if kv_bytes == 2 else ""
             lines[step] = f"{step} has memory for batches of {batch}, not {wanted}: it runs, slower{more}."
-    longest = needed.prompt + config.generator.max_prompt_characters / _CHARACTERS_PER_TOKEN
-    training = (longest + config.response.max_new_tokens, needed.response)
+    longest = template + config.generator.max_prompt_characters / _CHARACTERS_PER_TOKEN + config.response.max_new_tokens
+    training = (longest, needed.response)
     found["distilled_model"] = sizes["target"].training_bytes(config.distill, *training)
     if found["distilled_model"] > usable:
         repair = _smaller_training(config.distill, lambda d: sizes["target"].training_bytes(d, *training) <= usable)
@@ -257,10 +260,10 @@ def _smaller_training(distill: Distill, fits: Callable[[Distill], bool]) -> str:
     nf4, checkpointing = {"quantization": "nf4"}, {"gradient_checkpointing": True}
     for change in ({}, checkpointing, nf4, nf4 | checkpointing):
         for batch in (distill.batch_size, *(size for size in (16, 8, 4, 2, 1) if size < distill.batch_size)):
-            changed = distill.model_copy(update={**change, "batch_size": batch})
-            if fits(changed):
-                values = {key: value for key, value in changed if value != getattr(distill, key)}
-                return "set " + " and ".join(f"distill.{key}: {str(value).lower()}" for key, value in values.items())
+            update = {**change, "batch_size": batch}
+            if fits(distill.model_copy(update=update)):
+                changed = [f"distill.{k}: {str(v).lower()}" for k, v in update.items() if v != getattr(distill, k)]
+                return f"set {' and '.join(changed)}"
     return "choose a smaller target"
 
 
@@ -385,6 +388,22 @@ def plan(store: Store, transfer: Transfer) -> dict[str, Any]:
         "recorded_speeds": [vars(speed) for speed in recorded],
         "warnings": warnings,
     }
+
+
+def to_do(store: Store, transfer: Transfer, regrow: bool) -> list[tuple[str, str | None]]:
+    """(asset, round) of what `tuneshift run` would make now, as far as it is known: new pairs make a new model."""
+    records = Records(store, transfer)
+    found: list[tuple[str, str | None]] = [("seed_set", None)] if records.causes("seed_set") else []
+    for round_ in transfer.round_keys:
+        causes = {asset: records.causes(asset, round_) for asset in ROUND_ASSETS}
+        if not regrow and records.grown(round_) and all(cause.kind == "input" for cause in causes[ROUND_ASSETS[0]]):
+            causes[ROUND_ASSETS[0]] = []  # keeps its prompts
+        first = next((number for number, asset in enumerate(ROUND_ASSETS) if causes[asset]), len(ROUND_ASSETS))
+        found += [(asset, round_) for asset in ROUND_ASSETS[first:]]
+    measured = bool(transfer.heldout or transfer.config.evaluation.tasks)
+    wanted = {"evaluation": measured, "diversity_map": transfer.config.diversity_map}
+    last = [a for a in ("threshold_report", "distilled_model", "evaluation", "diversity_map") if wanted.get(a, True)]
+    return found + [(asset, None) for asset in last if found or records.causes(asset)]
 
 
 def gigabytes(number: float) -> str:
