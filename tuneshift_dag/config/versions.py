@@ -12,24 +12,26 @@ from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.schema import SAMPLES, TransferConfig
 from tuneshift_dag.config.schema_models import Models
 from tuneshift_dag.method.filters import KEEP_RULES
+from tuneshift_dag.method.retention import general_texts
+from tuneshift_dag.models import encoder
 from tuneshift_dag.models.references import file_hash
 
-Rounds = Literal["same", "all", "none"]
-"""Of which rounds an input is read: the round that is made, all that there are, or it has none."""
+Rounds = Literal["same", "earlier", "all", "none"]
+"""Of which rounds an input is read: of the one that is made, of those before it, of all, or it has none."""
 
-INPUTS: dict[str, dict[str, Rounds]] = {
-    "seed_set": {},
-    # Those of round_01 are drawn by seed_set, those of a later round by filtered_dataset of the round before.
-    "synthetic_prompts": {"seed_set": "none", "round_seeds": "same"},
-    "scored_pairs": {"synthetic_prompts": "same"},
-    "filtered_dataset": {"scored_pairs": "same"},
-    "threshold_report": {"scored_pairs": "all", "filtered_dataset": "all"},
-    "distilled_model": {"filtered_dataset": "all"},
-    "evaluation": {"distilled_model": "none"},
-    "diversity_map": {"synthetic_prompts": "all", "filtered_dataset": "all"},
-    "comparison": {"scored_pairs": "all"},
+INPUTS: dict[str, tuple[tuple[str, Rounds], ...]] = {
+    "seed_set": (),
+    # round_seeds of round_01 are drawn by seed_set, those of a later round by filtered_dataset of the round before.
+    "synthetic_prompts": (("seed_set", "none"), ("round_seeds", "same"), ("synthetic_prompts", "earlier")),
+    "scored_pairs": (("synthetic_prompts", "same"),),
+    "filtered_dataset": (("scored_pairs", "same"),),
+    "threshold_report": (("scored_pairs", "all"), ("filtered_dataset", "all")),
+    "distilled_model": (("filtered_dataset", "all"),),
+    "evaluation": (("distilled_model", "none"),),
+    "diversity_map": (("synthetic_prompts", "all"), ("filtered_dataset", "all")),
+    "comparison": (("scored_pairs", "all"),),
 }
-"""What each asset is made from: asset, and of which rounds."""
+"""What each asset is made from: assets, and of which rounds."""
 
 _TRAINING = ("distill", "target", "prompt_template", "seed", "models.compute_dtype")
 
@@ -37,7 +39,8 @@ _TRAINING = ("distill", "target", "prompt_template", "seed", "models.compute_dty
 class _Uses(NamedTuple):
     sections: tuple[str, ...]
     """Dotted keys of ``transfer.yaml``; `samples` is what makes other samples, or compares them otherwise."""
-    files: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    """What it reads beside: see `_read`."""
     code: int = 1
     """Raised by hand when the meaning of the code that makes the asset changes."""
 
@@ -58,11 +61,14 @@ _USES = {
     "threshold_report": _Uses(("filter",)),
     "distilled_model": _Uses(_TRAINING),
     "evaluation": _Uses(
-        ("evaluation", "engine", "models", "source", "target", "prompt_template"), ("heldout", "tasks")
+        ("evaluation", "engine", "models", "source", "target", "prompt_template"),
+        ("heldout", "tasks", "general_text"),
     ),
-    "diversity_map": _Uses((), code=2),
+    "diversity_map": _Uses((), ("encoder",), code=2),
     "comparison": _Uses(
-        ("compare", "filter", "evaluation", "models", "source", *_TRAINING), ("heldout", "labelled", "tasks"), code=2
+        ("compare", "filter", "evaluation", "models", "source", *_TRAINING),
+        ("heldout", "labelled", "tasks", "encoder"),
+        code=2,
     ),
 }
 
@@ -78,12 +84,12 @@ _WITHOUT_EFFECT: Any = {
 }
 
 
-def code_version(transfer: Transfer, asset: str, *parts: str) -> str:
+def code_version(transfer: Transfer, asset: str) -> str:
     """Hash of all that makes an asset another one, beside its inputs (16 characters).
 
-    That are the settings that it uses, with the fingerprint of weights, tokenizer or adapter in the place of each
-    reference (of a hub model that was never fetched, the reference), the examples and task files that it reads, the
-    number of rounds if it reads all of them (fewer rounds change none that is left), and ``parts``.
+    That is its code, the settings that it uses, with the fingerprint of weights, tokenizer or adapter in the place of
+    each reference (which stands for a hub model that was never fetched), the examples and other files that it reads,
+    and the number of rounds if it reads all of them: fewer rounds change none that is left.
     """
     uses = _USES[asset]
     settings = _settings(transfer.config)
@@ -91,12 +97,9 @@ def code_version(transfer: Transfer, asset: str, *parts: str) -> str:
         section, name = key.split(".")
         settings[section][name] = fingerprint.value or settings[section][name]
     used = {section: _dig(settings, section) for section in uses.sections}
-    for file in uses.files:
-        used[f"{file} file"] = tasks_hash(transfer) if file == "tasks" else list(getattr(transfer, file))
-    if "all" in INPUTS[asset].values():
-        used["rounds"] = transfer.config.rounds
     code = (uses.code, _training_code(transfer.config) if "distill" in uses.sections else 0)
-    return _hash([code, used, parts])[:16]
+    rounds = transfer.config.rounds if any(of == "all" for _, of in INPUTS[asset]) else None
+    return _hash([code, used, [_read(transfer, name) for name in uses.others], rounds])[:16]
 
 
 def training_version(transfer: Transfer) -> str:
@@ -128,6 +131,17 @@ def tasks_hash(transfer: Transfer) -> str:
     return digest.hexdigest()
 
 
+def _read(transfer: Transfer, name: str) -> Any:
+    if name == "tasks":
+        return tasks_hash(transfer)
+    if name == "general_text":
+        return general_texts()
+    if name == "encoder":
+        # Installing it makes out of date what was made without.
+        return encoder.missing_packages() is None
+    return list(getattr(transfer, name))
+
+
 def _training_code(config: TransferConfig) -> int:
     # Balanced drawing has changed three times: those models aren't current.
     return 1 if config.distill.balance == "none" else 4
@@ -146,10 +160,8 @@ def _settings(config: TransferConfig) -> dict[str, Any]:
     response = config.response
     dump["samples"] = None
     if response.samples:
-        dump["samples"] = [
-            *(response.samples, response.temperature, response.top_p),
-            *(config.evaluation.metric, config.seed),
-        ]
+        how = (response.samples, response.temperature, response.top_p)
+        dump["samples"] = [*how, config.evaluation.metric, config.seed]
         dump["filter"]["agreement"] = response.agreement  # it decides what is kept
     if config.filter.rule in KEEP_RULES and config.filter.threshold > 1:
         dump["filter"]["rounds"] = config.rounds  # which share the number

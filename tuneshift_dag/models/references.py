@@ -167,11 +167,10 @@ def refresh(reference: str, folder: Path, key: str, kind: Kind = "model") -> str
 
     try:
         commit = HfApi().model_info(repo, revision=revision or None, timeout=30).sha
-        here = _snapshot(reference)
-        if here is None or here.name != commit:
-            # The files, and then the branch's name: an interrupted download leaves the commit that was here.
-            for name in (commit, revision or None):
-                snapshot_download(repo, revision=name, allow_patterns=_HUB_FILES[kind])
+        # The files, and then the branch's name: an interrupted download leaves the commit that was here.
+        snapshot_download(repo, revision=commit, allow_patterns=_HUB_FILES[kind])
+        if commit != (here.name if (here := _snapshot(reference)) else None):
+            snapshot_download(repo, revision=revision or None, allow_patterns=_HUB_FILES[kind])
     except OfflineModeIsEnabled:
         return ""
     except Exception as error:
