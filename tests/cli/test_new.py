@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from tests.conftest import make_transfer_folder, write_jsonl
 from tuneshift_dag.cli import commands as cli
-from tuneshift_dag.cli import scaffold
-from tuneshift_dag.cli.scaffold import Answers, create
-from tuneshift_dag.config.transfer import Transfer, TransferConfig
+from tuneshift_dag.cli import new as new_command
+from tuneshift_dag.cli.new import Answers, create
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.schema import TransferConfig
 from tuneshift_dag.errors import TuneshiftError
 
 New = Callable[..., Transfer]
@@ -170,7 +171,7 @@ class TestCommand:
     ) -> None:
         asking = typer.Typer()
         got: list[Answers] = []
-        asking.command()(lambda: got.append(scaffold.ask_for_the_rest(Answers(target=given.target))))
+        asking.command()(lambda: got.append(new_command.ask_for_the_rest(Answers(target=given.target))))
         typed = [
             "./nowhere",
             "my-adapter",

@@ -1,0 +1,371 @@
+"""``tuneshift new``: a transfer folder from an adapter, example prompts and the names of the models.
+
+Everything is checked before the folder appears, and the finished folder is loaded once like any other
+transfer. What is asked in a terminal, and what flags are for, is here too; nothing here loads a model.
+"""
+
+import csv
+import io
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+import typer
+
+from tuneshift_dag.config import Transfer, files
+from tuneshift_dag.config.files import Rows
+from tuneshift_dag.config.schema_models import Mode
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.models.references import check_adapter_folder, check_reference, is_hub_id
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What `tuneshift new` needs to know. Empty means: not said; paths are relative to the working folder."""
+
+    adapter: str = ""
+    base: str = ""
+    target: str = ""
+    template: str = ""
+    seeds: str = ""
+    heldout: str = ""
+    generator: str = ""
+    mode: Mode = "chat"
+    instruction: str = ""
+    description: str = ""
+    copy_adapter: bool = True
+    typed_seeds: tuple[str, ...] = ()
+    """Prompts typed in a terminal, instead of a file."""
+
+
+def create(root: Path, name: str, given: Answers) -> Transfer:
+    """Write ``root/name`` and return the transfer in it.
+
+    Raises:
+        TuneshiftError: naming the flag or the file, its value and the repair. Nothing is written then.
+    """
+    folder = check_name(root, name)
+    answers = _with_defaults(given)
+    base = check_base(answers.base, answers.adapter)
+    target = _model(answers.target, "--target")
+    generator = _model(answers.generator, "--generator")
+    template = check_template(answers.template)
+    seed_rows = read_examples(Path(answers.seeds), "--seeds") if answers.seeds else _typed(answers.typed_seeds)
+    heldout_rows = read_examples(Path(answers.heldout), "--heldout") if answers.heldout else []
+    seeds, heldout = files.check_examples(seed_rows, heldout_rows)
+    adapter = _local_folder(answers.adapter)
+    copied = adapter is not None and answers.copy_adapter
+    reference = "adapter" if copied else str(adapter or answers.adapter)
+    config = _config(answers, base, reference, target, generator, template)
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".new-") as staging:
+            made = Path(staging) / name
+            made.mkdir()
+            (made / "transfer.yaml").write_text(config, "utf-8")
+            _write_jsonl(made / "seeds.jsonl", [{"prompt": prompt} for prompt in seeds])
+            if heldout:
+                _write_jsonl(made / "heldout.jsonl", [{"prompt": p, "response": r} for p, r in heldout])
+            if copied:
+                (made / "adapter").mkdir()
+                for file in _ADAPTER_FILES:
+                    shutil.copyfile(Path(str(adapter)) / file, made / "adapter" / file)
+            try:
+                files.load_transfer(made)
+            except TuneshiftError as error:
+                raise TuneshiftError(str(error).replace(str(made), str(folder))) from error
+            made.rename(folder)
+    except (OSError, UnicodeEncodeError) as error:
+        raise TuneshiftError(f"{folder} can't be written: {error}.") from error
+    return files.load_transfer(folder)
+
+
+def missing(given: Answers) -> list[str]:
+    """Flags without which no folder can be written."""
+    needed = {"--adapter": given.adapter, "--target": given.target, "--template": given.template}
+    if not given.typed_seeds:
+        needed["--seeds"] = given.seeds
+    return [flag for flag, value in needed.items() if not value]
+
+
+def ask_for_the_rest(given: Answers) -> Answers:
+    """Ask in the terminal for what no flag said; a wrong answer is explained and asked for again."""
+    adapter = given.adapter or _ask("Adapter (PEFT folder or hub id)", check_adapter)
+    answers = replace(given, adapter=adapter)
+    if not answers.base:
+        named = named_base(adapter)
+        asked = _ask(
+            "Its base model (hub id, folder or package://…)",
+            lambda value: check_base(value, adapter),
+            named if _usable(named) else None,
+        )
+        answers = replace(answers, base=asked)
+    if not answers.target:
+        answers = replace(answers, target=_ask("Target base", _checked("--target")))
+    if not answers.generator:
+        asked = _ask("Model that writes prompts", _checked("--generator"), answers.target)
+        modes = "chat (an instruct model), continuation (a base model), by_response (a fixed set of answers)"
+        mode = _ask(f"Its mode: {modes}", _check_mode, answers.mode)
+        answers = replace(answers, generator=asked, mode=cast(Mode, mode))
+    if not answers.template:
+        asked = _ask("Prompt template, as in the adapter's training, \\n for a new line", check_template)
+        answers = replace(answers, template=asked)
+    if not answers.seeds and not answers.typed_seeds:
+        asked = _ask("File of example prompts (.jsonl, .csv, .txt; empty to type them)", _examples("--seeds"), "")
+        answers = replace(answers, seeds=asked) if asked else replace(answers, typed_seeds=_type_seeds())
+    if not answers.heldout:
+        answers = replace(answers, heldout=_ask("Held-out file (empty for none)", _examples("--heldout"), ""))
+    return answers
+
+
+def check_name(root: Path, name: str) -> Path:
+    """The folder to be written; `TuneshiftError` when its name can't be used or it is there."""
+    problem = files.name_problem(name)
+    if problem:
+        better = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "my_skill"
+        better = f"{better}_skill" if files.name_problem(better) else better
+        raise TuneshiftError(f"NAME {name!r}: {problem}. Take one such as {better!r}.")
+    if (root / name).exists():
+        raise TuneshiftError(f"{root / name} exists already, and nothing is overwritten. Choose another NAME.")
+    for other in root.glob("*/transfer.yaml"):
+        if other.parent.name.lower() == name.lower():
+            raise TuneshiftError(f"NAME {name!r}: {other.parent} differs only in case. Choose another NAME.")
+    return root / name
+
+
+def check_adapter(value: str) -> str:
+    """An adapter folder that can be used, or a hub id (which is checked when it is first fetched)."""
+    folder = Path(value).expanduser()
+    if not folder.exists() and is_hub_id(value):
+        return value
+    if folder.is_dir() and not (folder / "adapter_config.json").is_file():
+        inside = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+        if inside:
+            raise TuneshiftError(
+                f"--adapter {value!r}: no adapter_config.json there, but in {', '.join(inside)}. Give one of these."
+            )
+        if (folder / "config.json").is_file():
+            raise TuneshiftError(
+                f"--adapter {value!r}: this is a whole model, not an adapter. The method compares a model with and"
+                " without its fine-tune, so it needs the LoRA adapter alone, from before it was merged."
+            )
+    check_adapter_folder(folder, "--adapter")
+    return value
+
+
+def named_base(adapter: str) -> str:
+    """The base model that a local adapter says it was trained on; empty when it doesn't say or is on the hub."""
+    folder = _local_folder(adapter)
+    if folder is None:
+        return ""
+    return str(check_adapter_folder(folder, "--adapter").get("base_model_name_or_path") or "")
+
+
+def check_base(value: str, adapter: str) -> str:
+    """The source base as the transfer's folder sees it; `TuneshiftError` when the adapter is of another one."""
+    named = named_base(adapter)
+    if named and not files.is_same_base(named, value):
+        raise TuneshiftError(
+            f"--base {value!r}: the adapter was trained on {named!r} ({Path(adapter) / 'adapter_config.json'}). Give"
+            " that; if they are the same weights under two names, set base_model_name_or_path in that file to yours."
+        )
+    return _model(value, "--base")
+
+
+def check_template(value: str) -> str:
+    """The template with ``\\n`` as line breaks: a shell passes backslash and n as they are."""
+    text = value.replace("\\n", "\n")
+    if text.count("{prompt}") != 1:
+        raise TuneshiftError(
+            f"--template {value!r} must contain {{prompt}} exactly once: it is all that a model sees before its"
+            " answer, for example 'Question: {prompt}\\nAnswer:'."
+        )
+    return text
+
+
+def read_examples(file: Path, flag: Literal["--seeds", "--heldout"]) -> Rows:
+    """Rows of a JSONL file, a CSV file with a header, or (seeds only) a text file with one prompt a line."""
+    if not file.is_file():
+        raise TuneshiftError(f"{flag} {str(file)!r}: there is no such file.")
+    if file.suffix == ".jsonl":
+        return files.read_jsonl(file, files.SEED_SHAPE if flag == "--seeds" else files.HELD_OUT_SHAPE)
+    if file.suffix == ".csv":
+        rows = _read_csv(file, ["prompt"] if flag == "--seeds" else ["prompt", "response"])
+    elif file.suffix == ".txt" and flag == "--seeds":
+        lines = enumerate(files.read_text(file).split("\n"), 1)
+        rows = [(f"{file}:{number}", {"prompt": line}) for number, line in lines if line.strip()]
+    else:
+        kinds = ".jsonl, .csv or .txt" if flag == "--seeds" else ".jsonl or .csv"
+        raise TuneshiftError(f"{flag} {str(file)!r}: must be a {kinds} file.")
+    if not rows:
+        raise TuneshiftError(f"{flag} {str(file)!r}: no examples in it.")
+    return rows
+
+
+def _read_csv(file: Path, columns: list[str]) -> Rows:
+    reader = csv.DictReader(io.StringIO(files.read_text(file), newline=""))
+    try:
+        found = list(reader.fieldnames or [])
+        if any(column not in found for column in columns):
+            raise TuneshiftError(f"{file}: its first line must name the columns {columns} (found {found}).")
+        return [(f"{file}:{reader.line_num}", {column: row[column] for column in columns}) for row in reader]
+    except csv.Error as error:
+        raise TuneshiftError(
+            f"{file}:{reader.line_num}: {error}. Close the quotation mark that is left open, or shorten the cell."
+        ) from error
+
+
+def _with_defaults(given: Answers) -> Answers:
+    """Everything that can be known without asking; `TuneshiftError` names what can't."""
+    if absent := missing(given):
+        raise TuneshiftError(f"{', '.join(absent)} missing: give them, or run this in a terminal to be asked.")
+    check_adapter(given.adapter)
+    named = named_base(given.adapter)
+    if not given.base and not _usable(named):
+        said = f"adapter_config.json names {named!r}, which is no model here" if named else "the adapter doesn't say it"
+        raise TuneshiftError(f"--base missing: {said}. Give the model that the adapter was trained on.")
+    return replace(given, base=given.base or named, generator=given.generator or given.target)
+
+
+def _model(value: str, flag: str) -> str:
+    """A model reference that means the same in the transfer's folder as it does here."""
+    reference = value
+    if not value.startswith("package://") and Path(value).expanduser().exists():
+        reference = str(Path(value).expanduser().resolve())
+    check_reference(reference, Path.cwd(), flag)
+    return reference
+
+
+def _usable(reference: str) -> bool:
+    try:
+        _model(reference, "")
+    except TuneshiftError:
+        return False
+    return bool(reference)
+
+
+def _local_folder(adapter: str) -> Path | None:
+    folder = Path(adapter).expanduser()
+    return folder.resolve() if folder.is_dir() else None
+
+
+def _typed(seeds: tuple[str, ...]) -> Rows:
+    return [(f"prompt {number}", {"prompt": seed}) for number, seed in enumerate(seeds, 1)]
+
+
+def _type_seeds() -> tuple[str, ...]:
+    typer.echo("Five or more different prompts of the task, an empty line to end:", err=True)
+    seeds: list[str] = []
+    while line := typer.prompt(f"{len(seeds) + 1}", "", show_default=False, err=True):
+        seeds.append(line)
+    return tuple(seeds)
+
+
+def _ask(question: str, check: Callable[[str], object], default: str | None = None) -> str:
+    """An answer that passes ``check``, as it was typed."""
+
+    def proc(value: str) -> str:
+        try:
+            check(value)
+        except TuneshiftError as error:
+            raise typer.BadParameter(str(error)) from error
+        return value
+
+    return str(typer.prompt(question, default, show_default=bool(default), value_proc=proc, err=True))
+
+
+def _checked(flag: str) -> Callable[[str], object]:
+    return lambda value: _model(value, flag)
+
+
+def _examples(flag: Literal["--seeds", "--heldout"]) -> Callable[[str], object]:
+    return lambda value: value and read_examples(Path(value), flag)
+
+
+def _check_mode(value: str) -> None:
+    if value not in get_args(Mode):
+        raise TuneshiftError(f"one of {', '.join(get_args(Mode))}")
+
+
+def _write_jsonl(file: Path, rows: list[dict[str, str]]) -> None:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+
+
+def _config(answers: Answers, base: str, adapter: str, target: str, generator: str, template: str) -> str:
+    """``transfer.yaml``. A JSON string is a YAML string, whatever is in it."""
+
+    def text(value: str) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    return f"""\
+# Every key and its default: docs/reference.md. A key that isn't here has its default.
+description: {text(answers.description or f"From {base} to {target}.")}
+
+source:
+  base: {text(base)}
+  adapter: {text(adapter)}
+target:
+  base: {text(target)}
+# All that a model sees before its answer: the very text that the adapter was trained with.
+prompt_template: {text(template)}
+
+generator:
+  model: {text(generator)}
+{_GENERATOR[answers.mode].replace("INSTRUCTION", text(answers.instruction or _INSTRUCTION[answers.mode]))}
+response:
+  max_new_tokens: 64      # longer answers are cut off and not used
+filter:
+  rule: both
+  threshold: 1.5          # after a run, `tuneshift sweep` shows what others keep
+rounds: 4                 # at most; fewer when target_pairs are reached
+target_pairs: 1000
+
+distill:
+  learning_rate: 5.0e-4
+  epochs: 5
+evaluation:
+  max_new_tokens: 64      # of an answer to a held-out prompt
+"""
+
+
+_INSTRUCTION: dict[Mode, str] = {
+    "chat": "Generate {count} more samples like these {seed_count}:",
+    "continuation": "Different requests of one kind:",
+    "by_response": "Different requests of one kind, each with its topic:",
+}
+_GENERATOR: dict[Mode, str] = {
+    "chat": """\
+  mode: chat              # for an instruct model; `continuation` for a base model
+  instruction: INSTRUCTION
+  calls_per_round: 16     # each asks for prompts_per_call prompts; doubles are dropped
+  prompts_per_call: 20
+  temperature: 1.0        # lower: more fluent, and more doubles
+""",
+    "continuation": """\
+  mode: continuation      # for a base model; `chat` for an instruct model
+  instruction: INSTRUCTION  # the heading above the list: say what the prompts are
+  calls_per_round: 40     # each asks for prompts_per_call prompts; doubles are dropped
+  prompts_per_call: 8
+  original_seeds_per_call: 2  # how many of the five shown are yours: more holds the subject, fewer explores
+  temperature: 1.0        # lower: more fluent, and more doubles
+""",
+    "by_response": """\
+  mode: by_response       # for a fixed set of answers; else `continuation`, or `chat` for an instruct model
+  instruction: INSTRUCTION  # the heading above the examples: say what the prompts are
+  example_template: "Topic: {response}\\nQuestion: {prompt}"
+  calls_per_round: 320    # each asks for one prompt
+  prompts_per_call: 1
+  seeds_per_call: 6
+  original_seeds_per_call: 5  # how many of those shown are yours; the last has the answer that is asked for
+  temperature: 1.0        # lower: more fluent, and more doubles
+  max_new_tokens: 64
+""",
+}
