@@ -116,8 +116,6 @@ def test_sampled_responses_and_scores_are_each_prompts_own() -> None:
     assert answers == collect(fake.generate(prompts, "base", sampling, seeds))
     responses = [answer.token_ids for answer in answers]
     assert collect(engine.score(prompts, responses, "base")) == collect(fake.score(prompts, responses, "base"))
-    by_token = collect(engine.token_scores(prompts, responses, "base"))
-    assert by_token == collect(fake.token_scores(prompts, responses, "base"))
 
 
 def test_actors_stay_for_a_session_and_otherwise_for_one_call(tmp_path: Path) -> None:

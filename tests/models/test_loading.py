@@ -10,10 +10,10 @@ from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tuneshift_dag.engines.decoding import check_head
 from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.models import loading as model_loading
+from tuneshift_dag.models.capabilities import check_head
 from tuneshift_dag.models.loading import (
     assert_trainable_layout,
     dtype_name,
@@ -74,9 +74,9 @@ def test_weights_are_quantized_once_and_the_kept_ones_are_the_same(
     monkeypatch.setenv("TUNESHIFT_CACHE", str(tmp_path))
     read, kinds = model_loading._read, []
 
-    def recorded(folder: Path, attention_name: str, quantization: str, *rest: Any) -> object:
+    def recorded(folder: Path, attention: str, quantization: str, *rest: Any) -> object:
         kinds.append(quantization)
-        return read(folder, attention_name, quantization, *rest)  # type: ignore[arg-type]
+        return read(folder, attention, quantization, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(model_loading, "_read", recorded)
     first, again = (load_for_training(files, "nf4", torch.float32) for _ in range(2))

@@ -29,15 +29,15 @@ from tuneshift_dag.engines.kv_cache import (
     stored,
     zeros,
 )
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import Decoding, Response
 from tuneshift_dag.models import memory
+from tuneshift_dag.models.capabilities import end_ids, head_inputs, head_logits, keys_values_bytes, sliding_window
 
 # Rows are taken out of the batch when at least this share of it has finished: copying the cache
 # costs about as much as decoding one row in eight.
 _COMPACT_AT = 1 / 8
-# Prompts that open with at least this many equal tokens share their computation.
-_SHARE_FROM = 16
+SHARE_FROM = 16
+"""Prompts that open with at least this many equal tokens share their computation."""
 # Tokens that run through the model at once, padding included. On a CPU more isn't faster, and smaller
 # chunks are less padded; a GPU needs many to be busy.
 _TOKENS_AT_ONCE = {"cpu": 512}
@@ -96,7 +96,7 @@ def prefill(model: Any, prompts: Sequence[list[int]], new_tokens: int = 0, kv_dt
         for number, layer in enumerate(opening.layers):
             cache.update(layer.keys.expand(len(rows), -1, -1, -1), layer.values.expand(len(rows), -1, -1, -1), number)
         ids = torch.tensor([[0] * (width - own[i]) + prompts[i][shared:] for i in rows], device=model.device)
-        with _capture_hidden(model, torch.arange(len(rows))) as captured:
+        with head_inputs(model, torch.arange(len(rows))) as captured:
             model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -143,10 +143,10 @@ def _shared_length(model: Any, prompts: Sequence[list[int]], new_tokens: int) ->
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
     shared = min(shared, most)
     # Padding between the opening and a row's own tokens would count in a sliding window.
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    window = sliding_window(model.config)
     if window and max(map(len, prompts)) + new_tokens > window:
         return 0
-    return shared if len(prompts) > 1 and shared >= _SHARE_FROM else 0
+    return shared if len(prompts) > 1 and shared >= SHARE_FROM else 0
 
 
 def _chunks(lengths: Sequence[int], device: torch.device) -> Iterator[list[int]]:
@@ -219,14 +219,9 @@ def decode(
     return rows.responses()
 
 
-def score(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> list[float]:
-    """Sums of `token_scores`. A response without tokens scores 0."""
-    return [sum(values, 0.0) for values in token_scores(model, prefix, responses)]
-
-
 @torch.inference_mode()
-def token_scores(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> list[list[float]]:
-    """Log-probabilities (nats) of given response token ids after each prompt of ``prefix``.
+def score(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> list[float]:
+    """Log-likelihoods (nats) of given response token ids, each after its prompt of ``prefix``; 0 without tokens.
 
     Logits are computed for response positions only.
     """
@@ -241,7 +236,7 @@ def token_scores(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> 
         for row, values in zip(rows, rest, strict=True):
             found[row] += values
         memory.trim()
-    return found
+    return [sum(values, 0.0) for values in found]
 
 
 def _score_rest(model: Any, prefix: Prefix, rows: list[int], responses: list[list[int]]) -> list[list[float]]:
@@ -254,7 +249,7 @@ def _score_rest(model: Any, prefix: Prefix, rows: list[int], responses: list[lis
     owner = [i for i, r in enumerate(responses) for _ in r[1:]]
     predicts = [i * length + t for i, r in enumerate(responses) for t in range(len(r) - 1)]
     targets = torch.tensor([token for r in responses for token in r[1:]], device=model.device)
-    with _capture_hidden(model, torch.tensor(predicts)) as captured:
+    with head_inputs(model, torch.tensor(predicts)) as captured:
         model(
             input_ids=ids,
             attention_mask=mask,
@@ -274,40 +269,9 @@ def _score_rest(model: Any, prefix: Prefix, rows: list[int], responses: list[lis
 
 def bytes_per_row(model: Any, tokens: int, logits: int, kv_dtype: KVDtype = "auto") -> int:
     """Memory that a row needs for the keys and values of ``tokens`` tokens and for ``logits`` rows of logits."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     each = model.dtype.itemsize
-    # In 8 bits every head has a scale as well.
-    kept = width * each if kv_dtype == "auto" else width + each
-    return int(tokens * config.num_hidden_layers * 2 * heads * kept + logits * config.vocab_size * each)
-
-
-def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits of hidden states (N, D), as the model itself computes them after its body."""
-    logits: torch.Tensor = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def check_head(model: Any) -> None:
-    """Raise when `head_logits` differs from the model's own logits (an unknown kind of head)."""
-    ids = torch.tensor([[1, 2, 3]], device=model.device)
-    with torch.inference_mode():
-        own = model(input_ids=ids, use_cache=False).logits[0].float()
-        with _capture_hidden(model, torch.arange(3)) as captured:
-            model(input_ids=ids, use_cache=False)
-        ours = head_logits(model, captured[0]).float().to(own.device)
-    if not own.isfinite().all():
-        raise TuneshiftError(
-            f"{model.config.model_type}: its activations overflow in {model.dtype}, so it can't answer. Set"
-            " models.compute_dtype: float32."
-        )
-    if not torch.allclose(own, ours, atol=0.1, rtol=0.02):
-        raise RuntimeError(
-            f"{model.config.model_type}: its logits aren't a linear head with an optional soft cap, so given"
-            " responses can't be scored with this engine."
-        )
+    kept = keys_values_bytes(model.config, each, in_8_bits=kv_dtype == "int8")
+    return int(tokens * kept + logits * model.config.get_text_config().vocab_size * each)
 
 
 @contextmanager
@@ -320,23 +284,6 @@ def contiguous_head(model: Any) -> Iterator[None]:
         handle.remove()
 
 
-@contextmanager
-def _capture_hidden(model: Any, positions: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Collect the head's input at ``positions`` (of batch × length); the head itself sees one position."""
-    captured: list[torch.Tensor] = []
-
-    def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        # The head may be on another GPU than the embeddings.
-        captured.append(inputs[0].flatten(0, 1)[positions.to(inputs[0].device)])
-        return inputs[0][0, :1].contiguous()  # (1, D): for (1, 1, D) the head would copy its weight
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(hook, prepend=True)
-    try:
-        yield captured
-    finally:
-        handle.remove()
-
-
 class _Rows:
     """What each row has produced so far."""
 
@@ -345,6 +292,7 @@ class _Rows:
         self.decoding = decoding
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         self.sums = [0.0] * count
+        self.end_ids = end_ids(tokenizer)
         self.eos: list[float | None] = [None] * count
         self.done = [False] * count
 
@@ -355,7 +303,7 @@ class _Rows:
                 continue
             self.tokens[row].append(token)
             self.sums[row] += logprob
-            if token == self.tokenizer.eos_token_id:
+            if token in self.end_ids:
                 self.eos[row] = logprob
                 self.done[row] = True
             elif self.decoding.stop and self.decoding.stop in self.tokenizer.decode(self.tokens[row][-8:]):

@@ -29,9 +29,8 @@ import ray
 from ray.util import ActorPool
 
 from tuneshift_dag.config.transfer import RayCluster
-from tuneshift_dag.engines.preflight import AdapterCheck
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Engine, Pair, Response, Side
+from tuneshift_dag.method.engine import CHUNK_SIZE, AdapterCheck, Decoding, Engine, Pair, Response, Side
 
 # A batch that has killed this many more actors would kill the next one too.
 _RETRIES = 3
@@ -42,8 +41,8 @@ _CHUNK_TURNS = 16
 _OBJECT_STORE = 256 * 2**20
 
 
-class RayEngine:
-    """Implements `tuneshift_dag.method.engine.Engine` with the actors of a cluster that do what ``engine`` does.
+class RayEngine(Engine):
+    """The actors of a cluster that do what ``engine`` does.
 
     An actor gets a copy of ``engine``, which loads its model there and never in this process. Actors live as long as
     a `session`, or else one call of `generate`, `pairs` or `score`, so that the next model finds their memory free.
@@ -109,18 +108,8 @@ class RayEngine:
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
     ) -> Iterator[list[tuple[int, float]]]:
-        yield from self._scores("score", prompts, responses, side)
-
-    def token_scores(
-        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
-    ) -> Iterator[list[tuple[int, list[float]]]]:
-        yield from self._scores("token_scores", prompts, responses, side)
-
-    def _scores(
-        self, method: str, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
-    ) -> Iterator[list[tuple[int, Any]]]:
         def call(batch: list[int]) -> methodcaller:
-            return methodcaller(method, [prompts[i] for i in batch], [responses[i] for i in batch], side)
+            return methodcaller("score", [prompts[i] for i in batch], [responses[i] for i in batch], side)
 
         yield from self._map([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], call)
 
@@ -205,8 +194,7 @@ class _Actor:
             if not path.exists():
                 raise TuneshiftError(
                     f"engine.ray: the node {ray.util.get_node_ip_address()} has no {path}. Keep transfers,"
-                    " $TUNESHIFT_CACHE, $HF_HOME and, for filter.discriminator, $TUNESHIFT_HOME in folders that every"
-                    " node sees under the same path."
+                    " $TUNESHIFT_CACHE and $HF_HOME in folders that every node sees under the same path."
                 )
         result = call(self.engine)
         return [item for batch in result for item in batch] if isinstance(result, Iterator) else result

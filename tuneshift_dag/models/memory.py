@@ -1,16 +1,27 @@
-"""Memory of this machine and of this process: what there is, the peak, and giving it back."""
+"""Memory of this machine and of this process: what there is, the peak, and giving it back; and how many rows run at
+once with it: as many as asked for, fewer when memory is short.
+
+torch is imported only where it is needed: every Dagster process imports this module.
+"""
 
 import contextlib
 import ctypes
+import gc
 import os
 import re
 import resource
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
+T = TypeVar("T")
+BATCH_SHARE = 0.5
+"""Share of the free memory that a batch may plan with: estimates leave out activations and the allocator's waste."""
 _PROC = Path("/proc/self")
+_MADV_PAGEOUT = 21
 
 
 def reset_peak() -> None:
@@ -43,6 +54,17 @@ def total_bytes(gpus: int | None = None) -> int:
     return total if limit is None else min(total, limit)
 
 
+def free_bytes() -> int:
+    """Bytes that can be allocated: of the GPU, or of this machine and this container."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    free = int(psutil.virtual_memory().available)
+    limit, used = container_bytes("max"), container_bytes("current")
+    return free if limit is None or used is None else min(free, limit - used)
+
+
 def container_bytes(what: str) -> int | None:
     """Memory of this container, ``max`` or ``current``; None without a container, or for "max" without a limit."""
     try:
@@ -63,9 +85,6 @@ def peak_bytes() -> int:
     if peak is None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return int(peak.group(1)) * 1024
-
-
-_MADV_PAGEOUT = 21
 
 
 def trim() -> None:
@@ -98,3 +117,45 @@ def drop_file_pages(folder: Path) -> None:
         if path.startswith(f"{folder}/"):
             start, end = (int(address, 16) for address in addresses.split("-"))
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
+
+
+def in_batches(
+    lengths: Sequence[int], most_rows: int, bytes_per_row: Callable[[int], int], work: Callable[[list[int]], T]
+) -> Iterator[tuple[list[int], T]]:
+    """``work`` done on batches of indices of similar length, longest first: memory peaks at the start.
+
+    A batch that runs out of memory is halved and done again, and the ones after it are no larger.
+
+    Args:
+        lengths: tokens of each row. ``bytes_per_row``: memory that a row of a given length needs beside the model.
+
+    Raises:
+        torch.OutOfMemoryError, MemoryError, RuntimeError: when a single row doesn't fit.
+    """
+    import torch
+
+    left = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    while left:
+        fitting = int(free_bytes() * BATCH_SHARE / max(1, bytes_per_row(lengths[left[0]])))
+        batch = left[: max(1, min(most_rows, fitting))]
+        try:
+            result = work(batch)
+        except Exception as error:
+            if len(batch) == 1 or not is_out_of_memory(error):
+                raise
+            most_rows = len(batch) // 2
+        else:
+            left = left[len(batch) :]
+            yield batch, result
+            continue
+        # Outside of the handler: there the traceback still holds the tensors.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: on a GPU, in Python, or in PyTorch's CPU allocator (a plain RuntimeError)."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tuneshift_dag.models import attention
+from tuneshift_dag.models.capabilities import GROUPED_ATTENTION
 
 SIZES = {
     "vocab_size": 64,
@@ -34,7 +34,7 @@ def test_logits_equal_those_of_eager_attention_with_padding_and_a_cache(config, 
     mask[0, :4] = 0
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     results = []
-    for name in ("eager", attention.NAME):
+    for name in ("eager", GROUPED_ATTENTION):
         model.set_attn_implementation(name)
         with torch.inference_mode():
             first = model(ids[:, :7], attention_mask=mask[:, :7], position_ids=positions[:, :7], use_cache=True)
