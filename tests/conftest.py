@@ -20,9 +20,9 @@ import yaml
 from safetensors.numpy import save_file
 
 from tests.fakes import FakeModels
-from tuneshift_dag import definitions, runner
-from tuneshift_dag.cli import commands as cli
-from tuneshift_dag.config.transfer import Transfer, load_transfer
+from tuneshift_dag import cli, definitions, runner
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.home import database_file
 from tuneshift_dag.models import encoder
 from tuneshift_dag.runner import Runner, RunResult

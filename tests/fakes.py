@@ -14,9 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.config import Transfer
 from tuneshift_dag.method.engine import AdapterCheck, Decoding, Engine, Pair, Response, Side
-from tuneshift_dag.resources.dagster_resources import EngineResource
+from tuneshift_dag.resources import EngineResource
 
 EOS = 0
 # Columns of a row of `scored_pairs` where the fine-tuned model is sure and the base is not.

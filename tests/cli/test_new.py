@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.conftest import make_transfer_folder, write_jsonl
-from tuneshift_dag.cli import commands as cli
+from tuneshift_dag import cli
 from tuneshift_dag.cli import new as new_command
 from tuneshift_dag.cli.new import Answers, create
 from tuneshift_dag.config import Transfer

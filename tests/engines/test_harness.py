@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.conftest import write_jsonl
-from tuneshift_dag.config.transfer import load_transfer
+from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.models.references import resolve_adapter, resolve_model

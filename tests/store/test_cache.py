@@ -12,8 +12,8 @@ from tests.conftest import Project
 from tests.scoring_process import BATCH, score
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import output_dir
+from tuneshift_dag.store.cache import collect, stats
 from tuneshift_dag.store.database import Store
-from tuneshift_dag.store.upkeep import collect, stats
 
 ROOT = Path(__file__).parents[2]
 ENTRIES = [

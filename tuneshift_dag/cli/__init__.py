@@ -82,7 +82,7 @@ def new(
     Models and files are given as seen from the working folder. Nothing is overwritten, and a folder appears
     only when everything in it is sound.
     """
-    from tuneshift_dag.cli import scaffold
+    from tuneshift_dag.cli import new as scaffold
 
     answers = scaffold.Answers(
         adapter, base, target, template, seeds, heldout, generator, mode, instruction, description, copy_adapter

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tuneshift_dag.config.schema import TransferConfig
-from tuneshift_dag.config.shim import OldTransfer  # shim, removed at integration
 from tuneshift_dag.method.filters import Guards
 from tuneshift_dag.models.references import Fingerprint
 
 
 @dataclass(frozen=True, eq=False)
-class Transfer(OldTransfer):
+class Transfer:
     """A transfer folder, read and checked.
 
     Attributes:

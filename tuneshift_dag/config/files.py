@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.schema import Evaluation, TransferConfig
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.numeric import expected_number
+from tuneshift_dag.method.evaluation import expected_number
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.models import references
 from tuneshift_dag.models.references import Kind, check_adapter_folder, check_reference, is_hub_id

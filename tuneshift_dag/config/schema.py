@@ -4,7 +4,7 @@ Nothing here reads a file; errors are plain ValueErrors, to which ``files.py`` a
 """
 
 import math
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -64,9 +64,6 @@ class Response(Section):
 class Filter(Section):
     """Which scored pairs are kept. f is the fine-tuned model, b the base, y_f and y_b their responses."""
 
-    discriminator: ClassVar[None] = None  # shim, removed at integration
-    target: ClassVar[None] = None  # shim, removed at integration
-
     rule: KnownRule = "both"
     """`both`: PPL_f(y_f) < threshold < PPL_b(y_b). `difference`: PPL_b(y_b) - PPL_f(y_f) > threshold. `ratio`:
     PPL_b(y_b) / PPL_f(y_f) > threshold. `cross_ratio`: PPL_b(y_f) / PPL_f(y_f) > threshold. `top_excess`: the pairs
@@ -118,14 +115,6 @@ class Filter(Section):
             raise ValueError("refusals holds an empty phrase, which every response contains; remove it")
         check_threshold(self.rule, self.threshold)
         return self
-
-    @property
-    def cut(self) -> float:  # shim, removed at integration
-        return self.threshold
-
-    @property
-    def cut_key(self) -> str:  # shim, removed at integration
-        return "rule" if self.rule == "unfiltered" else "threshold"
 
 
 def check_threshold(rule: Rule, threshold: float) -> None:

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.schema import SAMPLES, TransferConfig
 from tuneshift_dag.config.schema_models import Models
+from tuneshift_dag.method.evaluation import general_texts
 from tuneshift_dag.method.filters import KEEP_RULES
-from tuneshift_dag.method.retention import general_texts
 from tuneshift_dag.models import encoder
 from tuneshift_dag.models.references import file_hash
 

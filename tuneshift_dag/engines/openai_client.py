@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import openai
 
-from tuneshift_dag.config.transfer import ServedModel, Server
+from tuneshift_dag.config.schema_models import ServedModel, Server
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import Decoding, PromptWriter, Response, Side
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from tuneshift_dag.config.transfer import ServedModel
+from tuneshift_dag.config.schema_models import ServedModel
 from tuneshift_dag.engines.openai_client import OpenAIServer, Refused, Requests, model_fingerprint, sampling_fields
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import CHUNK_SIZE, SIDES, AdapterCheck, Decoding, Pair, Response, Scorer, Side

@@ -28,7 +28,7 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 import ray
 from ray.util import ActorPool
 
-from tuneshift_dag.config.transfer import RayCluster
+from tuneshift_dag.config.schema_models import RayCluster
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import CHUNK_SIZE, AdapterCheck, Decoding, Engine, Pair, Response, Side
 

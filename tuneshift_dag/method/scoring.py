@@ -14,8 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 from tuneshift_dag.method.engine import SIDES, Decoding, Pair, Response, Scorer, Side, TextModel
-from tuneshift_dag.method.evaluation import Metric
-from tuneshift_dag.method.numeric import flexible_number, strict_number
+from tuneshift_dag.method.evaluation import Metric, flexible_number, strict_number
 
 T = TypeVar("T")
 OnProgress = Callable[[int, int], None]
@@ -106,9 +105,6 @@ def score(
         return model.score([[] for _ in missing], [texts[i] for i in missing], side)
 
     return _completed(keys, cache.scores(keys), ask, lambda new: cache.put({}, new), cost, on_progress)
-
-
-score_alone = score  # shim, removed at integration
 
 
 def _completed(

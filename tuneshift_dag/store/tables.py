@@ -5,7 +5,6 @@ The views over them are in `tuneshift_dag.store.queries`.
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import polars as pl
 
@@ -370,11 +369,3 @@ TRANSFERS = declare("""
     folder VARCHAR: Its folder; relative to the database file's where both are in one project.
 """)
 MAIN_TABLES = (TRANSFERS,)
-
-
-def __getattr__(name: str) -> Any:  # shim, removed at integration
-    from tuneshift_dag.store import queries
-
-    if name in ("View", "TRANSFER_VIEWS", "COLUMN_SOURCES"):
-        return getattr(queries, name)
-    raise AttributeError(name)

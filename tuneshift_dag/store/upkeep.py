@@ -1,3 +1,0 @@
-from tuneshift_dag.store.cache import collect, stats  # shim, removed at integration
-
-__all__ = ["collect", "stats"]
