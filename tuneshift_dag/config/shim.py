@@ -68,10 +68,10 @@ class OldTransfer:
         return "-" + hashlib.sha256(json.dumps([*parts, self.config.seed]).encode()).hexdigest()[:8]
 
     def adapter_version(self) -> str:
-        from tuneshift_dag.models.references import adapter_fingerprint
+        from tuneshift_dag.models.references import known_fingerprint
 
-        path = (self.folder / self.config.source.adapter).expanduser()
-        return adapter_fingerprint(path)[:8] if path.is_dir() else ""
+        found = known_fingerprint(self.config.source.adapter, self.folder, "source.adapter", "adapter")
+        return "" if found.commit else found.value[:8]
 
     def tasks_version(self) -> str:
         from tuneshift_dag.config.versions import tasks_hash
