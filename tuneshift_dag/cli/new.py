@@ -1,10 +1,10 @@
 """``tuneshift new``: a transfer folder from an adapter, example prompts and the names of the models.
 
-Everything is checked before the folder appears, and the finished folder is loaded once like any other
-transfer. What is asked in a terminal, and what flags are for, is here too; nothing here loads a model.
+Everything is checked before the folder appears, and the finished folder is loaded once like any other transfer.
 """
 
 import csv
+import functools
 import io
 import json
 import re
@@ -57,7 +57,8 @@ def create(root: Path, name: str, given: Answers) -> Transfer:
     target = _model(answers.target, "--target")
     generator = _model(answers.generator, "--generator")
     template = check_template(answers.template)
-    seed_rows = read_examples(Path(answers.seeds), "--seeds") if answers.seeds else _typed(answers.typed_seeds)
+    seed_rows: Rows = [(f"prompt {n}", {"prompt": seed}) for n, seed in enumerate(answers.typed_seeds, 1)]
+    seed_rows = read_examples(Path(answers.seeds), "--seeds") if answers.seeds else seed_rows
     heldout_rows = read_examples(Path(answers.heldout), "--heldout") if answers.heldout else []
     seeds, heldout = files.check_examples(seed_rows, heldout_rows)
     adapter = _local_folder(answers.adapter)
@@ -76,8 +77,8 @@ def create(root: Path, name: str, given: Answers) -> Transfer:
                 _write_jsonl(made / "heldout.jsonl", [{"prompt": p, "response": r} for p, r in heldout])
             if copied:
                 (made / "adapter").mkdir()
-                for file in _ADAPTER_FILES:
-                    shutil.copyfile(Path(str(adapter)) / file, made / "adapter" / file)
+            for file in _ADAPTER_FILES if copied else ():
+                shutil.copyfile(Path(str(adapter)) / file, made / "adapter" / file)
             try:
                 files.load_transfer(made)
             except TuneshiftError as error:
@@ -91,9 +92,7 @@ def create(root: Path, name: str, given: Answers) -> Transfer:
 def missing(given: Answers) -> list[str]:
     """Flags without which no folder can be written."""
     needed = {"--adapter": given.adapter, "--target": given.target, "--template": given.template}
-    if not given.typed_seeds:
-        needed["--seeds"] = given.seeds
-    return [flag for flag, value in needed.items() if not value]
+    return [flag for flag, value in {**needed, "--seeds": given.seeds or given.typed_seeds}.items() if not value]
 
 
 def ask_for_the_rest(given: Answers) -> Answers:
@@ -102,16 +101,12 @@ def ask_for_the_rest(given: Answers) -> Answers:
     answers = replace(given, adapter=adapter)
     if not answers.base:
         named = named_base(adapter)
-        asked = _ask(
-            "Its base model (hub id, folder or package://…)",
-            lambda value: check_base(value, adapter),
-            named if _usable(named) else None,
-        )
-        answers = replace(answers, base=asked)
+        question, default = "Its base model (hub id, folder or package://…)", named if _usable(named) else None
+        answers = replace(answers, base=_ask(question, lambda value: check_base(value, adapter), default))
     if not answers.target:
-        answers = replace(answers, target=_ask("Target base", _checked("--target")))
+        answers = replace(answers, target=_ask("Target base", lambda value: _model(value, "--target")))
     if not answers.generator:
-        asked = _ask("Model that writes prompts", _checked("--generator"), answers.target)
+        asked = _ask("Model that writes prompts", lambda value: _model(value, "--generator"), answers.target)
         modes = "chat (an instruct model), continuation (a base model), by_response (a fixed set of answers)"
         mode = _ask(f"Its mode: {modes}", _check_mode, answers.mode)
         answers = replace(answers, generator=asked, mode=cast(Mode, mode))
@@ -164,9 +159,8 @@ def check_adapter(value: str) -> str:
 def named_base(adapter: str) -> str:
     """The base model that a local adapter says it was trained on; empty when it doesn't say or is on the hub."""
     folder = _local_folder(adapter)
-    if folder is None:
-        return ""
-    return str(check_adapter_folder(folder, "--adapter").get("base_model_name_or_path") or "")
+    config = check_adapter_folder(folder, "--adapter") if folder else {}
+    return str(config.get("base_model_name_or_path") or "")
 
 
 def check_base(value: str, adapter: str) -> str:
@@ -181,7 +175,7 @@ def check_base(value: str, adapter: str) -> str:
 
 
 def check_template(value: str) -> str:
-    """The template with ``\\n`` as line breaks: a shell passes backslash and n as they are."""
+    """The template with ``\\n`` as line breaks, which a shell passes as backslash and n."""
     text = value.replace("\\n", "\n")
     if text.count("{prompt}") != 1:
         raise TuneshiftError(
@@ -219,7 +213,7 @@ def _read_csv(file: Path, columns: list[str]) -> Rows:
         return [(f"{file}:{reader.line_num}", {column: row[column] for column in columns}) for row in reader]
     except csv.Error as error:
         raise TuneshiftError(
-            f"{file}:{reader.line_num}: {error}. Close the quotation mark that is left open, or shorten the cell."
+            f"{file}:{reader.line_num + 1}: {error}. Close the quotation mark that is left open, or shorten the cell."
         ) from error
 
 
@@ -257,10 +251,6 @@ def _local_folder(adapter: str) -> Path | None:
     return folder.resolve() if folder.is_dir() else None
 
 
-def _typed(seeds: tuple[str, ...]) -> Rows:
-    return [(f"prompt {number}", {"prompt": seed}) for number, seed in enumerate(seeds, 1)]
-
-
 def _type_seeds() -> tuple[str, ...]:
     typer.echo("Five or more different prompts of the task, an empty line to end:", err=True)
     seeds: list[str] = []
@@ -282,10 +272,6 @@ def _ask(question: str, check: Callable[[str], object], default: str | None = No
     return str(typer.prompt(question, default, show_default=bool(default), value_proc=proc, err=True))
 
 
-def _checked(flag: str) -> Callable[[str], object]:
-    return lambda value: _model(value, flag)
-
-
 def _examples(flag: Literal["--seeds", "--heldout"]) -> Callable[[str], object]:
     return lambda value: value and read_examples(Path(value), flag)
 
@@ -301,10 +287,7 @@ def _write_jsonl(file: Path, rows: list[dict[str, str]]) -> None:
 
 def _config(answers: Answers, base: str, adapter: str, target: str, generator: str, template: str) -> str:
     """``transfer.yaml``. A JSON string is a YAML string, whatever is in it."""
-
-    def text(value: str) -> str:
-        return json.dumps(value, ensure_ascii=False)
-
+    text = functools.partial(json.dumps, ensure_ascii=False)
     return f"""\
 # Every key and its default: docs/reference.md. A key that isn't here has its default.
 description: {text(answers.description or f"From {base} to {target}.")}

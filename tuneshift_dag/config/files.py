@@ -52,9 +52,8 @@ def load_transfer(folder: Path) -> Transfer:
     config = _read_config(config_file)
     seed_rows = read_jsonl(folder / "seeds.jsonl", SEED_SHAPE)
     heldout_file = folder / "heldout.jsonl"
-    seeds, heldout = check_examples(
-        seed_rows, read_jsonl(heldout_file, HELD_OUT_SHAPE) if heldout_file.exists() else []
-    )
+    heldout_rows = read_jsonl(heldout_file, HELD_OUT_SHAPE) if heldout_file.exists() else []
+    seeds, heldout = check_examples(seed_rows, heldout_rows)
     _check_tasks(config.evaluation, config_file, folder)
     if config.evaluation.metric == "numeric":
         _refuse_answers_without_number(heldout_file, heldout)
@@ -120,12 +119,7 @@ def check_examples(seed_rows: Rows, heldout_rows: Rows) -> tuple[list[str], list
     """
     seeds = [_text(row, "prompt", at) for at, row in seed_rows]
     _refuse_doubles([at for at, _ in seed_rows], seeds)
-    heldout = _pairs(heldout_rows)
-    known = {prompt_id(seed) for seed in seeds}
-    for (at, _), (prompt, _) in zip(heldout_rows, heldout, strict=True):
-        if prompt_id(prompt) in known:
-            raise TuneshiftError(f"{at}: {prompt!r} is also a seed, so it would be trained on. Remove one of them.")
-    return seeds, heldout
+    return seeds, _pairs(heldout_rows, seeds, "also a seed, so it would be trained on")
 
 
 def read_text(file: Path) -> str:
@@ -276,9 +270,14 @@ def _text(row: dict[str, Any], key: str, at: str) -> str:
     return value.strip()
 
 
-def _pairs(rows: Rows) -> list[tuple[str, str]]:
+def _pairs(rows: Rows, elsewhere: list[str], why: str) -> list[tuple[str, str]]:
+    """(prompt, response) of each row; ``why`` says what is wrong with a prompt that is ``elsewhere`` too."""
     pairs = [(_text(row, "prompt", at), _text(row, "response", at)) for at, row in rows]
     _refuse_doubles([at for at, _ in rows], [prompt for prompt, _ in pairs])
+    known = {prompt_id(prompt) for prompt in elsewhere}
+    for (at, _), (prompt, _) in zip(rows, pairs, strict=True):
+        if prompt_id(prompt) in known:
+            raise TuneshiftError(f"{at}: {prompt!r} is {why}. Remove one of them.")
     return pairs
 
 
@@ -326,14 +325,7 @@ def _read_labelled(
     if config.compare.labelled is None:
         return []
     rows = read_jsonl((folder / config.compare.labelled).expanduser(), HELD_OUT_SHAPE)
-    pairs = _pairs(rows)
-    known = {prompt_id(prompt) for prompt, _ in heldout}
-    for (at, _), (prompt, _) in zip(rows, pairs, strict=True):
-        if prompt_id(prompt) in known:
-            raise TuneshiftError(
-                f"{at}: {prompt!r} is also in heldout.jsonl, so its answer would be trained on. Remove one of them."
-            )
-    return pairs
+    return _pairs(rows, [prompt for prompt, _ in heldout], "also in heldout.jsonl, so its answer would be trained on")
 
 
 def _check_adapter(config: TransferConfig, folder: Path, key: str) -> None:

@@ -119,7 +119,6 @@ def resolve_adapter(reference: str, folder: Path, key: str) -> ModelFiles:
     path = (folder / reference).expanduser()
     if path.exists() or not is_hub_id(reference):
         check_adapter_folder(path, key)
-        return _resolve(reference, folder, key, "adapter")
     files = _resolve(reference, folder, key, "adapter")
     check_adapter_folder(files.path, key)
     return files
@@ -128,10 +127,8 @@ def resolve_adapter(reference: str, folder: Path, key: str) -> ModelFiles:
 def known_config(reference: str, folder: Path, key: str) -> Path | None:
     """The ``config.json`` of a model whose files are here already; None when it must be fetched or converted first."""
     path = (folder / reference).expanduser()
-    if gguf := _gguf_file(reference, path, key):
-        here: Path | None = _converted(gguf, file_hash(gguf))
-    else:
-        here = path if path.is_dir() else _snapshot(reference)
+    gguf = _gguf_file(reference, path, key)
+    here = _converted(gguf) if gguf else path if path.is_dir() else _snapshot(reference)
     return here / "config.json" if here and (here / "config.json").is_file() else None
 
 
@@ -185,11 +182,6 @@ def hub_files_here(reference: str, folder: Path) -> bool:
     return local or _snapshot(reference) is not None
 
 
-def adapter_fingerprint(path: Path) -> str:
-    """Fingerprint of a local adapter folder."""
-    return fingerprint_of(_files(path, "adapter"))
-
-
 def check_adapter_folder(path: Path, key: str) -> dict[str, object]:
     """The adapter's ``adapter_config.json``; `TuneshiftError` when the folder can't be used."""
     config_file = path / "adapter_config.json"
@@ -197,14 +189,15 @@ def check_adapter_folder(path: Path, key: str) -> dict[str, object]:
         raise TuneshiftError(f"{key}: the adapter folder {path} doesn't exist. Put the PEFT adapter there.")
     if not config_file.is_file():
         raise TuneshiftError(f"{key}: {config_file} is missing; {path} is not a PEFT adapter folder.")
-    if not (path / "adapter_model.safetensors").is_file():
-        pickles = sorted(p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"})
-        if pickles:
-            raise TuneshiftError(
-                f"{key}: {path} holds a pickle adapter ({', '.join(pickles)}), which can run code when it is"
-                " loaded. Save it again with `model.save_pretrained(folder, safe_serialization=True)`."
-            )
-        raise TuneshiftError(f"{key}: {path / 'adapter_model.safetensors'} is missing.")
+    weights = path / "adapter_model.safetensors"
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"})
+    if pickles and not weights.is_file():
+        raise TuneshiftError(
+            f"{key}: {path} holds a pickle adapter ({', '.join(pickles)}), which can run code when it is loaded. Save"
+            " it again with `model.save_pretrained(folder, safe_serialization=True)`."
+        )
+    if not weights.is_file():
+        raise TuneshiftError(f"{key}: {weights} is missing.")
     try:
         config: dict[str, object] = json.loads(config_file.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -243,31 +236,27 @@ def _files(path: Path, kind: Kind) -> list[Path]:
     """What a fingerprint is over."""
     if kind == "adapter":
         return [path / "adapter_config.json", path / "adapter_model.safetensors"]
+    weights = [p for p in path.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"]
     tokenizer = [path / name for name in _TOKENIZER_FILES if (path / name).is_file()]
-    if kind == "tokenizer":
-        return tokenizer
-    return [p for p in path.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"] + tokenizer
+    return tokenizer if kind == "tokenizer" else weights + tokenizer
 
 
 def _check_model_folder(path: Path, key: str) -> None:
     if not (path / "config.json").is_file():
         raise TuneshiftError(f"{key}: {path / 'config.json'} is missing; {path} is not a model folder.")
     if not any(path.glob("*.safetensors")):
-        raise TuneshiftError(
-            f"{key}: {path} holds no *.safetensors weights (pickle weights are never loaded)."
-            " Save the model again with `model.save_pretrained(folder)`."
-        )
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise TuneshiftError(
-            f"{key}: {path} holds no tokenizer. Save that of its base beside the weights, with"
-            " `AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)`."
-        )
+        lacking, repair = "*.safetensors weights (pickles are never loaded)", "Save the model again with `model."
+    elif not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        lacking, repair = "tokenizer", "Save its base's with `AutoTokenizer.from_pretrained(BASE)."
+    else:
+        return
+    raise TuneshiftError(f"{key}: {path} holds no {lacking}. {repair}save_pretrained(folder)`.")
 
 
 def _resolve(reference: str, folder: Path, key: str, kind: Kind) -> ModelFiles:
     path = (folder / reference).expanduser()
     if gguf := _gguf_file(reference, path, key):
-        converted = _converted(gguf, file_hash(gguf))
+        converted = _converted(gguf)
         if not converted.is_dir():
             _convert_gguf(gguf, converted)
         return ModelFiles(reference, converted, file_hash(gguf))
@@ -316,8 +305,8 @@ def _gguf_file(reference: str, path: Path, key: str) -> Path | None:
     return file
 
 
-def _converted(file: Path, source_hash: str) -> Path:
-    return cache_dir() / "models" / f"{file.stem}-{source_hash[:16]}"
+def _converted(file: Path) -> Path:
+    return cache_dir() / "models" / f"{file.stem}-{file_hash(file)[:16]}"
 
 
 def _convert_gguf(file: Path, folder: Path) -> None:
