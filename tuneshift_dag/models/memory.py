@@ -13,7 +13,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
@@ -24,12 +24,17 @@ _PROC = Path("/proc/self")
 _MADV_PAGEOUT = 21
 
 
+def _cuda() -> Any:
+    """``torch.cuda``, where torch is loaded and sees a GPU."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
+
+
 def reset_peak() -> None:
     """Let the peak start again from what is used now. Where only Linux can, elsewhere it stays the process's."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(number)
+    if cuda := _cuda():
+        for number in range(cuda.device_count()):
+            cuda.reset_peak_memory_stats(number)
     with contextlib.suppress(OSError):
         (_PROC / "clear_refs").write_text("5")
 
@@ -75,9 +80,8 @@ def container_bytes(what: str) -> int | None:
 
 def peak_bytes() -> int:
     """The most bytes in use at once since `reset_peak`: of all GPUs together, or of the process."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return sum(int(torch.cuda.max_memory_allocated(number)) for number in range(torch.cuda.device_count()))
+    if cuda := _cuda():
+        return sum(int(cuda.max_memory_allocated(number)) for number in range(cuda.device_count()))
     try:
         peak = re.search(r"VmHWM:\s+(\d+) kB", (_PROC / "status").read_text())
     except OSError:
@@ -94,12 +98,9 @@ def trim() -> None:
 
 
 def keep_few_kernels() -> None:
-    """Bound what oneDNN, and PyTorch's wrapper around it, keep for every shape of a matrix product they have seen.
-
-    Up to 1,024 shapes each by default, which grew with every batch. A forward pass needs about ten; a training step
-    is 1.6 times as slow with room for 16, and with 24 as fast as with 1,024.
-    Read at the first product; what the user has set stays.
-    """
+    """Bound what oneDNN, and PyTorch's wrapper around it, keep for every shape of a matrix product they have seen:
+    1,024 shapes each by default, which grew with every batch. A forward pass needs about ten; a training step is 1.6
+    times as slow with room for 16, and with 24 as fast as with 1,024. What the user has set stays."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
 
@@ -124,16 +125,9 @@ def in_batches(
 ) -> Iterator[tuple[list[int], T]]:
     """``work`` done on batches of indices of similar length, longest first: memory peaks at the start.
 
-    A batch that runs out of memory is halved and done again, and the ones after it are no larger.
-
-    Args:
-        lengths: tokens of each row. ``bytes_per_row``: memory that a row of a given length needs beside the model.
-
-    Raises:
-        torch.OutOfMemoryError, MemoryError, RuntimeError: when a single row doesn't fit.
+    A batch that runs out of memory is halved and done again, and the ones after it are no larger; a single row that
+    doesn't fit raises what it raised. A row of n tokens (``lengths``) needs ``bytes_per_row(n)`` beside the model.
     """
-    import torch
-
     left = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     while left:
         fitting = int(free_bytes() * BATCH_SHARE / max(1, bytes_per_row(lengths[left[0]])))
@@ -150,8 +144,8 @@ def in_batches(
             continue
         # Outside of the handler: there the traceback still holds the tensors.
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if cuda := _cuda():
+            cuda.empty_cache()
 
 
 def is_out_of_memory(error: Exception) -> bool:
