@@ -7,7 +7,7 @@ import pytest
 
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import Response
-from tuneshift_dag.store.cache import ResponseCache
+from tuneshift_dag.store.cache import ResponseCache, collect_plan
 from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import CACHE, CACHE_TABLES, CACHED_SCORES, SCHEMA_VERSION, SCORED_PAIRS, TRANSFER_TABLES
 
@@ -56,6 +56,7 @@ def test_an_older_file_becomes_one_of_this_version(migrated: Store) -> None:
     found = migrated.read("SELECT schema_name || '.' || table_name AS name FROM duckdb_tables()")["name"]
     names = {f"banking.{table.name}" for table in TRANSFER_TABLES} | {f"cache.{table.name}" for table in CACHE_TABLES}
     assert set(found) == names | {"main.tuneshift_schema", "main.transfers"}
+    assert collect_plan(migrated, []) == []
 
 
 def test_the_rows_of_an_older_file_are_kept(migrated: Store) -> None:
@@ -93,6 +94,7 @@ def test_every_transfer_of_an_older_file_is_migrated_though_one_is_opened(tmp_pa
     store = older(tmp_path / "old.duckdb", 3)
     with duckdb.connect(str(store.path)) as connection:
         connection.execute("CREATE SCHEMA other")
+        connection.execute("CREATE TABLE other.steps AS FROM banking.steps")
         connection.execute("CREATE TABLE other.scored_pairs AS FROM banking.scored_pairs")
         connection.execute("CREATE TABLE other.distilled_models (model_id VARCHAR PRIMARY KEY, path VARCHAR)")
         connection.execute(

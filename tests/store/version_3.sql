@@ -56,6 +56,12 @@ CREATE TABLE banking.steps (run_id VARCHAR, batch_id VARCHAR, asset VARCHAR, rou
     VARCHAR, engine VARCHAR, peak_bytes BIGINT);
 CREATE TABLE banking.runs (batch_id VARCHAR, finished_at TIMESTAMP, seconds DOUBLE, PRIMARY KEY (batch_id));
 CREATE TABLE banking.cache_references (asset VARCHAR, round VARCHAR, key VARCHAR);
+-- Made by mistake, and always empty.
+CREATE TABLE cache.steps AS FROM banking.steps;
+CREATE TABLE cache.scored_pairs AS FROM banking.scored_pairs;
+CREATE TABLE cache.cache_references AS FROM banking.cache_references;
+CREATE TABLE cache.rejected_pairs (round VARCHAR, prompt_id VARCHAR, reason VARCHAR);
+CREATE VIEW cache.rejections AS SELECT round, reason FROM cache.rejected_pairs;
 CREATE VIEW banking.rejections AS SELECT round, reason FROM banking.rejected_pairs;
 COMMENT ON VIEW banking.rejections IS 'Everything that was dropped, one row each, with its reason. [00000000]';
 
@@ -70,4 +76,5 @@ INSERT INTO banking.rejected_pairs VALUES ('round_01', 'b2', 'below_threshold');
 INSERT INTO banking.distilled_models BY NAME
     SELECT 'm1' AS model_id, '/somewhere/.tuneshift/output/banking/models/m1' AS path, true AS current
     UNION ALL SELECT 'm2', '/elsewhere/m2', false;
-INSERT INTO banking.cache_references VALUES ('scored_pairs', 'round_01', 'kept'), ('scored_pairs', 'round_01', 'masked');
+INSERT INTO banking.cache_references VALUES ('scored_pairs', 'round_01', 'kept'),
+    ('scored_pairs', 'round_01', 'kept score'), ('scored_pairs', 'round_01', 'masked');

@@ -70,16 +70,12 @@ def stats(store: Store) -> list[dict[str, Any]]:
 class Removable:
     """What no transfer uses any more."""
 
-    kind: str
-    """responses, scores, adapter, training, discriminators, schema, output or quantized."""
+    kind: str  # responses, scores, adapter, training, discriminators, schema, output or quantized
     name: str
-    bytes: int
-    """On disk; of what is in the database: before DuckDB compresses it."""
+    bytes: int  # on disk; of what is in the database: before DuckDB compresses it
     reason: str
     path: Path | None = None
-    """Of a file or folder."""
-    before: datetime = datetime.max
-    """Of responses and scores: only those that were added before (UTC)."""
+    before: datetime = datetime.max  # of responses and scores: only those that were added before (UTC)
 
 
 def collect_plan(
@@ -154,14 +150,10 @@ def _schemas(store: Store) -> list[str]:
 
 def _gone(store: Store, schemas: Sequence[str], here: Collection[str]) -> dict[str, Path]:
     """Transfers whose folder doesn't exist any more, with that folder; not those with an open attempt."""
-    claims = store.read("SELECT lower(name), folder FROM main.transfers")
-    folders = {name: store.absolute(folder) for name, folder in claims.iter_rows() if name not in here}
-    gone = {schema: folders[schema.lower()] for schema in schemas if schema.lower() in folders}
-    return {
-        schema: folder
-        for schema, folder in gone.items()
-        if not folder.exists() and _first_attempt(store, [schema]) == datetime.max
-    }
+    claims = store.read("SELECT lower(name), folder FROM main.transfers").rows()
+    folders = {name: store.absolute(folder) for name, folder in claims if name not in here}
+    gone = [name for name in schemas if name.lower() in folders and not folders[name.lower()].exists()]
+    return {name: folders[name.lower()] for name in gone if _first_attempt(store, [name]) == datetime.max}
 
 
 def _first_attempt(store: Store, schemas: Sequence[str]) -> datetime:

@@ -300,8 +300,7 @@ class Store:
                 return duckdb.connect(str(self.path), read_only=read_only)
             except duckdb.Error as error:
                 # Another thread of this process may hold a connection of the other kind for a moment.
-                other_kind = isinstance(error, duckdb.ConnectionException)
-                if not other_kind and "Could not set lock" not in str(error):
+                if not isinstance(error, duckdb.ConnectionException) and "Could not set lock" not in str(error):
                     raise TuneshiftError(f"{self.path} can't be opened as a DuckDB file: {error}") from error
                 if time.monotonic() > give_up:
                     raise TuneshiftError(
@@ -323,11 +322,13 @@ def _limit_memory(connection: duckdb.DuckDBPyConnection, at_once: float = 0) -> 
 
 
 def _migrate(connection: duckdb.DuckDBPyConnection) -> None:
-    """From schema version 1, 2 or 3 to 4, in the transaction of the connection.
-
-    Tables that are declared without an index lose theirs; what nothing reads any more goes; adapters' paths become
-    relative.
-    """
+    """From schema version 1, 2 or 3 to 4: indexes, tables and columns go that are no longer declared, and the paths of
+    adapters become relative."""
+    # Tables and views of a transfer were made in the cache's schema too, by mistake.
+    for view in TRANSFER_VIEWS:
+        connection.execute(f"DROP VIEW IF EXISTS {CACHE}.{view.name}")
+    for name in ("token_scores", *(table.name for table in TRANSFER_TABLES)):
+        connection.execute(f"DROP TABLE IF EXISTS {CACHE}.{name}")
     indexed = connection.execute("SELECT schema_name, table_name FROM duckdb_tables() WHERE has_primary_key").fetchall()
     without = {table.name for table in (*CACHE_TABLES, *TRANSFER_TABLES) if not (table.key and table.indexed)}
     for schema, table in indexed:
@@ -335,18 +336,13 @@ def _migrate(connection: duckdb.DuckDBPyConnection) -> None:
             connection.execute(f'CREATE TABLE "{schema}".copied AS SELECT * FROM "{schema}".{table}')
             connection.execute(f'DROP TABLE "{schema}".{table}')
             connection.execute(f'ALTER TABLE "{schema}".copied RENAME TO {table}')
-    connection.execute(f"DROP TABLE IF EXISTS {CACHE}.token_scores")
-    for view in TRANSFER_VIEWS:
-        connection.execute(f"DROP VIEW IF EXISTS {CACHE}.{view.name}")  # where they were made by mistake
-    dropped = ("base_alone_logprob", "ppl_base_alone", "ppl_target", "discriminator_score")
-    columns = "SELECT schema_name, table_name, column_name FROM duckdb_columns() WHERE NOT internal"
-    for schema, table, column in connection.execute(columns).fetchall():
-        if table == "scored_pairs" and column in dropped:
-            connection.execute(f'ALTER TABLE "{schema}".scored_pairs DROP COLUMN {column}')
-        if (table, column) == ("distilled_models", "path"):
-            models = f"output/{schema}/models/"
-            shorter = f'UPDATE "{schema}".distilled_models SET path = regexp_replace(path, ?, ?)'
-            connection.execute(shorter, [f"^.*/{models}", models])
+    transfers = connection.execute("SELECT schema_name FROM duckdb_tables() WHERE table_name = 'steps'").fetchall()
+    for (schema,) in transfers:
+        for column in ("base_alone_logprob", "ppl_base_alone", "ppl_target", "discriminator_score"):
+            connection.execute(f'ALTER TABLE "{schema}".scored_pairs DROP COLUMN IF EXISTS {column}')
+        models = f"output/{schema}/models/"
+        shorter = f'UPDATE "{schema}".distilled_models SET path = regexp_replace(path, ?, ?)'
+        connection.execute(shorter, [f"^.*/{models}", models])
 
 
 def _add_columns(connection: duckdb.DuckDBPyConnection, schema: str, tables: Sequence[Table]) -> None:
