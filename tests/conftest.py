@@ -4,6 +4,8 @@ import os
 
 # Read when huggingface_hub is imported, so it has to be set before anything imports it.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Read when torch is: the suite runs a worker on each core, and two threads on one small model wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import sys

@@ -214,7 +214,6 @@ class FakeModels:
                 return SimpleNamespace(
                     steps=[{"step": 1, "loss": 0.5, "learning_rate": 5e-4}],
                     epochs=[{"epoch": 1, "train_loss": 0.5, "validation_loss": 0.4}],
-                    token_share=1.0,
                     seconds=0.1,
                 )
 

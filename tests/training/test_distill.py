@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import Project
+from tuneshift_dag.cli.doctor import examine
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.engines.local import LocalEngine
@@ -21,7 +22,6 @@ from tuneshift_dag.method.scoring import Cost, score_alone
 from tuneshift_dag.models.loading import load_tokenizer
 from tuneshift_dag.models.memory import gpu_count
 from tuneshift_dag.models.references import resolve_model
-from tuneshift_dag.reports.doctor import examine
 from tuneshift_dag.resources import EngineResource
 from tuneshift_dag.store.cache import ResponseCache
 from tuneshift_dag.store.database import Store

@@ -46,7 +46,8 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         settings = transfer.config.engine
         adapter = resolve_adapter(transfer.reference("source.adapter"), transfer.folder, "source.adapter")
         if settings.server is None:
-            return self._engine(transfer, "source.base", adapter, on_ray=settings.type == "ray")
+            local: Scorer = self._engine(transfer, "source.base", adapter, on_ray=settings.type == "ray")
+            return local
         assert settings.base is not None and settings.fine_tuned is not None
         tokenizer = resolve_tokenizer(transfer.reference("source.base"), transfer.folder, "source.base")
         name = f"{tokenizer.fingerprint}|{adapter.fingerprint}|{settings.model_dump_json()}"
@@ -76,14 +77,16 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             return generator
         on_ray = transfer.config.engine.type == "ray"
         quantization = transfer.config.generator_quantization
-        return self._engine(transfer, "generator.model", on_ray=on_ray, quantization=quantization)
+        local: PromptWriter = self._engine(transfer, "generator.model", on_ray=on_ray, quantization=quantization)
+        return local
 
     def target(self, transfer: Transfer, adapter: Path | None = None) -> Scorer:
         """The target base model, with a distilled adapter when a folder is given."""
         from tuneshift_dag.models.references import resolve_adapter
 
         files = resolve_adapter(str(adapter), transfer.folder, "distilled adapter") if adapter else None
-        return self._engine(transfer, "target.base", files)
+        engine: Scorer = self._engine(transfer, "target.base", files)
+        return engine
 
     def target_weights(self, transfer: Transfer) -> str:
         """The fingerprint of the target base model's files; nothing is loaded."""
