@@ -4,15 +4,21 @@ import os
 import shutil
 from pathlib import Path
 
+from tuneshift_dag.errors import TuneshiftError
+
 
 def transfers_dir() -> Path:
     """Folder of transfer folders: ``$TUNESHIFT_TRANSFERS`` or ``./transfers``."""
-    return Path(os.environ.get("TUNESHIFT_TRANSFERS", "transfers")).resolve()
+    return _folder("TUNESHIFT_TRANSFERS", Path("transfers"))
 
 
 def home_dir() -> Path:
-    """Folder of everything that is computed: ``$TUNESHIFT_HOME`` or ``./.tuneshift``."""
-    return Path(os.environ.get("TUNESHIFT_HOME", ".tuneshift")).resolve()
+    """Folder of everything that is computed: ``$TUNESHIFT_HOME`` or ``./.tuneshift``.
+
+    Raises:
+        TuneshiftError: when it is no folder.
+    """
+    return _folder("TUNESHIFT_HOME", Path(".tuneshift"))
 
 
 def database_file() -> Path:
@@ -25,9 +31,28 @@ def output_dir(transfer: str) -> Path:
 
 
 def use_dagster_home() -> Path:
-    """Point ``DAGSTER_HOME`` at this project's instance, unless the user has set it, and set it up."""
-    folder = Path(os.environ.setdefault("DAGSTER_HOME", str(home_dir() / "dagster")))
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "dagster.yaml").exists():
-        shutil.copy(Path(__file__).with_name("dagster_template.yaml"), folder / "dagster.yaml")
+    """Point ``DAGSTER_HOME`` at this project's instance, unless the user has set it, and set it up.
+
+    Dagster itself wants an absolute path: one that is relative, or begins with ``~``, is made so.
+
+    Raises:
+        TuneshiftError: when it is no folder, or can't be written.
+    """
+    folder = _folder("DAGSTER_HOME", home_dir() / "dagster")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "dagster.yaml").exists():
+            shutil.copy(Path(__file__).with_name("dagster_template.yaml"), folder / "dagster.yaml")
+    except OSError as error:
+        raise TuneshiftError(f"DAGSTER_HOME: {folder}: {error.strerror}. Name a folder that can be written.") from error
+    os.environ["DAGSTER_HOME"] = str(folder)
+    return folder
+
+
+def _folder(variable: str, otherwise: Path) -> Path:
+    """The absolute path that an environment variable names; ``otherwise`` where it is empty or not set."""
+    given = os.environ.get(variable, "").strip()
+    folder = (Path(given) if given else otherwise).expanduser().resolve()
+    if folder.exists() and not folder.is_dir():
+        raise TuneshiftError(f"{variable}: {folder} is no folder. Name one, or unset the variable.")
     return folder

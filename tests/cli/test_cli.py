@@ -130,7 +130,7 @@ class TestErrors:
         assert "(found '[INST] [bold]prompt[/bold] [/INST]')" in err
 
     def test_the_program_itself_prints_no_traceback(self, transfer_folder: Path) -> None:
-        program = [sys.executable, "-c", "from tuneshift_dag.cli.commands import main; main()"]
+        program = [sys.executable, "-c", "from tuneshift_dag.cli import main; main()"]
         done = subprocess.run([*program, "report", "nowhere"], capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith("error: There is no transfer 'nowhere'")

@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 
 from tests.conftest import make_transfer_folder
 from tests.fakes import FakeModels
+from tuneshift_dag import cli
 from tuneshift_dag.assets import build_assets
-from tuneshift_dag.cli import commands as cli
-from tuneshift_dag.config.transfer import Transfer, load_transfer
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file
-from tuneshift_dag.method.diversity import distinct_bigrams
+from tuneshift_dag.method.prompting import distinct_bigrams
 from tuneshift_dag.reports.lineage import Call, Prompt, down, up
 from tuneshift_dag.runner import Runner
 from tuneshift_dag.store import tables

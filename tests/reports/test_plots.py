@@ -6,13 +6,8 @@ import polars as pl
 import pytest
 from matplotlib.image import imread
 
-from tests.conftest import Project
-from tuneshift_dag.config.transfer import load_transfer
-from tuneshift_dag.method.filters import KEEP_RULES, RULES
-from tuneshift_dag.reports import distributions, plots
-from tuneshift_dag.reports.sweep import sweep
-from tuneshift_dag.store.database import Store
-from tuneshift_dag.store.tables import SCORED_PAIRS
+from tuneshift_dag.method.filters import RULES
+from tuneshift_dag.reports import plots
 
 
 def pairs(count: int, ppl_base: float = 4.0) -> pl.DataFrame:
@@ -103,48 +98,9 @@ def test_a_picture_is_saved_and_shown_as_itself(tmp_path) -> None:
     picture = plots.response_lengths(buckets(3, 1))
     picture.save(tmp_path / "new" / "lengths.png")
     assert (tmp_path / "new" / "lengths.png").read_bytes() == picture.png
-    assert picture.markdown().value.startswith("![](data:image/png;base64,iVBOR")
+    assert picture.markdown().startswith("![](data:image/png;base64,iVBOR")
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "ifd"])
-def test_points_are_judged_as_the_current_filter_judges(finished: Project, edit_config, transfer_folder, rule) -> None:
-    cut = 0.5 if rule in ("ifd", *KEEP_RULES) else 1.5
-    edit_config("filter", {"rule": rule, **({"keep": cut} if rule in KEEP_RULES else {"threshold": cut})})
-    if rule == "unfiltered":
-        edit_config("filter", {"rule": rule})
-    transfer = load_transfer(transfer_folder)
-    (cell,) = [cell for cell in sweep(finished.store, transfer, [rule]) if cell["current"]]
-    scored = finished.rows("SELECT count(*) FROM scored_pairs")[0][0]
-    found = distributions.perplexities(finished.store, transfer)
-    assert (len(found), found["kept"].sum()) == (scored, cell["pairs_kept"])
-    counts = distributions.verdicts_by_round(finished.store, transfer)
-    assert sum(row["pairs"] for row in counts) == scored
-    assert sum(row["pairs"] for row in counts if row["reason"] == "kept") == cell["pairs_kept"]
-    lengths = distributions.response_lengths(finished.store, transfer)
-    assert sum(row["kept"] + row["dropped"] for row in lengths) == scored
-    assert sum(row["kept"] for row in lengths) == cell["pairs_kept"]
-
-
-def test_lengths_are_bucketed_from_the_shortest_to_the_longest(store: Store, transfer_folder) -> None:
-    rows = [
-        {"round": "round_01", "prompt_id": str(i), "fine_tuned_tokens": tokens, "fine_tuned_response": " yes"}
-        for i, tokens in enumerate([4, 5, 5, 27, 28, None])
-    ]
-    store.replace("banking", SCORED_PAIRS, SCORED_PAIRS.frame(rows))
-    found = distributions.response_lengths(store, load_transfer(transfer_folder))
-    assert [(row["low"], row["high"], row["dropped"]) for row in found] == [(4, 6, 3), (25, 27, 1), (28, 30, 1)]
-
-
-def test_without_scored_pairs_there_is_nothing_to_draw(store: Store, transfer_folder) -> None:
-    transfer = load_transfer(transfer_folder)
-    assert distributions.perplexities(store, transfer).is_empty()
-    assert distributions.verdicts_by_round(store, transfer) == []
-    assert distributions.response_lengths(store, transfer) == []
-
-
-def test_pairs_without_a_perplexity_are_not_drawn(store: Store, transfer_folder) -> None:
-    good = {"ppl_fine_tuned": 1.2, "ppl_base": 2.0, "ppl_base_cross": 3.0, "fine_tuned_response": " yes"}
-    bad = [{"ppl_base": None}, {"ppl_fine_tuned": float("inf")}, {"ppl_base_cross": float("nan")}]
-    rows = [{"round": "round_01", "prompt_id": str(i), **good, **extra} for i, extra in enumerate([{}, *bad])]
-    store.replace("banking", SCORED_PAIRS, SCORED_PAIRS.frame(rows))
-    assert len(distributions.perplexities(store, load_transfer(transfer_folder))) == 1
+def test_only_rules_with_a_threshold_have_a_panel() -> None:
+    assert plots.kept_by_threshold(cells(*RULES)).png == plots.kept_by_threshold(cells(*RULES[:4])).png
+    assert plots.kept_by_threshold(cells("random")).png == plots.kept_by_threshold([]).png

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tuneshift_dag.config.transfer import Transfer, load_transfer
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.models.loading import load_tokenizer
 from tuneshift_dag.models.references import resolve_model
 from tuneshift_dag.training import distill

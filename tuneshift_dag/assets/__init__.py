@@ -13,7 +13,7 @@ from tuneshift_dag.assets.scored_pairs import build_scored_pairs
 from tuneshift_dag.assets.seed_set import build_seed_set
 from tuneshift_dag.assets.synthetic_prompts import build_synthetic_prompts
 from tuneshift_dag.assets.threshold_report import build_threshold_report
-from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.config import Transfer
 
 
 def build_assets(transfer: Transfer) -> list[dg.AssetsDefinition | dg.AssetSpec]:

@@ -1,7 +1,6 @@
-"""What every asset of a transfer shares: its key, its metadata and the record of what it cost."""
+"""What every asset of a transfer shares: its key and metadata, and the step that writes its rows, record and cost."""
 
-import hashlib
-import json
+import logging
 import os
 import sys
 import time
@@ -17,20 +16,27 @@ import dagster as dg
 import polars as pl
 from tqdm import tqdm
 
-from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.versions import code_version
 from tuneshift_dag.method.filters import repetition_sql
 from tuneshift_dag.method.scoring import Cost
 from tuneshift_dag.models.memory import peak_bytes, reset_peak
-from tuneshift_dag.store.database import Spool, Store, in_chunks, insert
-from tuneshift_dag.store.tables import CACHE_REFERENCES, COLUMN_SOURCES, STEPS, Table
+from tuneshift_dag.reports.plan import engine_of, models_of
+from tuneshift_dag.reports.summary import escape_markdown
+from tuneshift_dag.resources import BATCH_TAG
+from tuneshift_dag.store import records
+from tuneshift_dag.store.database import Spool, Store, insert
+from tuneshift_dag.store.queries import COLUMN_SOURCES
+from tuneshift_dag.store.tables import CACHE_REFERENCES, STEPS, Table
 
-# `tuneshift run` puts this tag on its runs, so that their cost can be added up.
-BATCH_TAG = "tuneshift/batch"
 OWNERS = ["team:tuneshift"]
 # Steps that load a model. Hosts that share an instance name a pool each: a pool's limit holds for all hosts together.
 MODEL_POOL = os.environ.get("TUNESHIFT_MODEL_POOL") or "models"
-# What a round materializes, in this order.
-ROUND_ASSETS = ("synthetic_prompts", "scored_pairs", "filtered_dataset")
+EVERY_ROUND_READ = "every_round_read"
+# What is said here and below it reaches Dagster's log while a step runs, and whoever else listens.
+LOG = logging.getLogger("tuneshift_dag")
+LOG.setLevel(logging.INFO)
+Statements = Callable[[Any], str | None]
 
 
 def key(transfer: Transfer, asset: str) -> dg.AssetKey:
@@ -41,29 +47,26 @@ def partitions(transfer: Transfer) -> dg.StaticPartitionsDefinition:
     return dg.StaticPartitionsDefinition(transfer.round_keys)
 
 
-def content_version(*frames: pl.DataFrame | Spool) -> str:
-    """Hash of the rows, whatever their order: the same content is the same data version.
+def definition(transfer: Transfer, table: Table, asset: str, *kinds: str, models: bool = False) -> dict[str, Any]:
+    """Arguments of ``@dg.asset`` that every asset has.
 
-    A spool's chunks come in the order of their rows, and so give the version of one frame.
+    Args:
+        models: whether it loads one, and so waits for the pool.
     """
-    digest = hashlib.sha256()
-    for frame in frames:
-        for chunk in in_chunks(frame):
-            for row in sorted(json.dumps(list(row)) for row in chunk.iter_rows()):
-                digest.update(row.encode() + b"\n")
-    return digest.hexdigest()[:16]
-
-
-def column_schema(table: Table) -> dg.TableSchema:
-    return dg.TableSchema([dg.TableColumn(c.name, c.type, description=c.description) for c in table.columns])
-
-
-def definition_metadata(transfer: Transfer, table: Table) -> dict[str, Any]:
-    """Metadata that holds before anything is materialized."""
     return {
-        "dagster/column_schema": column_schema(table),
-        "dagster/table_name": f"{transfer.name}.{table.name}",
+        "key": key(transfer, asset),
+        "group_name": transfer.name,
+        "owners": OWNERS,
+        "kinds": {"duckdb", *kinds},
+        "pool": MODEL_POOL if models else None,
+        "code_version": code_version(transfer, asset),
+        "metadata": table_metadata(transfer, table),
     }
+
+
+def table_metadata(transfer: Transfer, table: Table) -> dict[str, Any]:
+    columns = [dg.TableColumn(c.name, c.type, description=c.description) for c in table.columns]
+    return {"dagster/column_schema": dg.TableSchema(columns), "dagster/table_name": f"{transfer.name}.{table.name}"}
 
 
 def column_lineage(transfer: Transfer, table: Table) -> dg.TableColumnLineage:
@@ -116,9 +119,6 @@ def prompt_chunks(store: Store, transfer: Transfer, round_: str, size: int) -> I
         yield prompts
 
 
-EVERY_ROUND_READ = "every_round_read"
-
-
 def every_round_read(transfer: Transfer, asset: str) -> dg.AssetCheckSpec:
     return dg.AssetCheckSpec(
         EVERY_ROUND_READ,
@@ -127,33 +127,27 @@ def every_round_read(transfer: Transfer, asset: str) -> dg.AssetCheckSpec:
     )
 
 
-def missing_rounds(context: dg.AssetExecutionContext, transfer: Transfer, asset: str) -> list[str]:
-    """Rounds of ``asset`` that were never materialized."""
-    there = context.instance.get_materialized_partitions(key(transfer, asset))
-    return [round_ for round_ in transfer.round_keys if round_ not in there]
-
-
-def check_rounds(context: dg.AssetExecutionContext, transfer: Transfer, asset: str) -> dg.AssetCheckResult:
+def check_rounds(current: "Step", asset: str) -> dg.AssetCheckResult:
     """The outcome of `every_round_read`: a warning that names the missing rounds of ``asset``."""
-    missing = missing_rounds(context, transfer, asset)
+    missing = current.records.missing_rounds(asset)
     message = f"{asset} has no {', '.join(missing)} yet; materialize this again after them."
     if missing:
-        context.log.warning(message)
+        LOG.warning(message)
     return dg.AssetCheckResult(
         passed=not missing,
         severity=dg.AssetCheckSeverity.WARN,
         check_name=EVERY_ROUND_READ,
         description=message if missing else None,
-        metadata={"rounds": len(transfer.round_keys) - len(missing), "missing": missing},
+        metadata={"rounds": len(current.transfer.round_keys) - len(missing), "missing": missing},
     )
 
 
 def example_rows(frame: pl.DataFrame, columns: list[str], limit: int = 5) -> dg.MetadataValue:
-    """The first rows as a Markdown table."""
+    """The first rows as a Markdown table; what models wrote is text in it and no markup."""
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for row in frame.select(columns).head(limit).iter_rows():
         cells = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in row]
-        lines.append("| " + " | ".join(c.replace("|", "\\|").replace("\n", "⏎")[:120] for c in cells) + " |")
+        lines.append("| " + " | ".join(escape_markdown(c.replace("\n", "⏎")[:120]) for c in cells) + " |")
     return dg.MetadataValue.md("\n".join(lines))
 
 
@@ -166,18 +160,24 @@ def mean_repetition(store: Store, prompts: Sequence[str]) -> float | None:
 
 @dataclass
 class Step:
-    """A running materialization: its cost so far and a throttled progress line."""
+    """A running materialization of an asset, or of one round of it."""
 
-    context: dg.AssetExecutionContext
+    transfer: Transfer
+    store: Store
+    asset: str
+    round: str | None
+    run: dg.DagsterRun
     references: Spool
+    records: records.Records
+    """As they were when it began."""
     cost: Cost = field(default_factory=Cost)
     started: float = field(default_factory=time.monotonic)
     _last_line: float = 0.0
 
     def progress(self, what: str) -> Callable[[int, int], None]:
-        """A callback (done, total): a bar in a terminal, else at most one log line in ten seconds."""
+        """A callback (done, total): a bar in a terminal, else at most one line in ten seconds."""
         started, tokens_before = time.monotonic(), self.cost.tokens
-        bar = tqdm(desc=what, disable=not sys.stderr.isatty(), leave=False)
+        bar = tqdm(desc=f"{self.round or self.asset}: {what}", disable=not sys.stderr.isatty(), leave=False)
 
         def report(done: int, total: int) -> None:
             bar.total = total
@@ -192,20 +192,74 @@ class Step:
             rate = done / max(now - started, 1e-9)
             left = (total - done) / rate if rate else 0
             tokens = (self.cost.tokens - tokens_before) / max(now - started, 1e-9)
-            self.context.log.info(
+            LOG.info(
                 f"{what}: {done}/{total}, {rate:.1f}/s, {tokens:.0f} tokens/s, {left:.0f} s left,"
-                f" {self.cost.cache_hits} from the cache"
+                f" {self.cost.cache_hits} from the cache",
+                extra={"progress": True},
             )
 
         return report
 
     def spool_keys(self) -> None:
         """Take the cache keys that were used so far out of memory."""
-        asset, round_ = _place(self.context)
         keys = sorted(self.cost.keys)
-        used: list[dict[str, object]] = [{"asset": asset, "round": round_ or "", "key": key} for key in keys]
+        used: list[dict[str, object]] = [{"asset": self.asset, "round": self.round or "", "key": key} for key in keys]
         self.references.append(CACHE_REFERENCES.frame(used))
         self.cost.keys.clear()
+
+    def write(
+        self,
+        tables: Sequence[tuple[Table, pl.DataFrame | Spool]],
+        version: str = "",
+        statements: Statements | None = None,
+    ) -> str:
+        """Replace the rows of ``tables`` (of this round), and write the record and the cost, all in one transaction.
+
+        Args:
+            version: the data version of what is written.
+            statements: what else the transaction does; may return the version.
+
+        Returns:
+            The data version.
+        """
+        self.spool_keys()
+        where = ("round = ?", [self.round]) if self.round else ("TRUE", [])
+        sizes = (rows.at_once if isinstance(rows, Spool) else rows.estimated_size() for _, rows in tables)
+        at_once = max(self.references.at_once, *sizes, 0)
+
+        def transaction(connection: Any) -> None:
+            nonlocal version
+            for table, rows in tables:
+                connection.execute(f"DELETE FROM {table.name} WHERE {where[0]}", where[1])
+                insert(connection, table, rows)
+            if statements:
+                version = statements(connection) or version
+            connection.execute(
+                "DELETE FROM cache_references WHERE asset = ? AND round = ?", [self.asset, self.round or ""]
+            )
+            insert(connection, CACHE_REFERENCES, self.references)
+            insert(connection, STEPS, STEPS.frame([self._cost_row()]))
+            code, inputs = code_version(self.transfer, self.asset), self.records.inputs(self.asset, self.round)
+            records.note(connection, self.asset, self.round, version, self.run.run_id, code, inputs)
+
+        # What a statement of the asset's own holds can't be told, so that one gets all the memory.
+        self.store.write(self.transfer.name, transaction, None if statements else at_once)
+        return version
+
+    def _cost_row(self) -> dict[str, object]:
+        tags, figures = self.run.tags, self.metadata()
+        return {
+            "run_id": self.run.run_id,
+            "batch_id": tags.get(BATCH_TAG) or tags.get("dagster/backfill") or self.run.run_id,
+            "asset": self.asset,
+            "round": self.round,
+            "finished_at": datetime.now(UTC).replace(tzinfo=None),
+            **{name: figures[name] for name in ("seconds", "model_calls", "cache_hits", "tokens_generated")},
+            "model_seconds": self.cost.model_seconds,
+            "models": models_of(self.transfer, self.asset),
+            "engine": engine_of(self.transfer, self.asset),
+            "peak_bytes": peak_bytes(),
+        }
 
     def metadata(self) -> dict[str, Any]:
         return {
@@ -218,44 +272,34 @@ class Step:
 
 
 @contextmanager
-def step(context: dg.AssetExecutionContext, store: Store, transfer: Transfer) -> Iterator[Step]:
-    """Time a materialization and write what it cost to the table ``steps`` when it succeeds."""
-    with store.spool(CACHE_REFERENCES) as references:
-        current = Step(context, references)
-        reset_peak()
-        yield current
-        current.spool_keys()
-        _record(current, store, transfer)
+def step(
+    context: dg.AssetExecutionContext | dg.OpExecutionContext,
+    store: Store,
+    transfer: Transfer,
+    asset: str,
+    round_: str | None = None,
+) -> Iterator[Step]:
+    """A materialization, from its first note to its last: one that doesn't come to the end is taken up again."""
+    reset_peak()
+    store.claim(transfer.name, transfer.folder)
+    with store.spool(CACHE_REFERENCES) as references, _heard_by(context.log):
+        records.begin(store, transfer, asset, round_, context.run.run_id)
+        now = records.Records(store, transfer)
+        yield Step(transfer, store, asset, round_, context.run, references, now)
+        records.end(store, transfer, asset, round_)
 
 
-def _record(current: Step, store: Store, transfer: Transfer) -> None:
-    context = current.context
-    asset, round_ = _place(context)
-    tags = context.run.tags
-    row: dict[str, object] = {
-        "run_id": context.run.run_id,
-        "batch_id": tags.get(BATCH_TAG) or tags.get("dagster/backfill") or context.run.run_id,
-        "asset": asset,
-        "round": round_,
-        "finished_at": datetime.now(UTC).replace(tzinfo=None),
-        "seconds": time.monotonic() - current.started,
-        "model_seconds": current.cost.model_seconds,
-        "model_calls": current.cost.model_calls,
-        "cache_hits": current.cost.cache_hits,
-        "tokens_generated": current.cost.tokens,
-        "models": transfer.models_of(asset),
-        "engine": transfer.engine_of(asset),
-        "peak_bytes": peak_bytes(),
-    }
+@contextmanager
+def _heard_by(log: logging.Logger) -> Iterator[None]:
+    """While it is open, what is said to `LOG`, and to the loggers below it, also stands in the run's log."""
 
-    def statements(connection: Any) -> None:
-        connection.execute("DELETE FROM cache_references WHERE asset = ? AND round = ?", [asset, round_ or ""])
-        insert(connection, CACHE_REFERENCES, current.references)
-        insert(connection, STEPS, STEPS.frame([row]))
+    class ToDagster(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            log.log(record.levelno, record.getMessage())
 
-    store.write(transfer.name, statements, current.references.at_once)
-
-
-def _place(context: dg.AssetExecutionContext) -> tuple[str, str | None]:
-    """The asset's name and, if it has partitions, the round."""
-    return context.asset_key.path[-1], context.partition_key if context.has_partition_key else None
+    handler = ToDagster()
+    LOG.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOG.removeHandler(handler)

@@ -2,9 +2,7 @@
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -12,53 +10,34 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from tuneshift_dag.assets.adapters import TRAINING_SECTIONS, trained_adapter
-from tuneshift_dag.assets.common import (
-    MODEL_POOL,
-    OWNERS,
-    Step,
-    content_version,
-    definition_metadata,
-    example_rows,
-    key,
-    mean_repetition,
-    step,
-)
-from tuneshift_dag.assets.evaluation import answer_heldout
-from tuneshift_dag.assets.task_scores import measured_tasks
-from tuneshift_dag.config.transfer import Arm, Compare, Transfer
+from tuneshift_dag.assets.common import LOG, Step, definition, example_rows, key, mean_repetition, step
+from tuneshift_dag.assets.distilled_model import trained_adapter
+from tuneshift_dag.assets.evaluation import answer_heldout, task_keys
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.schema import Arm, Compare
 from tuneshift_dag.home import output_dir
-from tuneshift_dag.method.diversity import distinct_bigrams, mean_similarity
+from tuneshift_dag.method import scoring
 from tuneshift_dag.method.evaluation import Interval, bootstrap_runs, mark
 from tuneshift_dag.method.filters import KEEP_RULES, RANKING_RULES, verdict_sql
-from tuneshift_dag.method.prompting import prompt_id
+from tuneshift_dag.method.prompting import distinct_bigrams, mean_similarity, prompt_id
 from tuneshift_dag.models import encoder
 from tuneshift_dag.reports import plots
-from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
+from tuneshift_dag.resources import EngineResource, StoreResource
 from tuneshift_dag.store.database import Store
+from tuneshift_dag.store.queries import of_its_rounds
+from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import COMPARISON, COMPARISON_ANSWERS, COMPARISON_TASKS
 
 # What each arm is measured against.
 REFERENCES = ("random", "unfiltered")
-_SECTIONS = ("compare", "filter", "evaluation", "models", "source", *TRAINING_SECTIONS)
 DIVERSITY = ("distinct_responses", "distinct_bigrams", "repetition", "similarity")
 Correct = NDArray[np.float64]
 
 
 def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
-    files_hash = hashlib.sha256(json.dumps([transfer.heldout, list(transfer.labelled)]).encode()).hexdigest()
-
     @dg.asset(
-        key=key(transfer, "comparison"),
+        **definition(transfer, COMPARISON, "comparison", "pytorch", models=True),
         deps=[key(transfer, "scored_pairs")],
-        group_name=transfer.name,
-        owners=OWNERS,
-        kinds={"pytorch", "duckdb"},
-        pool=MODEL_POOL,
-        code_version=f"{transfer.version(*_SECTIONS, code=2)}-{files_hash[:8]}-{transfer.adapter_version()}"
-        # Installing the encoder makes a comparison without similarities out of date; nothing is trained again.
-        f"{transfer.tasks_version()}{'-skipped' if encoder.missing_packages() else ''}",
-        metadata=definition_metadata(transfer, COMPARISON),
     )
     def comparison(
         context: dg.AssetExecutionContext, store: StoreResource, engines: EngineResource
@@ -73,9 +52,8 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
         """
         settings = transfer.config.compare
         assert settings is not None
-        database = store.store()
-        with step(context, database, transfer) as current:
-            candidates = _candidates(database, transfer)
+        with step(context, store.store(), transfer, "comparison") as current:
+            candidates = _candidates(current.store, transfer)
             size = _common_size(transfer, settings, candidates)
             answers: list[dict[str, Any]] = []
             datasets: dict[str, list[pl.DataFrame]] = {arm: [] for arm in candidates}
@@ -90,34 +68,34 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
                 variant = transfer.with_training(seed, epochs)
                 for place, (arm, pool) in enumerate(candidates.items()):
                     done = number * len(candidates) + place + 1
-                    context.log.info(f"{arm}, seed {seed}: {done} of {settings.seeds * len(candidates)}")
+                    LOG.info(f"{arm}, seed {seed}: {done} of {settings.seeds * len(candidates)}")
                     pairs = _draw(pool, size, seed)
                     datasets[arm].append(pairs)
-                    responses, keys = _train_and_measure(current, store, engines, variant, harness, pairs)
+                    responses, keys = _train_and_measure(current, store.cache(), engines, variant, harness, pairs)
                     correct[arm].append(_mark(transfer, arm, seed, responses, answers))
                     scored.append((arm, seed, keys))
-            for name, responses, keys in _reference_models(current, store, engines, transfer, harness):
+            for name, responses, keys in _reference_models(current, store.cache(), engines, harness):
                 correct[name] = [_mark(transfer, name, None, responses, answers)]
                 scored.append((name, None, keys))
             tables = {name: np.array(runs, np.float64) for name, runs in correct.items()}
-            diversity, unlike = _diversity(current, database, datasets)
+            diversity, unlike = _diversity(current, datasets)
             rows = [_row(transfer, name, tables, candidates, datasets, diversity) for name in tables]
             summary = COMPARISON.frame(rows)
-            tasks = _tasks(transfer, database, scored)
-            database.replace_all(
-                transfer.name,
+            tasks = _tasks(current.store, transfer, scored)
+            version = current.write(
                 [
                     (COMPARISON, summary),
                     (COMPARISON_ANSWERS, COMPARISON_ANSWERS.frame(answers)),
                     (COMPARISON_TASKS, tasks),
                 ],
+                content_version(summary, tasks),
             )
             picture = plots.comparison(rows)
-        picture.save(output_dir(transfer.name) / "comparison.png")
+            picture.save(output_dir(transfer.name) / "comparison.png")
         if unlike:
-            context.log.warning(unlike)
+            LOG.warning(unlike)
         return dg.MaterializeResult(
-            data_version=dg.DataVersion(content_version(summary, tasks)),
+            data_version=dg.DataVersion(version),
             metadata={
                 "dagster/row_count": len(summary),
                 "pairs": size,
@@ -129,7 +107,7 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
                 "diversity": example_rows(summary.filter(pl.col("pairs") > 0), ["arm", *DIVERSITY], len(datasets)),
                 **({"similarity_skipped": unlike} if unlike else {}),
                 **({"tasks": example_rows(tasks, tasks.columns, len(tasks))} if len(tasks) else {}),
-                "chart": picture.markdown(),
+                "chart": dg.MetadataValue.md(picture.markdown()),
                 **current.metadata(),
             },
         )
@@ -178,9 +156,9 @@ def _candidates(database: Store, transfer: Transfer) -> dict[str, pl.DataFrame]:
 def _verdict(transfer: Transfer, arm: Arm) -> str:
     """Verdicts of an arm over all rounds at once: nothing is seeded by them."""
     settings = transfer.config.filter
-    cut = arm.threshold or (1.0 if arm.rule in (*KEEP_RULES, "unfiltered") else settings.threshold)
-    pairs = transfer.of_its_rounds("scored_pairs")
-    return verdict_sql(arm.rule, transfer.guards, f"{cut!r}::DOUBLE", seed=transfer.config.seed, pairs=pairs)
+    threshold = arm.threshold or (1.0 if arm.rule in (*KEEP_RULES, "unfiltered") else settings.threshold)
+    pairs = of_its_rounds(transfer, "scored_pairs")
+    return verdict_sql(arm.rule, transfer.guards, f"{threshold!r}::DOUBLE", seed=transfer.config.seed, pairs=pairs)
 
 
 def _leading_space(pairs: pl.DataFrame) -> str:
@@ -219,33 +197,29 @@ def _draw(pool: pl.DataFrame, size: int, seed: int) -> pl.DataFrame:
 
 
 def _train_and_measure(
-    current: Step, store: StoreResource, engines: EngineResource, variant: Transfer, harness: Any, pairs: pl.DataFrame
+    current: Step, cache: scoring.Cache, engines: EngineResource, variant: Transfer, harness: Any, pairs: pl.DataFrame
 ) -> tuple[list[str], list[str]]:
     """A trained model's responses to the held-out file, and the keys of its task scores."""
-    row = trained_adapter(current, store.store(), engines, variant, pairs)
-    engine = engines.target(variant, Path(row["path"]))
-    responses = answer_heldout(variant, store, engine, "fine_tuned", current, f"model {row['model_id']}")
-    keys = measured_tasks(variant, store.store(), harness, "target_distilled", engine, "fine_tuned", current)
+    row = trained_adapter(current, engines, variant, pairs)
+    engine = engines.target(variant, current.store.absolute(row["path"]))
+    responses = answer_heldout(current, cache, engine, "fine_tuned", f"model {row['model_id']}")
+    keys = task_keys(current, harness, [("target_distilled", engine, "fine_tuned")])
     # One loaded model at a time, however many arms there are.
     engines.release()
     return responses, keys
 
 
 def _reference_models(
-    current: Step, store: StoreResource, engines: EngineResource, transfer: Transfer, harness: Any
+    current: Step, cache: scoring.Cache, engines: EngineResource, harness: Any
 ) -> Iterator[tuple[str, list[str], list[str]]]:
-    base = engines.target(transfer)
-    responses = answer_heldout(transfer, store, base, "base", current, "target_base")
-    yield (
-        "target_base",
-        responses,
-        measured_tasks(transfer, store.store(), harness, "target_base", base, "base", current),
-    )
-    source = engines.source(transfer)
-    yield "source_fine_tuned", answer_heldout(transfer, store, source, "fine_tuned", current, "source_fine_tuned"), []
+    base = engines.target(current.transfer)
+    responses = answer_heldout(current, cache, base, "base", "target_base")
+    yield "target_base", responses, task_keys(current, harness, [("target_base", base, "base")])
+    source = engines.source(current.transfer)
+    yield "source_fine_tuned", answer_heldout(current, cache, source, "fine_tuned", "source_fine_tuned"), []
 
 
-def _tasks(transfer: Transfer, database: Store, scored: list[tuple[str, int | None, list[str]]]) -> pl.DataFrame:
+def _tasks(database: Store, transfer: Transfer, scored: list[tuple[str, int | None, list[str]]]) -> pl.DataFrame:
     """Rows of ``comparison_tasks``: what is known under the keys of each model."""
     rows: list[dict[str, Any]] = []
     for arm, seed, keys in scored:
@@ -279,7 +253,7 @@ def _mark(
 
 
 def _diversity(
-    current: Step, database: Store, datasets: dict[str, list[pl.DataFrame]]
+    current: Step, datasets: dict[str, list[pl.DataFrame]]
 ) -> tuple[dict[str, dict[str, float | None]], str | None]:
     """The columns `DIVERSITY` of every arm, and why there is no similarity, if the encoder is missing."""
     missing = encoder.missing_packages()
@@ -299,7 +273,7 @@ def _diversity(
         arm: {
             "distinct_responses": _mean([pairs["response"].str.strip_chars().n_unique() for pairs in runs]),
             "distinct_bigrams": _mean([distinct_bigrams(pairs["prompt"]) for pairs in runs]),
-            "repetition": _mean([mean_repetition(database, pairs["prompt"].to_list()) for pairs in runs]),
+            "repetition": _mean([mean_repetition(current.store, pairs["prompt"].to_list()) for pairs in runs]),
             "similarity": _mean([similarity(pairs["prompt"]) for pairs in runs]),
         }
         for arm, runs in datasets.items()

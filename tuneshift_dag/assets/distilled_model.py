@@ -1,41 +1,44 @@
-"""``distilled_model``: the target model, LoRA-tuned on the kept pairs."""
+"""``distilled_model``: the target model, LoRA-tuned on the kept pairs.
 
+Trained adapters are kept by the hash of their dataset and settings: what was trained once is never trained again.
+`comparison` trains its own in the same way.
+"""
+
+import hashlib
 import json
+from datetime import UTC, datetime
+from typing import Any
 
 import dagster as dg
+import polars as pl
 
-from tuneshift_dag.assets.adapters import trained_adapter, training_version
 from tuneshift_dag.assets.common import (
     EVERY_ROUND_READ,
-    MODEL_POOL,
-    OWNERS,
-    definition_metadata,
+    LOG,
+    Step,
+    definition,
     every_round_read,
     key,
-    missing_rounds,
     step,
 )
-from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.versions import training_version
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.reports import plots
-from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
-from tuneshift_dag.store.database import Store
-from tuneshift_dag.store.tables import DISTILLED_MODELS
+from tuneshift_dag.reports.summary import describe_filter
+from tuneshift_dag.resources import EngineResource, StoreResource
+from tuneshift_dag.store.database import insert
+from tuneshift_dag.store.records import content_version
+from tuneshift_dag.store.tables import DISTILLED_MODELS, TRAINING_EXAMPLES
+from tuneshift_dag.training import check_training
 
 
 def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
     asset_key = key(transfer, "distilled_model")
 
     @dg.asset(
-        key=asset_key,
+        **definition(transfer, DISTILLED_MODELS, "distilled_model", "pytorch", "huggingface", models=True),
         deps=[key(transfer, "filtered_dataset")],
-        group_name=transfer.name,
-        owners=OWNERS,
-        kinds={"pytorch", "huggingface"},
-        pool=MODEL_POOL,
-        # Fewer rounds change no partition that is left, and still are another dataset.
-        code_version=f"{training_version(transfer)}-{transfer.config.rounds}",
-        metadata=definition_metadata(transfer, DISTILLED_MODELS),
         check_specs=[
             dg.AssetCheckSpec("dataset_not_empty", asset=asset_key, description="There are pairs to train on."),
             every_round_read(transfer, "distilled_model"),
@@ -49,36 +52,44 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
         The loss is on the response tokens only. Adapters are kept by the hash of dataset, target and settings, so a
         dataset that was trained on before is not trained on again.
         """
-        database = store.store()
-        with step(context, database, transfer) as current:
-            _refuse_missing_rounds(context, transfer)
-            trained_on = _materializations(context, transfer)
-            pairs = database.read(
-                "SELECT prompt_id, round, prompt, response FROM filtered_dataset WHERE round <= ?"
-                " ORDER BY round, prompt_id",
-                [transfer.round_keys[-1]],
-                transfer.name,
-            )
+        with step(context, store.store(), transfer, "distilled_model") as current:
+            missing = current.records.missing_rounds("filtered_dataset")
+            if missing:  # Dagster runs an unpartitioned asset also when partitions above it don't exist yet
+                raise dg.Failure(
+                    f"filtered_dataset has no {', '.join(missing)}: materialize these rounds first, then"
+                    " distilled_model.",
+                    allow_retries=False,
+                )
+            pairs = current.store.read(_PAIRS, [transfer.round_keys[-1]], transfer.name)
             if pairs.is_empty():
                 raise dg.Failure("filtered_dataset is empty in every round: there is nothing to train on.")
-            known = trained_adapter(current, database, engines, transfer, pairs)
-            _make_current(database, transfer, known["model_id"])
-            curve = json.loads(known["curve"])
+            row = trained_adapter(current, engines, transfer, pairs)
+
+            def make_current(connection: Any) -> None:
+                connection.execute("UPDATE distilled_models SET current = (model_id = ?)", [row["model_id"]])
+                now = [describe_filter(transfer), row["model_id"]]
+                connection.execute("UPDATE distilled_models SET filter = ? WHERE model_id = ?", now)
+
+            version = current.write([], row["model_id"], make_current)
+            curve = json.loads(row["curve"])
             picture = plots.training_curve(curve)
-        picture.save(output_dir(transfer.name) / "training_curve.png")
+            picture.save(output_dir(transfer.name) / "training_curve.png")
+        versions = [(r, current.records.version("filtered_dataset", r)) for r in transfer.round_keys]
         return dg.MaterializeResult(
-            data_version=dg.DataVersion(known["model_id"]),
+            data_version=dg.DataVersion(version),
             metadata={
                 "dataset": dg.MetadataValue.asset(key(transfer, "filtered_dataset")),
-                "dataset_version": known["dataset_version"],
-                "dataset_materializations": trained_on,
+                "dataset_version": row["dataset_version"],
+                "dataset_materializations": dg.MetadataValue.table(
+                    [dg.TableRecord({"round": round_, "data_version": version}) for round_, version in versions]
+                ),
                 "pairs": len(pairs),
                 "pairs_by_round": dict(pairs.group_by("round").len().sort("round").iter_rows()),
                 "distinct_responses": pairs["response"].n_unique(),
-                "path": dg.MetadataValue.path(known["path"]),
-                "training_seconds": known["seconds"],
+                "path": dg.MetadataValue.path(str(current.store.absolute(row["path"]))),
+                "training_seconds": row["seconds"],
                 "final_losses": curve["epochs"][-1],
-                "training_curve": picture.markdown(),
+                "training_curve": dg.MetadataValue.md(picture.markdown()),
                 **current.metadata(),
             },
             check_results=[
@@ -92,32 +103,87 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
     return distilled_model
 
 
-def _refuse_missing_rounds(context: dg.AssetExecutionContext, transfer: Transfer) -> None:
-    """Dagster runs an unpartitioned asset also when partitions above it don't exist yet."""
-    missing = missing_rounds(context, transfer, "filtered_dataset")
-    if missing:
-        raise dg.Failure(
-            f"filtered_dataset has no {', '.join(missing)}: materialize these rounds first, then distilled_model.",
-            allow_retries=False,
-        )
+# A round that was grown anew knows nothing of the ones after it, so a prompt may stand in two until they are, too.
+_PAIRS = """
+    SELECT prompt_id, round, prompt, response FROM filtered_dataset WHERE round <= ?
+    QUALIFY row_number() OVER (PARTITION BY prompt_id ORDER BY round) = 1 ORDER BY round, prompt_id
+"""
 
 
-def _materializations(context: dg.AssetExecutionContext, transfer: Transfer) -> dg.MetadataValue:
-    """A table of each round's present data version and of the run that made it: later runs may replace them."""
-    records = []
-    for round_ in transfer.round_keys:
-        found = context.instance.fetch_materializations(
-            dg.AssetRecordsFilter(key(transfer, "filtered_dataset"), asset_partitions=[round_]), limit=1
-        ).records
-        for event in found:
-            tags = event.asset_materialization.tags or {} if event.asset_materialization else {}
-            version = tags.get("dagster/data_version", "")
-            records.append(dg.TableRecord({"round": round_, "data_version": version, "run_id": event.run_id}))
-    return dg.MetadataValue.table(records)
+def trained_adapter(current: Step, engines: EngineResource, transfer: Transfer, pairs: pl.DataFrame) -> dict[str, Any]:
+    """The row of ``distilled_models`` for these pairs (prompt_id, round, prompt, response); trained if it must be.
+
+    The row is written as soon as the training ends, so that a killed step trains nothing twice.
+
+    Args:
+        transfer: that of the step, or one with other settings of the training.
+    """
+    dataset_version = content_version(pairs.select("prompt_id", "prompt", "response"))
+    model_id = _model_id(transfer, dataset_version)
+    weights = engines.target_weights(transfer)
+    row = _find(current, model_id)
+    if row is not None and row["target_weights"] not in (weights, None):
+        # The folder, or the hub's branch, that target.base names holds another model by now.
+        model_id = _model_id(transfer, dataset_version, weights)
+        row = _find(current, model_id)
+    if row is None:
+        row = _train(current, engines, transfer, pairs, dataset_version, model_id, weights)
+    else:
+        LOG.info(f"model {model_id} is already trained: nothing to do")
+    current.cost.keys.add(f"model:{model_id}")  # or `cache gc` would take it for unused
+    examples = pairs.select(pl.lit(model_id).alias("model_id"), "prompt_id", "round")
+    with current.store.transaction(transfer.name) as connection:
+        for table, frame in ((DISTILLED_MODELS, DISTILLED_MODELS.frame([row])), (TRAINING_EXAMPLES, examples)):
+            connection.execute(f"DELETE FROM {table.name} WHERE model_id = ?", [model_id])
+            insert(connection, table, frame)
+    return row
 
 
-def _make_current(database: Store, transfer: Transfer, model_id: str) -> None:
-    with database.transaction(transfer.name) as connection:
-        connection.execute("UPDATE distilled_models SET current = (model_id = ?)", [model_id])
-        now = [transfer.describe_filter(), model_id]
-        connection.execute("UPDATE distilled_models SET filter = ? WHERE model_id = ?", now)
+def _model_id(transfer: Transfer, dataset_version: str, *more: str) -> str:
+    parts = "|".join([dataset_version, training_version(transfer), *more])
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+
+def _find(current: Step, model_id: str) -> dict[str, Any] | None:
+    query = "SELECT * FROM distilled_models WHERE model_id = ?"
+    found = current.store.read(query, [model_id], current.transfer.name).to_dicts()
+    if found and (current.store.absolute(found[0]["path"]) / "adapter_model.safetensors").is_file():
+        return found[0]
+    return None
+
+
+def _train(
+    current: Step,
+    engines: EngineResource,
+    transfer: Transfer,
+    pairs: pl.DataFrame,
+    dataset_version: str,
+    model_id: str,
+    weights: str,
+) -> dict[str, Any]:
+    """Train, and return the new row of ``distilled_models``."""
+    check_training(transfer)
+    folder = output_dir(transfer.name) / "models" / model_id
+    progress = current.progress("training steps")
+
+    def on_step(number: int, total: int, loss: float) -> None:
+        progress(number, total)
+        if number % max(1, total // 20) == 0 or number == total:
+            LOG.info(f"training: step {number}/{total}, loss {loss:.3f} nats per token")
+
+    with current.cost.model_time():
+        curve = engines.distill(transfer, pairs.select("prompt", "response").rows(), folder, on_step)
+    return {
+        "model_id": model_id,
+        "dataset_version": dataset_version,
+        "pairs": len(pairs),
+        "target": transfer.config.target.base,
+        "target_weights": weights,
+        "settings": transfer.config.distill.model_dump_json(),
+        "filter": None,
+        "curve": json.dumps({"steps": curve.steps, "epochs": curve.epochs}),
+        "seconds": curve.seconds,
+        "path": current.store.relative(folder),
+        "created_at": datetime.now(UTC).replace(tzinfo=None),
+        "current": False,
+    }

@@ -8,23 +8,22 @@ import polars as pl
 from numpy.typing import NDArray
 
 from tuneshift_dag.assets.common import (
-    OWNERS,
+    LOG,
     Step,
     check_rounds,
-    content_version,
-    definition_metadata,
+    definition,
     every_round_read,
     example_rows,
     key,
     step,
 )
-from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.config import Transfer
 from tuneshift_dag.home import output_dir
-from tuneshift_dag.method.diversity import mean_similarity
+from tuneshift_dag.method.prompting import mean_similarity
 from tuneshift_dag.models import encoder
 from tuneshift_dag.reports import plots
-from tuneshift_dag.resources.dagster_resources import StoreResource
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.resources import StoreResource
+from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import DIVERSITY_MAP, ROUND_SIMILARITY
 
 # A few seconds of CPU for the encoder and as many for the projection; more points only cover each other.
@@ -33,14 +32,8 @@ _MOST_PROMPTS = 2000
 
 def build_diversity_map(transfer: Transfer) -> dg.AssetsDefinition:
     @dg.asset(
-        key=key(transfer, "diversity_map"),
+        **definition(transfer, DIVERSITY_MAP, "diversity_map", "pytorch"),
         deps=[key(transfer, "synthetic_prompts"), key(transfer, "filtered_dataset")],
-        group_name=transfer.name,
-        owners=OWNERS,
-        kinds={"duckdb", "pytorch"},
-        # Installing the encoder makes an asset that was skipped out of date.
-        code_version=f"{transfer.version(code=2)}-{'skipped' if encoder.missing_packages() else 'encoded'}",
-        metadata=definition_metadata(transfer, DIVERSITY_MAP),
         check_specs=[every_round_read(transfer, "diversity_map")],
     )
     def diversity_map(context: dg.AssetExecutionContext, store: StoreResource) -> dg.MaterializeResult:
@@ -51,53 +44,55 @@ def build_diversity_map(transfer: Transfer) -> dg.AssetsDefinition:
         Without the encoder's packages there is no picture, and nothing fails. Switch it off with
         `diversity_map: false` in `transfer.yaml`.
         """
-        database = store.store()
-        with step(context, database, transfer) as current:
-            rounds = check_rounds(context, transfer, "filtered_dataset")
-            skipped = _place(current, database, transfer)
-            points = database.read(_POINTS, schema=transfer.name)
-            similarity = database.read("SELECT * FROM round_similarity ORDER BY round", schema=transfer.name)
-        metadata: dict[str, Any] = {"dagster/row_count": len(points), **current.metadata()}
-        if skipped:
-            context.log.warning(skipped)
-            metadata["skipped"] = skipped
-        else:
-            picture = plots.diversity_map(points)
-            picture.save(output_dir(transfer.name) / "diversity_map.png")
-            metadata["diversity_map"] = picture.markdown()
-            metadata["similarity"] = example_rows(similarity, similarity.columns, len(similarity))
+        metadata: dict[str, Any] = {}
+        with step(context, store.store(), transfer, "diversity_map") as current:
+            rounds = check_rounds(current, "filtered_dataset")
+            places, similarity, skipped = _place(current)
+            points: list[pl.DataFrame] = []
+
+            def read_points(connection: Any) -> str:
+                points.append(connection.sql(_POINTS).pl())
+                return content_version(points[-1])
+
+            version = current.write([(DIVERSITY_MAP, places), (ROUND_SIMILARITY, similarity)], statements=read_points)
+            if skipped:
+                LOG.warning(skipped)
+                metadata["skipped"] = skipped
+            else:
+                picture = plots.diversity_map(points[-1])
+                picture.save(output_dir(transfer.name) / "diversity_map.png")
+                metadata["diversity_map"] = dg.MetadataValue.md(picture.markdown())
+                metadata["similarity"] = example_rows(similarity, similarity.columns, len(similarity))
         return dg.MaterializeResult(
-            data_version=dg.DataVersion(content_version(points)), metadata=metadata, check_results=[rounds]
+            data_version=dg.DataVersion(version),
+            metadata={"dagster/row_count": len(places), **metadata, **current.metadata()},
+            check_results=[rounds],
         )
 
     return diversity_map
 
 
-def _place(current: Step, database: Store, transfer: Transfer) -> str | None:
-    """Bring both tables up to the prompts that there are; return why not, if the encoder is missing."""
-    prompts = database.read(_PROMPTS, {"limit": _MOST_PROMPTS}, transfer.name)
-    known = database.read("SELECT prompt_id FROM diversity_map", schema=transfer.name)
-    compared = database.read("SELECT round FROM round_similarity", schema=transfer.name)
+def _place(current: Step) -> tuple[pl.DataFrame, pl.DataFrame, str | None]:
+    """Rows of both tables for the prompts that there are, known ones where they still hold; and why there are none, if
+    the encoder is missing."""
+    name = current.transfer.name
+    prompts = current.store.read(_PROMPTS, {"limit": _MOST_PROMPTS}, name)
+    known = current.store.read("SELECT * FROM diversity_map ORDER BY prompt_id", schema=name)
+    compared = current.store.read("SELECT * FROM round_similarity ORDER BY round", schema=name)
     rounds = prompts["round"].drop_nulls().unique()
     if set(known["prompt_id"]) == set(prompts["prompt_id"]) and set(compared["round"]) == set(rounds):
         current.cost.cache_hits += len(prompts)
-        return None
+        return known, compared, None
     missing = encoder.missing_packages()
     if missing:
         # Old positions would be shown as if they were of the prompts that there are now.
-        database.replace_all(
-            transfer.name, [(DIVERSITY_MAP, DIVERSITY_MAP.empty()), (ROUND_SIMILARITY, ROUND_SIMILARITY.empty())]
-        )
-        return missing
+        return DIVERSITY_MAP.empty(), ROUND_SIMILARITY.empty(), missing
     with current.cost.model_time():
         embeddings = encoder.embed(prompts["prompt"].to_list())
     places = encoder.project(embeddings)
     points = prompts.select("prompt_id").with_columns(x=pl.Series(places[:, 0]), y=pl.Series(places[:, 1]))
     similarity = [_similarity(prompts, embeddings, round_) for round_ in rounds.sort()]
-    database.replace_all(
-        transfer.name, [(DIVERSITY_MAP, points), (ROUND_SIMILARITY, ROUND_SIMILARITY.frame(similarity))]
-    )
-    return None
+    return points, ROUND_SIMILARITY.frame(similarity), None
 
 
 def _similarity(prompts: pl.DataFrame, embeddings: NDArray[np.float32], round_: str) -> dict[str, Any]:

@@ -1,52 +1,39 @@
 """``evaluation``: how much of the skill has moved, on the held-out file, and what the target forgot meanwhile."""
 
 import hashlib
-import json
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import polars as pl
 
-from tuneshift_dag.assets.common import (
-    MODEL_POOL,
-    OWNERS,
-    Step,
-    content_version,
-    definition_metadata,
-    example_rows,
-    key,
-    step,
-)
-from tuneshift_dag.assets.task_scores import TASK_COLUMNS, score_tasks
-from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.assets.common import LOG, Step, definition, example_rows, key, step
+from tuneshift_dag.config import Transfer
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.method import scoring
-from tuneshift_dag.method.engine import Decoding, Engine, Side
-from tuneshift_dag.method.evaluation import bootstrap_accuracy, mark
-from tuneshift_dag.method.numeric import next_question
+from tuneshift_dag.method.engine import Decoding, Scorer, Side
+from tuneshift_dag.method.evaluation import (
+    Retention,
+    bootstrap_accuracy,
+    general_texts,
+    mark,
+    next_question,
+    retention,
+)
 from tuneshift_dag.method.prompting import prompt_id
-from tuneshift_dag.method.retention import Retention, general_texts, retention
 from tuneshift_dag.reports import plots
-from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
-from tuneshift_dag.store.database import Store
-from tuneshift_dag.store.tables import ACCURACY, EVALUATIONS, RETENTION
+from tuneshift_dag.resources import EngineResource, StoreResource
+from tuneshift_dag.store.records import content_version
+from tuneshift_dag.store.tables import ACCURACY, EVALUATIONS, RETENTION, TASK_SCORES
+
+TASK_COLUMNS = ["model", "task", "metric", "filter", "value", "stderr", "n"]
+Models = list[tuple[str, Scorer, Side]]
+"""Name, engine and side of each model that is measured."""
 
 
 def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
-    texts = general_texts()
-    heldout_hash, text_hash = (hashlib.sha256(json.dumps(t).encode()).hexdigest() for t in (transfer.heldout, texts))
-
     @dg.asset(
-        key=key(transfer, "evaluation"),
+        **definition(transfer, EVALUATIONS, "evaluation", "pytorch", models=True),
         deps=[key(transfer, "distilled_model")],
-        group_name=transfer.name,
-        owners=OWNERS,
-        kinds={"duckdb", "pytorch"},
-        pool=MODEL_POOL,
-        code_version=f"{transfer.version('evaluation', 'engine', 'models', 'source', 'target', 'prompt_template')}"
-        f"-{heldout_hash[:8]}-{text_hash[:8]}-{transfer.adapter_version()}{transfer.tasks_version()}",
-        metadata=definition_metadata(transfer, EVALUATIONS),
     )
     def evaluation(
         context: dg.AssetExecutionContext, store: StoreResource, engines: EngineResource
@@ -59,15 +46,15 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
         For the target also the perplexity of a small general text, before and after: what it forgot; and with
         `evaluation.tasks` its scores on standard tasks.
         """
-        database = store.store()
-        with step(context, database, transfer) as current:
+        texts = general_texts()
+        with step(context, store.store(), transfer, "evaluation") as current:
             rows: list[dict[str, Any]] = []
             accuracies: list[dict[str, Any]] = []
             retained: list[dict[str, Any]] = []
             harness = engines.harness(transfer) if transfer.config.evaluation.tasks else None
-            models = _models(transfer, database, engines)
+            models = _models(current, engines)
             for name, engine, side in models:
-                responses = answer_heldout(transfer, store, engine, side, current, name)
+                responses = answer_heldout(current, store.cache(), engine, side, name)
                 marks = []
                 for (prompt, expected), response in zip(transfer.heldout, responses, strict=True):
                     marks.append(mark(transfer.config.evaluation.metric, response, expected))
@@ -84,24 +71,28 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
                     )
                 if marks:
                     accuracies.append({"model": name, **_accuracy(transfer, marks)})
-                    context.log.info("{model}: {value:.3f} [{low:.3f}, {high:.3f}]".format(**accuracies[-1]))
+                    LOG.info("{model}: {value:.3f} [{low:.3f}, {high:.3f}]".format(**accuracies[-1]))
                 if name.startswith("target"):
-                    found = _retention(store, engine, side, texts, current)
-                    context.log.info(f"{name}: perplexity of general text {found.perplexity:.2f}")
+                    found = _retention(current, store.cache(), engine, side, texts)
+                    LOG.info(f"{name}: perplexity of general text {found.perplexity:.2f}")
                     retained.append({"model": name, **vars(found)})
             answers, summary, kept = EVALUATIONS.frame(rows), ACCURACY.frame(accuracies), RETENTION.frame(retained)
-            database.replace_all(transfer.name, [(EVALUATIONS, answers), (ACCURACY, summary), (RETENTION, kept)])
-            task_scores = score_tasks(transfer, database, harness, models, current)
-        extra: dict[str, Any] = {}
-        if accuracies:
-            picture = plots.accuracy_bars(accuracies)
-            picture.save(output_dir(transfer.name) / "accuracy.png")
-            extra["chart"] = picture.markdown()
+            keys = task_keys(current, harness, [model for model in models if model[0].startswith("target_")])
+            current.write(
+                [(EVALUATIONS, answers), (ACCURACY, summary), (RETENTION, kept)],
+                statements=lambda connection: _make_tasks_current(connection, keys, summary, kept),
+            )
+            task_scores = current.store.read(_TASK_SCORES, schema=transfer.name)
+            extra: dict[str, Any] = {}
+            if accuracies:
+                picture = plots.accuracy_bars(accuracies)
+                picture.save(output_dir(transfer.name) / "accuracy.png")
+                extra["chart"] = dg.MetadataValue.md(picture.markdown())
         if len(task_scores):
             extra["tasks"] = example_rows(task_scores, TASK_COLUMNS, len(task_scores))
         mistakes = answers.filter((pl.col("model") == "target_distilled") & ~pl.col("correct"))
         return dg.MaterializeResult(
-            data_version=dg.DataVersion(content_version(summary, kept, task_scores.select(TASK_COLUMNS))),
+            data_version=dg.DataVersion(_version(summary, kept, task_scores)),
             metadata={
                 "dagster/row_count": len(answers),
                 **{str(row["model"]): row["value"] for row in accuracies},
@@ -133,35 +124,41 @@ def _accuracy(transfer: Transfer, marks: list[tuple[bool, bool | None]]) -> dict
     return row
 
 
-def _models(transfer: Transfer, database: Store, engines: EngineResource) -> list[tuple[str, Engine, Side]]:
-    current = database.read("SELECT path FROM distilled_models WHERE current", schema=transfer.name)
-    if current.is_empty():
+def _version(summary: pl.DataFrame, kept: pl.DataFrame, task_scores: pl.DataFrame) -> str:
+    return content_version(summary, kept, task_scores.select(TASK_COLUMNS))
+
+
+def _models(current: Step, engines: EngineResource) -> Models:
+    query = "SELECT path FROM distilled_models WHERE current"
+    distilled = current.store.read(query, schema=current.transfer.name)
+    if distilled.is_empty():
         raise dg.Failure("There is no distilled model: materialize distilled_model first.", allow_retries=False)
-    source = engines.source(transfer)
-    distilled = engines.target(transfer, Path(current["path"][0]))
+    transfer = current.transfer
+    source, target = engines.source(transfer), engines.target(transfer, current.store.absolute(distilled["path"][0]))
     return [
         ("source_base", source, "base"),
         ("source_fine_tuned", source, "fine_tuned"),
-        ("target_base", engines.target(transfer), "base"),
-        ("target_distilled", distilled, "fine_tuned"),
+        # The very base that the adapter is attached to: a second copy would only take memory.
+        ("target_base", target, "base"),
+        ("target_distilled", target, "fine_tuned"),
     ]
 
 
-def _retention(store: StoreResource, engine: Engine, side: Side, texts: list[str], current: Step) -> Retention:
+def _retention(current: Step, cache: scoring.Cache, engine: Scorer, side: Side, texts: list[str]) -> Retention:
     """The target's base is scored once, however often it is distilled: scores are cached."""
     tokens = [engine.encode(text, templated=True) for text in texts]
-    return retention(texts, tokens, scoring.score_alone(engine, store.cache(), tokens, side, current.cost))
+    logprobs = scoring.score(engine, cache, tokens, side, current.cost)
+    return retention(texts, tokens, logprobs)
 
 
-def answer_heldout(
-    transfer: Transfer, store: StoreResource, engine: Engine, side: Side, current: Step, name: str
-) -> list[str]:
+def answer_heldout(current: Step, cache: scoring.Cache, engine: Scorer, side: Side, name: str) -> list[str]:
     """The model's greedy response to every held-out prompt."""
+    transfer = current.transfer
     template, settings = transfer.config.prompt_template, transfer.config.evaluation
     stop = next_question(template) if settings.metric == "numeric" else ""
     responses = scoring.generate(
         engine,
-        store.cache(),
+        cache,
         [engine.encode(template.replace("{prompt}", prompt)) for prompt, _ in transfer.heldout],
         side,
         Decoding(settings.max_new_tokens, stop=stop),
@@ -169,3 +166,39 @@ def answer_heldout(
         on_progress=current.progress(f"evaluating {name}"),
     )
     return [response.text.split(stop)[0] if stop else response.text for response in responses]
+
+
+def task_keys(current: Step, harness: Any, models: Models) -> list[str]:
+    """Keys in ``task_scores`` of what each model scores on `evaluation.tasks`; known scores aren't computed again.
+
+    A task is written when it is done, so a killed run loses at most one.
+
+    Args:
+        harness: a `tuneshift_dag.engines.harness.Harness`; without one there are no keys.
+        models: `target_base` or, as every trained target is called, `target_distilled`.
+    """
+    keys = []
+    for name, engine, side in models:
+        for task in harness.names if harness else ():
+            asked = f"{engine.fingerprint(side)}|{task}|{harness.version(task)}"
+            keys.append(hashlib.sha256(asked.encode()).hexdigest())
+            query = "SELECT n FROM task_scores WHERE key = ?"
+            if len(current.store.read(query, [keys[-1]], current.transfer.name)):
+                current.cost.cache_hits += 1
+                continue
+            LOG.info(f"{name}: {task}")
+            with current.cost.model_time():
+                rows = harness.run(task, engine, side)
+            current.cost.model_calls += max((row["n"] or 0 for row in rows), default=0)
+            marks = {"key": keys[-1], "model": name, "example_limit": harness.limit, "current": False}
+            scores = TASK_SCORES.frame([{**marks, **row} for row in rows])
+            current.store.append_all(current.transfer.name, [(TASK_SCORES, scores)])
+    return keys
+
+
+_TASK_SCORES = "SELECT * FROM task_scores WHERE current ORDER BY task, metric, filter, model"
+
+
+def _make_tasks_current(connection: Any, keys: list[str], summary: pl.DataFrame, kept: pl.DataFrame) -> str:
+    connection.execute("UPDATE task_scores SET current = key IN (SELECT unnest(?))", [keys])
+    return _version(summary, kept, connection.sql(_TASK_SCORES).pl())

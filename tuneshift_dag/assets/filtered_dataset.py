@@ -1,50 +1,30 @@
 """``filtered_dataset``: the pairs where the fine-tune knows something that the base doesn't."""
 
-import dagster as dg
-from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
+from typing import Any
 
-from tuneshift_dag.assets.common import (
-    OWNERS,
-    column_lineage,
-    definition_metadata,
-    example_rows,
-    key,
-    partitions,
-    step,
-)
-from tuneshift_dag.assets.round_seeds import report_seeds
-from tuneshift_dag.config.transfer import Transfer, round_number
+import dagster as dg
+
+from tuneshift_dag.assets.common import Step, column_lineage, definition, example_rows, key, partitions, step
+from tuneshift_dag.assets.round_seeds import seed_candidates, write_seeds
+from tuneshift_dag.config import Transfer, round_number
+from tuneshift_dag.config.versions import code_version
+from tuneshift_dag.method.filters import KEEP_RULES
 from tuneshift_dag.method.seed_sampling import Candidate
-from tuneshift_dag.resources.dagster_resources import StoreResource
+from tuneshift_dag.resources import StoreResource
 from tuneshift_dag.store.database import Store
+from tuneshift_dag.store.queries import verdicts
 from tuneshift_dag.store.tables import FILTERED_DATASET, REJECTED_PAIRS
 
 
 def build_filtered_dataset(transfer: Transfer) -> dg.AssetsDefinition:
-    asset_key = key(transfer, "filtered_dataset")
-
     @dg.asset(
-        key=asset_key,
+        **definition(transfer, FILTERED_DATASET, "filtered_dataset"),
         deps=[key(transfer, "scored_pairs")],
         partitions_def=partitions(transfer),
-        group_name=transfer.name,
-        owners=OWNERS,
-        kinds={"duckdb"},
-        code_version=transfer.version(
-            "filter",
-            "target_pairs",
-            "seed",
-            "generator.calls_per_round",
-            "generator.seeds_per_call",
-            "generator.original_seeds_per_call",
-            "generator.balance",
-            code=3,
-        ),
-        metadata=definition_metadata(transfer, FILTERED_DATASET),
         check_specs=[
             dg.AssetCheckSpec(
                 "seeds_still_kept",
-                asset=asset_key,
+                asset=key(transfer, "filtered_dataset"),
                 description="The seeds that this round's prompts came from pass the current filter.",
             )
         ],
@@ -56,116 +36,191 @@ def build_filtered_dataset(transfer: Transfer) -> dg.AssetsDefinition:
         rule or threshold reruns only this. Reports the next round's seeds, drawn from all pairs kept so far, or
         that the dataset has reached `target_pairs`.
         """
-        round_ = context.partition_key
-        database = store.store()
-        with step(context, database, transfer) as current:
-            version = refilter(database, transfer, round_, transfer.config.filter.cut)
-            judged = database.read(_COUNTS, {"round": round_}, transfer.name)
-            reasons = dict(judged.select("reason", "pairs").iter_rows())
-            kept = reasons.pop("kept", 0)
-            pool = _kept_until(database, transfer, round_)
-            done = len(pool) >= transfer.config.target_pairs
-            report_seeds(context, database, transfer, round_number(round_) + 1, [] if done else pool)
-            examples = database.read(
-                "SELECT * FROM filtered_dataset WHERE round = ? ORDER BY prompt_id LIMIT 5", [round_], transfer.name
-            )
+        version, metadata = _judge(context, store.store(), transfer, context.partition_key)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(version),
-            metadata={
-                "dagster/partition_row_count": kept,
-                "dagster/column_lineage": column_lineage(transfer, FILTERED_DATASET),
-                "kept_share": kept / max(1, kept + sum(reasons.values())),
-                "kept_so_far": len(pool),
-                "target_reached": done,
-                "distinct_responses_so_far": len({c.response for c in pool}),
-                "dropped": reasons,
-                "examples": example_rows(examples, ["prompt", "response", "ppl_fine_tuned", "ppl_base"]),
-                **current.metadata(),
-            },
-            check_results=[_check_seeds(database, transfer, round_)],
+            metadata=metadata,
+            check_results=[_check_seeds(store.store(), transfer, context.partition_key)],
         )
 
     return filtered_dataset
 
 
-def build_refilter_job(transfer: Transfer) -> UnresolvedAssetJobDefinition:
-    """A job for the UI: there "Materialize unsynced" leaves partitioned assets out (Dagster 1.13)."""
-    return dg.define_asset_job(
-        f"{transfer.name}_refilter",
-        selection=[key(transfer, "filtered_dataset")],
+def build_refilter_job(transfer: Transfer) -> dg.JobDefinition:
+    """A job for the UI: after a change of the filter it judges every round again, in order, in one run.
+
+    Not a `BackfillPolicy.single_run` on the asset: Dagster (1.13) gives all partitions of such a run one data version,
+    so that every round, the model and the prompts would look changed whenever one round did; and a backfill of the
+    whole loop would wait with every round's filter until all rounds were scored, which its seeds can't. So the run
+    reports each round's materialization itself, with the versions by which the UI tells what is out of date.
+    """
+
+    @dg.op(name=f"{transfer.name}_refilter_rounds", out={})
+    def refilter_rounds(context: dg.OpExecutionContext, store: StoreResource) -> None:
+        code = code_version(transfer, "filtered_dataset")
+        source = key(transfer, "scored_pairs")
+        for round_ in transfer.round_keys:
+            scored = context.instance.fetch_materializations(
+                dg.AssetRecordsFilter(source, asset_partitions=[round_]), limit=1
+            ).records
+            if not scored:
+                break  # it has nothing to judge yet
+            materialization = scored[0].asset_materialization
+            tags = (materialization.tags if materialization else None) or {}
+            version, metadata = _judge(context, store.store(), transfer, round_)
+            context.log_event(
+                dg.AssetMaterialization(
+                    key(transfer, "filtered_dataset"),
+                    partition=round_,
+                    metadata=metadata,
+                    tags={
+                        "dagster/code_version": code,
+                        "dagster/data_version": version,
+                        "dagster/data_version_is_user_provided": "true",
+                        f"dagster/input_data_version/{source.to_user_string()}": tags.get("dagster/data_version", ""),
+                        f"dagster/input_event_pointer/{source.to_user_string()}": str(scored[0].storage_id),
+                    },
+                )
+            )
+
+    @dg.job(
+        name=f"{transfer.name}_refilter",
         description="After a change of the filter: judges the scored pairs of every round again. No model is loaded.",
     )
+    def refilter() -> None:
+        refilter_rounds()
+
+    return refilter
 
 
+def _judge(
+    context: dg.AssetExecutionContext | dg.OpExecutionContext, database: Store, transfer: Transfer, round_: str
+) -> tuple[str, dict[str, Any]]:
+    """Judge a round's pairs, draw the next round's seeds and report them; the data version and the metadata."""
+    with step(context, database, transfer, "filtered_dataset", round_) as current:
+        pool: list[Candidate] = []
+        originals = seed_candidates(database, transfer)
+        observed: list[dg.AssetObservation] = []
+
+        def statements(connection: Any) -> str:
+            found = judge(connection, current)
+            kept = connection.execute(_POOL, [round_]).fetchall()
+            pool.extend(Candidate(*row) for row in kept)
+            drawn_from = [] if len(pool) >= transfer.config.target_pairs else pool
+            observed.append(write_seeds(connection, current, round_number(round_) + 1, drawn_from, originals))
+            return found
+
+        version = current.write([], statements=statements)
+        context.log_event(observed[-1])
+    judged = dict(database.read(_COUNTS, {"round": round_}, transfer.name).select("reason", "pairs").iter_rows())
+    kept = judged.pop("kept", 0)
+    examples = database.read(
+        "SELECT * FROM filtered_dataset WHERE round = ? ORDER BY prompt_id LIMIT 5", [round_], transfer.name
+    )
+    return version, {
+        "dagster/partition_row_count": kept,
+        "dagster/column_lineage": column_lineage(transfer, FILTERED_DATASET),
+        "kept_share": kept / max(1, kept + sum(judged.values())),
+        "kept_so_far": len(pool),
+        "target_reached": len(pool) >= transfer.config.target_pairs,
+        "distinct_responses_so_far": len({c.response for c in pool}),
+        "dropped": judged,
+        "examples": example_rows(examples, ["prompt", "response", "ppl_fine_tuned", "ppl_base"]),
+        **current.metadata(),
+    }
+
+
+_POOL = "SELECT prompt_id, prompt, response FROM filtered_dataset WHERE round <= ? ORDER BY prompt_id"
 _COUNTS = """
     SELECT 'kept' AS reason, count(*) AS pairs FROM filtered_dataset WHERE round = $round
     UNION ALL SELECT reason, count(*) FROM rejected_pairs WHERE round = $round GROUP BY reason ORDER BY reason
 """
+_KEPT_COLUMNS = ", ".join(
+    "fine_tuned_response AS response" if column.name == "response" else column.name
+    for column in FILTERED_DATASET.columns
+)
 
 
-def refilter(database: Store, transfer: Transfer, round_: str, threshold: float) -> str:
-    """Judge a round's scored pairs and rewrite its kept and rejected rows; return the data version.
+def judge(connection: Any, current: Step) -> str:
+    """Rewrite the kept and the rejected rows of the step's round from its scored pairs; return the data version.
 
-    All of it happens inside DuckDB, in one transaction, and no text passes through Python. The
-    version is a hash of the kept prompts and responses, whatever the rule and threshold that kept them.
-
-    Args:
-        threshold: or, of `filters.KEEP_RULES`, how much is kept (`Filter.cut`).
+    All of it happens inside DuckDB, and no text passes through Python. The version is a hash of the kept prompts and
+    responses, whatever the rule and threshold that kept them.
 
     Raises:
         dg.Failure: when no pair is kept up to this round, or pairs were scored without the samples that are wanted
-            now. The rows that were there stay: for Dagster this materialization never
-            was, so a threshold moved back would count them as fresh.
+            now. The rows that were there stay.
     """
-    verdict = transfer.verdict_sql(cut=threshold)
-    columns = ", ".join("fine_tuned_response AS response" if c == "response" else c for c in _KEPT_COLUMNS)
-    with database.transaction(transfer.name) as connection:
-        connection.execute(
-            f"CREATE TEMP TABLE judged AS SELECT * FROM ({verdict}) WHERE round = $round",
-            {"round": round_},
-        )
-        for table in (FILTERED_DATASET, REJECTED_PAIRS):
-            connection.execute(f"DELETE FROM {table.name} WHERE round = ?", [round_])
-        connection.execute(f"INSERT INTO filtered_dataset BY NAME SELECT {columns} FROM judged WHERE reason IS NULL")
-        connection.execute(
-            "INSERT INTO rejected_pairs BY NAME SELECT round, prompt_id, reason FROM judged WHERE reason IS NOT NULL"
-        )
-        row = connection.execute(
-            "SELECT sha256(coalesce(string_agg(sha256(prompt_id || fine_tuned_response), '' ORDER BY prompt_id), ''))"
-            " FROM judged WHERE reason IS NULL"
-        ).fetchone()
-        pool = connection.execute("SELECT count(*) FROM filtered_dataset WHERE round <= ?", [round_]).fetchone()
-        reasons = connection.execute("SELECT reason, count(*) FROM judged GROUP BY reason ORDER BY reason").fetchall()
-        if "no_samples" in dict(reasons):
-            raise dg.Failure(
-                f"{dict(reasons)['no_samples']} pairs of {round_} were scored before response.samples was set:"
-                " materialize scored_pairs of this round first, which adds what is missing and computes nothing else"
-                " again.",
-                allow_retries=False,
-            )
-        if pool == (0,):
-            cuts = f"filter.{transfer.config.filter.cut_key} (now {transfer.config.filter.cut:g})"
-            raise dg.Failure(
-                f"No pair was kept up to {round_}, so nothing can seed the next round ({dict(reasons)} here)."
-                f" Loosen {cuts} in {transfer.folder / 'transfer.yaml'}, or write"
-                " seeds that are closer to the task.",
-                allow_retries=False,
-            )
-        connection.execute("DROP TABLE judged")
-    assert row is not None
-    return str(row[0])[:16]
-
-
-_KEPT_COLUMNS = [column.name for column in FILTERED_DATASET.columns]
-
-
-def _kept_until(database: Store, transfer: Transfer, round_: str) -> list[Candidate]:
-    rows = database.read(
-        "SELECT prompt_id, prompt, response FROM filtered_dataset WHERE round <= ? ORDER BY prompt_id",
-        [round_],
-        transfer.name,
+    transfer, round_ = current.transfer, current.round
+    connection.execute(
+        f"CREATE OR REPLACE TEMP TABLE judged AS SELECT * FROM ({verdicts(transfer)}) WHERE round = $round",
+        {"round": round_},
     )
-    return [Candidate(*row) for row in rows.iter_rows()]
+    for table in (FILTERED_DATASET, REJECTED_PAIRS):
+        connection.execute(f"DELETE FROM {table.name} WHERE round = ?", [round_])
+    connection.execute(f"INSERT INTO filtered_dataset BY NAME SELECT {_KEPT_COLUMNS} FROM judged WHERE reason IS NULL")
+    connection.execute(
+        "INSERT INTO rejected_pairs BY NAME SELECT round, prompt_id, reason FROM judged WHERE reason IS NOT NULL"
+    )
+    version = connection.execute(
+        "SELECT sha256(coalesce(string_agg(sha256(prompt_id || fine_tuned_response), '' ORDER BY prompt_id), ''))"
+        " FROM judged WHERE reason IS NULL"
+    ).fetchone()[0]
+    reasons = dict(connection.execute("SELECT reason, count(*) FROM judged GROUP BY reason ORDER BY reason").fetchall())
+    connection.execute("DROP TABLE judged")
+    if "no_samples" in reasons:
+        raise dg.Failure(
+            f"{reasons['no_samples']} pairs of {round_} were scored before response.samples was set: materialize"
+            " scored_pairs of this round first, which adds what is missing and computes nothing else again.",
+            allow_retries=False,
+        )
+    if connection.execute("SELECT count(*) FROM filtered_dataset WHERE round <= ?", [round_]).fetchone() == (0,):
+        dropped = dict(
+            connection.execute(
+                "SELECT reason, count(*) FROM rejected_prompts GROUP BY reason ORDER BY 2 DESC"
+            ).fetchall()
+        )
+        raise dg.Failure(_nothing_kept(transfer, str(round_), reasons, dropped), allow_retries=False)
+    return str(version)[:16]
+
+
+def _nothing_kept(transfer: Transfer, round_: str, reasons: dict[str, int], dropped: dict[str, int]) -> str:
+    """What stopped the loop, and what to change: the repair goes by the commonest reason.
+
+    Args:
+        reasons: of scored pairs, and how many each dropped.
+        dropped: the same of list items that were dropped before scoring.
+    """
+    config = transfer.config
+    kind = "share" if config.filter.rule in KEEP_RULES else "threshold"
+    repairs = {
+        "truncated_response": f"raise response.max_new_tokens (now {config.response.max_new_tokens})",
+        "fine_tuned_not_confident": f"raise filter.threshold (now {config.filter.threshold:g})",
+        "base_already_confident": f"lower filter.threshold (now {config.filter.threshold:g})",
+        "below_threshold": f"lower filter.threshold (now {config.filter.threshold:g})",
+        "repetitive_response": f"raise filter.max_repetition (now {config.filter.max_repetition:g})",
+        "samples_disagree": f"lower response.agreement (now {config.response.agreement:g})",
+        "overlong": f"raise generator.max_prompt_characters (now {config.generator.max_prompt_characters})",
+        "duplicate": f"raise generator.temperature (now {config.generator.temperature:g}): it repeats itself",
+        "near_duplicate": f"raise generator.near_duplicate (now {config.generator.near_duplicate:g})",
+        "seed": f"raise generator.temperature (now {config.generator.temperature:g}): it repeats the seeds",
+        "held_out": "write seeds that are further from heldout.jsonl: it writes the held-out prompts",
+    }
+    counts = reasons or dropped
+    if reasons:
+        said = f"No pair was kept up to {round_}, so nothing can seed the next round (dropped: {reasons})."
+    elif dropped:
+        said = (
+            f"No prompt was left to score up to {round_}: all that the generator wrote was dropped before ({dropped})."
+        )
+    else:
+        said = f"No prompt was written up to {round_}: no list was found in what the generator wrote."
+    commonest = max(counts, key=lambda reason: counts[reason], default="")
+    other = f"change the {kind} of filter.rule" if reasons else "change generator.mode or generator.instruction"
+    return (
+        f"{said} In {transfer.folder / 'transfer.yaml'}, {repairs.get(commonest, other)};"
+        " or write seeds that are closer to the task."
+    )
 
 
 def _check_seeds(database: Store, transfer: Transfer, round_: str) -> dg.AssetCheckResult:

@@ -6,13 +6,16 @@ version is their hash. `synthetic_prompts` depends on it, and becomes stale exac
 (A materialization event would not do: Dagster doesn't detect staleness behind an external asset then.)
 """
 
+from typing import Any
+
 import dagster as dg
 
-from tuneshift_dag.assets.common import OWNERS, column_schema, content_version, key, partitions
-from tuneshift_dag.config.transfer import Transfer, round_key, round_number
+from tuneshift_dag.assets.common import OWNERS, Step, key, partitions, table_metadata
+from tuneshift_dag.config import Transfer, round_key, round_number
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.method.seed_sampling import Candidate, draw_seeds
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import records
+from tuneshift_dag.store.database import Store, insert
 from tuneshift_dag.store.tables import ROUND_SEEDS
 
 
@@ -28,21 +31,22 @@ def build_round_seeds(transfer: Transfer) -> dg.AssetSpec:
             " `filtered_dataset` of a round those of the next: this is how the loop fits a graph without"
             " cycles. Nothing to materialize here; look at the observations."
         ),
-        metadata={
-            "dagster/column_schema": column_schema(ROUND_SEEDS),
-            "dagster/table_name": f"{transfer.name}.{ROUND_SEEDS.name}",
-        },
+        metadata=table_metadata(transfer, ROUND_SEEDS),
     )
 
 
-def report_seeds(
-    context: dg.AssetExecutionContext, store: Store, transfer: Transfer, number: int, pool: list[Candidate]
-) -> None:
-    """Draw the seeds of round ``number`` from ``pool``, store them and report them to Dagster.
+def write_seeds(
+    connection: Any, current: Step, number: int, pool: list[Candidate], originals: list[Candidate]
+) -> dg.AssetObservation:
+    """Draw the seeds of round ``number`` from ``pool``, store them, and return what is to be reported to Dagster.
 
-    An empty pool reports that the round has nothing to do: the dataset has reached its target size.
+    An empty pool says that the round has nothing to do: the dataset has reached its target size.
+
+    Args:
+        connection: of the transaction that writes what they were drawn from.
+        originals: the user's prompts.
     """
-    generator = transfer.config.generator
+    transfer, generator = current.transfer, current.transfer.config.generator
     calls = draw_seeds(
         pool,
         number,
@@ -50,7 +54,7 @@ def report_seeds(
         generator.seeds_per_call,
         generator.balance == "response",
         transfer.config.seed,
-        originals=[] if number == 1 else seed_candidates(store, transfer),
+        originals=[] if number == 1 else originals,
         originals_per_call=generator.original_seeds_per_call,
     )
     round_ = round_key(number)
@@ -61,19 +65,20 @@ def report_seeds(
             for s, seed in enumerate(call)
         ]
     )
-    store.replace(transfer.name, ROUND_SEEDS, rows, round=round_)
-    context.log_event(
-        dg.AssetObservation(
-            key(transfer, "round_seeds"),
-            partition=round_,
-            metadata={
-                "status": "seeds drawn" if pool else "target size reached: nothing left to do",
-                "pool": len(pool),
-                "calls": len(calls) if pool else 0,
-                "seed_ids": rows["prompt_id"].unique(maintain_order=True).to_list(),
-            },
-            tags={"dagster/data_version": content_version(rows)},
-        )
+    version = records.content_version(rows)
+    connection.execute("DELETE FROM round_seeds WHERE round = ?", [round_])
+    insert(connection, ROUND_SEEDS, rows)
+    records.note(connection, "round_seeds", round_, version, current.run.run_id)
+    return dg.AssetObservation(
+        key(transfer, "round_seeds"),
+        partition=round_,
+        metadata={
+            "status": "seeds drawn" if pool else "target size reached: nothing left to do",
+            "pool": len(pool),
+            "calls": len(calls) if pool else 0,
+            "seed_ids": rows["prompt_id"].unique(maintain_order=True).to_list(),
+        },
+        tags={"dagster/data_version": version},
     )
 
 
@@ -89,18 +94,18 @@ def reporter(number: int) -> tuple[str, str | None]:
     return ("seed_set", None) if number == 1 else ("filtered_dataset", round_key(number - 1))
 
 
-def read_seeds(
-    context: dg.AssetExecutionContext, store: Store, transfer: Transfer, round_: str
-) -> list[list[Candidate]]:
+def read_seeds(current: Step) -> list[list[Candidate]]:
     """The seeds of each generator call of a round; no calls when the target size was reached before.
 
     Raises:
         dg.Failure: when nobody has reported this round's seeds, naming the round to materialize first.
     """
-    if not _is_reported(context, transfer, round_):
+    round_ = current.round
+    assert round_ is not None
+    if not current.records.version("round_seeds", round_):
         # The first gap, not the round just before: that one may lack seeds for the same reason.
         number = round_number(round_)
-        while number > 1 and not _is_reported(context, transfer, round_key(number - 1)):
+        while number > 1 and not current.records.version("round_seeds", round_key(number - 1)):
             number -= 1
         asset, previous = reporter(number)
         unfinished = previous or asset
@@ -109,13 +114,10 @@ def read_seeds(
             f" (if it failed, its run says what to fix), then {round_} again. Nothing that was computed is lost.",
             allow_retries=False,
         )
-    rows = store.read("SELECT * FROM round_seeds WHERE round = ? ORDER BY call, slot", [round_], transfer.name)
+    rows = current.store.read(
+        "SELECT * FROM round_seeds WHERE round = ? ORDER BY call, slot", [round_], current.transfer.name
+    )
     calls: dict[int, list[Candidate]] = {}
     for row in rows.iter_rows(named=True):
         calls.setdefault(row["call"], []).append(Candidate(row["prompt_id"], row["prompt"], row["response"]))
     return list(calls.values())
-
-
-def _is_reported(context: dg.AssetExecutionContext, transfer: Transfer, round_: str) -> bool:
-    records = dg.AssetRecordsFilter(key(transfer, "round_seeds"), asset_partitions=[round_])
-    return bool(context.instance.fetch_observations(records, limit=1).records)

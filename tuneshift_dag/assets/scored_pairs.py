@@ -8,25 +8,22 @@ import dagster as dg
 import polars as pl
 
 from tuneshift_dag.assets.common import (
-    MODEL_POOL,
-    OWNERS,
     Step,
     column_lineage,
-    content_version,
-    definition_metadata,
+    definition,
     example_rows,
     key,
     partitions,
     prompt_chunks,
     step,
 )
-from tuneshift_dag.config.transfer import Transfer
-from tuneshift_dag.method import scoring, self_consistency
-from tuneshift_dag.method.engine import Decoding, Pair, Response, perplexity
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.method import scoring
+from tuneshift_dag.method.engine import Decoding, Pair, Response, Scorer, perplexity
 from tuneshift_dag.models.memory import trim
-from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
-from tuneshift_dag.store.cache import ResponseCache
-from tuneshift_dag.store.database import Spool, Store, in_chunks
+from tuneshift_dag.resources import EngineResource, StoreResource
+from tuneshift_dag.store.database import Spool, in_chunks
+from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import SCORED_PAIRS
 
 
@@ -34,16 +31,9 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
     asset_key = key(transfer, "scored_pairs")
 
     @dg.asset(
-        key=asset_key,
+        **definition(transfer, SCORED_PAIRS, "scored_pairs", "pytorch", models=True),
         deps=[key(transfer, "synthetic_prompts")],
         partitions_def=partitions(transfer),
-        group_name=transfer.name,
-        owners=OWNERS,
-        kinds={"duckdb", "pytorch"},
-        pool=MODEL_POOL,
-        code_version=f"{transfer.version('source', 'engine', 'models', 'prompt_template', 'response')}"
-        f"-{transfer.adapter_version()}{transfer.samples_version()}",
-        metadata=definition_metadata(transfer, SCORED_PAIRS),
         check_specs=[
             dg.AssetCheckSpec(
                 "finite_perplexities",
@@ -64,18 +54,18 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
         With `response.samples`, the fine-tuned model also samples that many responses to each prompt, and the pair
         gets the share of them that agrees with its greedy one.
         """
-        round_ = context.partition_key
-        database, cache = store.store(), store.cache()
-        with database.spool(SCORED_PAIRS) as rows:
-            with step(context, database, transfer) as current:
-                for chunk in _score_round(current, database, cache, engines, transfer, round_):
-                    rows.append(chunk)
-                    current.spool_keys()
-                    trim()
-                database.replace(transfer.name, SCORED_PAIRS, rows, round=round_)
+        with (
+            store.store().spool(SCORED_PAIRS) as rows,
+            step(context, store.store(), transfer, "scored_pairs", context.partition_key) as current,
+        ):
+            for chunk in _score_round(current, engines.source(transfer), store.cache()):
+                rows.append(chunk)
+                current.spool_keys()
+                trim()
+            version = current.write([(SCORED_PAIRS, rows)], content_version(rows))
             known = (value for chunk in rows for value in chunk["agreement"].drop_nulls())
             return dg.MaterializeResult(
-                data_version=dg.DataVersion(content_version(rows)),
+                data_version=dg.DataVersion(version),
                 metadata={
                     "dagster/partition_row_count": len(rows),
                     "dagster/column_lineage": column_lineage(transfer, SCORED_PAIRS),
@@ -95,15 +85,14 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
     return scored_pairs
 
 
-def _score_round(
-    current: Step, database: Store, cache: ResponseCache, engines: EngineResource, transfer: Transfer, round_: str
-) -> Iterator[pl.DataFrame]:
+def _score_round(current: Step, engine: Scorer, cache: scoring.Cache) -> Iterator[pl.DataFrame]:
     """Rows of a round in order of their prompt_id, chunk by chunk: memory doesn't grow with the prompts."""
+    transfer, round_ = current.transfer, current.round
+    assert round_ is not None
     counted = "SELECT count(*) FROM synthetic_prompts WHERE round = ?"
-    total = database.read(counted, [round_], transfer.name).item()
+    total = current.store.read(counted, [round_], transfer.name).item()
     if not total:
         return
-    engine = engines.source(transfer)
     settings = transfer.config.response
     pairs_progress = scoring.chunk_progress(current.progress("pairs scored"), total)
     if settings.samples:
@@ -115,7 +104,7 @@ def _score_round(
         pairs = scoring.score_pairs(engine, cache, ids, decoding, current.cost, pairs_progress(len(ids)))
         agreements: Sequence[float | None] = [None] * len(pairs)
         if settings.samples:
-            agreements = self_consistency.agreements(
+            agreements = scoring.agreements(
                 engine,
                 cache,
                 ids,
@@ -135,7 +124,7 @@ def _score_round(
         )
 
     with engine.session():
-        yield from map(score, prompt_chunks(database, transfer, round_, engine.chunk_size))
+        yield from map(score, prompt_chunks(current.store, transfer, round_, engine.chunk_size))
 
 
 def pair_row(pair: Pair) -> dict[str, Any]:

@@ -1,46 +1,29 @@
 """``seed_set``: the user's example prompts, and the preflight that the adapter is really applied."""
 
-import hashlib
-import json
+from datetime import UTC, datetime
 
 import dagster as dg
+import polars as pl
 
-from tuneshift_dag.assets.common import (
-    MODEL_POOL,
-    OWNERS,
-    content_version,
-    definition_metadata,
-    example_rows,
-    key,
-    step,
-)
-from tuneshift_dag.assets.round_seeds import report_seeds, seed_candidates
-from tuneshift_dag.config.transfer import Transfer
-from tuneshift_dag.engines.preflight import AdapterCheck
+from tuneshift_dag.assets.common import LOG, definition, example_rows, key, step
+from tuneshift_dag.assets.round_seeds import write_seeds
+from tuneshift_dag.config import Transfer
 from tuneshift_dag.method import scoring
-from tuneshift_dag.method.engine import Decoding
+from tuneshift_dag.method.engine import AdapterCheck, Decoding
 from tuneshift_dag.method.prompting import prompt_id
-from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
-from tuneshift_dag.store.tables import SEED_SET
+from tuneshift_dag.method.seed_sampling import Candidate
+from tuneshift_dag.resources import EngineResource, StoreResource
+from tuneshift_dag.store.records import content_version
+from tuneshift_dag.store.tables import MODELS, SEED_SET
 
 
 def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
-    asset_key = key(transfer, "seed_set")
-    sections = ("source", "generator", "engine", "models", "prompt_template", "response", "seed")
-    seeds_hash = hashlib.sha256(json.dumps(transfer.seeds).encode()).hexdigest()
-
     @dg.asset(
-        key=asset_key,
-        group_name=transfer.name,
-        owners=OWNERS,
-        kinds={"duckdb", "pytorch"},
-        pool=MODEL_POOL,
-        code_version=f"{transfer.version(*sections, code=3)}-{seeds_hash[:8]}-{transfer.adapter_version()}",
-        metadata=definition_metadata(transfer, SEED_SET),
+        **definition(transfer, SEED_SET, "seed_set", "pytorch", models=True),
         check_specs=[
             dg.AssetCheckSpec(
                 "adapter_applied",
-                asset=asset_key,
+                asset=key(transfer, "seed_set"),
                 description="The adapter changes the base model's answers on the seeds.",
             )
         ],
@@ -56,16 +39,15 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
         if transfer.config.evaluation.tasks:
             # Now, not after hours of work: a misspelt task, or one whose data can't be had.
             engines.harness(transfer)
-        with step(context, store.store(), transfer) as current:
+        with step(context, store.store(), transfer, "seed_set") as current:
             rendered = [transfer.config.prompt_template.replace("{prompt}", seed) for seed in transfer.seeds]
             with current.cost.model_time():
                 source = engines.source(transfer)
                 applied = source.check_adapter(rendered)
-            current.cost.model_calls += 2 * len(transfer.seeds)
             if applied.problems:
                 raise dg.Failure(_refusal(transfer, applied.problems), allow_retries=False)
             for warning in applied.warnings:
-                context.log.warning(warning)
+                LOG.warning(warning)
             responses = scoring.generate(
                 source,
                 store.cache(),
@@ -74,16 +56,20 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
                 Decoding(transfer.config.response.max_new_tokens),
                 current.cost,
             )
-            rows = SEED_SET.frame(
-                [
-                    {"prompt_id": prompt_id(seed), "prompt": seed, "response": response.text}
-                    for seed, response in zip(transfer.seeds, responses, strict=True)
-                ]
+            seeds = [
+                Candidate(prompt_id(seed), seed, response.text)
+                for seed, response in zip(transfer.seeds, responses, strict=True)
+            ]
+            rows = SEED_SET.frame([vars(seed) for seed in seeds])
+            observed: list[dg.AssetObservation] = []
+            version = current.write(
+                [(SEED_SET, rows), (MODELS, _models(transfer))],
+                content_version(rows),
+                lambda connection: observed.append(write_seeds(connection, current, 1, seeds, seeds)),
             )
-            store.store().replace(transfer.name, SEED_SET, rows)
-            report_seeds(context, store.store(), transfer, 1, seed_candidates(store.store(), transfer))
+            context.log_event(observed[-1])
         return dg.MaterializeResult(
-            data_version=dg.DataVersion(content_version(rows)),
+            data_version=dg.DataVersion(version),
             metadata={
                 "dagster/row_count": len(rows),
                 "examples": example_rows(rows, ["prompt", "response"]),
@@ -101,6 +87,24 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
         )
 
     return seed_set
+
+
+def _models(transfer: Transfer) -> pl.DataFrame:
+    """Which weights the transfer's references meant in this run."""
+    config, now = transfer.config, datetime.now(UTC).replace(tzinfo=None)
+    references = {
+        "source.base": config.source.base,
+        "source.adapter": config.source.adapter,
+        "generator.model": config.generator.model,
+        "target.base": config.target.base,
+    }
+    return MODELS.frame(
+        [
+            {"role": role, "reference": references[role], "fingerprint": found.value, "commit": found.commit}
+            | {"resolved_at": now}
+            for role, found in transfer.fingerprints.items()
+        ]
+    )
 
 
 def _refusal(transfer: Transfer, problems: list[str]) -> str:

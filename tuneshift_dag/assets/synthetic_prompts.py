@@ -1,19 +1,16 @@
 """``synthetic_prompts``: the generator writes more prompts like each call's seeds."""
 
 import hashlib
-import json
 from typing import Any
 
 import dagster as dg
 import polars as pl
 
 from tuneshift_dag.assets.common import (
-    MODEL_POOL,
-    OWNERS,
+    LOG,
     Step,
     column_lineage,
-    content_version,
-    definition_metadata,
+    definition,
     example_rows,
     key,
     mean_repetition,
@@ -21,22 +18,24 @@ from tuneshift_dag.assets.common import (
     step,
 )
 from tuneshift_dag.assets.round_seeds import read_seeds, reporter
-from tuneshift_dag.config.transfer import Generator, Transfer, round_key, round_number
+from tuneshift_dag.config import Transfer, round_key, round_number
+from tuneshift_dag.config.schema_models import Generator
 from tuneshift_dag.method import scoring
-from tuneshift_dag.method.diversity import distinct_bigrams, novel_bigrams
-from tuneshift_dag.method.engine import Decoding, Engine, Response
+from tuneshift_dag.method.engine import Decoding, PromptWriter, Response
 from tuneshift_dag.method.prompting import (
     PromptPool,
+    distinct_bigrams,
     generator_request,
     labelled_request,
     normalize,
+    novel_bigrams,
     parse_labelled,
     parse_list,
 )
 from tuneshift_dag.method.seed_sampling import Candidate
-from tuneshift_dag.resources.dagster_resources import EngineResource, StoreResource
-from tuneshift_dag.store.cache import ResponseCache
+from tuneshift_dag.resources import EngineResource, StoreResource
 from tuneshift_dag.store.database import Store
+from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import PROPOSALS, REJECTED_PROMPTS, SYNTHETIC_PROMPTS
 
 FIRST_ROUND = round_key(1)
@@ -44,24 +43,17 @@ FIRST_ROUND = round_key(1)
 
 def build_synthetic_prompts(transfer: Transfer) -> dg.AssetsDefinition:
     asset_key = key(transfer, "synthetic_prompts")
-    heldout_hash = hashlib.sha256(json.dumps(transfer.heldout).encode()).hexdigest()
 
     @dg.asset(
-        key=asset_key,
+        **definition(transfer, SYNTHETIC_PROMPTS, "synthetic_prompts", "pytorch", models=True),
         # seed_set is named so that Dagster runs it first: it doesn't order through external assets.
         deps=[key(transfer, "seed_set"), key(transfer, "round_seeds")],
         partitions_def=partitions(transfer),
-        group_name=transfer.name,
-        owners=OWNERS,
-        kinds={"duckdb", "pytorch"},
-        pool=MODEL_POOL,
-        code_version=f"{transfer.version('generator', 'models', 'seed')}-{heldout_hash[:8]}",
-        metadata=definition_metadata(transfer, SYNTHETIC_PROMPTS),
         check_specs=[
             dg.AssetCheckSpec(
                 "no_duplicate_prompts",
                 asset=asset_key,
-                description="No prompt of this round equals (normalized) a seed or another prompt of any round.",
+                description="No prompt of this round equals (normalized) a seed or a prompt of an earlier round.",
             ),
             dg.AssetCheckSpec(
                 "no_held_out_prompts",
@@ -75,23 +67,23 @@ def build_synthetic_prompts(transfer: Transfer) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         """New prompts: the generator is shown a few kept prompts per call and asked for more like them.
 
-        Items that are empty, too long, already known, nearly the same as a known prompt (ROUGE-L), or in
-        the held-out file are dropped and listed in `rejected_prompts`.
+        Items that are empty, too long, known from the seeds or an earlier round, nearly the same as a known prompt
+        (ROUGE-L), or in the held-out file are dropped and listed in `rejected_prompts`.
         """
         round_ = context.partition_key
         database = store.store()
-        with step(context, database, transfer) as current:
-            calls = read_seeds(context, database, transfer, round_)
+        with step(context, database, transfer, "synthetic_prompts", round_) as current:
+            calls = read_seeds(current)
             if not calls:
-                context.log.info(f"{round_}: the dataset has reached target_pairs; nothing to generate.")
-            answers = (
-                _ask(engines.generator(transfer), store.cache(), transfer, round_, calls, current) if calls else []
-            )
+                LOG.info(f"{round_}: the dataset has reached target_pairs; nothing to generate.")
+            answers = _ask(engines.generator(transfer), store.cache(), current, calls) if calls else []
             proposals, prompts, rejected = _sort_out(transfer, database, round_, calls, answers)
-            tables = [(PROPOSALS, proposals), (SYNTHETIC_PROMPTS, prompts), (REJECTED_PROMPTS, rejected)]
-            database.replace_all(transfer.name, tables, round=round_)
+            version = current.write(
+                [(PROPOSALS, proposals), (SYNTHETIC_PROMPTS, prompts), (REJECTED_PROMPTS, rejected)],
+                content_version(prompts.select("prompt_id", "prompt")),
+            )
         return dg.MaterializeResult(
-            data_version=dg.DataVersion(content_version(prompts.select("prompt_id", "prompt"))),
+            data_version=dg.DataVersion(version),
             metadata={
                 "dagster/partition_row_count": len(prompts),
                 "dagster/column_lineage": column_lineage(transfer, SYNTHETIC_PROMPTS),
@@ -111,7 +103,7 @@ def build_synthetic_prompts(transfer: Transfer) -> dg.AssetsDefinition:
     return synthetic_prompts
 
 
-def _request(engine: Engine, settings: Generator, call: list[Candidate], first_round: bool) -> str:
+def _request(engine: PromptWriter, settings: Generator, call: list[Candidate], first_round: bool) -> str:
     """What the generator sees in one call. In the first round nothing is known that could be asked for."""
     if settings.mode == "by_response":
         shown = call if first_round else call[:-1]
@@ -124,17 +116,10 @@ def _request(engine: Engine, settings: Generator, call: list[Candidate], first_r
     )
 
 
-def _ask(
-    engine: Engine,
-    cache: ResponseCache,
-    transfer: Transfer,
-    round_: str,
-    calls: list[list[Candidate]],
-    current: Step,
-) -> list[Response]:
+def _ask(engine: PromptWriter, cache: scoring.Cache, current: Step, calls: list[list[Candidate]]) -> list[Response]:
     """The generator's answer to every call, sampled with a seed of its own."""
-    settings = transfer.config.generator
-    requests = [_request(engine, settings, call, first_round=round_ == FIRST_ROUND) for call in calls]
+    transfer, settings = current.transfer, current.transfer.config.generator
+    requests = [_request(engine, settings, call, first_round=current.round == FIRST_ROUND) for call in calls]
     last_item = settings.seeds_per_call + settings.prompts_per_call
     stops = {"chat": "", "continuation": f"\n{last_item + 1}.", "by_response": "\n\n"}
     decoding = Decoding(
@@ -166,7 +151,8 @@ def _sort_out(
     pool = PromptPool(settings.near_duplicate, settings.max_prompt_characters)
     pool.add(transfer.seeds, "seed")
     pool.add((prompt for prompt, _ in transfer.heldout), "held_out")
-    known = database.read("SELECT prompt FROM synthetic_prompts WHERE round <> ?", [round_], transfer.name)
+    # Of earlier rounds only, so that the prompts don't depend on the order in which rounds were grown anew.
+    known = database.read("SELECT prompt FROM synthetic_prompts WHERE round < ?", [round_], transfer.name)
     pool.add(known["prompt"], "duplicate")
     proposals, prompts, rejected = [], [], []
     for number, (call, answer) in enumerate(zip(calls, answers, strict=True)):
@@ -224,7 +210,7 @@ def _check_duplicates(transfer: Transfer, database: Store, round_: str) -> dg.As
     doubles = database.read(
         "SELECT prompt FROM synthetic_prompts WHERE round = ? AND prompt_id IN ("
         " SELECT prompt_id FROM seed_set UNION ALL"
-        " SELECT prompt_id FROM synthetic_prompts WHERE round <> ?)",
+        " SELECT prompt_id FROM synthetic_prompts WHERE round < ?)",
         [round_, round_],
         transfer.name,
     )["prompt"].to_list()

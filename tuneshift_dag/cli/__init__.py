@@ -1,1 +1,371 @@
-"""The command line."""
+"""The command line: one function a command, which reads its arguments, calls a report or the runner, and prints.
+
+`tuneshift_dag.cli.rendering` prints; `main` is the entry point. What takes long to import is imported by the command
+that needs it.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from tuneshift_dag.cli import rendering
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.home import database_file, output_dir, transfers_dir, use_dagster_home
+from tuneshift_dag.method.filters import KEEP_RULES, RULES
+
+if TYPE_CHECKING:
+    from tuneshift_dag.config import Transfer
+
+
+class _OneLine(TyperGroup):
+    """Tells a user's error, and an interruption, in one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TuneshiftError as error:
+            rendering.message("error", "red", str(error))
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            rendering.err.print("interrupted; what was computed is kept: run the same command again")
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(
+    cls=_OneLine,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Move a fine-tuned skill from one base model to another with five example prompts.",
+)
+cache_app = typer.Typer(help="The cache of model calls, shared by all transfers.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+TransferName = Annotated[str, typer.Argument(help="Name of a folder under transfers/, or a path to one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+AsJsonList = Annotated[bool, typer.Option("--json", help="Print one JSON list and nothing else.")]
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Name of the folder to make under transfers/.")],
+    adapter: Annotated[str, typer.Option(help="Your PEFT LoRA adapter: a folder, or a hub id.")] = "",
+    base: Annotated[
+        str, typer.Option(help="Base model of the adapter. Without it, the one that adapter_config.json names.")
+    ] = "",
+    target: Annotated[str, typer.Option(help="Base model that shall learn the skill.")] = "",
+    template: Annotated[
+        str, typer.Option(help="Text around a prompt in the adapter's training, with {prompt}; \\n is a new line.")
+    ] = "",
+    seeds: Annotated[
+        str, typer.Option(help="Example prompts: .jsonl, .csv with a column `prompt`, or .txt with one a line.")
+    ] = "",
+    heldout: Annotated[
+        str, typer.Option(help="Labelled examples to measure with: .jsonl, or .csv with `prompt` and `response`.")
+    ] = "",
+    generator: Annotated[str, typer.Option(help="Model that writes prompts. Without it, the target.")] = "",
+    mode: Annotated[
+        Literal["chat", "continuation", "by_response"],
+        typer.Option(help="The generator's mode, see `generator.mode`: a base model needs another than chat."),
+    ] = "chat",
+    instruction: Annotated[str, typer.Option(help="What the generator is told, see `generator.instruction`.")] = "",
+    description: Annotated[str, typer.Option(help="One line for people.")] = "",
+    copy_adapter: Annotated[bool, typer.Option(help="Copy a local adapter, or name it where it is.")] = True,
+) -> None:
+    """Make a transfer folder; in a terminal, ask for what no option says.
+
+    Models and files are given as seen from the working folder. Nothing is overwritten, and a folder appears
+    only when everything in it is sound.
+    """
+    from tuneshift_dag.cli import new as scaffold
+
+    answers = scaffold.Answers(
+        adapter, base, target, template, seeds, heldout, generator, mode, instruction, description, copy_adapter
+    )
+    scaffold.check_name(transfers_dir(), name)
+    if scaffold.missing(answers) and sys.stdin.isatty():
+        answers = scaffold.ask_for_the_rest(answers)
+    made = scaffold.create(transfers_dir(), name, answers)
+    rendering.out.print(str(made.folder), soft_wrap=True, highlight=False)
+    heldout_note = f"{len(made.heldout)} held-out pairs" if made.heldout else "no held-out file, so no evaluation"
+    rendering.err.print(f"{len(made.seeds)} seeds, {heldout_note}. Next:", highlight=False)
+    rendering.commands(
+        [
+            (f"tuneshift doctor {name}", "is the adapter applied?"),
+            (f"tuneshift run {name}", "prompts, pairs, the new adapter"),
+            ("make ui", "the same in Dagster's UI"),
+        ]
+    )
+
+
+@app.command()
+def plan(transfer: TransferName, as_json: AsJson = False) -> None:
+    """Does a run fit in this machine's memory, and how long does it take? Loads no model and changes nothing.
+
+    Seconds are those of a run from nothing at the speeds that former runs of this transfer recorded here. See
+    docs/scaling.md.
+    """
+    from tuneshift_dag.reports.plan import plan as make
+
+    made = make(_store(), _load(transfer))
+    rendering.as_json(made) if as_json else rendering.plan(made)
+
+
+@app.command()
+def run(
+    transfer: TransferName,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Grow at most this many rounds this time, then train and evaluate on what there is."),
+    ] = None,
+    regrow: Annotated[
+        bool, typer.Option(help="Also grow rounds anew that are out of date only because their seeds changed.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Materialize what is missing or out of date, round by round, then train and evaluate.
+
+    Runs are recorded in Dagster's instance, so the UI shows them. After a change of the threshold, rounds
+    keep their prompts even if their seeds changed; they are named, and --regrow grows them anew.
+    """
+    from tuneshift_dag.reports import plan as plans
+    from tuneshift_dag.reports.summary import report as make_report
+
+    loaded = _load(transfer)
+    if rounds is not None:
+        loaded = loaded.with_rounds(rounds)
+    runner, store = _runner(loaded), _store()
+    store.prepare(loaded.name)
+    for warning in plans.run_warnings(loaded):
+        rendering.message("warning", "yellow", warning)
+    pending = plans.to_do(store, loaded, regrow)
+    if pending:
+        speeds = plans.chosen_speeds(plans.recorded_speeds(store, loaded), loaded)
+        seconds = plans.work(store, loaded).seconds(speeds, pending)
+        rendering.outlook(loaded.name, pending, seconds, set(plans.STEPS))
+    result = runner.run(regrow)
+    if not result.materialized:
+        rendering.err.print("Everything is up to date.")
+    if result.kept_rounds:
+        rendering.err.print(
+            f"Kept the prompts of {', '.join(result.kept_rounds)}, whose seeds changed with the filter;"
+            " run again with --regrow to grow them anew."
+        )
+    figures = make_report(store, loaded)
+    if as_json:
+        rendering.as_json(figures)
+        return
+    rendering.report(figures)
+    rendering.after_run(loaded.name, output_dir(loaded.name))
+
+
+@app.command()
+def report(transfer: TransferName, as_json: AsJson = False) -> None:
+    """Figures of a transfer: rounds, pairs, costs of the last run, held-out accuracy, what the target forgot."""
+    from tuneshift_dag.reports.summary import report as make
+
+    figures = make(_store(), _load(transfer))
+    rendering.as_json(figures) if as_json else rendering.report(figures)
+
+
+@app.command()
+def sweep(
+    transfer: TransferName,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rule",
+            help=f"{', '.join(RULES[:-1])} or {RULES[-1]}; may be repeated."
+            " Without it, all; with a grid, those that can take it.",
+        ),
+    ] = None,
+    grid: Annotated[
+        str,
+        typer.Option(
+            "--grid",
+            help=f"1.1,1.2,1.5 or start:stop:step, of {', '.join(KEEP_RULES[:-1])} and {KEEP_RULES[-1]} what to keep;"
+            " without it, chosen.",
+        ),
+    ] = "",
+    as_json: AsJsonList = False,
+) -> None:
+    """Show what each filter rule would keep at each threshold; loads no model and changes nothing."""
+    from tuneshift_dag.reports import thresholds
+
+    loaded = _load(transfer)
+    cells = thresholds.sweep(_store(), loaded, rule or [], thresholds.parse_grid(grid) if grid else [])
+    if as_json:
+        rendering.as_json(cells)
+        return
+    rendering.sweep(cells)
+    if not any(cell["pairs_kept"] for cell in cells):
+        rendering.err.print(f"Nothing is kept. If there are no scored pairs yet: tuneshift run {loaded.name}")
+
+
+@app.command()
+def compare(transfer: TransferName, as_json: AsJsonList = False) -> None:
+    """Train models on what rival filters keep, equally many pairs each, and compare their held-out accuracy.
+
+    Needs `compare:` in transfer.yaml and the scored pairs of `tuneshift run`. Trains arms × seeds models; what
+    was trained before is not trained again, also after a killed run.
+    """
+    from tuneshift_dag.reports import summary
+
+    loaded = _load(transfer)
+    _runner(loaded).compare()
+    rows = summary.comparison(_store(), loaded)
+    if as_json:
+        rendering.as_json(rows)
+        return
+    rendering.comparison(rows)
+    rendering.err.print(f"Picture: {output_dir(loaded.name) / 'comparison.png'}", soft_wrap=True)
+
+
+@app.command()
+def lineage(
+    transfer: TransferName,
+    prompt_id: Annotated[str, typer.Argument(help="A prompt's id, the beginning of one, or the prompt's whole text.")],
+    up: Annotated[
+        bool, typer.Option("--up/--down", help="Back to the seeds it came from, or forward to all that it led to.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Show which generator calls and seeds a prompt came from, or which prompts it led to and their fate."""
+    from dataclasses import asdict
+
+    from tuneshift_dag.reports import lineage as trees
+
+    loaded = _load(transfer)
+    root = (trees.up if up else trees.down)(_store(), loaded, prompt_id)
+    if as_json:
+        direction = "up" if up else "down"
+        rendering.as_json({"transfer": loaded.name, "direction": direction, "root": asdict(root)})
+        return
+    rendering.lineage(root)
+
+
+@app.command()
+def export(
+    transfer: TransferName,
+    to: Annotated[Path, typer.Option("--to", help="Folder to write to; it is created.")],
+) -> None:
+    """Write the distilled adapter (PEFT) and the dataset (chat JSONL and Parquet), with their cards."""
+    from tuneshift_dag.reports.export import export as write
+
+    for path in write(_store(), _load(transfer), to):
+        rendering.out.print(str(path), soft_wrap=True)
+
+
+@cache_app.command("stats")
+def cache_stats(as_json: AsJsonList = False) -> None:
+    """What the cache holds, and how much of it no materialization uses any more."""
+    from tuneshift_dag.store.cache import stats
+
+    found = stats(_store())
+    rendering.as_json(found) if as_json else rendering.rows("Cache (bytes before compression)", found)
+
+
+@cache_app.command("gc")
+def cache_gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it without asking.")] = False,
+    as_json: AsJsonList = False,
+) -> None:
+    """Remove what no transfer uses any more, after listing it: unused answers, adapters, 4-bit copies, schemas.
+
+    In a terminal it asks first; elsewhere it removes nothing without --yes. The database file keeps its size; DuckDB
+    uses the space again.
+    """
+    from tuneshift_dag.cli.doctor import quantized_in_use
+    from tuneshift_dag.config.files import find_transfers, load_transfer
+    from tuneshift_dag.store.cache import collect, collect_plan
+
+    store, folders, used = _store(), find_transfers(transfers_dir()), None
+    try:
+        used = quantized_in_use([load_transfer(folder) for folder in folders])
+    except TuneshiftError as error:
+        rendering.message("note", "yellow", f"4-bit copies of weights are left alone, since one can't be read: {error}")
+    plan = collect_plan(store, [(folder.name, folder) for folder in folders], used)
+    rows = [{"kind": one.kind, "name": one.name, "bytes": one.bytes, "why": one.reason} for one in plan]
+    rendering.as_json(rows) if as_json else rendering.rows("What no transfer uses", rows)
+    if not plan or dry_run:
+        return
+    if not yes and not sys.stdin.isatty():
+        rendering.err.print("Nothing was removed: --yes removes it.")
+    elif yes or typer.confirm("Remove all of it?", err=True):
+        collect(store, plan)
+        rendering.err.print("Removed.")
+
+
+@app.command()
+def doctor(
+    transfer: Annotated[str | None, typer.Argument(help="A transfer to check; without it, all of them.")] = None,
+    models: Annotated[bool, typer.Option(help="Also load the source model and check the adapter.")] = True,
+) -> None:
+    """Check the environment, the transfer files and the preflight; say what to fix. Nothing is downloaded."""
+    from tuneshift_dag.cli.doctor import examine
+
+    ok = True
+    for finding in examine(transfer, models):
+        rendering.finding(finding)
+        ok = ok and finding.ok is not False
+    if not ok:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+def _store() -> Any:
+    from tuneshift_dag.store.database import Store
+
+    return Store(database_file())
+
+
+def _load(name: str) -> "Transfer":
+    from tuneshift_dag.config.files import find_transfers, load_transfer
+
+    folder = Path(name) if (Path(name) / "transfer.yaml").is_file() else transfers_dir() / name
+    if not folder.is_dir():
+        known = ", ".join(f.name for f in find_transfers(transfers_dir())) or "none"
+        raise TuneshiftError(f"There is no transfer {name!r} in {transfers_dir()} (there: {known}).")
+    return load_transfer(folder)
+
+
+def _runner(transfer: "Transfer") -> Any:
+    """A runner in Dagster's instance that tells each step, with its round, and how far it is."""
+    folder = use_dagster_home()
+    # Leave standard error to our own lines.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    import dagster as dg
+
+    from tuneshift_dag.runner import Runner
+
+    try:
+        instance = dg.DagsterInstance.get()
+    except Exception as error:  # whatever the storage that dagster.yaml names raises
+        told = " ".join(str(error).split())
+        raise TuneshiftError(
+            f"{folder / 'dagster.yaml'}: Dagster can't open its instance ({type(error).__name__}: {told}). Repair the"
+            " file, or name another folder in DAGSTER_HOME."
+        ) from error
+    rounds = len(transfer.round_keys)
+
+    def announce(asset: str, round_: str | None) -> None:
+        rendering.err.print(f"[bold]{asset}[/bold]" + (f" {round_} of {rounds}" if round_ else ""), highlight=False)
+
+    def tell(line: str) -> None:
+        rendering.err.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+    return Runner(transfer, instance, on_step=announce, on_line=tell)

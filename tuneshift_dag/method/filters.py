@@ -15,7 +15,6 @@ Rule = Literal[
     "both", "difference", "ratio", "cross_ratio", "top_excess", "balanced_confidence", "random", "unfiltered"
 ]
 RULES: tuple[Rule, ...] = get_args(Rule)
-TargetPreference = Literal["prefer_easy", "avoid_easy"]  # shim, removed at integration
 # The threshold of these is a share or number of the pairs that they keep, and nothing that a pair passes.
 RANKING_RULES: tuple[Rule, ...] = ("top_excess", "balanced_confidence")
 KEEP_RULES: tuple[Rule, ...] = (*RANKING_RULES, "random")

@@ -1,25 +1,40 @@
 """``tuneshift export``: the adapter and the dataset, each with a card that says where it came from."""
 
 import json
+import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from tuneshift_dag.assets.common import content_version
-from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.config import Transfer
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.evaluation import TITLES
-from tuneshift_dag.reports.summary import arm_tasks, by_way, conclusion, diversity, report
+from tuneshift_dag.reports.summary import (
+    arm_tasks,
+    by_way,
+    conclusion,
+    describe_filter,
+    diversity,
+    escape_markdown,
+    report,
+)
 from tuneshift_dag.store.database import Store
+from tuneshift_dag.store.records import content_version
+
+_WRITTEN = ("adapter", "dataset.jsonl", "dataset.parquet", "README.md")
 
 
 def export(store: Store, transfer: Transfer, to: Path) -> list[Path]:
     """Write ``to/adapter`` (PEFT), ``to/dataset.jsonl`` (chat), ``to/dataset.parquet`` and ``to/README.md``.
 
+    They replace those of an earlier export, all together at the end; what else is in the folder stays.
+
     Raises:
-        TuneshiftError: when nothing was distilled yet, or the tables no longer hold what it was distilled from.
+        TuneshiftError: when nothing was distilled yet, the tables no longer hold what it was distilled from, or the
+            folder can't be written.
     """
     figures = report(store, transfer)
     if figures["model"] is None or not Path(figures["model"]["path"]).is_dir():
@@ -39,14 +54,31 @@ def export(store: Store, transfer: Transfer, to: Path) -> list[Path]:
             f" holds all of its {figures['model']['pairs']} pairs. `tuneshift run {transfer.name}` trains on those that"
             " there are now."
         )
-    to.mkdir(parents=True, exist_ok=True)
-    adapter = to / "adapter"
-    shutil.copytree(figures["model"]["path"], adapter, dirs_exist_ok=True)
-    (adapter / "README.md").write_text(model_card(transfer, figures))
-    _write_chat(pairs, to / "dataset.jsonl")
-    pairs.write_parquet(to / "dataset.parquet")
-    (to / "README.md").write_text(_dataset_card(transfer, figures, pairs))
-    return [adapter, to / "dataset.jsonl", to / "dataset.parquet", to / "README.md"]
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as staging:
+            made = Path(staging) / "new"
+            shutil.copytree(figures["model"]["path"], made / "adapter")
+            (made / "adapter" / "README.md").write_text(model_card(transfer, figures), "utf-8")
+            _write_chat(pairs, made / "dataset.jsonl")
+            pairs.write_parquet(made / "dataset.parquet")
+            (made / "README.md").write_text(_dataset_card(transfer, figures, pairs), "utf-8")
+            _put(made, to, Path(staging) / "old")
+    except OSError as error:
+        raise TuneshiftError(f"--to {to}: {error.strerror or error}: name a folder that can be written.") from error
+    return [to / name for name in _WRITTEN]
+
+
+def _put(made: Path, to: Path, replaced: Path) -> None:
+    """Rename what was made into its place; what was there goes to ``replaced``."""
+    if not to.exists():
+        made.rename(to)
+        return
+    replaced.mkdir()
+    for name in _WRITTEN:
+        if (to / name).exists():
+            (to / name).rename(replaced / name)
+        (made / name).rename(to / name)
 
 
 def model_card(transfer: Transfer, figures: dict[str, Any]) -> str:
@@ -56,7 +88,8 @@ def model_card(transfer: Transfer, figures: dict[str, Any]) -> str:
         f"| {a['model'].replace('_', ' ')} | {a['value']:.3f} | {a['low']:.3f} to {a['high']:.3f} | {a['n']} |"
         for a in by_way([{"model": name, **row} for name, row in figures["accuracy"].items()])
     )
-    seeds = "\n".join(f"- {seed}" for seed in transfer.seeds)
+    seeds = "\n".join(f"- {escape_markdown(seed)}" for seed in transfer.seeds)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", config.prompt_template)), default=0))
     front = f"---\nlibrary_name: peft\nbase_model: {json.dumps(config.target.base)}\ntags: [lora, tuneshift-kd]\n---\n"
     return f"""{front}
 # {transfer.name}: {config.target.base}
@@ -70,7 +103,7 @@ A LoRA adapter distilled with tuneshift_dag (TuneShift-KD, arXiv 2603.24518) fro
 | source base | `{config.source.base}` |
 | source adapter | `{config.source.adapter}` |
 | prompt generator | `{config.generator.model}` |
-| filter | {figures["model"]["filter"] or transfer.describe_filter()} |
+| filter | {figures["model"]["filter"] or describe_filter(transfer)} |
 | dataset version | `{figures["model"]["dataset_version"]}`, {figures["model"]["pairs"]} pairs |
 | model id | `{figures["model"]["model_id"]}` |
 
@@ -82,9 +115,9 @@ Seeds:
 
 The model sees exactly this before its response, tokenized with the tokenizer's default special tokens:
 
-```
+{fence}
 {config.prompt_template}
-```
+{fence}
 
 ## Held-out {TITLES[config.evaluation.metric]}
 
@@ -183,7 +216,7 @@ def _dataset_card(transfer: Transfer, figures: dict[str, Any], pairs: pl.DataFra
 
 {len(pairs)} prompts written by `{config.generator.model}` from {len(transfer.seeds)} seeds, answered by
 `{config.source.base}` with the adapter `{config.source.adapter}`, and kept by the rule
-{figures["model"]["filter"] or transfer.describe_filter()}. Dataset version `{figures["model"]["dataset_version"]}`.
+{figures["model"]["filter"] or describe_filter(transfer)}. Dataset version `{figures["model"]["dataset_version"]}`.
 
 - `dataset.jsonl`: one conversation a line, `{{"messages": [{{"role": "user", ...}}, {{"role": "assistant", ...}}]}}`.
 - `dataset.parquet`: the same pairs with their round and perplexities.
@@ -194,7 +227,7 @@ Synthetic text: it may hold mistakes of the models that wrote it, and is bound b
 
 
 def _write_chat(pairs: pl.DataFrame, path: Path) -> None:
-    with path.open("w") as handle:
+    with path.open("w", encoding="utf-8") as handle:
         for prompt, response in pairs.select("prompt", "response").iter_rows():
             messages = [
                 {"role": "user", "content": prompt},

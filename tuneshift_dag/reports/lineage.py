@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.config import Transfer
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.prompting import prompt_id as id_of_text
 from tuneshift_dag.store.database import Store

@@ -1,303 +1,317 @@
-"""``tuneshift plan``: what a run will take, from the transfer's settings and what former runs took.
+"""``tuneshift plan``: does a run fit in this machine's memory, and how long does it take at the speeds recorded here?
 
-The arithmetic is in `tuneshift_dag/method/scaling.py`; here its inputs are gathered, and no weights are read.
+Memory is arithmetic over the settings and the models' ``config.json``, without reading weights; time is rows times the
+seconds that a row took in this store. docs/scaling.md has the formulas. Units: bytes, seconds, tokens; a row is a
+generator call, a pair, a training example or a held-out answer.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.schema import Distill
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file
-from tuneshift_dag.method.scaling import (
-    CPU_USABLE,
-    GPUS,
-    STEPS,
-    Answers,
-    Estimate,
-    Hardware,
-    ModelSize,
-    Training,
-    Workload,
-)
-from tuneshift_dag.method.scaling import estimate as estimate_gpus
-from tuneshift_dag.models.memory import gpu_count, total_bytes
+from tuneshift_dag.models.memory import BATCH_SHARE, gpu_count, total_bytes
 from tuneshift_dag.models.references import known_config
 from tuneshift_dag.store.database import Store
+from tuneshift_dag.store.records import ROUND_ASSETS, Records
 
+STEPS = ("synthetic_prompts", "scored_pairs", "distilled_model", "evaluation")
 # English text and these models' tokenizers: 3.9 over the packaged transfer's prompts.
 _CHARACTERS_PER_TOKEN = 4
-# As `tuneshift_dag.engines.decoding`: shorter openings aren't shared.
-_SHARE_FROM = 16
-HERE = "this machine"
-MODELS = ("source", "generator", "target")
-_UNITS = {"M": 1e6, "B": 1e9, "T": 1e12}
+# QLoRA (arXiv 2305.14314) §3: 4 bits, and with double quantization 0.127 bits of constants, per parameter.
+_FOUR_BIT_BYTES = 4.127 / 8
+# What training keeps for the backward pass, in bytes per token, layer and (hidden + intermediate) width: 13.1 to 16.2
+# counted with `torch.autograd.graph.saved_tensors_hooks` on Gemma 3 270M and SmolLM2-135M, bfloat16, LoRA rank 16.
+_SAVED_BYTES = 16
+# With gradient checkpointing that of one layer only, and the input of the others: one bfloat16 of the hidden width.
+_INPUT_BYTES = 2
+# Logits in bfloat16, their float32 copy and its gradient.
+_LOGIT_BYTES = 10
+# A LoRA weight, its gradient and AdamW's two moments, in float32 or in 8 bits.
+_LORA_BYTES = {"adamw": 16, "paged_adamw_8bit": 10}
+# The libraries of a process: what the packaged transfer's `seed_set` peaked at, less its model.
+_PROCESS_BYTES = 800_000_000
+# Share of the memory that an estimate may fill. A GPU loses the rest to the allocator's gaps (an assumption); on a CPU
+# freed memory stays with the process: the packaged transfer's recorded peaks are 1.3 to 2.1 times the estimates.
+_GPU_USABLE, _CPU_USABLE = 0.9, 0.5
 
 
-def parameters(text: str, option: str) -> float:
-    """The number that ``8B``, ``270M`` or ``135000000`` stands for.
+def models_of(transfer: Transfer, asset: str) -> str | None:
+    """The models of a step whose speed is recorded; None for another one."""
+    config = transfer.config
+    source = config.engine.base.model if config.engine.base else config.source.base
+    models = (config.generator.model, source, config.target.base, f"{source}, {config.target.base}")
+    return dict(zip(STEPS, models, strict=True)).get(asset)
 
-    Raises:
-        TuneshiftError: naming the option and the value.
+
+def engine_of(transfer: Transfer, asset: str) -> str | None:
+    """What runs `models_of` the step, as far as speed depends on it."""
+    engine = transfer.config.engine
+    server = transfer.config.generator.server if asset == "synthetic_prompts" else engine.server
+    if asset not in STEPS:
+        return None
+    if asset == "distilled_model":
+        return "local"
+    if server is not None:
+        return f"openai, {server.concurrency} requests at once, {server.base_url}"
+    return f"ray, {engine.ray}" if engine.type == "ray" else "local"
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The widths of a dense decoder with gated feed-forward layers (Llama, Qwen, Gemma, Mistral, SmolLM).
+
+    ``attention`` is the width of all query heads together, ``keys`` that of all key heads, and of all value heads.
     """
-    unit = _UNITS.get(text[-1:].upper(), 1)
-    try:
-        value = float(text if unit == 1 else text[:-1]) * unit
-    except ValueError:
-        value = 0
-    if not 1e6 <= value <= 1e13:
-        raise TuneshiftError(f"{option}: {text!r} is no number of parameters; write it like 8B or 270M.")
-    return value
+
+    layers: int
+    hidden: int
+    intermediate: int
+    attention: int
+    keys: int
+    vocabulary: int
+    tied: bool
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "ModelSize":
+        """From a ``config.json`` as transformers writes it; KeyError names a key that isn't there.
+
+        Raises:
+            ValueError: for a mixture of experts, whose active and stored parameters differ.
+        """
+        config = config.get("text_config", config)
+        experts = next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)), "")
+        if experts:
+            raise ValueError(f"{experts} is {config[experts]}: a mixture of experts isn't modelled")
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        width = config.get("head_dim") or hidden // heads
+        keys = (config.get("num_key_value_heads") or heads) * width
+        shape = (config["num_hidden_layers"], hidden, config["intermediate_size"], heads * width, keys)
+        return cls(*shape, config["vocab_size"], bool(config.get("tie_word_embeddings", True)))
+
+    def weight_bytes(self, quantized: bool) -> float:
+        """All weights; embeddings and head stay in 16 bits."""
+        layers = self.layers * self.hidden * (2 * (self.attention + self.keys) + 3 * self.intermediate)
+        ends = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return layers * (_FOUR_BIT_BYTES if quantized else 2) + 2 * ends
+
+    def row_bytes(self, prompt: float, new: float, kv_bytes: int) -> float:
+        """A row beside the weights, as the local engine counts it: three prompts' keys and values, of two prefills and
+        of the growing cache, and three rows of logits."""
+        return (3 * prompt + new) * self.layers * 2 * self.keys * kv_bytes + 3 * 2 * self.vocabulary
+
+    def training_bytes(self, distill: Distill, tokens: float, response: float) -> float:
+        """Weights, LoRA on every linear layer with its optimizer, and a pass of pairs of ``tokens`` tokens, of which
+        the loss is on ``response``."""
+        ends = 2 * (2 * self.hidden + self.attention + self.keys) + 3 * (self.hidden + self.intermediate)
+        lora = self.layers * distill.rank * ends * _LORA_BYTES[distill.optimizer]
+        layer, inputs = _SAVED_BYTES * (self.hidden + self.intermediate), self.layers * _INPUT_BYTES * self.hidden
+        kept = layer + inputs if distill.gradient_checkpointing else self.layers * layer
+        batch = distill.batch_size * (tokens * kept + response * self.vocabulary * _LOGIT_BYTES)
+        return _PROCESS_BYTES + self.weight_bytes(distill.quantization != "none") + lora + batch
 
 
-def gpu_named(name: str) -> Hardware:
-    """A GPU of the table; `cpu` with the memory of this machine.
+def model_sizes(transfer: Transfer) -> dict[str, ModelSize]:
+    """Of the source, generator and target those that this machine loads.
 
     Raises:
-        TuneshiftError: naming the ones that are known.
-    """
-    if name not in GPUS:
-        raise TuneshiftError(f"--gpu: {name!r} is not known; use one of {', '.join(GPUS)}.")
-    return replace(GPUS[name], memory=total_bytes()) if name == "cpu" else GPUS[name]
-
-
-def this_machine(transfer: Transfer) -> Hardware:
-    """The memory that a model of this transfer has on this machine; its speed is only known from recorded runs."""
-    usable = Hardware.usable if gpu_count() else CPU_USABLE
-    one = transfer.config.models.device_map == "single"
-    return Hardware(HERE, math.inf, math.inf, total_bytes(1 if one else None), usable=usable)
-
-
-def model_sizes(transfer: Transfer, given: Mapping[str, float]) -> dict[str, ModelSize]:
-    """The source, generator and target, from the options or from each one's ``config.json``.
-
-    Raises:
-        TuneshiftError: when neither says a model's size, naming the option that does.
+        TuneshiftError: when one's size isn't known, saying why.
     """
     config = transfer.config
+    elsewhere = {"source": config.engine.server or config.engine.ray.address}
+    elsewhere["generator"] = config.generator.server or config.engine.ray.address
     references = {"source": config.source.base, "generator": config.generator.model, "target": config.target.base}
     sizes: dict[str, ModelSize] = {}
-    for name in MODELS:
-        key = "generator.model" if name == "generator" else f"{name}.base"
-        same = [other for other in (name, *MODELS) if references[other] == references[name] and other in given]
-        if same:
-            sizes[name] = ModelSize.of(given[same[0]])
+    for name, reference in references.items():
+        if elsewhere.get(name):
             continue
-        where = f"{transfer.folder / 'transfer.yaml'}: {key}"
-        served = name == "generator" and config.generator.server is not None
-        file = None if served else known_config(references[name], transfer.folder, where)
-        fix = f"give its size with --{name}-parameters 8B"
-        if served:
-            raise TuneshiftError(f"{where}: {references[name]!r} is on a server, so its size isn't known: {fix}.")
-        if file is None:
-            raise TuneshiftError(
-                f"{where}: {references[name]!r} isn't on this machine yet, so its size isn't known: {fix},"
-                f" or get it with `hf download {references[name]}`."
-            )
+        where = f"{transfer.folder / 'transfer.yaml'}: {name}.{'model' if name == 'generator' else 'base'}"
+        file = known_config(reference, transfer.folder, where)
         try:
-            sizes[name] = ModelSize.from_config(json.loads(file.read_text()))
-        except KeyError as error:
-            raise TuneshiftError(f"{where}: {file} has no {error}, so the model's size isn't known: {fix}.") from error
-        except ValueError as error:
-            raise TuneshiftError(f"{where}: {file}: {error}; {fix}.") from error
+            if file is None:
+                raise ValueError(f"{reference!r} isn't on this machine yet (`hf download {reference}` gets it)")
+            sizes[name] = ModelSize.from_config(json.loads(file.read_text("utf-8")))
+        except (KeyError, ValueError) as error:
+            problem = f"{file} has no {error}" if isinstance(error, KeyError) else error
+            raise TuneshiftError(f"{where}: {problem}, so the memory that a run needs isn't known.") from error
     return sizes
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """Means of a transfer's rows; where no run recorded them, the longest that its settings allow.
-
-    Responses are in tokens with their longest, prompts in characters.
-    """
+class Work:
+    """Rows of each step in a run from nothing; ``recorded`` when former runs say how many prompts and pairs there are,
+    else as many as the settings allow. ``prompt`` and ``response`` are mean tokens of a prompt and its response."""
 
     recorded: bool
-    prompts_per_call: float
-    kept_share: float
-    prompt_characters: float
-    proposal: tuple[float, float]
-    base: tuple[float, float]
-    fine_tuned: tuple[float, float]
-    evaluation: tuple[float, float]
+    rounds: int
+    rows: dict[str, int]
+    prompt: float
+    response: float
+
+    def seconds(self, speeds: Mapping[str, "Speed"], steps: Iterable[tuple[str, str | None]]) -> dict[str, float]:
+        """By step, of all (step, round) in ``steps`` that have a recorded speed."""
+        found: dict[str, float] = {}
+        for step, round_ in steps:
+            if step in speeds and step in self.rows:
+                rows = self.rows[step] / (self.rounds if round_ else 1)
+                found[step] = found.get(step, 0.0) + rows * speeds[step].seconds_per_row
+        return found
 
 
-def lengths(store: Store, transfer: Transfer) -> Lengths:
-    """What former runs recorded of this transfer, cut to what its settings allow now."""
-    config = transfer.config
-    caps = (config.generator.max_new_tokens, config.response.max_new_tokens, config.evaluation.max_new_tokens)
-    row = store.read(_LENGTHS, schema=transfer.name).row(0, named=True)
-    seeds = sum(map(len, transfer.seeds)) / len(transfer.seeds)
-
-    def tokens(name: str, cap: int) -> tuple[float, float]:
-        mean, longest = row[name], row[f"{name}_longest"]
-        return (cap, cap) if mean is None else (min(mean, cap), min(longest, cap))
-
-    per_call = config.generator.prompts_per_call
-    return Lengths(
-        recorded=bool(row["scored"]),
-        prompts_per_call=min(per_call, row["prompts"] / row["calls"]) if row["calls"] else per_call,
-        kept_share=row["kept"] / row["scored"] if row["scored"] else 1.0,
-        prompt_characters=row["prompt_characters"] or seeds,
-        proposal=tokens("proposal", caps[0]),
-        base=tokens("base", caps[1]),
-        fine_tuned=tokens("fine_tuned", caps[1]),
-        evaluation=tokens("evaluation", caps[2]),
-    )
+def work(store: Store, transfer: Transfer) -> Work:
+    config, generator = transfer.config, transfer.config.generator
+    row = store.read(_COUNTS, schema=transfer.name).row(0, named=True)
+    per_call = row["prompts"] / row["calls"] if row["calls"] else generator.prompts_per_call
+    prompts = max(1, round(generator.calls_per_round * min(per_call, generator.prompts_per_call)))
+    share = row["kept"] / row["scored"] if row["scored"] else 1.0
+    # A round that passes target_pairs is finished, and the last. What share is kept, only a run can tell.
+    enough = math.ceil(config.target_pairs / max(1, prompts * share)) if row["scored"] else config.rounds
+    rounds = min(config.rounds, enough)
+    pairs = min(round(rounds * prompts * share), config.target_pairs + prompts)
+    examples = max(1, round(pairs * (1 - config.distill.validation_fraction))) * config.distill.epochs
+    rows = (rounds * generator.calls_per_round, rounds * prompts, examples, 4 * len(transfer.heldout))
+    characters = row["characters"] or sum(map(len, transfer.seeds)) / len(transfer.seeds)
+    prompt = characters / _CHARACTERS_PER_TOKEN
+    response = min(row["response"] or math.inf, config.response.max_new_tokens)
+    return Work(bool(row["scored"]), rounds, {s: n for s, n in zip(STEPS, rows, strict=True) if n}, prompt, response)
 
 
-_LENGTHS = """
-    WITH answered AS (
-        SELECT asset, len(token_ids) AS tokens FROM cache_references JOIN cache.responses USING (key)
-    )
+_COUNTS = """
     SELECT (SELECT count(*) FROM proposals) AS calls, (SELECT count(*) FROM synthetic_prompts) AS prompts,
-        (SELECT count(*) FROM filtered_dataset) AS kept, count(*) AS scored, avg(len(prompt)) AS prompt_characters,
-        avg(base_tokens) AS base, max(base_tokens) AS base_longest,
-        avg(fine_tuned_tokens) AS fine_tuned, max(fine_tuned_tokens) AS fine_tuned_longest,
-        (SELECT avg(tokens) FROM answered WHERE asset = 'synthetic_prompts') AS proposal,
-        (SELECT max(tokens) FROM answered WHERE asset = 'synthetic_prompts') AS proposal_longest,
-        (SELECT avg(tokens) FROM answered WHERE asset = 'evaluation') AS evaluation,
-        (SELECT max(tokens) FROM answered WHERE asset = 'evaluation') AS evaluation_longest
+        (SELECT count(*) FROM filtered_dataset) AS kept, count(*) AS scored, avg(len(prompt)) AS characters,
+        avg(fine_tuned_tokens) AS response
     FROM scored_pairs
 """
 
 
-def workload(transfer: Transfer, sizes: Mapping[str, ModelSize], known: Lengths, here: bool) -> Workload:
-    """The work of a whole run from nothing, in the terms of `tuneshift_dag.method.scaling`.
+def memory(transfer: Transfer, needed: Work, total: float, usable: float) -> tuple[dict[str, float], list[str]]:
+    """Bytes of each step that loads models here, and a line with its repair for each that doesn't fit in ``usable``, or
+    only with smaller batches.
 
-    Args:
-        here: whether only this machine's memory counts, and not that of servers.
+    Raises:
+        TuneshiftError: when a model's size isn't known.
     """
-    config = transfer.config
-    quantized = config.models.quantization != "none"
-    local = config.engine.server is None
-    served_generator = config.generator.server is not None
-    loaded = {"generator": not served_generator, "source": local, "target": True}
-    if config.models.kv_cache_dtype == "int8":
-        sizes = {name: replace(size, kv_bits=8 if loaded[name] else 16) for name, size in sizes.items()}
-    generator, source, target = sizes["generator"], sizes["source"], sizes["target"]
-    batch = config.models.batch_size if config.engine.server is None else config.engine.server.concurrency
-    opening, _, rest = config.prompt_template.partition("{prompt}")
-    shared = len(opening) / _CHARACTERS_PER_TOKEN
-    prompt = (len(rest) + known.prompt_characters) / _CHARACTERS_PER_TOKEN
-    if shared < _SHARE_FROM:
-        shared, prompt = 0, prompt + shared
-
-    def answers(side: tuple[float, float], scored: float, rows: int) -> Answers:
-        return Answers(source, quantized and local, rows, batch, prompt, *side, shared, scored, eager=local)
-
-    prompts = max(1, round(config.generator.calls_per_round * known.prompts_per_call))
-    # A round that passes target_pairs is finished, and the last. What share is kept, only a run can tell.
-    enough = math.ceil(config.target_pairs / max(1, prompts * known.kept_share))
-    rounds = min(config.rounds, enough) if known.recorded else config.rounds
-    pairs = min(round(rounds * prompts * known.kept_share), config.target_pairs + prompts)
-    base_scored, fine_tuned_scored = (known.fine_tuned[0], known.base[0]) if config.engine.cross_scores else (0, 0)
-    train = config.distill
-    longest = (len(opening) + len(rest) + config.generator.max_prompt_characters) / _CHARACTERS_PER_TOKEN
-    heldout = len(transfer.heldout)
-    of_source = [answers(known.evaluation, 0, heldout)] * 2
-    of_target = [
-        Answers(target, quantized, heldout, config.models.batch_size, prompt, *known.evaluation, shared, split=False)
-    ] * 2
-    sides = [answers(known.base, base_scored, prompts), answers(known.fine_tuned, fine_tuned_scored, prompts)]
-    if config.response.samples:
-        sides.append(answers(known.fine_tuned, 0, prompts * config.response.samples))
-    target_scores = config.filter.target is not None
-    if target_scores:
-        sides.append(
-            Answers(target, quantized, prompts, config.models.batch_size, prompt, 0, 0, shared, known.fine_tuned[0])
-        )
-    source_bytes = 0.0 if here and not local else source.weight_bytes(quantized and local)
-    proposals = _proposals(transfer, generator, known)
-    generator_bytes = 0.0 if here and served_generator else generator.weight_bytes(proposals.quantized)
+    config, sizes = transfer.config, model_sizes(transfer)
+    quantized, kv_bytes = config.models.quantization != "none", 1 if config.models.kv_cache_dtype == "int8" else 2
+    weights = {name: size.weight_bytes(quantized) for name, size in sizes.items()}
+    if "generator" in sizes:
+        weights["generator"] = sizes["generator"].weight_bytes(config.generator_quantization != "none")
     # A process keeps what it has loaded until it trains, and loads the target once without and once with the adapter.
-    resident = generator_bytes + source_bytes
-    return Workload(
-        rounds,
-        proposals,
-        sides,
-        Training(
-            target,
-            train.quantization != "none",
-            max(1, round(pairs * (1 - train.validation_fraction))) * train.epochs,
-            train.batch_size,
-            train.rank,
-            shared + prompt + known.fine_tuned[0],
-            known.fine_tuned[0],
-            longest + config.response.max_new_tokens,
-            train.gradient_checkpointing,
-            train.optimizer == "paged_adamw_8bit",
-        ),
-        [*of_source, *of_target] if heldout else [],
-        {
-            "synthetic_prompts": resident,
-            "scored_pairs": resident + (target.weight_bytes(quantized) if target_scores else 0),
-            "evaluation": source_bytes + 2 * target.weight_bytes(quantized),
-        },
+    answering = weights.get("source", 0.0) + weights.get("generator", 0.0)
+    evaluating = weights.get("source", 0.0) + 2 * weights["target"]
+    example = 1 + (needed.response if config.generator.mode == "by_response" else 0)
+    call = len(config.generator.instruction) / _CHARACTERS_PER_TOKEN
+    call += config.generator.seeds_per_call * (needed.prompt + example)
+    template = (len(config.prompt_template) - len("{prompt}")) / _CHARACTERS_PER_TOKEN
+    prompt_tokens = template + needed.prompt
+    calls, pairs = (needed.rows[step] // needed.rounds for step in STEPS[:2])
+    answered = [
+        ("synthetic_prompts", "generator", answering, call, config.generator.max_new_tokens, calls),
+        ("scored_pairs", "source", answering, prompt_tokens, config.response.max_new_tokens, pairs),
+        ("evaluation", "source", evaluating, prompt_tokens, config.evaluation.max_new_tokens, len(transfer.heldout)),
+        ("evaluation", "target", evaluating, prompt_tokens, config.evaluation.max_new_tokens, len(transfer.heldout)),
+    ]
+    found: dict[str, float] = {}
+    lines: dict[str, str] = {}
+    for step, model, resident, prompt, new, rows in answered:
+        if model not in sizes or not rows:
+            continue
+        row, wanted = sizes[model].row_bytes(prompt, new, kv_bytes), min(config.models.batch_size, rows)
+        batch = max(1, min(wanted, int(BATCH_SHARE * (total - resident) / row)))
+        found[step] = max(found.get(step, 0.0), _PROCESS_BYTES + resident + batch * row)
+        if found[step] > usable:
+            lines[step] = _too_large(step, found[step], usable, _smaller_models(transfer, step))
+        elif batch < wanted and step != "evaluation":
+            more = "; models.kv_cache_dtype: int8 makes room for more" if kv_bytes == 2 else ""
+            lines[step] = f"{step} has memory for batches of {batch}, not {wanted}: it runs, slower{more}."
+    longest = template + config.generator.max_prompt_characters / _CHARACTERS_PER_TOKEN + config.response.max_new_tokens
+    training = (longest, needed.response)
+    found["distilled_model"] = sizes["target"].training_bytes(config.distill, *training)
+    if found["distilled_model"] > usable:
+        repair = _smaller_training(config.distill, lambda d: sizes["target"].training_bytes(d, *training) <= usable)
+        lines["distilled_model"] = _too_large("distilled_model", found["distilled_model"], usable, repair)
+    return found, [lines[step] for step in STEPS if step in lines]
+
+
+def _too_large(step: str, needed: float, usable: float, repair: str) -> str:
+    return (
+        f"{step} needs about {gigabytes(needed)}, and of this machine's memory a run can plan with"
+        f" {gigabytes(usable)}: {repair}, or use more memory."
     )
 
 
-def _proposals(transfer: Transfer, model: ModelSize, known: Lengths) -> Answers:
-    """The generator's calls of one round: an instruction and seeds, of which the user's may open every call."""
-    config = transfer.config.generator
-    example = len("1. \n")
-    if config.mode == "by_response":
-        example = len(config.example_template) + round(known.fine_tuned[0] * _CHARACTERS_PER_TOKEN)
-    seed = (known.prompt_characters + example) / _CHARACTERS_PER_TOKEN
-    same = config.original_seeds_per_call if config.original_seeds_per_call >= len(transfer.seeds) else 0
-    served = config.server
-    return Answers(
-        model,
-        transfer.config.generator_quantization != "none" and served is None,
-        config.calls_per_round,
-        transfer.config.models.batch_size if served is None else served.concurrency,
-        (config.seeds_per_call - same) * seed,
-        *known.proposal,
-        len(config.instruction) / _CHARACTERS_PER_TOKEN + same * seed,
-        eager=served is None,
-    )
+def _smaller_models(transfer: Transfer, step: str) -> str:
+    if transfer.config.models.quantization == "none":
+        return "set models.quantization: nf4"
+    if step == "evaluation":
+        return "choose a smaller target"
+    if transfer.config.generator_quantization == "none":
+        return "set generator.quantization: nf4"
+    return "put the models on a server that spreads them over several GPUs (docs/servers.md)"
+
+
+def _smaller_training(distill: Distill, fits: Callable[[Distill], bool]) -> str:
+    """The smallest change of ``distill`` that makes the training fit."""
+    nf4, checkpointing = {"quantization": "nf4"}, {"gradient_checkpointing": True}
+    for change in ({}, checkpointing, nf4, nf4 | checkpointing):
+        for batch in (distill.batch_size, *(size for size in (16, 8, 4, 2, 1) if size < distill.batch_size)):
+            update = {**change, "batch_size": batch}
+            if fits(distill.model_copy(update=update)):
+                changed = [f"distill.{k}: {str(v).lower()}" for k, v in update.items() if v != getattr(distill, k)]
+                return f"set {' and '.join(changed)}"
+    return "choose a smaller target"
+
+
+def this_machine(transfer: Transfer) -> tuple[float, float]:
+    """Bytes that a model of this transfer has on this machine, and those of them that a run can plan with."""
+    total = total_bytes(1 if transfer.config.models.device_map == "single" else None)
+    return total, total * (_GPU_USABLE if gpu_count() else _CPU_USABLE)
+
+
+def run_warnings(transfer: Transfer) -> list[str]:
+    """What a run on this machine won't have the memory for; nothing where models' sizes aren't known yet."""
+    try:
+        return memory(transfer, work(Store(database_file()), transfer), *this_machine(transfer))[1]
+    except TuneshiftError:
+        return []
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a step ran: rows are generator calls, pairs, training examples or held-out answers.
-
-    Args:
-        tokens_per_second: generated ones; None when they weren't counted.
-        models: what ran, and on which ``engine``; None when an older version recorded it.
-    """
+    """How fast a step ran. ``tokens_per_second`` are generated ones, None when they weren't counted; ``models`` what
+    ran, on which ``engine``, None when an older version recorded it."""
 
     step: str
     seconds_per_row: float
-    rows: int
     recorded_at: str
     tokens_per_second: float | None
     models: str | None
     engine: str | None
 
     def is_of(self, transfer: Transfer) -> bool:
-        return (self.models, self.engine) == (transfer.models_of(self.step), transfer.engine_of(self.step))
+        return (self.models, self.engine) == (models_of(transfer, self.step), engine_of(transfer, self.step))
 
 
 def recorded_speeds(store: Store, transfer: Transfer) -> list[Speed]:
     """Of each step with each engine and models the last run in which all was computed, by step, latest first."""
     config = transfer.config
-    calls = (4 if config.engine.cross_scores else 2) + transfer.needs_ifd + config.response.samples
-    calls += (config.filter.target is not None) + 2 * (config.filter.discriminator is not None)
+    calls = (4 if config.engine.cross_scores else 2) + config.response.samples
     speeds = []
     for row in store.read(_SPEEDS, schema=transfer.name).iter_rows(named=True):
         rows = row["model_calls"] / (calls if row["asset"] == "scored_pairs" else 1)
         per_second = None if row["tokens"] is None else row["tokens"] / row["seconds"]
-        at = f"{row['finished']:%Y-%m-%d %H:%M}"
-        ran = (row["models"], row["engine"])
-        speeds.append(Speed(row["asset"], row["seconds"] / rows, round(rows), at, per_second, *ran))
+        ran = (f"{row['finished']:%Y-%m-%d %H:%M}", per_second, row["models"], row["engine"])
+        speeds.append(Speed(row["asset"], row["seconds"] / rows, *ran))
     for row in store.read(_TRAININGS, schema=transfer.name).iter_rows(named=True):
         settings = json.loads(row["settings"])
         examples = round(row["pairs"] * (1 - settings["validation_fraction"])) * settings["epochs"]
-        at = f"{row['created_at']:%Y-%m-%d %H:%M}"
-        engine = transfer.engine_of("distilled_model") if row["target"] else None
-        speeds.append(Speed("distilled_model", row["seconds"] / examples, examples, at, None, row["target"], engine))
+        ran = (f"{row['created_at']:%Y-%m-%d %H:%M}", None, row["target"], "local" if row["target"] else None)
+        speeds.append(Speed("distilled_model", row["seconds"] / examples, *ran))
     return sorted(speeds, key=lambda speed: STEPS.index(speed.step))
 
 
@@ -319,187 +333,77 @@ _TRAININGS = """
 
 def chosen_speeds(recorded: Sequence[Speed], transfer: Transfer) -> dict[str, Speed]:
     """Of each step the speed of the transfer's own models and engine; else one of unknown ones, else the last."""
-
-    def distance(speed: Speed) -> int:
-        return 0 if speed.is_of(transfer) else 1 if speed.engine is None else 2
-
     by_step = {step: [speed for speed in recorded if speed.step == step] for step in STEPS}
-    return {step: min(speeds, key=distance) for step, speeds in by_step.items() if speeds}
+    return {
+        step: min(speeds, key=lambda speed: 0 if speed.is_of(transfer) else 1 if speed.engine is None else 2)
+        for step, speeds in by_step.items()
+        if speeds
+    }
 
 
-def plan(
-    store: Store,
-    transfer: Transfer,
-    gpu: str = "",
-    gpus: Sequence[int] = (1, 8, 64),
-    price: float | None = None,
-    given: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
-    """Seconds, memory, GPU-hours, cost and bottleneck for each number of GPUs, as one JSON-ready object.
+def plan(store: Store, transfer: Transfer) -> dict[str, Any]:
+    """Rows, memory and seconds of each step of a run from nothing, as one JSON-ready object.
 
-    Args:
-        gpu: a name of `tuneshift_dag.method.scaling.GPUS`; without one, machines like this one at recorded speeds.
-        price: of one GPU for one hour, in any currency.
-        given: parameters of models, by `MODELS`.
-
-    Raises:
-        TuneshiftError: when a model's size isn't known, or without ``gpu`` and a recorded run.
+    ``memory_bytes`` of a step is None where its models run elsewhere or their size isn't known, ``seconds`` where no
+    speed is recorded; ``total_seconds`` then too. ``warnings`` say why.
     """
-    known = lengths(store, transfer)
-    work = workload(transfer, model_sizes(transfer, given or {}), known, here=not gpu)
-    steps = [step for step in STEPS if step != "evaluation" or work.evaluation]
-    recorded: Sequence[Speed] = []
-    speeds: dict[str, Speed] = {}
-    if gpu:
-        hardware = gpu_named(gpu)
-    else:
-        hardware = this_machine(transfer)
-        recorded = recorded_speeds(store, transfer)
-        speeds = chosen_speeds(recorded, transfer)
-        missing = [step for step in steps if step not in speeds]
-        if missing:
-            raise TuneshiftError(
-                f"{store.path} holds no speed of {', '.join(missing)} of {transfer.name}: `tuneshift run"
-                f" {transfer.name}` records it, or name a GPU to estimate it, such as --gpu h100"
-                f" (known: {', '.join(GPUS)})."
-            )
-    per_row = {step: speed.seconds_per_row for step, speed in speeds.items()}
-    estimates = [estimate_gpus(work, hardware, count, recorded=per_row) for count in gpus]
-    return {
-        "transfer": transfer.name,
-        "gpu": hardware.name,
-        "memory_bytes": hardware.memory,
-        "speeds": {step: vars(speed) for step, speed in speeds.items()} or "roofline",
-        "recorded_speeds": [vars(speed) for speed in recorded],
-        "recorded_peak_bytes": _peaks(store, transfer, steps) if speeds else None,
-        "lengths": "recorded" if known.recorded else "the longest that transfer.yaml allows",
-        "rounds": work.rounds,
-        "generator_calls": work.rounds * work.proposals.rows,
-        "pairs_scored": work.rounds * work.pairs[0].rows,
-        "training_examples": work.training.examples,
-        "plans": [_plan(one, price) for one in estimates],
-        "warnings": [
-            *_other_speeds(transfer, speeds),
-            *memory_warnings(transfer, work, hardware),
-            *_idle(work, max(gpus)),
-        ],
-    }
-
-
-def _peaks(store: Store, transfer: Transfer, steps: Sequence[str]) -> dict[str, int]:
-    """The largest peak of each step that any run recorded."""
-    rows = store.read("SELECT asset, max(peak_bytes) FROM steps GROUP BY asset", schema=transfer.name).rows()
-    peaks = dict(rows)
-    return {step: peaks.get(step, 0) for step in steps}
-
-
-def _plan(one: Estimate, price: float | None) -> dict[str, Any]:
-    return {
-        "gpus": one.gpus,
-        "seconds": one.seconds,
-        "total_seconds": one.total_seconds,
-        "sequential_seconds": sum(one.sequential.values()),
-        "gpu_hours": one.gpu_hours,
-        "cost": None if price is None else price * one.gpu_hours,
-        "bottleneck": one.bottleneck,
-        "memory_bytes": one.memory,
-        "batch": one.batch,
-    }
-
-
-def run_warnings(transfer: Transfer) -> list[str]:
-    """What a run on this machine won't have the memory for; nothing where models' sizes aren't known yet."""
+    needed, recorded = work(store, transfer), recorded_speeds(store, transfer)
+    total, usable = this_machine(transfer)
     try:
-        sizes = model_sizes(transfer, {})
-    except TuneshiftError:
-        return []
-    work = workload(transfer, sizes, lengths(Store(database_file()), transfer), here=True)
-    return memory_warnings(transfer, work, this_machine(transfer))
-
-
-def memory_warnings(transfer: Transfer, work: Workload, gpu: Hardware) -> list[str]:
-    """One line, with its repair, for each step that needs more memory than there is or has room for a part of its
-    batch only."""
-    room = gpu.usable * gpu.memory
-    estimated = estimate_gpus(work, gpu, 1)
-    config = transfer.config
-    elsewhere: set[str] = set()
-    if gpu.name == HERE:
-        elsewhere |= {"scored_pairs"} if config.engine.server else set()
-        elsewhere |= {"scored_pairs", "synthetic_prompts"} if config.engine.ray.address else set()
-        elsewhere |= {"synthetic_prompts"} if config.generator.server else set()
-    batches = {"synthetic_prompts": work.proposals, "scored_pairs": work.pairs[0]}
-    lines = []
-    for step, needed in estimated.memory.items():
-        if step in elsewhere:
-            continue
-        if needed > room:
-            training = step == "distilled_model"
-            repair = _smaller_training(work.training, room) if training else _smaller_models(transfer, step)
-            lines.append(
-                f"{step} needs about {gigabytes(needed)} and {gpu.name} has {gigabytes(gpu.memory)}, of which it can"
-                f" plan with {gigabytes(room)}: {repair}, or use more memory."
-            )
-        elif step in batches and estimated.batch[step] < min(batches[step].batch, batches[step].rows):
-            lines.append(
-                f"{step} has memory for batches of {estimated.batch[step]} on {gpu.name}, not {batches[step].batch}: it"
-                f" runs, slower{_room_for_more(transfer, step)}."
-            )
-    return lines
-
-
-def _smaller_models(transfer: Transfer, step: str) -> str:
-    if transfer.config.models.quantization == "none":
-        return "set models.quantization: nf4"
-    if step == "evaluation":
-        return "choose a smaller target"
-    if transfer.config.generator_quantization == "none":
-        return "set generator.quantization: nf4"
-    return "put the models on a server that spreads them over several GPUs (docs/servers.md)"
-
-
-def _room_for_more(transfer: Transfer, step: str) -> str:
-    server = transfer.config.generator.server if step == "synthetic_prompts" else transfer.config.engine.server
-    can = server is None and transfer.config.models.kv_cache_dtype == "auto"
-    return "; models.kv_cache_dtype: int8 makes room for more" if can else ""
-
-
-def _smaller_training(training: Training, room: float) -> str:
-    """The smallest change of ``distill`` that makes the training fit."""
-    same = training.checkpointing
-    for quantized, checkpointing in (
-        (training.quantized, same),
-        (training.quantized, True),
-        (True, same),
-        (True, True),
-    ):
-        for batch in (training.batch, *(size for size in (16, 8, 4, 2, 1) if size < training.batch)):
-            changed = replace(training, quantized=quantized, checkpointing=checkpointing, batch=batch)
-            if changed.memory <= room:
-                changes = ["distill.quantization: nf4"] if quantized and not training.quantized else []
-                changes += ["distill.gradient_checkpointing: true"] if checkpointing and not same else []
-                changes += [f"distill.batch_size: {batch}"] if batch < training.batch else []
-                return f"set {' and '.join(changes)}"
-    return "choose a smaller target"
-
-
-def _other_speeds(transfer: Transfer, speeds: Mapping[str, Speed]) -> list[str]:
-    return [
-        f"{step} has no recorded speed of {transfer.models_of(step)} ({transfer.engine_of(step)}): this one is of"
+        bytes_, warnings = memory(transfer, needed, total, usable)
+    except TuneshiftError as error:
+        bytes_, warnings = {}, [str(error)]
+    speeds = chosen_speeds(recorded, transfer)
+    rounds = [f"round {number}" for number in range(needed.rounds)]
+    seconds = needed.seconds(speeds, [(s, r) for s in STEPS for r in (rounds if s in STEPS[:2] else [None])])
+    missing = [step for step in needed.rows if step not in seconds]
+    if missing:
+        warnings.append(
+            f"No speed of {', '.join(missing)} is recorded yet: `tuneshift run {transfer.name}` records it."
+        )
+    warnings += [
+        f"{step} has no recorded speed of {models_of(transfer, step)} ({engine_of(transfer, step)}): this one is of"
         f" {speed.models} ({speed.engine}). `tuneshift run {transfer.name}` records its own."
         for step, speed in speeds.items()
         if speed.engine is not None and not speed.is_of(transfer)
     ]
+    peaks = dict(store.read("SELECT asset, max(peak_bytes) FROM steps GROUP BY asset", schema=transfer.name).rows())
+    return {
+        "transfer": transfer.name,
+        "memory_bytes": total,
+        "usable_bytes": usable,
+        "counts": "recorded" if needed.recorded else "the most that transfer.yaml allows",
+        "rounds": needed.rounds,
+        "steps": {
+            step: {
+                "rows": rows,
+                "memory_bytes": bytes_.get(step),
+                "recorded_peak_bytes": peaks.get(step),
+                "seconds": seconds.get(step),
+                "speed": vars(speeds[step]) if step in speeds else None,
+            }
+            for step, rows in needed.rows.items()
+        },
+        "total_seconds": None if missing else sum(seconds.values()),
+        "recorded_speeds": [vars(speed) for speed in recorded],
+        "warnings": warnings,
+    }
 
 
-def _idle(work: Workload, gpus: int) -> list[str]:
-    calls = work.proposals.rows
-    if calls >= gpus:
-        return []
-    return [
-        f"A round has {calls} generator calls, so {gpus - calls} of {gpus} GPUs are idle while it generates: raise"
-        " generator.calls_per_round and lower rounds."
-    ]
+def to_do(store: Store, transfer: Transfer, regrow: bool) -> list[tuple[str, str | None]]:
+    """(asset, round) of what `tuneshift run` would make now, as far as it is known: new pairs make a new model."""
+    records = Records(store, transfer)
+    found: list[tuple[str, str | None]] = [("seed_set", None)] if records.causes("seed_set") else []
+    for round_ in transfer.round_keys:
+        causes = {asset: records.causes(asset, round_) for asset in ROUND_ASSETS}
+        if not regrow and records.grown(round_) and all(cause.kind == "input" for cause in causes[ROUND_ASSETS[0]]):
+            causes[ROUND_ASSETS[0]] = []  # keeps its prompts
+        first = next((number for number, asset in enumerate(ROUND_ASSETS) if causes[asset]), len(ROUND_ASSETS))
+        found += [(asset, round_) for asset in ROUND_ASSETS[first:]]
+    measured = bool(transfer.heldout or transfer.config.evaluation.tasks)
+    wanted = {"evaluation": measured, "diversity_map": transfer.config.diversity_map}
+    last = [a for a in ("threshold_report", "distilled_model", "evaluation", "diversity_map") if wanted.get(a, True)]
+    return found + [(asset, None) for asset in last if found or records.causes(asset)]
 
 
 def gigabytes(number: float) -> str:

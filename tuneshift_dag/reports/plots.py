@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import dagster as dg
 import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
@@ -22,34 +21,19 @@ _KEPT, _DROPPED = "#3fb950", "#e0823d"
 # One colour for a reason in every picture; reasons that no rule has yet come last.
 _VERDICTS = {
     "kept": _KEPT,
-    "fine_tuned_not_confident": _DROPPED,
+    **dict.fromkeys(("fine_tuned_not_confident", "below_threshold", "below_the_top", "not_drawn"), _DROPPED),
     "base_already_confident": "#ab7df8",
-    "below_threshold": _DROPPED,
-    "prompt_does_not_help": "#ab7df8",
-    "below_the_top": _DROPPED,
-    "not_drawn": _DROPPED,
     "truncated_response": "#db61a2",
-    "repetitive_response": "#4493f8",
-    "refused_response": "#c69026",
-    "empty_response": "#c69026",
-    "no_perplexity": _TEXT,
-    "samples_disagree": "#4493f8",
-    "no_samples": _TEXT,
-    "easy_for_target": "#ab7df8",
-    "hard_for_target": "#ab7df8",
-    "no_target_score": _TEXT,
-    "taken_for_generated": "#db61a2",
-    "no_discriminator_score": _TEXT,
+    **dict.fromkeys(("repetitive_response", "samples_disagree"), "#4493f8"),
+    **dict.fromkeys(("refused_response", "empty_response"), "#c69026"),
+    **dict.fromkeys(("no_perplexity", "no_samples"), _TEXT),
 }
+# The rules with a threshold: what a share keeps is the share.
 _RULE_AXIS = {
     "both": "Threshold on each perplexity",
     "difference": "Threshold on PPL base − fine-tuned",
     "ratio": "Threshold on PPL base / fine-tuned",
     "cross_ratio": "Threshold on PPL base / fine-tuned,\nboth of the fine-tuned response",
-    "ifd": "Threshold on PPL base with / without\nthe prompt, of the fine-tuned response",
-    "top_excess": "Keep, of the largest excess",
-    "balanced_confidence": "Keep, of the most confident of every response",
-    "random": "Keep, of a draw",
 }
 
 
@@ -65,9 +49,9 @@ class Picture:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(self.png)
 
-    def markdown(self) -> dg.MetadataValue:
-        """Dagster metadata that shows the picture in the UI."""
-        return dg.MetadataValue.md(f"![](data:image/png;base64,{base64.b64encode(self.png).decode()})")
+    def markdown(self) -> str:
+        """Markdown that holds the picture itself."""
+        return f"![](data:image/png;base64,{base64.b64encode(self.png).decode()})"
 
 
 def training_curve(curve: dict[str, Any]) -> Picture:
@@ -79,7 +63,7 @@ def training_curve(curve: dict[str, Any]) -> Picture:
     ends = [row["epoch"] * per_epoch for row in curve["epochs"]]
     axes.plot(ends, [row["validation_loss"] for row in curve["epochs"]], "o-", color=_COLORS[1], label="validation")
     axes.set_yscale("log")
-    _legend(axes)
+    axes.legend(frameon=False, labelcolor=_TEXT)
     return Picture(figure)
 
 
@@ -155,7 +139,7 @@ def perplexity_scatter(pairs: pl.DataFrame, rule: str, threshold: float) -> Pict
     Args:
         pairs: columns ppl_fine_tuned, ppl_base, ppl_base_cross (finite) and kept.
     """
-    cross = rule in ("cross_ratio", "ifd", "top_excess")
+    cross = rule in ("cross_ratio", "top_excess")
     figure, axes = _axes(
         "PPL of the fine-tuned model", f"PPL of the base model,\n{'fine-tuned' if cross else 'own'} response", (7, 4.2)
     )
@@ -186,40 +170,44 @@ def perplexity_scatter(pairs: pl.DataFrame, rule: str, threshold: float) -> Pict
 
 
 def kept_by_threshold(cells: Sequence[dict[str, Any]]) -> Picture:
-    """Pairs that each rule keeps at each threshold of `tuneshift_dag.reports.sweep.sweep`, one panel a rule."""
-    # Where nothing can be moved there is nothing to draw.
-    rules = [rule for rule in dict.fromkeys(cell["rule"] for cell in cells) if rule in _RULE_AXIS]
+    """Pairs that each rule with a threshold keeps (left axis), and their distinct responses (right), a panel a rule.
+
+    Args:
+        cells: of `tuneshift_dag.reports.thresholds.sweep`.
+    """
+    cells = [cell for cell in cells if cell["rule"] in _RULE_AXIS]
+    rules = list(dict.fromkeys(cell["rule"] for cell in cells))
     if not rules:
-        return _nothing(*_axes("Threshold", "Pairs kept"))
+        return _nothing(*_axes("", ""))
     columns = min(2, len(rules))
-    lines = -(-len(rules) // columns)
-    figure = Figure(figsize=(3.9 * columns, 2.9 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
-    for panel in panels.flat[len(rules) :]:
-        panel.set_visible(False)
-    for number, (rule, axes) in enumerate(zip(rules, panels.flat, strict=False)):
+    figure = Figure(figsize=(5 * columns, 3.2 * -(-len(rules) // columns)), layout="constrained")
+    panels = figure.subplots(-(-len(rules) // columns), columns, squeeze=False, gridspec_kw={"wspace": 0.08})
+    tops = [1.1 * max(1, *(cell[key] for cell in cells)) for key in ("pairs_kept", "distinct_responses")]
+    handles: dict[str, Any] = {}
+    for rule, left in zip(rules, panels.flat, strict=False):
         mine = [cell for cell in cells if cell["rule"] == rule]
         thresholds = [cell["threshold"] for cell in mine]
-        _dress(axes, _RULE_AXIS[rule], "Pairs" if number % columns == 0 else "")
-        axes.set_title(rule.replace("_", " "), color=_TEXT, loc="left", fontsize=11)
-        axes.plot(thresholds, [c["pairs_kept"] for c in mine], "o-", color=_KEPT, markersize=4, label="kept")
-        axes.plot(
-            thresholds, [c["distinct_responses"] for c in mine], "s:", color=_COLORS[0], markersize=3,
-            label="distinct responses",
-        )  # fmt: skip
+        _dress(left, _RULE_AXIS[rule], "Pairs kept")
+        left.set_title(rule.replace("_", " "), color=_TEXT, loc="left", fontsize=11)
+        right = left.twinx()
+        _dress(right, "", "Distinct responses", sides=("right",))
+        (handles["pairs kept"],) = left.plot(thresholds, [c["pairs_kept"] for c in mine], "o-", color=_KEPT, ms=4)
+        distinct = [c["distinct_responses"] for c in mine]
+        (handles["distinct responses"],) = right.plot(thresholds, distinct, "s:", color=_COLORS[0], ms=3)
         for cell in mine:
             if cell["current"]:
-                axes.axvline(cell["threshold"], color=_TEXT, linestyle="--", zorder=1)
-                axes.plot(cell["threshold"], cell["pairs_kept"], "*", color=_DROPPED, markersize=14, label="current")
-        _log_axis(axes.xaxis, *_span(np.array(thresholds)))
-        axes.set_ylim(0, 1.08 * max(1, *(cell["pairs_kept"] for cell in cells)))
-        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    seen: dict[str, Any] = {}
-    for axes in panels.flat:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            seen.setdefault(label, handle)
+                left.axvline(cell["threshold"], color=_TEXT, linestyle="--", zorder=1)
+                (handles["current"],) = left.plot(cell["threshold"], cell["pairs_kept"], "*", color=_DROPPED, ms=14)
+        _log_axis(left.xaxis, *_span(np.array(thresholds)))
+        for axes, color, top in zip((left, right), (_KEPT, _COLORS[0]), tops, strict=True):
+            axes.set_ylim(0, top)
+            axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.tick_params(axis="y", colors=color)
+            axes.yaxis.label.set_color(color)
+    for panel in panels.flat[len(rules) :]:
+        panel.set_visible(False)
     figure.legend(
-        seen.values(), seen.keys(), loc="outside upper center", ncols=3, frameon=False, labelcolor=_TEXT, fontsize=10
+        handles.values(), handles.keys(), loc="outside upper center", ncols=3, frameon=False, labelcolor=_TEXT
     )
     return Picture(figure)
 
@@ -373,19 +361,16 @@ def _axes(x: str, y: str, size: tuple[float, float] = (6.4, 3.2)) -> tuple[Figur
     return figure, axes
 
 
-def _dress(axes: Any, x: str, y: str) -> None:
+def _dress(axes: Any, x: str, y: str, sides: Sequence[str] = ("left", "bottom")) -> None:
     axes.set_xlabel(x, color=_TEXT)
     axes.set_ylabel(y, color=_TEXT)
     axes.tick_params(colors=_TEXT, which="both")
     for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
+        spine.set_visible(side in sides)
         spine.set_color(_TEXT)
     axes.set_axisbelow(True)
-    axes.grid(alpha=0.25, color=_TEXT)
-
-
-def _legend(axes: Any) -> None:
-    axes.legend(frameon=False, labelcolor=_TEXT)
+    if "bottom" in sides:
+        axes.grid(alpha=0.25, color=_TEXT)
 
 
 def _legend_beside(axes: Any, title: str | None = None) -> None:

@@ -1,10 +1,12 @@
-"""The figures of one transfer: what ``tuneshift report`` prints."""
+"""The figures of one transfer: what ``tuneshift report`` prints, and what cards say of it in words."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.config import Transfer
 from tuneshift_dag.store.database import Store
+from tuneshift_dag.store.queries import of_its_rounds
 
 # Model calls of these assets make the dataset; those of `evaluation` measure the result.
 _DATASET_ASSETS = ("seed_set", "synthetic_prompts", "scored_pairs")
@@ -18,7 +20,8 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
         return store.read(query, schema=name).item()
 
     steps, wall = _last_run(store, name)
-    prompts, scored, kept = map(transfer.of_its_rounds, ("synthetic_prompts", "scored_pairs", "filtered_dataset"))
+    tables = ("synthetic_prompts", "scored_pairs", "filtered_dataset")
+    prompts, scored, kept = (of_its_rounds(transfer, table) for table in tables)
     return {
         "transfer": name,
         "rounds": one(f"SELECT count(DISTINCT round) FROM {scored}"),
@@ -41,6 +44,24 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
         "comparison": comparison(store, transfer),
         "model": _model(store, name),
     }
+
+
+def describe_filter(transfer: Transfer) -> str:
+    """For people: the rule, its threshold, and the samples that must agree."""
+    settings, response = transfer.config.filter, transfer.config.response
+    text = f"`{settings.rule}`"
+    if settings.rule == "unfiltered":
+        return text
+    text += f", threshold {settings.threshold:g}"
+    if response.samples:
+        text += f"; at least {response.agreement:g} of {response.samples} samples agree"
+    return text
+
+
+def escape_markdown(text: str) -> str:
+    """A prompt or response as Markdown that shows it as it is, on one line: no links, pictures, HTML or lists."""
+    line = re.sub(r"\s*\n\s*", " ⏎ ", text.strip())
+    return re.sub(r"([\\`*_\[\]<>#|~&$]|!(?=\[)|^[-+=]|(?<=^\d)[.)]|(?<=^\d\d)[.)])", r"\\\1", line)
 
 
 def tasks(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
@@ -160,4 +181,5 @@ def _model(store: Store, name: str) -> dict[str, Any] | None:
         "SELECT model_id, dataset_version, pairs, filter, seconds, path FROM distilled_models WHERE current",
         schema=name,
     ).to_dicts()
-    return rows[0] if rows else None
+    # Relative to the store's folder; absolute in rows of older versions.
+    return {**rows[0], "path": str(store.path.parent / rows[0]["path"])} if rows else None

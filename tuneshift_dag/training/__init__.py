@@ -14,7 +14,8 @@ from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.models.memory import gpu_count
 
 if TYPE_CHECKING:
-    from tuneshift_dag.config.transfer import Transfer, TransferConfig
+    from tuneshift_dag.config import Transfer
+    from tuneshift_dag.config.schema import TransferConfig
     from tuneshift_dag.models.references import ModelFiles
     from tuneshift_dag.training.batches import TokenizedExample
     from tuneshift_dag.training.loop import TrainingCurve
@@ -60,7 +61,7 @@ def distill(transfer: "Transfer", pairs: list[tuple[str, str]], folder: Path, on
     from tuneshift_dag.training.processes import in_processes
 
     config, count = transfer.config, transfer.config.distill.processes
-    files = resolve_model(config.target.base, transfer.folder, "target.base")
+    files = resolve_model(transfer.reference("target.base"), transfer.folder, "target.base")
     tokenizer = load_tokenizer(files)
     examples = [tokenize_example(tokenizer, config.prompt_template, p, r) for p, r in pairs]
     checkpoint = checkpoint_file(folder, files.fingerprint)

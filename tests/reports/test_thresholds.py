@@ -1,17 +1,17 @@
 import json
 import math
-import sys
 
 import pytest
 
-from tests.conftest import Project
+from tests.conftest import Project, Run
 from tests.fakes import CONFIDENT_PAIR
-from tuneshift_dag.cli import commands as cli
-from tuneshift_dag.config.transfer import Transfer, load_transfer
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.filters import KEEP_RULES
 from tuneshift_dag.method.filters import RULES as ALL_RULES
-from tuneshift_dag.reports.sweep import default_grid, parse_grid, sweep
+from tuneshift_dag.reports import thresholds
+from tuneshift_dag.reports.thresholds import default_grid, parse_grid, sweep
 from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import SCORED_PAIRS
 
@@ -126,20 +126,11 @@ class TestCells:
         (cell,) = sweep(store, transfer, ["unfiltered"])
         assert (cell["threshold"], cell["pairs_kept"]) == (1.0, 15)
 
-    def test_of_ifd_need_its_score(self, store, transfer) -> None:
-        score(store, {}, {})
-        assert "ifd" not in {cell["rule"] for cell in sweep(store, transfer)}
-        with pytest.raises(TuneshiftError, match=r"filter\.rule to ifd.*tuneshift run banking"):
-            sweep(store, transfer, ["ifd"])
-        score(store, *({"ppl_base_cross": 4.0 + i, "ppl_base_alone": 10.0} for i in range(10)))
-        assert kept(sweep(store, transfer, ["ifd"], [0.35, 0.65, 0.95])) == [6, 3, 0]
-        assert all(0 < cell["threshold"] < 1 for cell in sweep(store, transfer, ["ifd"]))
-
     def test_of_a_grid_are_of_the_rules_that_can_take_it(self, store, transfer) -> None:
-        score(store, {"ppl_base_alone": 20.0})
+        score(store, {})
         tried = {grid: {c["rule"] for c in sweep(store, transfer, (), [grid])} for grid in (0.5, 1.5, 30)}
         assert tried == {
-            0.5: {"difference", "ifd", *KEEP_RULES},
+            0.5: {"difference", *KEEP_RULES},
             1.5: set(RULES),
             30: {*RULES, *KEEP_RULES},
         }
@@ -148,7 +139,7 @@ class TestCells:
 
     def test_without_scored_pairs_are_zero(self, store, transfer) -> None:
         cells = sweep(store, transfer)
-        assert {cell["rule"] for cell in cells} == set(ALL_RULES) - {"ifd"}
+        assert {cell["rule"] for cell in cells} == set(ALL_RULES)
         assert {(c["pairs_kept"], c["kept_share"], c["mean_margin"], len(c["by_round"])) for c in cells} == {
             (0, 0, None, 0)
         }
@@ -181,14 +172,16 @@ class TestDefaultGrid:
         counts = kept(sweep(store, transfer, [rule]))
         assert len(set(counts)) > 5
 
-    @pytest.mark.parametrize(("keep", "grid"), [(0.6, [0.1, 0.25, 0.5, 0.6, 0.75, 1]), (100, [25, 50, 100, 150, 200])])
+    @pytest.mark.parametrize(
+        ("threshold", "grid"), [(0.6, [0.1, 0.25, 0.5, 0.6, 0.75, 1]), (100, [25, 50, 100, 150, 200])]
+    )
     def test_of_shares_or_of_numbers_like_the_current_one(
-        self, store, transfer_folder, edit_config, keep, grid
+        self, store, transfer_folder, edit_config, threshold, grid
     ) -> None:
-        edit_config("filter", {"rule": "top_excess", "keep": keep})
+        edit_config("filter", {"rule": "top_excess", "threshold": threshold})
         transfer = load_transfer(transfer_folder)
         assert default_grid(store, transfer, "top_excess") == grid
-        assert [cell["threshold"] for cell in sweep(store, transfer, ["top_excess"]) if cell["current"]] == [keep]
+        assert [cell["threshold"] for cell in sweep(store, transfer, ["top_excess"]) if cell["current"]] == [threshold]
 
     def test_has_no_threshold_that_transfer_yaml_would_refuse(self, store, transfer) -> None:
         score(store, *({"ppl_fine_tuned": 1.0, "ppl_base": 1.0, "ppl_base_cross": 1.0} for _ in range(5)))
@@ -222,6 +215,50 @@ class TestParseGrid:
             parse_grid(text)
 
 
+class TestPictures:
+    """What the pictures are drawn from."""
+
+    @pytest.mark.parametrize("rule", ALL_RULES)
+    def test_points_are_judged_as_the_current_filter_judges(
+        self, finished: Project, edit_config, transfer_folder, rule
+    ) -> None:
+        threshold = 0.5 if rule in KEEP_RULES else 1.5
+        edit_config("filter", {"rule": rule} | ({} if rule == "unfiltered" else {"threshold": threshold}))
+        transfer = load_transfer(transfer_folder)
+        (cell,) = [cell for cell in sweep(finished.store, transfer, [rule]) if cell["current"]]
+        scored = finished.rows("SELECT count(*) FROM scored_pairs")[0][0]
+        found = thresholds.perplexities(finished.store, transfer)
+        assert (len(found), found["kept"].sum()) == (scored, cell["pairs_kept"])
+        counts = thresholds.verdicts_by_round(finished.store, transfer)
+        assert sum(row["pairs"] for row in counts) == scored
+        assert sum(row["pairs"] for row in counts if row["reason"] == "kept") == cell["pairs_kept"]
+        lengths = thresholds.response_lengths(finished.store, transfer)
+        assert sum(row["kept"] + row["dropped"] for row in lengths) == scored
+        assert sum(row["kept"] for row in lengths) == cell["pairs_kept"]
+
+    def test_lengths_are_bucketed_from_the_shortest_to_the_longest(self, store, transfer_folder) -> None:
+        rows = [
+            {"round": "round_01", "prompt_id": str(i), "fine_tuned_tokens": tokens, "fine_tuned_response": " yes"}
+            for i, tokens in enumerate([4, 5, 5, 27, 28, None])
+        ]
+        store.replace("banking", SCORED_PAIRS, SCORED_PAIRS.frame(rows))
+        found = thresholds.response_lengths(store, load_transfer(transfer_folder))
+        assert [(row["low"], row["high"], row["dropped"]) for row in found] == [(4, 6, 3), (25, 27, 1), (28, 30, 1)]
+
+    def test_without_scored_pairs_there_is_nothing_to_draw(self, store, transfer_folder) -> None:
+        transfer = load_transfer(transfer_folder)
+        assert thresholds.perplexities(store, transfer).is_empty()
+        assert thresholds.verdicts_by_round(store, transfer) == []
+        assert thresholds.response_lengths(store, transfer) == []
+
+    def test_pairs_without_a_perplexity_are_not_drawn(self, store, transfer_folder) -> None:
+        good = {"ppl_fine_tuned": 1.2, "ppl_base": 2.0, "ppl_base_cross": 3.0, "fine_tuned_response": " yes"}
+        bad = [{"ppl_base": None}, {"ppl_fine_tuned": float("inf")}, {"ppl_base_cross": float("nan")}]
+        rows = [{"round": "round_01", "prompt_id": str(i), **good, **extra} for i, extra in enumerate([{}, *bad])]
+        store.replace("banking", SCORED_PAIRS, SCORED_PAIRS.frame(rows))
+        assert len(thresholds.perplexities(store, load_transfer(transfer_folder))) == 1
+
+
 class TestErrors:
     def test_an_unknown_rule_is_named_with_the_known_ones(self, store, transfer) -> None:
         with pytest.raises(TuneshiftError, match=r"'perplexity'.*cross_ratio"):
@@ -229,12 +266,12 @@ class TestErrors:
 
     @pytest.mark.parametrize("threshold", [1.0, 0.5, -1.0, math.nan, math.inf])
     def test_an_impossible_threshold_is_named_with_its_rule(self, store, transfer, threshold) -> None:
-        with pytest.raises(TuneshiftError, match=rf"{threshold}.*'both'.*above 1"):
+        with pytest.raises(TuneshiftError, match=rf"{threshold:g}.*'both'.*above 1"):
             sweep(store, transfer, ["both"], [1.5, threshold])
 
     def test_a_difference_may_be_below_one_and_not_zero(self, store, transfer) -> None:
         assert kept(sweep(store, transfer, ["difference"], [0.5])) == [0]
-        with pytest.raises(TuneshiftError, match=r"0\.0.*above 0"):
+        with pytest.raises(TuneshiftError, match=r"threshold 0 .*above 0"):
             sweep(store, transfer, ["difference"], [0.0])
 
 
@@ -242,28 +279,25 @@ class TestCommand:
     """`tuneshift sweep`."""
 
     @pytest.fixture
-    def tuneshift(self, finished: Project, monkeypatch, capsys):
+    def cells(self, finished: Project, tuneshift: Run, monkeypatch):
+        """Its standard output; after a failure its standard error."""
         monkeypatch.setenv("TUNESHIFT_HOME", str(finished.store.path.parent))
         monkeypatch.setenv("TUNESHIFT_TRANSFERS", str(finished.folder.parent))
 
         def call(*arguments: str) -> str:
-            monkeypatch.setattr("sys.argv", ["tuneshift", "sweep", "banking", *arguments])
-            with pytest.raises(SystemExit) as end:
-                cli.main()
-                sys.exit(0)
-            out, err = capsys.readouterr()
-            return out if end.value.code == 0 else f"failed: {err}"
+            status, out, err = tuneshift("sweep", "banking", *arguments)
+            return out if status == 0 else f"failed: {err}"
 
         return call
 
-    def test_json_is_the_list_of_cells(self, tuneshift, finished: Project) -> None:
-        found = json.loads(tuneshift("--rule", "ratio", "--rule", "both", "--grid", "1.4:1.6:0.1", "--json"))
+    def test_json_is_the_list_of_cells(self, cells, finished: Project) -> None:
+        found = json.loads(cells("--rule", "ratio", "--rule", "both", "--grid", "1.4:1.6:0.1", "--json"))
         assert found == sweep(finished.store, finished.transfer, ["both", "ratio"], [1.4, 1.5, 1.6])
         assert [cell["current"] for cell in found] == [False, True, False, False, False, False]
 
-    def test_without_options_shows_every_rule_and_marks_the_current_filter(self, tuneshift) -> None:
-        lines = tuneshift().splitlines()
-        assert all(any(f" {rule} " in line for line in lines) for rule in set(ALL_RULES) - {"ifd"})
+    def test_without_options_shows_every_rule_and_marks_the_current_filter(self, cells) -> None:
+        lines = cells().splitlines()
+        assert all(any(f" {rule} " in line for line in lines) for rule in ALL_RULES)
         assert len([line for line in lines if " both " in line and " * 1.5 " in line]) == 1
 
     @pytest.mark.parametrize(
@@ -275,7 +309,7 @@ class TestCommand:
             (("--grid", "-1"), "-1"),
         ],
     )
-    def test_names_a_bad_rule_or_grid(self, tuneshift, arguments, named) -> None:
-        found = tuneshift(*arguments)
+    def test_names_a_bad_rule_or_grid(self, cells, arguments, named) -> None:
+        found = cells(*arguments)
         assert found.startswith("failed: error:")
         assert named in found

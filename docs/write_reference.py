@@ -1,22 +1,26 @@
-"""``docs/reference.md``, written from the code: keys of transfer.yaml, commands, tables.
+"""Writes ``docs/reference.md`` from the code: keys of transfer.yaml, commands, tables.
 
-python -m tuneshift_dag.reports.reference > docs/reference.md
+python docs/write_reference.py
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import typer
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from tuneshift_dag.config.transfer import TransferConfig
+from tuneshift_dag.cli import app
+from tuneshift_dag.config.schema import TransferConfig
 from tuneshift_dag.store.tables import CACHE, CACHE_TABLES, TRANSFER_TABLES, Table
+
+PAGE = Path(__file__).with_name("reference.md")
 
 
 def render() -> str:
     """The whole page as Markdown."""
-    lines = ["# Reference", "", "Written by `python -m tuneshift_dag.reports.reference`; a test keeps it current.", ""]
+    lines = ["# Reference", "", "Written by `python docs/write_reference.py`; a test keeps it current.", ""]
     lines += ["## transfer.yaml", "", "| Key | Default | Meaning |", "| --- | --- | --- |", *_keys(TransferConfig)]
     lines += ["", "## Commands", ""]
     for name, command in sorted(_commands().items()):
@@ -47,8 +51,6 @@ def _is_section(kind: Any) -> bool:
 
 
 def _commands() -> dict[str, Any]:
-    from tuneshift_dag.cli.commands import app
-
     def flat(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         for name, command in group.commands.items():
             if hasattr(command, "commands"):
@@ -85,4 +87,4 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(render(), end="")
+    PAGE.write_text(render(), "utf-8")

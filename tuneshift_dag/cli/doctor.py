@@ -3,17 +3,20 @@
 Nothing is downloaded: models of the hub that aren't on this machine are named, and what needs them isn't checked.
 """
 
+import hashlib
 import importlib.metadata
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuneshift_dag.config.transfer import Transfer, find_transfers, load_transfer
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.files import find_transfers, load_transfer
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file, home_dir, transfers_dir
 from tuneshift_dag.reports.plan import run_warnings
-from tuneshift_dag.training.hardware import training_problem
+from tuneshift_dag.store.database import Store
+from tuneshift_dag.training import training_problem
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "dagster", "duckdb", "polars")
 # A 4-bit 7B model, its converted copy and a database fit in this.
@@ -52,19 +55,18 @@ def examine(name: str | None, with_models: bool) -> Iterator[Finding]:
             yield Finding(f"{folder.name} training", None, problem)
         if transfer.config.evaluation.tasks:
             yield _tasks(transfer)
-        missing = _not_here(transfer)
-        if missing:
-            yield Finding(f"{folder.name} models", None, _to_fetch(missing))
+        missing = _missing(transfer)
+        yield from _models(transfer, missing)
         if with_models and "generator.model" not in missing:
             yield from _generator(transfer)
-        if with_models and not missing.keys() & {"source.base", "source.adapter"}:
+        if with_models and not missing & {"source.base", "source.adapter"}:
             yield from _preflight(transfer)
         if with_models:
             _release()  # the next transfer's models need its memory
 
 
 def _release() -> None:
-    from tuneshift_dag.resources.dagster_resources import EngineResource
+    from tuneshift_dag.resources import EngineResource
 
     EngineResource().release()
 
@@ -82,8 +84,6 @@ def _environment() -> Iterator[Finding]:
     home_dir().mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(home_dir()).free / 2**30
     yield Finding("disk", free > _FREE_GIB, f"{free:.0f} GiB free for {home_dir()}")
-    from tuneshift_dag.store.database import Store
-
     try:
         Store(database_file()).prepare(None)
         yield Finding("database", True, str(database_file()))
@@ -102,44 +102,88 @@ def _tasks(transfer: Transfer) -> Finding:
     return Finding(what, True, ", ".join(transfer.config.evaluation.tasks))
 
 
-def _not_here(transfer: Transfer) -> dict[str, str]:
-    """Models of the hub that a run would fetch, by key of ``transfer.yaml``."""
-    from tuneshift_dag.models.references import hub_files_here
-
+def _references(transfer: Transfer) -> dict[str, str]:
+    """What a run loads here, by key of ``transfer.yaml``."""
     config = transfer.config
-    models = {
-        "source.base": config.source.base,
-        "source.adapter": config.source.adapter,
-        "target.base": config.target.base,
-    }
+    models = {"source.base": config.source.base, "source.adapter": config.source.adapter}
+    models["target.base"] = config.target.base
     if config.generator.server is None:
         models["generator.model"] = config.generator.model
-    return {key: name for key, name in models.items() if not hub_files_here(name, transfer.folder)}
+    return models
 
 
-def _to_fetch(missing: dict[str, str]) -> str:
-    names = ", ".join(f"{name} ({key})" for key, name in missing.items())
-    return (
-        f"not on this machine, and so not checked: {names}. A run fetches them from the hub; `hf download NAME` does so"
-        " now, after `hf auth login` for a gated model."
-    )
+def _missing(transfer: Transfer) -> set[str]:
+    """Keys of the models that a run would fetch from the hub."""
+    from tuneshift_dag.models.references import hub_files_here
+
+    return {key for key, name in _references(transfer).items() if not hub_files_here(name, transfer.folder)}
+
+
+def _models(transfer: Transfer, missing: set[str]) -> Iterator[Finding]:
+    """What the weights are known by: the fingerprint, and of the hub the commit."""
+    models = _references(transfer)
+    shown = []
+    for key, fingerprint in transfer.fingerprints.items():
+        if fingerprint.value and key in models:
+            commit = f", commit {fingerprint.commit[:12]}" if fingerprint.commit else ""
+            shown.append(f"{key} {models[key]} ({fingerprint.value[:12]}{commit})")
+    if shown:
+        yield Finding(f"{transfer.name} weights", True, "; ".join(shown))
+    if missing:
+        names = ", ".join(f"{models[key]} ({key})" for key in models if key in missing)
+        detail = (
+            f"not on this machine, and so not checked: {names}. A run fetches them from the hub; `hf download NAME`"
+        )
+        yield Finding(
+            f"{transfer.name} models", None, f"{detail} does so now, after `hf auth login` for a gated model."
+        )
+
+
+def quantized_in_use(transfers: Sequence[Transfer]) -> set[str]:
+    """Names of the folders with 4-bit copies of weights that these transfers load, as `models.loading` names them."""
+    version = importlib.metadata.version("bitsandbytes")
+    used = set()
+    for transfer in transfers:
+        models, dtype = transfer.config.models, transfer.config.models.compute_dtype
+        loaded = {
+            ("source.base", models.quantization),
+            ("generator.model", transfer.config.generator_quantization),
+            ("target.base", models.quantization),
+            ("target.base", transfer.config.distill.quantization),
+        }
+        for key, quantization in loaded:
+            fingerprint = transfer.fingerprints.get(key)
+            # `auto` is one or the other, as the machine has bfloat16.
+            for name in ("bfloat16", "float16") if dtype == "auto" else (dtype,):
+                parts = [fingerprint.value if fingerprint else "", quantization, f"torch.{name}", version]
+                used.add(hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:16])
+    return used
 
 
 def _generator(transfer: Transfer) -> Iterator[Finding]:
     """A base model has no chat template, and a run would notice only after the preflight."""
-    from tuneshift_dag.resources.dagster_resources import EngineResource
+    from tuneshift_dag.resources import EngineResource
 
-    if transfer.config.generator.mode != "chat":
+    config = transfer.config.generator
+    what = f"{transfer.name} generator"
+    if config.mode != "chat":
+        return
+    if config.server is not None:
+        yield Finding(
+            what,
+            None,
+            f"{config.model} on {config.server.base_url} wasn't asked: the server applies its own chat template",
+        )
         return
     try:
         EngineResource().generator(transfer).render_chat("")
-        yield Finding(f"{transfer.name} generator", True, f"{transfer.config.generator.model} has a chat template")
+        yield Finding(what, True, f"{config.model} has a chat template")
     except TuneshiftError as error:
-        yield Finding(f"{transfer.name} generator", False, str(error))
+        yield Finding(what, False, str(error))
 
 
 def _preflight(transfer: Transfer) -> Iterator[Finding]:
-    from tuneshift_dag.resources.dagster_resources import EngineResource
+    from tuneshift_dag.resources import EngineResource
 
     template = transfer.config.prompt_template
     try:

@@ -1,0 +1,261 @@
+"""What the command line prints: tables, trees and lines of the objects that reports return. Nothing is computed here.
+
+Results go to `out` (standard output), progress and messages to `err` (standard error).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+if TYPE_CHECKING:
+    from tuneshift_dag.cli.doctor import Finding
+    from tuneshift_dag.reports.lineage import Prompt
+
+out = Console()
+err = Console(stderr=True)
+# What a run draws into its output folder, in the order to look at it.
+_PICTURES = ("perplexity_scatter", "kept_by_threshold", "diversity_map", "training_curve", "accuracy")
+
+
+def as_json(found: Any) -> None:
+    print(json.dumps(found, indent=2))
+
+
+def message(kind: str, color: str, text: str) -> None:
+    """One line on standard error. A text may hold square brackets, such as a template's [/INST]."""
+    err.print(f"[{color}]{kind}:[/{color}] ", end="")
+    err.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def rows(title: str, found: Sequence[dict[str, Any]]) -> None:
+    """A table with the columns of the first row."""
+    table = Table(title=title, title_justify="left")
+    for column in found[0] if found else ["nothing yet"]:
+        table.add_column(column.replace("_", " "))
+    for row in found:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+    out.print(table)
+
+
+def commands(lines: Sequence[tuple[str, str]]) -> None:
+    """What to type next, and why."""
+    for command, why in lines:
+        err.print(f"  {command:40} {why}", highlight=False)
+
+
+def outlook(name: str, pending: Sequence[tuple[str, str | None]], seconds: dict[str, float], steps: set[str]) -> None:
+    """What a run will do, and how long it takes.
+
+    Args:
+        pending: (asset, round) of every step to do.
+        seconds: by step, of those with a recorded speed.
+        steps: those whose speeds are recorded when they run.
+    """
+    rounds = sorted({round_ for _, round_ in pending if round_})
+    told = f"{len(pending)} steps to do"
+    told += f", {len(rounds)} rounds ({rounds[0]} to {rounds[-1]})" if rounds else ""
+    unknown = [step for step in dict.fromkeys(asset for asset, _ in pending) if step in steps - seconds.keys()]
+    if not seconds:
+        speed = "no recorded speed yet" if unknown else "no model runs"
+    else:
+        speed = f"about {duration(sum(seconds.values()))} at recorded speeds"
+        speed += f", without {', '.join(unknown)}: no recorded speed yet" if unknown else ""
+    err.print(f"[bold]{name}[/bold]: {told}; {speed}.", highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def after_run(name: str, output: Path) -> None:
+    """What to look at after a run: its pictures, and the commands that go on."""
+    pictures = [output / f"{picture}.png" for picture in _PICTURES if (output / f"{picture}.png").is_file()]
+    if pictures:
+        err.print("Pictures:")
+    for picture in pictures:
+        err.print(f"  {picture}", soft_wrap=True, highlight=False)
+    err.print("Next:")
+    commands(
+        [
+            (f"tuneshift report {name}", "these figures again"),
+            (f"tuneshift sweep {name}", "what other rules and thresholds would keep"),
+            (f"tuneshift export {name} --to out/", "the adapter and the dataset, with their cards"),
+            ("make ui", "the graph in Dagster's UI"),
+        ]
+    )
+
+
+def report(figures: dict[str, Any]) -> None:
+    from tuneshift_dag.method.evaluation import TITLES
+    from tuneshift_dag.reports.summary import by_way
+
+    out.print(
+        f"[bold]{figures['transfer']}[/bold]: {figures['rounds']} rounds, {figures['prompts']} prompts,"
+        f" {figures['pairs_scored']} pairs scored, {figures['pairs_kept']} kept with"
+        f" {figures['distinct_responses_kept']} distinct responses"
+    )
+    rows("Rounds", figures["by_round"])
+    accuracy = by_way([{"model": name, **row} for name, row in figures["accuracy"].items()])
+    shown = [{column: row[column] for column in ("model", "value", "low", "high", "n")} for row in accuracy]
+    rows(f"Held-out {TITLES[figures['metric']]}, 95 % interval", shown)
+    if figures["retention"]:
+        retained = [{"model": name, **row} for name, row in figures["retention"].items()]
+        rows("General text, before and after the distillation", retained)
+    if figures["tasks"]:
+        rows("Standard tasks, ± standard error", _side_by_side(figures["tasks"]))
+    rows("Cost of the last run", [{"asset": asset, "seconds": value} for asset, value in figures["seconds"].items()])
+    out.print(
+        f"Last run: {figures['model_calls']} model calls for the dataset,"
+        f" {figures['evaluation_calls']} for the evaluation; {figures['cache_hits']} answers from the cache."
+    )
+
+
+def _side_by_side(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Scores of standard tasks with one column for each model."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for score in tasks:
+        names = {column: score[column] for column in ("task", "metric", "filter", "n")}
+        error = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"
+        found.setdefault(tuple(map(str, names.values())), names)[score["model"]] = f"{score['value']:.3f}{error}"
+    return list(found.values())
+
+
+def plan(made: dict[str, Any]) -> None:
+    rows_of = ", ".join(f"{step['rows']:,} {name}" for name, step in made["steps"].items())
+    out.print(
+        f"[bold]{made['transfer']}[/bold]: {made['rounds']} rounds from nothing; rows of each step ({made['counts']}):"
+        f" {rows_of}. This machine has {made['memory_bytes'] / 1e9:.1f} GB, of which a run can plan with"
+        f" {made['usable_bytes'] / 1e9:.1f} GB.",
+        highlight=False,
+    )
+    table = Table(caption="seconds at the speeds recorded here", title_justify="left", caption_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in ("memory", "recorded peak", "seconds", "rows/s", "tokens/s"):
+        table.add_column(column, justify="right")
+    for column in ("models", "engine", "recorded"):
+        table.add_column(column, overflow="fold")
+
+    def number(value: float | None, text: str, scale: float = 1) -> str:
+        return "-" if value is None else text.format(value / scale)
+
+    for name, step in made["steps"].items():
+        speed: dict[str, Any] = step["speed"] or dict.fromkeys(("tokens_per_second", "models", "engine", "recorded_at"))
+        models = [model.rpartition("/")[2] for model in (speed["models"] or "-").split(", ")]
+        table.add_row(
+            name,
+            number(step["memory_bytes"], "{:.1f} GB", 1e9),
+            number(step["recorded_peak_bytes"], "{:.1f} GB", 1e9),
+            number(step["seconds"], "{:,.1f}"),
+            number(1 / speed["seconds_per_row"] if step["speed"] else None, "{:,.1f}"),
+            number(speed["tokens_per_second"], "{:,.0f}"),
+            ", ".join(models),
+            speed["engine"] or "-",
+            (speed["recorded_at"] or "-")[:10],
+        )
+    table.add_section()
+    table.add_row("total", "", "", number(made["total_seconds"], "{:,.1f}"))
+    out.print(table)
+    for warning in made["warnings"]:
+        out.print("[yellow]warning:[/yellow] ", end="")
+        out.print(warning, markup=False, highlight=False, soft_wrap=True)
+
+
+def sweep(cells: list[dict[str, Any]]) -> None:
+    table = Table(title="Pairs kept; * is the current filter", title_justify="left")
+    table.add_column("rule", no_wrap=True)
+    # In a narrow window rounds are left out rather than every number cut; --json has them.
+    rounds = [round_ for round_ in cells[0]["by_round"] if out.width >= 75 + 8 * len(cells[0]["by_round"])]
+    for column in ("threshold", "kept", "share", "distinct responses", "mean margin", *rounds):
+        table.add_column(column.replace("_", " "), justify="right", no_wrap=column in ("threshold", "kept", "share"))
+    for place, cell in enumerate(cells):
+        if place and cell["rule"] != cells[place - 1]["rule"]:
+            table.add_section()
+        margin = cell["mean_margin"]
+        table.add_row(
+            cell["rule"],
+            f"{'* ' if cell['current'] else ''}{cell['threshold']:g}",
+            str(cell["pairs_kept"]),
+            f"{cell['kept_share']:.1%}",
+            str(cell["distinct_responses"]),
+            "-" if margin is None else f"{margin:.4g}",
+            *(str(cell["by_round"][round_]) for round_ in rounds),
+            style="bold" if cell["current"] else None,
+        )
+    out.print(table)
+
+
+def comparison(found: list[dict[str, Any]]) -> None:
+    from tuneshift_dag.reports import summary
+
+    table = Table(title="Held-out accuracy by filter, 95 % intervals", title_justify="left")
+    for column in ("arm", "runs", "pairs", "of", "as random", "accuracy", "minus random", "minus unfiltered"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+
+    def cell(row: dict[str, Any], name: str, sign: str = "") -> str:
+        low, high = (f"{name}_low", f"{name}_high") if name != "value" else ("low", "high")
+        if row[name] is None:
+            return "-"
+        return f"{row[name]:{sign}.3f} \\[{row[low]:{sign}.3f}, {row[high]:{sign}.3f}]"
+
+    for place, row in enumerate(found):
+        if row["pairs"] is None and place and found[place - 1]["pairs"] is not None:
+            table.add_section()
+        shared = row["shared_with_random"]
+        counts = (str(row["runs"]), str(row["pairs"] or "-"), str(row["candidates"] or "-"))
+        differences = (cell(row, "vs_random", "+"), cell(row, "vs_unfiltered", "+"))
+        table.add_row(row["arm"], *counts, "-" if shared is None else f"{shared:.0%}", cell(row, "value"), *differences)
+    out.print(table)
+    varied = summary.diversity(found)
+    rows("Diversity of the training pairs", varied)
+    if varied and "similarity" not in varied[0]:
+        err.print("Without similarity: the sentence encoder isn't installed (the extra `encoder`).", soft_wrap=True)
+    tasks = summary.arm_tasks(found)
+    if tasks:
+        rows("Standard tasks, mean over trainings (lowest to highest)", tasks)
+    out.print(summary.conclusion(found), soft_wrap=True)
+
+
+def lineage(root: "Prompt") -> None:
+    tree = Tree(prompt_line(root))
+    _add_calls(tree, root)
+    out.print(tree)
+
+
+def _add_calls(tree: Tree, prompt: "Prompt") -> None:
+    """Hang a prompt's calls, and their prompts, on its branch."""
+    for call in prompt.calls:
+        line = Text(f"generator call {call.number} of {call.round}", "bold")
+        line.append(f" (new prompts: {call.written}, dropped: {call.dropped})", "not bold")
+        branch = tree.add(_and_elsewhere(line, call.repeated))
+        for child in call.prompts:
+            _add_calls(branch.add(prompt_line(child)), child)
+
+
+def prompt_line(prompt: "Prompt") -> Text:
+    """One line of a lineage tree; prompts and responses are data and never markup."""
+    place = "seed set" if prompt.fate == "seed" else f"{prompt.round or 'a former round'}, {prompt.fate}"
+    place += f": {prompt.reason}" if prompt.reason else ""
+    place += ", trained on" if prompt.trained_on else ""
+    line = Text.assemble((prompt.prompt_id, "dim"), " ", prompt.prompt or "(text no longer stored)")
+    line.append(f" [{place}]", "cyan")
+    if prompt.response is not None:
+        line.append(f" → {prompt.response.strip()}", "green")
+    return _and_elsewhere(line, prompt.repeated)
+
+
+def _and_elsewhere(line: Text, repeated: bool) -> Text:
+    return line.append(" (continued elsewhere in this tree)", "dim") if repeated else line
+
+
+def finding(found: "Finding") -> None:
+    mark = {True: "[green]ok[/green]  ", None: "[yellow]note[/yellow]", False: "[red]fix[/red] "}[found.ok]
+    out.print(f"{mark} {found.what}: ", end="")
+    out.print(found.detail, markup=False, soft_wrap=True)

@@ -1,0 +1,245 @@
+"""What each filter rule would keep at each threshold, and what the current one does: choosing a cut by looking.
+
+Every number comes from the scored pairs through the SQL that also makes ``filtered_dataset``, without a model, so a
+cell is what the dataset becomes when ``filter`` is set to it. What is kept also decides the seeds of later rounds; here
+the prompts that there are get judged. `tuneshift sweep` prints the cells, `threshold_report` stores and draws them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import polars as pl
+
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.schema import check_threshold
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.method.filters import GUARD_REASONS, KEEP_RULES, RULES, Rule
+from tuneshift_dag.store.database import Store
+from tuneshift_dag.store.queries import of_its_rounds, verdicts
+
+_PAPER_THRESHOLD = 1.5
+_MOST_THRESHOLDS = 1000
+# Points in one picture: more only paint over each other and make the PNG large.
+_MOST_POINTS = 3000
+_BUCKETS = 12
+_QUANTILES = [round(0.05 + 0.1 * place, 2) for place in range(10)]
+_SHARES = [0.1, 0.25, 0.5, 0.75, 1.0]
+_PARTS = [0.25, 0.5, 1.5, 2.0]
+# What a threshold of the rule is compared with; the other rules keep a share or a number.
+_COMPARED: dict[Rule, tuple[str, ...]] = {
+    "both": ("ppl_fine_tuned", "ppl_base"),
+    "difference": ("ppl_base - ppl_fine_tuned",),
+    "ratio": ("ppl_base / ppl_fine_tuned",),
+    "cross_ratio": ("ppl_base_cross / ppl_fine_tuned",),
+}
+
+
+def sweep(
+    store: Store, transfer: Transfer, rules: Sequence[str] = (), grid: Sequence[float] = ()
+) -> list[dict[str, Any]]:
+    """One cell for each rule and threshold, in the order of `RULES` and of the thresholds.
+
+    Args:
+        rules: the rules to try; without any, all of them: of a grid, those that can take all of it.
+        grid: the thresholds to try; without any, `default_grid` of each rule.
+
+    Returns:
+        Cells ``{rule, threshold, pairs_kept, kept_share, distinct_responses, mean_margin, by_round, current}``.
+        ``kept_share`` is of all scored pairs; ``mean_margin`` is None where there is none; ``by_round`` maps every
+        scored round to its kept pairs.
+
+    Raises:
+        TuneshiftError: for an unknown rule, or a threshold that can't separate anything.
+    """
+    for rule in rules:
+        if rule not in RULES:
+            raise TuneshiftError(f"There is no rule {rule!r}: use {', '.join(RULES)}.")
+    wanted = [rule for rule in RULES if rule in rules] or _rules_for(grid)
+    for rule in wanted:
+        for threshold in grid:
+            problem = _problem(rule, threshold)
+            if problem:
+                raise TuneshiftError(f"{problem}.")
+    rounds = f"SELECT round, count(*) FROM {of_its_rounds(transfer, 'scored_pairs')} GROUP BY round ORDER BY round"
+    scored = dict(store.read(rounds, schema=transfer.name).iter_rows())
+    cells = []
+    for rule in wanted:
+        cells += _cells(store, transfer, rule, sorted(set(grid)) or default_grid(store, transfer, rule), scored)
+    return cells
+
+
+def _cells(
+    store: Store, transfer: Transfer, rule: Rule, thresholds: list[float], scored: dict[str, int]
+) -> list[dict[str, Any]]:
+    settings = transfer.config.filter
+    rows = store.read(
+        f"""
+        WITH grid AS (SELECT unnest($thresholds::DOUBLE[]) AS threshold),
+        kept AS (
+            SELECT grid.threshold, judged.round, judged.margin, trim(judged.fine_tuned_response) AS response
+            FROM grid, LATERAL ({verdicts(transfer, rule, "grid.threshold")}) AS judged
+            WHERE judged.reason IS NULL
+        )
+        SELECT threshold, round, count(*), count(DISTINCT response), avg(margin)
+        FROM kept GROUP BY GROUPING SETS ((threshold), (threshold, round))
+        """,
+        {"thresholds": thresholds},
+        transfer.name,
+    )
+    found = {(threshold, round_): counts for threshold, round_, *counts in rows.iter_rows()}
+    cells = []
+    for threshold in thresholds:
+        kept, distinct, margin = found.get((threshold, None), (0, 0, None))
+        cells.append(
+            {
+                "rule": rule,
+                "threshold": threshold,
+                "pairs_kept": kept,
+                "kept_share": kept / max(1, sum(scored.values())),
+                "distinct_responses": distinct,
+                "mean_margin": margin,
+                "by_round": {round_: found.get((threshold, round_), (0,))[0] for round_ in scored},
+                "current": (rule, threshold) == (settings.rule, settings.threshold),
+            }
+        )
+    return cells
+
+
+def default_grid(store: Store, transfer: Transfer, rule: Rule) -> list[float]:
+    """Thresholds where the rule's verdict changes: quantiles of what it compares, and the paper's 1.5.
+
+    The rule of ``transfer.yaml`` gets its current threshold too. Quantiles rather than equal steps, because perplexity
+    ratios may span four orders of magnitude. Of `filters.KEEP_RULES`, shares; `unfiltered` has the one value 1.
+    """
+    settings = transfer.config.filter
+    mine = [settings.threshold] if rule == settings.rule else []
+    if rule == "unfiltered":
+        return [1.0]
+    if rule in KEEP_RULES:
+        number = mine[0] if mine and mine[0] > 1 else None
+        return sorted({*mine, *(_SHARES if number is None else (max(2, round(number * part)) for part in _PARTS))})
+    floor = 0 if rule == "difference" else 1  # as in the check of transfer.yaml
+    values = " UNION ALL ".join(f"SELECT {value} AS value FROM usable" for value in _COMPARED[rule])
+    # A pair without a perplexity, or truncated, or empty, is out at every threshold.
+    found = _judged(
+        store,
+        transfer,
+        f""", usable AS (FROM judged WHERE coalesce(reason, '') NOT IN {GUARD_REASONS})
+        SELECT unnest(quantile_cont(value, {_QUANTILES})) FROM ({values}) WHERE value > {floor} AND isfinite(value)""",
+        verdicts(transfer, rule, _PAPER_THRESHOLD),
+    ).to_series()
+    return sorted(t for t in {*mine, _PAPER_THRESHOLD, *(_readable(value, floor) for value in found)} if t > floor)
+
+
+def _readable(value: float, floor: int) -> float:
+    """Three significant digits; just above the floor, where perplexities crowd, of what is above it."""
+    start = floor if value < 10 else 0
+    return round(start + float(f"{value - start:.3g}"), 10)
+
+
+def parse_grid(text: str) -> list[float]:
+    """Thresholds from ``1.1,1.2,1.5`` or ``start:stop:step`` (the stop included).
+
+    Raises:
+        TuneshiftError: naming what can't be read, and the two forms.
+    """
+    try:
+        if ":" not in text:
+            return [float(part) for part in text.split(",")]
+        start, stop, step = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise TuneshiftError(
+            f"--grid {text!r} can't be read: write thresholds as 1.1,1.2,1.5 or as start:stop:step, like 1.1:2:0.1."
+        ) from None
+    if not (math.isfinite(start) and math.isfinite(stop) and math.isfinite(step) and step > 0 and stop >= start):
+        raise TuneshiftError(
+            f"--grid {text!r} has no thresholds: the step must be above 0 and the stop not below start."
+        )
+    count = math.floor((stop - start) / step + 1e-9) + 1
+    if count > _MOST_THRESHOLDS:
+        raise TuneshiftError(
+            f"--grid {text!r} has {count} thresholds, more than {_MOST_THRESHOLDS}: use a larger step."
+        )
+    # Rounded, so that 1.1:2:0.1 hits the 1.3 of transfer.yaml and not 1.3000000000000003.
+    return [round(start + place * step, 10) for place in range(count)]
+
+
+def _problem(rule: Rule, threshold: float) -> str:
+    """Why a rule can't take a threshold; empty if it can."""
+    try:
+        check_threshold(rule, threshold)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _rules_for(grid: Sequence[float]) -> list[Rule]:
+    """The rules that can take every threshold of a grid; without one, all.
+
+    Raises:
+        TuneshiftError: when no rule can.
+    """
+    if not grid:
+        return list(RULES)
+    able: list[Rule] = [rule for rule in RULES if rule != "unfiltered" and not any(_problem(rule, t) for t in grid)]
+    if not able:
+        raise TuneshiftError(
+            f"No rule takes all of the thresholds {', '.join(f'{t:g}' for t in grid)}: name one with --rule to see why."
+        )
+    return able
+
+
+def perplexities(store: Store, transfer: Transfer) -> pl.DataFrame:
+    """(ppl_fine_tuned, ppl_base, ppl_base_cross, kept) of the pairs that have finite perplexities.
+
+    At most `_MOST_POINTS` of them, and the same ones each time: a prompt_id is a hash, so the first by prompt_id are a
+    fair sample.
+    """
+    return _judged(
+        store,
+        transfer,
+        f"""
+        SELECT ppl_fine_tuned, ppl_base, ppl_base_cross, reason IS NULL AS kept FROM judged
+        WHERE isfinite(ppl_fine_tuned) AND isfinite(ppl_base) AND isfinite(ppl_base_cross)
+        ORDER BY prompt_id, round LIMIT {_MOST_POINTS}
+        """,
+    )
+
+
+def verdicts_by_round(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
+    """``{round, reason, pairs}`` of every round and reason; the kept ones have the reason ``kept``."""
+    return _judged(
+        store,
+        transfer,
+        "SELECT round, coalesce(reason, 'kept') AS reason, count(*) AS pairs FROM judged"
+        " GROUP BY ALL ORDER BY round, reason",
+    ).to_dicts()
+
+
+def response_lengths(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
+    """``{low, high, kept, dropped}``: verdicts by the fine-tuned response's length in tokens.
+
+    Buckets of equal width from the shortest to the longest response, at most `_BUCKETS`, both ends included.
+    """
+    return _judged(
+        store,
+        transfer,
+        f"""
+        , ends AS (
+            SELECT min(fine_tuned_tokens) AS shortest,
+                ((max(fine_tuned_tokens) - min(fine_tuned_tokens)) // {_BUCKETS} + 1)::INTEGER AS width
+            FROM judged
+        ),
+        buckets AS (SELECT *, (fine_tuned_tokens - shortest) // width AS bucket FROM judged, ends)
+        SELECT any_value(shortest + bucket * width)::INTEGER AS low,
+            any_value(shortest + (bucket + 1) * width - 1)::INTEGER AS high,
+            count(*) FILTER (reason IS NULL) AS kept, count(*) FILTER (reason IS NOT NULL) AS dropped
+        FROM buckets WHERE bucket IS NOT NULL GROUP BY bucket ORDER BY bucket
+        """,
+    ).to_dicts()
+
+
+def _judged(store: Store, transfer: Transfer, query: str, judged: str = "") -> pl.DataFrame:
+    """The rows of a query over ``judged``: every scored pair with its verdict, by default the current filter's."""
+    return store.read(f"WITH judged AS ({judged or verdicts(transfer)}) {query}", schema=transfer.name)

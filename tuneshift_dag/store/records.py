@@ -1,0 +1,189 @@
+"""The record of what was made from what, and what is out of date by it.
+
+It stands in the database beside the rows that it speaks of, and is written in their transaction: a deleted, restored
+or copied file never disagrees with itself. `tuneshift run` and the automation both ask `Records.causes`, and nothing
+else; Dagster's UI goes by its own event log (docs/concepts.md says where the two may differ).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Any, Literal
+
+import polars as pl
+
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.versions import INPUTS, Rounds, code_version
+from tuneshift_dag.store.database import Spool, Store, in_chunks, insert
+from tuneshift_dag.store.tables import ATTEMPTS, MATERIALIZATIONS
+
+ROUND_ASSETS = ("synthetic_prompts", "scored_pairs", "filtered_dataset")
+"""What a round materializes, in this order."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why something must be made (again).
+
+    ``missing``: it never was. ``code``: its settings, files, weights or code changed. ``input``: what it was made from
+    has another version, or is gone. ``attempt``: the last attempt failed or was killed, or is going on.
+    """
+
+    kind: Literal["missing", "code", "input", "attempt"]
+    input: str = ""
+    """Of kind ``input`` the `place` that changed."""
+
+
+def place(asset: str, round_: str | None = None) -> str:
+    """How an asset, or a round of one, is named in the record."""
+    return f"{asset}/{round_}" if round_ else asset
+
+
+class Records:
+    """The record of one transfer at one moment: read it again after every change."""
+
+    def __init__(self, store: Store, transfer: Transfer) -> None:
+        self.store = store
+        self.transfer = transfer
+        made = store.read("SELECT * FROM materializations", schema=transfer.name)
+        self._made = {place(row["asset"], row["round"]): row for row in made.iter_rows(named=True)}
+        self.attempts = {
+            place(*row) for row in store.read("SELECT asset, round FROM attempts", schema=transfer.name).rows()
+        }
+
+    def causes(self, asset: str, round_: str | None = None) -> list[Cause]:
+        """Why an asset, or a round of one, must be made (again); [] when it needn't."""
+        here = place(asset, round_)
+        made = self._made.get(here)
+        if made is None:
+            return [Cause("missing")]
+        causes = [Cause("code")] if made["code_version"] != code_version(self.transfer, asset) else []
+        before, now = json.loads(made["inputs"]), self.inputs(asset, round_)
+        causes += [Cause("input", name) for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+        return [*causes, Cause("attempt")] if here in self.attempts else causes
+
+    def inputs(self, asset: str, round_: str | None = None) -> dict[str, str]:
+        """The present version of everything that an asset is made from, by `place`; empty where nothing was made."""
+        keys = self.transfer.round_keys
+        rounds: dict[Rounds, Sequence[str | None]] = {
+            "same": [round_],
+            "earlier": [key for key in keys if key < (round_ or "")],
+            "all": keys,
+            "none": [None],
+        }
+        return {place(name, one): self.version(name, one) for name, of in INPUTS[asset] for one in rounds[of]}
+
+    def version(self, asset: str, round_: str | None = None) -> str:
+        """The data version that there is; empty when nothing was made."""
+        made = self._made.get(place(asset, round_))
+        return str(made["version"]) if made else ""
+
+    def grown(self, round_: str) -> bool:
+        """Whether a round has prompts: one after that which reached ``target_pairs`` has none, and nothing to keep."""
+        counted = "SELECT count(*) FROM synthetic_prompts WHERE round = ?"
+        return bool(self.store.read(counted, [round_], self.transfer.name).item())
+
+    def missing_rounds(self, asset: str) -> list[str]:
+        return [round_ for round_ in self.transfer.round_keys if place(asset, round_) not in self._made]
+
+
+@dataclass(frozen=True)
+class Due:
+    """What must be materialized next: assets of one round, in order, or assets without rounds."""
+
+    assets: tuple[str, ...]
+    round: str | None = None
+
+
+def next_step(records: Records, regrow: bool, kept_rounds: list[str] | None = None) -> Due | None:
+    """The first step, in round order, that is missing or out of date; None when all is up to date.
+
+    Args:
+        regrow: also grow rounds anew that are out of date only because other prompts seed them now.
+        kept_rounds: gets the rounds that keep their prompts, since ``regrow`` is off.
+    """
+    transfer = records.transfer
+    if records.causes("seed_set"):
+        return Due(("seed_set",))
+    for round_ in transfer.round_keys:
+        for number, asset in enumerate(ROUND_ASSETS):
+            causes = records.causes(asset, round_)
+            if asset == "synthetic_prompts" and not regrow and _only_seeds_changed(causes) and records.grown(round_):
+                if kept_rounds is not None:
+                    kept_rounds.append(round_)
+            elif causes:
+                return Due(ROUND_ASSETS[number:], round_)
+    # The report comes before the training: it is cheap, and says what to do when too little was kept.
+    after = ["threshold_report", "distilled_model"]
+    after += ["evaluation"] if transfer.heldout or transfer.config.evaluation.tasks else []
+    after += ["diversity_map"] if transfer.config.diversity_map else []
+    stale = [asset for asset in after if records.causes(asset)]
+    if "distilled_model" in stale:  # a new model needs it anyway
+        stale = [asset for asset in after if asset in stale or asset == "evaluation"]
+    return Due(tuple(stale)) if stale else None
+
+
+def _only_seeds_changed(causes: list[Cause]) -> bool:
+    """Of a round's prompts: the seeds, or the earlier rounds' prompts that it must not repeat."""
+    return bool(causes) and all(
+        cause.kind == "input" and cause.input.startswith(("round_seeds/", "synthetic_prompts/")) for cause in causes
+    )
+
+
+def begin(store: Store, transfer: Transfer, asset: str, round_: str | None, run_id: str) -> None:
+    """Note that a materialization has begun: until `end` it is taken up again by whoever asks for causes."""
+    row = {"asset": asset, "round": round_ or "", "run_id": run_id, "started_at": _now()}
+    store.replace(transfer.name, ATTEMPTS, ATTEMPTS.frame([row]), asset=asset, round=round_ or "")
+
+
+def end(store: Store, transfer: Transfer, asset: str, round_: str | None) -> None:
+    """Note that a materialization succeeded, pictures and all."""
+    store.replace(transfer.name, ATTEMPTS, ATTEMPTS.empty(), asset=asset, round=round_ or "")
+
+
+def note(
+    connection: Any,
+    asset: str,
+    round_: str | None,
+    version: str,
+    run_id: str,
+    code: str = "",
+    inputs: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write what was made, within the transaction that writes its rows.
+
+    Args:
+        code: its code version.
+        inputs: as `Records.inputs` gave them before anything was read.
+    """
+    row = {
+        "asset": asset,
+        "round": round_ or "",
+        "code_version": code,
+        "inputs": json.dumps(dict(inputs), sort_keys=True),
+        "version": version,
+        "run_id": run_id,
+        "finished_at": _now(),
+    }
+    connection.execute("DELETE FROM materializations WHERE asset = ? AND round = ?", [asset, round_ or ""])
+    insert(connection, MATERIALIZATIONS, MATERIALIZATIONS.frame([row]))
+
+
+def content_version(*frames: pl.DataFrame | Spool) -> str:
+    """Hash of the rows, whatever their order: the same content is the same data version.
+
+    A spool's chunks come in the order of their rows, and so give the version of one frame.
+    """
+    digest = hashlib.sha256()
+    for frame in frames:
+        for chunk in in_chunks(frame):
+            for row in sorted(json.dumps(list(row)) for row in chunk.iter_rows()):
+                digest.update(row.encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(tzinfo=None)
