@@ -10,13 +10,15 @@ import dagster as dg
 import duckdb
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.conftest import make_transfer_folder
 from tests.fakes import FakeModels
 from tuneshift_dag.assets import build_assets
-from tuneshift_dag.cli import commands as cli
-from tuneshift_dag.config.transfer import Transfer, load_transfer
+from tuneshift_dag.cli import app, rendering
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file
 from tuneshift_dag.method.diversity import distinct_bigrams
@@ -339,8 +341,8 @@ def run_cli(graph: Graph, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> s
     monkeypatch.setenv("TUNESHIFT_HOME", str(graph.home))
     monkeypatch.setenv("TUNESHIFT_TRANSFERS", str(graph.transfer.folder.parent))
     # The console was made at import, for another standard output.
-    monkeypatch.setattr(cli, "_out", cli.Console(width=300))
-    result = CliRunner().invoke(cli.app, ["lineage", *arguments], catch_exceptions=False)
+    monkeypatch.setattr(rendering, "out", Console(width=300))
+    result = CliRunner().invoke(app, ["lineage", *arguments], catch_exceptions=False)
     assert result.exit_code == 0
     return result.stdout
 
@@ -373,8 +375,8 @@ def test_the_command_prints_one_json_object(graph, monkeypatch):
 def test_prompts_are_never_read_as_markup(graph):
     prompt = Prompt("a1", "[bold]not[/bold] [/] markup", "round_01", "kept", None, " [red]", False)
     prompt.calls.append(Call("c1", "round_01", 0, 1, 0))
-    console = cli.Console(width=200, record=True, file=io.StringIO())
-    console.print(cli._prompt_line(prompt))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(rendering.prompt_line(prompt))
     assert "[bold]not[/bold] [/] markup [round_01, kept] → [red]" in console.export_text()
 
 
