@@ -11,7 +11,7 @@ export DAGSTER_HOME
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-ui test-servers check format ui bench clean
+.PHONY: setup demo demo-full test test-ui test-servers check format ui bench clean
 
 setup: $(STAMP)
 
@@ -28,7 +28,11 @@ $(DAGSTER_HOME)/dagster.yaml: tuneshift_dag/dagster_template.yaml
 	mkdir -p $(DAGSTER_HOME)
 	cp $< $@
 
+# A first look: five rounds instead of twelve. Every round that it has run is there for `make demo-full`.
 demo: setup $(DAGSTER_HOME)/dagster.yaml
+	$(BIN)/tuneshift run banking_intents --rounds 5
+
+demo-full: setup $(DAGSTER_HOME)/dagster.yaml
 	$(BIN)/tuneshift run banking_intents
 
 test: setup
@@ -55,6 +59,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup
 	$(BIN)/ruff format .

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import GREEDY, REPETITIONS, prompts, ratio, source_files, spread
-from tuneshift_dag.config.transfer import RayCluster
+from tuneshift_dag.config.schema_models import RayCluster
 from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.engines.ray import RayEngine
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tuneshift_dag.config.transfer import load_transfer
+from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.method.engine import Decoding
 from tuneshift_dag.models.references import ModelFiles, resolve_adapter, resolve_model
 

@@ -61,7 +61,7 @@ def overhead() -> dict[str, Any]:
     """Wall time of a `tuneshift run` of two rounds over the time spent loading, running and training models."""
     import dagster as dg
 
-    from tuneshift_dag.config.transfer import load_transfer
+    from tuneshift_dag.config.files import load_transfer
     from tuneshift_dag.reports.summary import report
     from tuneshift_dag.runner import Runner
 

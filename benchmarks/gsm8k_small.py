@@ -74,9 +74,7 @@ def main() -> None:
     os.environ["TUNESHIFT_TRANSFERS"] = str(folder.parent)
     os.environ["TUNESHIFT_HOME"] = str(arguments.to.resolve() / "home")
     for command in (["doctor", "gsm8k_small"], ["run", "gsm8k_small"]):
-        subprocess.run(
-            [sys.executable, "-c", "from tuneshift_dag.cli.commands import main; main()"] + command, check=True
-        )
+        subprocess.run([sys.executable, "-c", "from tuneshift_dag.cli import main; main()", *command], check=True)
 
 
 def write(file: Path, rows: list[dict[str, str]]) -> None:

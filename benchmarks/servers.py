@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.common import GREEDY, interleaved, prompts, source_files, spread
 from tests.servers import test_real_servers as servers
 from tests.servers.lora_to_gguf import convert
-from tuneshift_dag.config.transfer import ServedModel, Server
+from tuneshift_dag.config.schema_models import ServedModel, Server
 from tuneshift_dag.engines.openai_source import OpenAIServer, ServedSource
 
 CONCURRENCY = 32

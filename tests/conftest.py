@@ -4,6 +4,8 @@ import os
 
 # Read when huggingface_hub is imported, so it has to be set before anything imports it.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Read when torch is: the suite runs a worker on each core, and two threads on one small model wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import sys
@@ -20,9 +22,9 @@ import yaml
 from safetensors.numpy import save_file
 
 from tests.fakes import FakeModels
-from tuneshift_dag import definitions, runner
-from tuneshift_dag.cli import commands as cli
-from tuneshift_dag.config.transfer import Transfer, load_transfer
+from tuneshift_dag import cli, definitions, runner
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.home import database_file
 from tuneshift_dag.models import encoder
 from tuneshift_dag.runner import Runner, RunResult

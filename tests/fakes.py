@@ -10,17 +10,13 @@ intent or another one.
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tuneshift_dag.method.token_selection import ScoredTokens
-
-from tuneshift_dag.config.transfer import Transfer
-from tuneshift_dag.engines.preflight import AdapterCheck
-from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Pair, Response, Side
-from tuneshift_dag.resources.dagster_resources import EngineResource
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.method.engine import AdapterCheck, Decoding, Engine, Pair, Response, Side
+from tuneshift_dag.resources import EngineResource
 
 EOS = 0
 # Columns of a row of `scored_pairs` where the fine-tuned model is sure and the base is not.
@@ -39,15 +35,14 @@ CONFIDENT_PAIR = {
 _SYLLABLES = ["ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "zu"]
 
 
-class FakeEngine:
-    """Implements `tuneshift_dag.method.engine.Engine`.
+class FakeEngine(Engine):
+    """Both protocols of `tuneshift_dag.method.engine`.
 
     ``answered`` and ``scored`` record the work done: (side, prompt) of every response that was generated
     and of every given response that was scored.
     """
 
     cross_scores = True
-    chunk_size = CHUNK_SIZE
 
     def __init__(
         self,
@@ -73,9 +68,6 @@ class FakeEngine:
         self.check = check or AdapterCheck([], [], largest_logit_difference=1.0, delta_norm=1.0)
         self.answered: list[tuple[Side, str]] = []
         self.scored: list[tuple[Side, str]] = []
-
-    def session(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def fingerprint(self, side: Side) -> str:
         return f"{self.name}|{side}"
@@ -108,16 +100,6 @@ class FakeEngine:
             self.scored += [(side, "".join(map(chr, prompts[i]))) for i in batch]
             # Between 4 and 5 nats a token: less likely than after a prompt (see `_score`).
             yield [(i, -(4 + _number("alone", responses[i]) % 100 / 100) * len(responses[i])) for i in batch]
-
-    def token_scores(
-        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
-    ) -> Iterator[list[tuple[int, list[float]]]]:
-        for batch in self._batches(responses):
-            self.scored += [(side, "".join(map(chr, prompts[i]))) for i in batch]
-            yield [
-                (i, [-(_number(side, responses[i][:end]) % 100) / 100 for end in range(1, len(responses[i]) + 1)])
-                for i in batch
-            ]
 
     def _batches(self, prompts: Sequence[list[int]]) -> Iterator[list[int]]:
         # Longest first, as the real engine does, so that results arrive out of order.
@@ -181,16 +163,6 @@ class FakeEngine:
         return (logprob - _number("score", prompt) % 100 / 1000) * len(response.token_ids)
 
 
-class FakeDiscriminator(FakeEngine):
-    """A source base with a discriminator: it has an opinion of its own on every prompt and answer."""
-
-    def score(
-        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
-    ) -> Iterator[list[tuple[int, float]]]:
-        for batch in super().score(prompts, responses, side):
-            yield [(i, -(_number(self.name, prompts[i], responses[i]) % 400) / 100) for i, _ in batch]
-
-
 class FakeModels:
     """The engines of one transfer, without models, and a record of what was trained.
 
@@ -202,9 +174,6 @@ class FakeModels:
         self.generator = generator or FakeEngine("generator")
         self.targets: dict[str, FakeEngine] = {}
         self.trained: list[list[tuple[str, str]]] = []
-        self.excess: list[list[ScoredTokens] | None] = []
-        self.discriminators: dict[str, FakeEngine] = {}
-        self.taught: list[list[list[tuple[str, str]]]] = []
         self.memory: list[str] = []
         """What came into memory and was released, as far as the engines were told to note it."""
         self.task_runs: list[tuple[str, str, Side]] = []
@@ -212,7 +181,7 @@ class FakeModels:
 
     def calls(self) -> int:
         """Responses generated and scored, by all engines."""
-        engines = [self.source, self.generator, *self.targets.values(), *self.discriminators.values()]
+        engines = [self.source, self.generator, *self.targets.values()]
         return sum(len(engine.answered) + len(engine.scored) for engine in engines)
 
     def resource(self) -> EngineResource:
@@ -225,18 +194,6 @@ class FakeModels:
             def generator(self, transfer: Transfer) -> FakeEngine:
                 return models.generator
 
-            def discriminator(self, transfer: Transfer, adapter: Path) -> FakeEngine:
-                engine = FakeDiscriminator(adapter.name, on_batch=lambda number: models.memory.append("discriminator"))
-                return models.discriminators.setdefault(adapter.name, engine)
-
-            def train_discriminator(
-                self, transfer: Transfer, batches: list[list[tuple[str, str]]], folder: Path, on_step: Any
-            ) -> Any:
-                models.taught.append(batches)
-                folder.mkdir(parents=True)
-                (folder / "adapter_model.safetensors").write_bytes(b"weights")
-                on_step(1, 1, 0.5)
-
             def release(self) -> None:
                 models.memory.append("released")
                 super().release()
@@ -248,16 +205,8 @@ class FakeModels:
             def harness(self, transfer: Transfer) -> Any:
                 return FakeHarness(transfer, models)
 
-            def distill(
-                self,
-                transfer: Transfer,
-                pairs: list[tuple[str, str]],
-                folder: Path,
-                on_step: Any,
-                excess: list[ScoredTokens] | None = None,
-            ) -> Any:
+            def distill(self, transfer: Transfer, pairs: list[tuple[str, str]], folder: Path, on_step: Any) -> Any:
                 models.trained.append(pairs)
-                models.excess.append(excess)
                 folder.mkdir(parents=True)
                 (folder / "adapter_model.safetensors").write_bytes(b"weights")
                 (folder / "adapter_config.json").write_text("{}")
@@ -265,7 +214,6 @@ class FakeModels:
                 return SimpleNamespace(
                     steps=[{"step": 1, "loss": 0.5, "learning_rate": 5e-4}],
                     epochs=[{"epoch": 1, "train_loss": 0.5, "validation_loss": 0.4}],
-                    token_share=1.0,
                     seconds=0.1,
                 )
 

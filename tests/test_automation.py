@@ -10,7 +10,7 @@ from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 
 from tests.conftest import Project, make_transfer_folder
 from tests.fakes import FakeEngine
-from tuneshift_dag.config.transfer import load_transfer
+from tuneshift_dag.config.files import load_transfer
 
 Edit = Callable[[str, Any], None]
 Step = tuple[list[str], str | None]

@@ -12,7 +12,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tuneshift_dag.config.transfer import load_transfer
+from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.home import database_file
 from tuneshift_dag.models.references import resolve_model
 from tuneshift_dag.reports.export import export

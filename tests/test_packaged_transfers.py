@@ -7,12 +7,12 @@ from types import ModuleType
 
 import pytest
 
-from tuneshift_dag.config.transfer import find_transfers, load_transfer
+from tuneshift_dag.cli.doctor import examine
+from tuneshift_dag.config.files import find_transfers, load_transfer
 from tuneshift_dag.definitions import build_definitions
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.prompting import prompt_id
-from tuneshift_dag.reports.doctor import examine
-from tuneshift_dag.resources.dagster_resources import EngineResource
+from tuneshift_dag.resources import EngineResource
 
 ROOT = Path(__file__).parents[1] / "transfers"
 FOLDERS = find_transfers(ROOT)

@@ -3,8 +3,10 @@
 What is out of date is decided by `tuneshift_dag.store.records`, as it is for the automation.
 """
 
+import logging
 import os
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -47,10 +49,12 @@ class Runner:
         instance: dg.DagsterInstance,
         engines: EngineResource | None = None,
         on_step: Callable[[str, str | None], None] = lambda asset, round_: None,
+        on_line: Callable[[str], None] | None = None,
     ) -> None:
         """
         Args:
             on_step: called with the first asset and the round of what is materialized next.
+            on_line: called with every line that a step says of its progress (in a terminal it draws a bar instead).
         """
         self.transfer = transfer
         self.instance = instance
@@ -58,6 +62,7 @@ class Runner:
         self.defs = build_definitions([transfer], database_file(), engines)
         self.job = self.defs.resolve_implicit_global_asset_job_def()
         self.on_step = on_step
+        self.lines = _Lines(on_line) if on_line else logging.NullHandler()
         self.result = RunResult(batch_id=f"cli-{uuid.uuid4().hex[:12]}")
 
     def run(self, regrow: bool = False) -> RunResult:
@@ -111,18 +116,35 @@ class Runner:
 
     def _materialize(self, assets: Sequence[str], round_: str | None) -> None:
         self.on_step(assets[0], round_)
-        result = self.job.execute_in_process(
-            instance=self.instance,
-            asset_selection=[dg.AssetKey([self.transfer.name, asset]) for asset in assets],
-            partition_key=round_,
-            raise_on_error=False,
-            # Who looks at the terminal gets our own lines; Dagster's are in its event log.
-            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-            tags={BATCH_TAG: self.result.batch_id, _PID_TAG: process_tag()},
-        )
+        said = logging.getLogger(__package__)
+        said.addHandler(self.lines)
+        try:
+            result = self.job.execute_in_process(
+                instance=self.instance,
+                asset_selection=[dg.AssetKey([self.transfer.name, asset]) for asset in assets],
+                partition_key=round_,
+                raise_on_error=False,
+                # Who looks at the terminal gets our own lines; Dagster's are in its event log.
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+                tags={BATCH_TAG: self.result.batch_id, _PID_TAG: process_tag()},
+            )
+        finally:
+            said.removeHandler(self.lines)
         if not result.success:
             raise TuneshiftError(_explain(result, round_))
         self.result.materialized += [(asset, round_) for asset in assets]
+
+
+class _Lines(logging.Handler):
+    """Passes on what steps say; of their progress nothing where a bar shows it."""
+
+    def __init__(self, on_line: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self.on_line = on_line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not (getattr(record, "progress", False) and sys.stderr.isatty()):
+            self.on_line(record.getMessage())
 
 
 def close_dead_runs(instance: dg.DagsterInstance) -> list[str]:

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.conftest import Project, write_jsonl
-from tuneshift_dag.cli import commands as cli
+from tuneshift_dag import cli
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.models import encoder
 from tuneshift_dag.reports.export import model_card

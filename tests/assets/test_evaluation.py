@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import Project, write_jsonl
 from tests.fakes import FakeEngine
-from tuneshift_dag.config.transfer import load_transfer
+from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import Side
 from tuneshift_dag.reports.export import model_card

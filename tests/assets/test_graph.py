@@ -8,25 +8,22 @@ from typing import Any
 import dagster as dg
 import polars as pl
 import pytest
-from dagster._core.asset_graph_view.asset_graph_view import AssetGraphView
-from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
-from tuneshift_dag.method.discriminator import EACH_A_STEP, NO, YES, ask
 
 from tests import conftest
 from tests.conftest import Project
 from tests.fakes import FakeEngine
-from tuneshift_dag.assets.adapters import training_version
 from tuneshift_dag.assets.comparison import _candidates
 from tuneshift_dag.assets.filtered_dataset import _check_seeds
 from tuneshift_dag.assets.scored_pairs import _check_finite
 from tuneshift_dag.assets.synthetic_prompts import _check_duplicates, _check_held_out
 from tuneshift_dag.definitions import build_definitions
-from tuneshift_dag.engines.preflight import AdapterCheck
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.retention import general_texts
+from tuneshift_dag.method.engine import AdapterCheck
+from tuneshift_dag.method.evaluation import general_texts
 from tuneshift_dag.reports.export import export, model_card
 from tuneshift_dag.reports.summary import report
-from tuneshift_dag.reports.sweep import sweep
+from tuneshift_dag.reports.thresholds import sweep
+from tuneshift_dag.store.records import Records
 from tuneshift_dag.store.tables import FILTERED_DATASET, SCORED_PAIRS, SYNTHETIC_PROMPTS
 
 ROUND_ASSETS = ["synthetic_prompts", "scored_pairs", "filtered_dataset"]
@@ -216,7 +213,8 @@ class TestThresholdChange:
         edit_config("filter.threshold", IMPOSSIBLE)
         assert "filter.threshold" in failure(project.materialize("filtered_dataset", round="round_01"))
         edit_config("filter.threshold", USUAL)
-        assert project.runner()._causes("filtered_dataset", "round_01") == []
+        # Its data is fresh, and its last attempt was not: it is made once more, which costs nothing.
+        assert causes(project, "filtered_dataset", "round_01") == ["attempt"]
         assert project.rows("SELECT * FROM filtered_dataset ORDER BY ALL") == kept != []
         assert project.rows("SELECT * FROM rejected_pairs ORDER BY ALL") == rejected
 
@@ -228,19 +226,18 @@ class TestThresholdChange:
         for round_ in project.transfer.round_keys:
             assert project.materialize(*ROUND_ASSETS, round=round_).success
         seeds = seeds_by_round(project)
-        assert stale_causes(project, "synthetic_prompts") == {key: [] for key in project.transfer.round_keys}
+        keys = project.transfer.round_keys
+        assert [causes(project, "synthetic_prompts", key) for key in keys] == [[]] * 3
         edit_config("filter.threshold", LOOSER)
-        assert stale_causes(project, "filtered_dataset") == {
-            key: ["has a new code version"] for key in project.transfer.round_keys
-        }
+        assert [causes(project, "filtered_dataset", key) for key in keys] == [["code"]] * 3
         for round_ in project.transfer.round_keys:
             assert project.materialize("filtered_dataset", round=round_).success
         changed = {r for r in project.transfer.round_keys if seeds_by_round(project)[r] != seeds[r]}
         assert changed == {"round_03"}
-        assert stale_causes(project, "synthetic_prompts") == {
-            r: ["has a new dependency data version"] if r in changed else [] for r in project.transfer.round_keys
+        assert {key: causes(project, "synthetic_prompts", key) for key in keys} == {
+            key: [f"input round_seeds/{key}"] if key in changed else [] for key in keys
         }
-        assert set(map(str, stale_causes(project, "scored_pairs").values())) == {"[]"}
+        assert [causes(project, "scored_pairs", key) for key in keys] == [[]] * 3
 
 
 class TestRuleChange:
@@ -264,23 +261,6 @@ class TestRuleChange:
         rejected = project.rows("SELECT count(*), count(DISTINCT (round, prompt_id)) FROM rejected_pairs")[0]
         assert rejected[0] == rejected[1] == project.rows("SELECT count(*) FROM scored_pairs")[0][0] - 12
         assert (work(project.models.source), work(project.models.generator)) == calls
-
-    def test_to_ifd_scores_each_response_alone_once(self, project: Project, edit_config: Edit) -> None:
-        project.run()
-        source = project.models.source
-        before = len(source.answered), len(source.scored)
-        assert project.rows("SELECT count(ppl_base_alone) FROM scored_pairs") == [(0,)]
-        edit_config("filter", {"rule": "ifd", "threshold": 0.3})
-        ran = project.run().materialized
-        assert ("scored_pairs", "round_01") in ran and ("synthetic_prompts", "round_01") not in ran
-        responses = project.rows("SELECT count(DISTINCT fine_tuned_response) FROM scored_pairs")[0][0]
-        assert len(source.answered) == before[0]
-        assert source.scored[before[1] :] == [("base", "")] * responses
-        assert project.rows("SELECT count(*) FROM filtered_dataset") != [(0,)]
-        assert project.rows("SELECT count(*) FROM threshold_report WHERE rule = 'ifd' AND current") == [(1,)]
-        edit_config("filter.threshold", 0.31)
-        assert "scored_pairs" not in {asset for asset, _ in project.run().materialized}
-        assert len(source.scored) == before[1] + responses
 
 
 class TestSelfConsistency:
@@ -314,135 +294,6 @@ class TestSelfConsistency:
         assert project.rows("SELECT * FROM filtered_dataset ORDER BY round, prompt_id") == kept
 
 
-class TestTargetAware:
-    def test_the_target_scores_each_pair_once_and_its_share_is_refiltered(
-        self, project: Project, edit_config: Edit
-    ) -> None:
-        project.run()
-        source, base = project.models.source, project.models.targets["target|"]
-        before, asked = len(base.scored), work(source)
-        assert project.rows("SELECT count(ppl_target) FROM scored_pairs") == [(0,)]
-        edit_config("filter", {"target": "avoid_easy", "target_share": 0.2})
-        assert "before filter.target was set" in failure(project.materialize("filtered_dataset", round="round_01"))
-        ran = project.run().materialized
-        assert ("scored_pairs", "round_01") in ran and ("synthetic_prompts", "round_01") not in ran
-        template = project.transfer.config.prompt_template
-        prompts = [template.replace("{prompt}", p) for (p,) in project.rows("SELECT prompt FROM scored_pairs")]
-        assert sorted(base.scored[before:]) == sorted(("base", prompt) for prompt in prompts)
-        assert work(source) == asked, "the source's responses and scores are known"
-        assert project.rows("SELECT count(*) FROM scored_pairs WHERE ppl_target IS NULL") == [(0,)]
-        dropped = "SELECT count(*) FROM rejected_pairs WHERE reason = 'easy_for_target'"
-        first = project.rows(dropped)
-        edit_config("filter.target_share", 0.5)
-        assert "scored_pairs" not in {asset for asset, _ in project.run().materialized}
-        assert project.rows(dropped) > first > [(0,)]
-        assert len(base.scored) == before + len(prompts)
-
-
-class TestDiscriminator:
-    DROPPED = "SELECT count(*) FROM rejected_pairs WHERE reason = 'taken_for_generated'"
-
-    def test_it_is_trained_once_scores_each_prompt_once_and_its_threshold_is_refiltered(
-        self, project: Project, edit_config: Edit
-    ) -> None:
-        models, rounds = project.models, project.transfer.round_keys
-        materialize_rounds(project)
-        asked = models.calls()
-        assert project.rows("SELECT count(discriminator_score) FROM scored_pairs") == [(0,)]
-        edit_config("filter.discriminator", {"threshold": 0.3, "steps": 2})
-        assert stale_causes(project, "synthetic_prompts") == {round_: [] for round_ in rounds}
-        early = project.materialize("filtered_dataset", round="round_01")
-        assert "before filter.discriminator was set" in failure(early)
-        for round_ in rounds:
-            assert project.materialize("scored_pairs", "filtered_dataset", round=round_).success
-        (batches,), (judge,) = models.taught, models.discriminators.values()
-        first = project.rows("SELECT prompt FROM synthetic_prompts WHERE round = 'round_01' ORDER BY prompt_id")
-        taught = [
-            {question for batch in batches for question, given in batch if given == answer} for answer in (YES, NO)
-        ]
-        assert taught[0] == {ask(seed) for seed in project.transfer.seeds}
-        assert taught[1] == {ask(prompt) for (prompt,) in first[: 2 * EACH_A_STEP]}
-        prompts = project.rows("SELECT prompt FROM scored_pairs")
-        assert sorted(judge.scored) == sorted(("fine_tuned", ask(prompt)) for (prompt,) in prompts * 2)
-        assert models.calls() == asked + len(judge.scored), "all that the other models would say is known"
-        assert project.rows("SELECT count(*) FROM scored_pairs WHERE discriminator_score IS NULL") == [(0,)]
-        metadata = materializations(project, "scored_pairs", "round_01")[0].asset_materialization.metadata
-        quantiles = list(metadata["discriminator_score_quantiles"].value.values())
-        assert 0 < quantiles[0] < quantiles[-1] < 1 and quantiles == sorted(quantiles)
-        assert (metadata["model_calls"].value, metadata["cache_hits"].value) == (2 * len(first), len(first))
-
-        dropped, calls = project.rows(self.DROPPED), models.calls()
-        edit_config("filter.discriminator.threshold", 0.6)
-        assert stale_causes(project, "scored_pairs") == {round_: [] for round_ in rounds}
-        assert stale_causes(project, "filtered_dataset") == {round_: ["has a new code version"] for round_ in rounds}
-        for round_ in rounds:
-            assert project.materialize("filtered_dataset", round=round_).success
-        assert project.rows(self.DROPPED) > dropped > [(0,)]
-        assert models.calls() == calls and len(models.taught) == 1
-
-        edit_config("filter.discriminator.threshold", 0.999)
-        nothing = project.materialize("filtered_dataset", round="round_01")
-        assert "or filter.discriminator.threshold (now 0.999)" in failure(nothing)
-
-    def test_memory_never_holds_two_copies_of_the_source_base(self, project: Project, edit_config: Edit) -> None:
-        edit_config("filter.discriminator", {"threshold": 0.3})
-        memory = project.models.memory
-        project.models.source.on_batch = lambda number: memory.append("source")
-        materialize_rounds(project)
-        assert memory.count("discriminator") > 2 < memory.count("source")
-        held = ""
-        for what in memory:
-            assert held in ("", what) or what == "released", memory
-            held = "" if what == "released" else what
-
-    def test_other_seeds_steps_or_first_prompts_train_another_and_score_anew(
-        self, project: Project, edit_config: Edit
-    ) -> None:
-        models, rounds = project.models, project.transfer.round_keys
-        edit_config("filter.discriminator", {"threshold": 0.3, "steps": 1})
-        materialize_rounds(project)
-
-        def scores() -> list[Any]:
-            assert all(project.materialize("scored_pairs", round=round_).success for round_ in rounds)
-            return project.rows("SELECT prompt_id, discriminator_score FROM scored_pairs ORDER BY ALL")
-
-        before = scores()
-        assert stale_causes(project, "scored_pairs") == {round_: [] for round_ in rounds}
-        edit_config("filter.discriminator.steps", 2)
-        assert stale_causes(project, "scored_pairs") == {round_: ["has a new code version"] for round_ in rounds}
-        assert scores() != before and len(models.taught) == 2
-        # Back: the adapter and its scores are known.
-        calls = models.calls()
-        edit_config("filter.discriminator.steps", 1)
-        assert scores() == before
-        assert models.calls() == calls and len(models.taught) == 2
-        # Other prompts of round 1 make the scores of every round out of date, and Dagster knows.
-        edit_config("generator.instruction", "Others like these:")
-        assert project.materialize("synthetic_prompts", round="round_01").success
-        assert stale_causes(project, "scored_pairs") == {
-            round_: ["has a new dependency data version"] for round_ in rounds
-        }
-        scores()
-        assert len(models.taught) == 3
-
-    def test_a_round_before_the_first_one_says_what_to_materialize(self, project: Project, edit_config: Edit) -> None:
-        edit_config("filter.discriminator", {})
-        add_prompts(project, "round_02", "How old must my son be?")
-        message = failure(project.materialize("scored_pairs", round="round_02"))
-        assert "synthetic_prompts has no round_01" in message and "materialize that round first" in message
-        assert work(project.models.source) == 0
-
-    def test_it_is_a_condition_of_every_arm_but_unfiltered(self, project: Project, edit_config: Edit) -> None:
-        edit_config("filter.discriminator", {"threshold": 0.3})
-        edit_config("compare", {"arms": [{"rule": "ratio", "threshold": 2}]})
-        materialize_rounds(project)
-        passing = "SELECT prompt_id FROM scored_pairs WHERE discriminator_score > 0.3"
-        real = {prompt_id for (prompt_id,) in project.rows(passing)}
-        drawn = {arm: set(pairs["prompt_id"]) for arm, pairs in _candidates(project.store, project.transfer).items()}
-        assert drawn["random"] == real < drawn["unfiltered"]
-        assert set() < drawn["ratio 2"] < real
-
-
 class TestRetention:
     def test_general_text_is_scored_by_the_target_before_and_after(self, finished: Project) -> None:
         rows = finished.rows("SELECT model, perplexity, bits_per_byte, tokens, bytes FROM retention ORDER BY model")
@@ -469,39 +320,6 @@ class TestRetention:
         assert base.scored == scored
         distilled = [engine for name, engine in project.models.targets.items() if name != "target|"]
         assert [len(engine.scored) for engine in distilled] == [len(scored)] * 2
-
-
-class TestTokenMask:
-    def test_tokens_are_scored_once_and_only_when_it_is_on(self, project: Project, edit_config: Edit) -> None:
-        project.run()
-        source = project.models.source
-        before = len(source.answered), len(source.scored)
-        assert project.models.excess == [None]
-        edit_config("distill.token_mask", 0.7)
-        assert project.run().materialized == [("distilled_model", None), ("evaluation", None)]
-        pairs = project.rows("SELECT response FROM filtered_dataset ORDER BY round, prompt_id")
-        excess = project.models.excess[1]
-        assert excess is not None
-        assert ["".join(map(chr, scored.ids[:-1])) for scored in excess] == [response for (response,) in pairs]
-        assert len(source.scored) == before[1] + 2 * len(pairs)
-        edit_config("distill.token_mask", 0.5)
-        project.run()
-        assert project.models.excess[2] == excess
-        assert (len(source.answered), len(source.scored)) == (before[0], before[1] + 2 * len(pairs))
-        edit_config("distill.token_mask", None)
-        project.run()
-        assert len(project.models.trained) == 3, "the first model is still there"
-
-    def test_other_source_weights_train_anew(self, project: Project, edit_config: Edit) -> None:
-        """The same pairs, but perhaps other tokens of them."""
-        weights = project.folder / "adapter" / "adapter_model.safetensors"
-        plain = training_version(project.transfer)
-        edit_config("distill.token_mask", 0.7)
-        masked = training_version(project.transfer)
-        weights.write_bytes(weights.read_bytes() + b"\0")
-        assert training_version(project.transfer) != masked
-        edit_config("distill.token_mask", None)
-        assert training_version(project.transfer) == plain
 
 
 class TestTargetPairs:
@@ -557,7 +375,7 @@ class TestTargetWeights:
         weights.write_bytes(weights.read_bytes() + b"\0")
         assert project.materialize("distilled_model").success
         assert len(project.models.trained) == 2
-        assert project.runner()._causes("evaluation", None) != []
+        assert causes(project, "evaluation") != []
         assert project.materialize("distilled_model").success
         assert len(project.models.trained) == 2
 
@@ -772,15 +590,10 @@ def failure(result: dg.ExecuteInProcessResult) -> str:
     return error.message.strip().removeprefix("RuntimeError: ")
 
 
-def stale_causes(project: Project, asset: str) -> dict[str, list[str]]:
-    """Why Dagster calls each round of an asset out of date; nothing when it is fresh."""
-    view = AssetGraphView.for_test(project.runner().defs, project.instance)
-    resolver = CachingStaleStatusResolver(project.instance, view.asset_graph, view)
-    causes = {}
-    for round_ in project.transfer.round_keys:
-        assert resolver.get_status(project.key(asset), round_) != StaleStatus.MISSING
-        causes[round_] = [cause.reason for cause in resolver.get_stale_causes(project.key(asset), round_)]
-    return causes
+def causes(project: Project, asset: str, round_: str | None = None) -> list[str]:
+    """Why `tuneshift run` would make it again; nothing when it wouldn't."""
+    found = Records(project.store, project.transfer).causes(asset, round_)
+    return [f"{cause.kind} {cause.input}".strip() for cause in found]
 
 
 def seeds_by_round(project: Project) -> dict[str, list[Any]]:

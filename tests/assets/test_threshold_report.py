@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import Project
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.models import encoder
-from tuneshift_dag.reports.sweep import sweep
+from tuneshift_dag.reports.thresholds import sweep
 
 PICTURES = {
     "perplexity_histograms", "perplexity_scatter", "kept_by_threshold", "acceptance_by_round", "response_lengths",

@@ -15,9 +15,9 @@ import yaml
 
 from tests.conftest import Project, Run
 from tests.fakes import FakeEngine, FakeModels
+from tuneshift_dag.cli.doctor import quantized_in_use
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.method.engine import Decoding, Response
-from tuneshift_dag.reports.doctor import quantized_in_use
 from tuneshift_dag.reports.export import export
 from tuneshift_dag.reports.summary import describe_filter, escape_markdown
 from tuneshift_dag.store.cache import ResponseCache

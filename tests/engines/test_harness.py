@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.conftest import write_jsonl
-from tuneshift_dag.config.transfer import load_transfer
+from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.models.references import resolve_adapter, resolve_model
@@ -103,8 +103,8 @@ def test_the_version_follows_settings_and_data(tasks: Path, edit_config) -> None
 
 
 def test_an_unknown_task_is_named_with_its_neighbours(tasks: Path, edit_config) -> None:
+    from tuneshift_dag.cli.doctor import examine
     from tuneshift_dag.engines.harness import Harness
-    from tuneshift_dag.reports.doctor import examine
 
     edit_config("evaluation.tasks", ["write_intents"])
     with pytest.raises(TuneshiftError) as error:

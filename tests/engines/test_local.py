@@ -9,9 +9,9 @@ import torch
 
 from tuneshift_dag.engines import decoding as loop
 from tuneshift_dag.engines.kv_cache import KVDtype, restored, stored
-from tuneshift_dag.engines.local import LocalEngine
+from tuneshift_dag.engines.local import LocalEngine, unplaced_tensors
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import Decoding
+from tuneshift_dag.method.engine import SIDES, Decoding
 from tuneshift_dag.models.loading import ADAPTER, load_for_inference
 from tuneshift_dag.models.references import resolve_adapter, resolve_model
 
@@ -51,15 +51,11 @@ def half() -> LocalEngine:
 
 
 def reference_logprob(engine: LocalEngine, side: str, prompt: list[int], response: list[int]) -> float:
-    return math.fsum(reference_logprobs(engine, side, prompt, response))
-
-
-def reference_logprobs(engine: LocalEngine, side: str, prompt: list[int], response: list[int]) -> list[float]:
     """One unpadded sequence, one plain forward pass, a float32 log-softmax over every position."""
     with torch.inference_mode(), engine.side(side) as model:
         logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0].float()
     steps = logits[len(prompt) - 1 : -1].log_softmax(-1)
-    return steps.gather(1, torch.tensor(response, dtype=torch.long)[:, None])[:, 0].tolist()
+    return math.fsum(steps.gather(1, torch.tensor(response, dtype=torch.long)[:, None])[:, 0].tolist())
 
 
 def generate(engine: LocalEngine, side: str, decoding: Decoding, prompts: list[str] = PROMPTS):
@@ -179,29 +175,18 @@ def test_known_responses_are_not_generated_again(exact: LocalEngine) -> None:
         assert again[i].base_on_fine_tuned == pytest.approx(pair.base_on_fine_tuned, rel=1e-4, abs=1e-3)
 
 
-def test_given_responses_are_scored_as_a_second_pass_would(exact: LocalEngine) -> None:
-    ids, responses = generate(exact, "fine_tuned", GREEDY)
-    tokens = [r.token_ids for r in responses]
-    found = dict(item for batch in exact.score(ids, tokens, "base") for item in batch)
-    for i, (prompt, response) in enumerate(zip(ids, tokens, strict=True)):
-        assert found[i] == pytest.approx(reference_logprob(exact, "base", prompt, response), abs=1e-2)
-
-
-def test_token_scores_are_those_of_a_second_pass_and_add_up_to_the_score(
-    exact: LocalEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_given_responses_are_scored_as_a_second_pass_would(exact: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, responses = generate(exact, "fine_tuned", GREEDY)
     tokens = [*(r.token_ids for r in responses), []]
     ids = [*ids, ids[0]]
     # Logits of a few tokens at a time, so that responses end within a piece.
-    monkeypatch.setattr(loop, "_LOGITS_AT_ONCE", 3 * exact.model.config.vocab_size)
-    for side in ("base", "fine_tuned"):
-        found = dict(item for batch in exact.token_scores(ids, tokens, side) for item in batch)
-        sums = dict(item for batch in exact.score(ids, tokens, side) for item in batch)
+    monkeypatch.setattr(loop, "_LEAST_LOGIT_ROWS", 3)
+    monkeypatch.setattr(loop, "_LOGITS_AT_ONCE", 0)
+    for side in SIDES:
+        found = dict(item for batch in exact.score(ids, tokens, side) for item in batch)
         for i, (prompt, response) in enumerate(zip(ids, tokens, strict=True)):
-            expected = reference_logprobs(exact, side, prompt, response) if response else []
-            assert found[i] == pytest.approx(expected, abs=1e-3)
-            assert sums[i] == pytest.approx(math.fsum(found[i]))
+            expected = reference_logprob(exact, side, prompt, response) if response else 0.0
+            assert found[i] == pytest.approx(expected, abs=1e-2)
 
 
 def test_without_a_prompt_a_response_follows_what_starts_a_text(exact: LocalEngine) -> None:
@@ -221,9 +206,7 @@ def test_packaged_adapter_passes_the_preflight(half: LocalEngine) -> None:
 
 
 def test_adapter_of_other_shapes_has_no_place(half: LocalEngine) -> None:
-    from tuneshift_dag.engines.preflight import check_adapter_keys
-
-    problems = check_adapter_keys(half.model, ["base_model.model.other.lora_A.weight"], ADAPTER)
+    problems = unplaced_tensors(half.model, ["base_model.model.other.lora_A.weight"])
     assert len(problems) == 2
 
 
@@ -259,7 +242,7 @@ def test_an_opening_that_prompts_share_is_computed_once_and_changes_nothing(
     rows_of_forwards = count_rows(engine, monkeypatch)
     generate(engine, "base", Decoding(1), [opening + p for p in PROMPTS])
     assert rows_of_forwards == [1, len(PROMPTS)]
-    monkeypatch.setattr(loop, "_SHARE_FROM", 10**6)
+    monkeypatch.setattr(loop, "SHARE_FROM", 10**6)
     _, apart = generate(engine, "base", GREEDY, [opening + p for p in PROMPTS])
     for prompt, a, b in zip(ids, together, apart, strict=True):
         assert a.token_ids == b.token_ids

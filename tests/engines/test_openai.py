@@ -19,13 +19,14 @@ import pytest
 from tests.conftest import Project
 from tests.fake_server import FakeServer, fail_first, save_tokenizer
 from tests.fakes import FakeEngine, FakeModels
-from tuneshift_dag.config.transfer import ServedModel, Server
-from tuneshift_dag.engines.openai_source import OpenAIServer, ServedGenerator, ServedSource
+from tuneshift_dag.config.schema_models import ServedModel, Server
+from tuneshift_dag.engines.openai_client import OpenAIServer, ServedGenerator
+from tuneshift_dag.engines.openai_source import ServedSource
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import Decoding, Pair, Response, Side
-from tuneshift_dag.method.scoring import SIDES, Cost, generate, score_pairs
+from tuneshift_dag.method.engine import SIDES, Decoding, Pair, Response, Side
+from tuneshift_dag.method.scoring import Cost, generate, score_pairs
 from tuneshift_dag.models.references import ModelFiles
-from tuneshift_dag.resources.dagster_resources import EngineResource
+from tuneshift_dag.resources import EngineResource
 from tuneshift_dag.store.cache import ResponseCache
 from tuneshift_dag.store.database import Store
 
@@ -116,13 +117,13 @@ def test_pairs_are_not_swapped_and_scores_are_those_of_the_given_tokens(serve, t
         assert pair.fine_tuned_on_base == pytest.approx(expected.fine_tuned_on_base)
 
 
-def test_token_scores_add_up_to_the_score(serve, tokenizer):
-    engine = source(serve().url, tokenizer)
-    prompts, response = [engine.encode(t) for t in TEXTS], engine.encode(" intent_1")
-    each = collect(engine.token_scores(prompts, [response] * len(prompts), "base"))
-    assert [len(values) for values in each] == [len(response)] * len(prompts)
-    assert [sum(values) for values in each] == collect(engine.score(prompts, [response] * len(prompts), "base"))
-    assert collect(engine.token_scores(prompts[:1], [[]], "base")) == [[]]
+def test_given_responses_are_scored_each_after_its_prompt(serve, tokenizer):
+    engine, fake = source(serve().url, tokenizer), FakeEngine()
+    responses = [r.fine_tuned for r in all_pairs(engine)]
+    found = collect(engine.score([engine.encode(t) for t in TEXTS], [r.token_ids for r in responses], "base"))
+    expected = [fake._pair(fake.encode(text), {}, GREEDY).base_on_fine_tuned for text in TEXTS]
+    assert found == pytest.approx(expected)
+    assert collect(engine.score([engine.encode(TEXTS[0])], [[]], "base")) == [0]
 
 
 def test_known_responses_are_only_scored(serve, tokenizer):

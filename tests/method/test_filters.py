@@ -9,7 +9,7 @@ from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import SCORED_PAIRS
 
 RULES = ("both", "difference", "ratio", "cross_ratio")
-JUDGED = (*RULES, "ifd", *KEEP_RULES)
+JUDGED = (*RULES, *KEEP_RULES)
 
 
 def verdicts(store: Store, rule: str, threshold: float, pairs: list[dict], rounds: int | None = None, **guards) -> list:
@@ -17,7 +17,7 @@ def verdicts(store: Store, rule: str, threshold: float, pairs: list[dict], round
     rows = [{**CONFIDENT_PAIR, "prompt_id": f"{i:03}", **pair} for i, pair in enumerate(pairs)]
     store.replace("transfer", SCORED_PAIRS, SCORED_PAIRS.frame(rows))
     query = f"SELECT reason, margin FROM ({verdict_sql(rule, Guards(**guards), rounds=rounds)}) ORDER BY prompt_id"
-    return store.read(query, {"t": threshold} if "$t" in query else (), "transfer").rows()
+    return store.read(query, {"threshold": threshold} if "$threshold" in query else (), "transfer").rows()
 
 
 def reasons(*arguments, **more) -> list:
@@ -57,27 +57,29 @@ def test_the_other_rules_keep_what_exceeds_the_threshold(store, rule, margin):
     assert verdicts(store, rule, margin - 0.5, [swapped])[0][0] == "below_threshold"
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_truncated_response_is_dropped_unless_allowed(store, rule):
-    pairs = [{"fine_tuned_finish": "length"}, {"base_finish": "length"}]
-    assert [r for r, _ in verdicts(store, rule, 1.5, pairs)] == ["truncated_response", None]
-    assert [r for r, _ in verdicts(store, rule, 1.5, pairs, allow_truncated=True)] == [None, None]
+def test_an_empty_response_is_dropped(store):
+    pairs = [{"fine_tuned_response": response} for response in ("", "  ", "\n", "\t \n")]
+    assert reasons(store, "both", 1.5, pairs, allow_truncated=True) == ["empty_response"] * 4
 
 
-@pytest.mark.parametrize("response", ["", "  ", "\n", "\t \n"])
-def test_an_empty_response_is_dropped(store, response):
-    pair = {"fine_tuned_response": response}
-    assert verdicts(store, "both", 1.5, [pair], allow_truncated=True)[0][0] == "empty_response"
-
-
-@pytest.mark.parametrize("value", [None, math.inf, math.nan])
 @pytest.mark.parametrize(
-    ("rule", "column"),
-    [(rule, "ppl_fine_tuned") for rule in RULES]
-    + [("both", "ppl_base"), ("difference", "ppl_base"), ("ratio", "ppl_base"), ("cross_ratio", "ppl_base_cross")],
+    ("rule", "columns"),
+    [
+        ("both", ("ppl_fine_tuned", "ppl_base")),
+        ("difference", ("ppl_fine_tuned", "ppl_base")),
+        ("ratio", ("ppl_fine_tuned", "ppl_base")),
+        ("cross_ratio", ("ppl_fine_tuned", "ppl_base_cross")),
+        ("top_excess", ("ppl_fine_tuned", "ppl_base_cross")),
+        ("balanced_confidence", ("ppl_fine_tuned",)),
+        ("random", ()),
+        ("unfiltered", ()),
+    ],
 )
-def test_a_pair_without_a_finite_perplexity_is_not_kept(store, rule, column, value):
-    assert verdicts(store, rule, 1.5, [{column: value}])[0][0] is not None
+def test_a_pair_without_a_finite_perplexity_that_the_rule_reads_is_not_kept(store, rule, columns):
+    broken = ("ppl_fine_tuned", "ppl_base", "ppl_base_cross", "ppl_fine_tuned_cross")
+    pairs = [{column: value} for column in broken for value in (None, math.inf, math.nan)]
+    expected = [("no_perplexity" if column in columns else None) for column in broken for _ in range(3)]
+    assert reasons(store, rule, 1.5 if rule in RULES else 1, pairs) == expected
 
 
 @pytest.mark.parametrize("rule", ALL_RULES)
@@ -85,19 +87,9 @@ def test_every_pair_has_a_verdict_and_its_columns(store, rule):
     rows = SCORED_PAIRS.frame([{"round": "round_01", "prompt_id": str(i), "ppl_base": float(i)} for i in range(3)])
     store.replace("transfer", SCORED_PAIRS, rows)
     query = verdict_sql(rule, Guards())
-    found = store.read(query, {"t": 1.5} if "$t" in query else (), "transfer")
+    found = store.read(query, {"threshold": 1.5} if "$threshold" in query else (), "transfer")
     assert sorted(found["ppl_base"]) == [0, 1, 2]
     assert set(found.columns) == {*rows.columns, "margin", "reason"}
-
-
-def test_ifd_keeps_what_the_prompt_explains_least_and_still_helps(store):
-    pairs = [{"ppl_base_cross": p, "ppl_base_alone": 10.0} for p in (9.0, 7.0, 5.0, 10.0, 12.0)]
-    found = verdicts(store, "ifd", 0.6, pairs)
-    assert [reason for reason, _ in found] == [
-        None, None, "below_threshold", "prompt_does_not_help", "prompt_does_not_help",
-    ]  # fmt: skip
-    assert [margin for _, margin in found] == pytest.approx([0.1, 0.1, -0.1, 0, -0.2])
-    assert reasons(store, "ifd", 0.6, [{}]) == ["no_perplexity"], "nobody scored the response without its prompt"
 
 
 def test_top_excess_keeps_the_largest_mean_excess(store):
@@ -167,7 +159,7 @@ def test_a_draw_is_the_same_each_time_and_another_for_another_seed(store):
 
     def drawn(share: float, seed: int = 0) -> set[str]:
         query = f"SELECT prompt_id FROM ({verdict_sql('random', Guards(), seed=seed)}) WHERE reason IS NULL"
-        return set(store.read(query, {"t": share}, "transfer")["prompt_id"])
+        return set(store.read(query, {"threshold": share}, "transfer")["prompt_id"])
 
     assert len(drawn(0.3)) == 30
     assert drawn(0.3) == drawn(0.3) < drawn(0.5)
@@ -189,67 +181,23 @@ VARIED = "The balance of an account is what it holds after every payment that ha
 
 @pytest.mark.parametrize("rule", JUDGED)
 def test_guards_come_before_the_rule(store, rule):
-    good = {"ppl_base_alone": 9.0, "fine_tuned_tokens": 30}
-    pairs = [
-        {**good, "fine_tuned_response": LOOP},
-        {**good, "fine_tuned_response": VARIED},
-        {**good, "fine_tuned_response": "As an AI language model I can’t say."},
-        {**good, "fine_tuned_response": "Sorry, I can’t help with that."},
-    ]
-    cut = 0.8 if rule == "ifd" else 1.5 if rule in RULES else 1
+    texts = (LOOP, VARIED, "As an AI language model I can’t say.", "Sorry, I can’t help with that.")
+    pairs = [{"fine_tuned_tokens": 30, "fine_tuned_response": text} for text in texts]
+    pairs += [{"fine_tuned_finish": "length"}, {"base_finish": "length"}]
+    threshold = 1.5 if rule in RULES else 1
     refusals = ("AS AN AI language model", "can't help with that")
-    found = reasons(store, rule, cut, pairs, refusals=refusals)
-    assert found == ["repetitive_response", None, "refused_response", "refused_response"]
-    assert reasons(store, rule, cut, pairs, max_repetition=1.0) == [None] * 4
+    assert reasons(store, rule, threshold, pairs, refusals=refusals) == [
+        "repetitive_response", None, "refused_response", "refused_response", "truncated_response", None,
+    ]  # fmt: skip
+    assert reasons(store, rule, threshold, pairs, max_repetition=1.0, allow_truncated=True) == [None] * 6
 
 
 @pytest.mark.parametrize("rule", JUDGED)
 def test_samples_that_disagree_drop_a_pair_whatever_the_rule(store, rule):
-    pairs = [{"ppl_base_alone": 9.0, "agreement": share} for share in (None, 0.4, 0.5, 1.0)]
-    cut = 0.8 if rule == "ifd" else 1.5 if rule in RULES else 1
-    assert reasons(store, rule, cut, pairs, agreement=0.5) == ["no_samples", "samples_disagree", None, None]
-    assert reasons(store, rule, cut, pairs) == [None] * 4, "without samples nobody asks"
-
-
-@pytest.mark.parametrize("rule", JUDGED)
-def test_a_prompt_that_is_taken_for_generated_drops_a_pair_whatever_the_rule(store, rule):
-    pairs = [{"ppl_base_alone": 9.0, "discriminator_score": score} for score in (None, 0.4, 0.5, 0.6)]
-    cut = 0.8 if rule == "ifd" else 1.5 if rule in RULES else 1
-    found = reasons(store, rule, cut, pairs, discriminator=0.5)
-    assert found == ["no_discriminator_score", "taken_for_generated", "taken_for_generated", None]
-    assert reasons(store, rule, cut, pairs) == [None] * 4, "without a discriminator nobody asks"
-
-
-def test_the_targets_share_is_of_the_pairs_that_the_discriminator_leaves(store):
-    pairs = [{"ppl_target": 2.0 + i, "discriminator_score": score} for i, score in enumerate((0.1, 0.9, 0.9))]
-    found = reasons(store, "both", 1.5, pairs, discriminator=0.5, target="avoid_easy", target_share=0.5)
-    assert found == ["taken_for_generated", "easy_for_target", None]
-
-
-@pytest.mark.parametrize("rule", JUDGED)
-def test_what_the_target_finds_easy_or_hard_is_dropped_before_the_rule(store, rule):
-    pairs = [{"ppl_base_alone": 9.0, "ppl_target": ppl} for ppl in (2.0, 50.0, 3.0, 10.0)]
-    cut = 0.8 if rule == "ifd" else 1.5 if rule in RULES else 1
-    easy, hard = "easy_for_target", "hard_for_target"
-    found = reasons(store, rule, cut, pairs, target="avoid_easy", target_share=0.5)
-    assert found == [easy, None, easy, None]
-    assert reasons(store, rule, cut, pairs, target="prefer_easy", target_share=0.25) == [None, hard, None, None]
-    assert reasons(store, rule, cut, pairs) == [None] * 4, "nobody asks the target"
-
-
-def test_the_targets_share_is_of_the_pairs_without_another_flaw(store):
-    flawed = {"fine_tuned_response": " ", "ppl_target": 1.0}
-    pairs = [flawed, {"ppl_target": 2.0}, {"ppl_target": 3.0}, {"ppl_target": None}]
-    found = reasons(store, "both", 1.5, pairs, target="avoid_easy", target_share=0.5)
-    assert found == ["empty_response", "easy_for_target", None, "no_target_score"]
-
-
-def test_the_targets_share_is_of_each_round(store):
-    pairs = [{"ppl_target": ppl, "round": f"round_0{1 + i // 2}"} for i, ppl in enumerate((2.0, 3.0, 20.0, 30.0))]
-    together = verdicts(store, "both", 1.5, pairs, target="avoid_easy", target_share=0.5)
-    assert [reason for reason, _ in together] == ["easy_for_target"] * 2 + [None] * 2
-    by_round = verdicts(store, "both", 1.5, pairs, rounds=2, target="avoid_easy", target_share=0.5)
-    assert [reason for reason, _ in by_round] == ["easy_for_target", None] * 2
+    pairs = [{"agreement": share} for share in (None, 0.4, 0.5, 1.0)]
+    threshold = 1.5 if rule in RULES else 1
+    assert reasons(store, rule, threshold, pairs, agreement=0.5) == ["no_samples", "samples_disagree", None, None]
+    assert reasons(store, rule, threshold, pairs) == [None] * 4, "without samples nobody asks"
 
 
 def test_short_responses_are_not_searched_for_repetition(store):
@@ -257,19 +205,10 @@ def test_short_responses_are_not_searched_for_repetition(store):
     assert reasons(store, "both", 1.5, [pair]) == [None]
 
 
-@pytest.mark.parametrize(
-    ("text", "share"),
-    [
-        ("", 0),
-        ("a b c d", 0),
-        ("a b c d e", 0),
-        ("a a a a a", 0.5),
-        ("a b a b a b a", 0.5),
-        ("no no no no no no no no no no no no no", 0.9),
-    ],
-)
-def test_repetition_is_the_share_of_word_4_grams_that_were_there_before(store, text, share):
-    found = store.read(f"SELECT {repetition_sql('$text')} AS share", {"text": text}).item()
-    assert found == pytest.approx(share)
-    least = store.read(f"SELECT {repetition_sql('$text', 0.5)} AS share", {"text": text}).item()
-    assert (least > 0.5) == (share > 0.5)
+def test_repetition_is_the_share_of_word_4_grams_that_were_there_before(store):
+    shares = {"": 0, "a b c d": 0, "a b c d e": 0, "a a a a a": 0.5, "a b a b a b a": 0.5, "no " * 12 + "no": 0.9}
+    columns = f"{repetition_sql('text')} AS share, {repetition_sql('text', 0.5)} AS least"
+    query = f"SELECT {columns} FROM (SELECT unnest($texts) AS text)"
+    found = store.read(query, {"texts": list(shares)})
+    assert found["share"].to_list() == pytest.approx(list(shares.values()))
+    assert [least > 0.5 for least in found["least"]] == [share > 0.5 for share in shares.values()]

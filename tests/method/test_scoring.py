@@ -2,7 +2,7 @@ import pytest
 
 from tests.fakes import FakeEngine
 from tuneshift_dag.method.engine import Decoding
-from tuneshift_dag.method.scoring import Cost, chunk_progress, generate, score_alone, score_pairs, token_excess
+from tuneshift_dag.method.scoring import Cost, agreement, agreements, chunk_progress, generate, score, score_pairs
 from tuneshift_dag.store.cache import ResponseCache
 from tuneshift_dag.store.database import Store
 
@@ -50,56 +50,25 @@ def test_the_second_time_pairs_come_from_the_cache_alone(cache):
     assert cost == Cost(model_calls=0, cache_hits=10)
 
 
-def test_responses_alone_are_scored_once_each_and_then_come_from_the_cache(cache):
-    responses = [[7, 7, 0], [5, 0], [7, 7, 0], [4, 4, 4, 4, 0]]
+def test_texts_are_scored_once_each_and_then_come_from_the_cache(cache):
+    texts = [[7, 7, 0], [5, 0], [7, 7, 0], [4, 4, 4, 4, 0]]
     engine, cost = FakeEngine(batch_size=2), Cost()
-    first = score_alone(engine, cache, responses, "base", cost)
+    first = score(engine, cache, texts, "base", cost)
     assert engine.scored == [("base", "")] * 3, "no prompt"
     assert first[0] == first[2] and len(set(first)) == 3
     assert cost == Cost(model_calls=3, cache_hits=1)
     again = FakeEngine()
-    assert score_alone(again, cache, responses, "base", Cost()) == first
+    assert score(again, cache, texts, "base", Cost()) == first
     assert again.scored == []
 
 
-def test_a_killed_run_keeps_the_finished_batches_of_responses_alone(cache):
-    responses = [[token, 0] for token in range(1, 7)]
+def test_a_killed_run_keeps_the_finished_batches_of_scored_texts(cache):
+    texts = [[token, 0] for token in range(1, 7)]
     with pytest.raises(RuntimeError):
-        score_alone(FakeEngine(batch_size=2, fail_after=2), cache, responses, "base", Cost())
+        score(FakeEngine(batch_size=2, fail_after=2), cache, texts, "base", Cost())
     engine = FakeEngine()
-    score_alone(engine, cache, responses, "base", Cost())
+    score(engine, cache, texts, "base", Cost())
     assert len(engine.scored) == 2
-
-
-def test_token_excess_is_of_the_tokens_that_were_generated_and_then_comes_from_the_cache(cache):
-    texts = [r.text for r in generate(FakeEngine(), cache, PROMPTS, "fine_tuned", GREEDY, Cost())]
-    engine, cost = FakeEngine(batch_size=3), Cost()
-    found = token_excess(engine, cache, PROMPTS, texts, GREEDY, cost)
-    assert [scored.ids for scored in found] == [reference(p).fine_tuned.token_ids for p in PROMPTS]
-    assert engine.answered == [], "no response is generated again"
-    assert cost == Cost(model_calls=20, cache_hits=0)
-    for prompt, scored in zip(PROMPTS, found, strict=True):
-        of = {s: next(engine.token_scores([prompt], [scored.ids], s))[0][1] for s in ("base", "fine_tuned")}
-        assert scored.excess == [f - b for f, b in zip(of["fine_tuned"], of["base"], strict=True)]
-    again, cost = FakeEngine(), Cost()
-    assert token_excess(again, cache, PROMPTS, texts, GREEDY, cost) == found
-    assert again.scored == [] and cost == Cost(model_calls=0, cache_hits=20)
-
-
-def test_a_text_that_the_model_did_not_write_is_tokenized(cache):
-    generate(FakeEngine(), cache, PROMPTS[:1], "fine_tuned", GREEDY, Cost())
-    (scored,) = token_excess(FakeEngine(), cache, PROMPTS[:1], ["labelled"], GREEDY, Cost())
-    assert scored.ids == FakeEngine().encode("labelled")
-    assert len(scored.excess) == len(scored.ids)
-
-
-def test_killed_token_scores_keep_their_finished_batches(cache):
-    texts = [f"text {i}" for i in range(6)]
-    with pytest.raises(RuntimeError, match="killed"):
-        token_excess(FakeEngine(batch_size=2, fail_after=2), cache, PROMPTS[:6], texts, GREEDY, Cost())
-    cost = Cost()
-    token_excess(FakeEngine(), cache, PROMPTS[:6], texts, GREEDY, cost)
-    assert cost == Cost(model_calls=2 + 6, cache_hits=4)
 
 
 def test_sides_are_never_swapped(cache):
@@ -204,3 +173,58 @@ def test_another_model_side_or_decoding_is_not_answered_from_the_cache(cache, en
     cost = Cost()
     generate(engine, cache, PROMPTS[:1], side, decoding, cost)
     assert cost == Cost(model_calls=1, cache_hits=0)
+
+
+# Self-consistency
+
+MANY = Decoding(64, temperature=0.7)
+
+
+def measure(engine: FakeEngine, cache: ResponseCache, count: int, cost: Cost | None = None, seed: int = 0):
+    greedy = [r.text for r in generate(FakeEngine(), cache, PROMPTS[:8], "fine_tuned", Decoding(64), Cost())]
+    return agreements(engine, cache, PROMPTS[:8], greedy, count, MANY, seed, "exact_match", cost or Cost())
+
+
+def test_outer_white_space_is_no_disagreement():
+    assert agreement("exact_match", " card_arrival", ["card_arrival\n", " card_lost", " card_arrival", ""]) == 0.5
+
+
+def test_numbers_are_compared_and_not_how_they_were_found():
+    samples = ["3 + 4 = 7\n#### 7", "It is 7.", "#### 8", "no idea"]
+    assert agreement("numeric", "4 + 3 = 7\n#### 7", samples) == 0.5
+    assert agreement("numeric", "#### 1,000 and then 5", ["so 1000 dollars: $1,000"]) == 1
+
+
+def test_a_response_without_an_answer_agrees_with_nothing():
+    assert agreement("numeric", "no idea", ["no idea", "no idea"]) == 0
+
+
+def test_each_prompt_gets_the_share_of_its_own_samples(cache):
+    shares = measure(FakeEngine(batch_size=3), cache, 5)
+    assert len(set(shares)) > 2 and all(share * 5 == round(share * 5) for share in shares)
+    alone = [measure_one(prompt, cache) for prompt in PROMPTS[:8]]
+    assert shares == alone, "whatever the batch"
+    assert measure(FakeEngine(), cache, 5, seed=1) != shares
+
+
+def measure_one(prompt: list[int], cache: ResponseCache) -> float:
+    (greedy,) = generate(FakeEngine(), cache, [prompt], "fine_tuned", Decoding(64), Cost())
+    return agreements(FakeEngine(), cache, [prompt], [greedy.text], 5, MANY, 0, "exact_match", Cost())[0]
+
+
+def test_samples_come_from_the_cache_and_more_of_them_cost_only_the_new_ones(cache):
+    first = measure(FakeEngine(), cache, 3)
+    engine, cost = FakeEngine(), Cost()
+    assert measure(engine, cache, 3, cost) == first
+    assert engine.answered == [] and cost == Cost(model_calls=0, cache_hits=24)
+    cost = Cost()
+    measure(FakeEngine(), cache, 5, cost)
+    assert cost == Cost(model_calls=16, cache_hits=24)
+
+
+def test_a_killed_sampling_keeps_its_finished_batches(cache):
+    with pytest.raises(RuntimeError, match="killed"):
+        measure(FakeEngine(batch_size=4, fail_after=3), cache, 3)
+    cost = Cost()
+    measure(FakeEngine(), cache, 3, cost)
+    assert cost == Cost(model_calls=12, cache_hits=12)

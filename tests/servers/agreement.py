@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tuneshift_dag.method.engine import Decoding, Engine, Pair, perplexity
+from tuneshift_dag.method.engine import Decoding, Pair, Scorer, perplexity
 
 # In nats per token, for a model of 135M parameters. Rounding differs: bfloat16 here and there, and llama.cpp
 # multiplies 4-bit weights by 8-bit activations. The mean over pairs is far smaller.
@@ -17,7 +17,7 @@ def collect(batches: Any) -> list[Any]:
 
 
 def agreement(
-    server: Engine, local: Engine, prompts: list[str], decoding: Decoding, threshold: float
+    server: Scorer, local: Scorer, prompts: list[str], decoding: Decoding, threshold: float
 ) -> dict[str, Any]:
     """Compare own and cross log-probabilities, and what rule `both` keeps.
 

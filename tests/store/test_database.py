@@ -1,9 +1,11 @@
 import multiprocessing
 import random
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 import duckdb
@@ -101,7 +103,7 @@ def test_columns_are_inserted_by_name(store):
 def test_appending_leaves_the_first_row_of_a_key(store):
     for value in (-1.0, -2.0):
         store.append_all(CACHE, [(CACHED_SCORES, CACHED_SCORES.frame([{"key": "k", "sum_logprob": value}]))])
-    assert store.read("SELECT * FROM cache.scores").rows() == [("k", -1.0)]
+    assert store.read("SELECT key, sum_logprob FROM cache.scores").rows() == [("k", -1.0)]
 
 
 def test_transfers_have_tables_of_their_own(store):
@@ -157,6 +159,7 @@ def append_responses(store: Store, start: int, characters: int = 8_000) -> None:
             "finish_reason": "stop",
             "sum_logprob": -1.0,
             "eos_logprob": -0.1,
+            "added_at": datetime(2026, 1, 1),
         }
         for n in range(start, start + 600)
     ]
@@ -317,44 +320,6 @@ def test_spooled_rows_of_a_failing_transaction_leave_the_old_ones(store):
     assert seed_ids(store) == ["old"]
 
 
-def test_a_file_of_schema_version_2_loses_the_indexes_and_keeps_its_rows(store):
-    value = CACHED_SCORES.frame([{"key": "k", "sum_logprob": -1.0}])
-    store.append_all(CACHE, [(CACHED_SCORES, value)])
-    store.prepare("transfer")
-    with duckdb.connect(str(store.path)) as connection:
-        connection.execute("UPDATE main.tuneshift_schema SET version = 2")
-        connection.execute("ALTER TABLE transfer.scored_pairs ADD PRIMARY KEY (round, prompt_id)")
-        for table in ("responses", "scores", "token_scores"):
-            connection.execute(f"ALTER TABLE cache.{table} ADD PRIMARY KEY (key)")
-    again = Store(store.path)
-    again.append_all(CACHE, [(CACHED_SCORES, value)])
-    assert again.read("SELECT * FROM cache.scores").rows() == [("k", -1.0)]
-    keys = again.read(
-        "SELECT table_name FROM duckdb_constraints() WHERE constraint_type = 'PRIMARY KEY'", (), "transfer"
-    )
-    assert {"scored_pairs", "responses", "scores", "token_scores"}.isdisjoint(keys["table_name"])
-    assert "seed_set" in set(keys["table_name"])
-
-
-def test_a_file_of_schema_version_1_is_migrated_and_keeps_its_rows(store):
-    store.prepare("transfer")
-    with duckdb.connect(str(store.path)) as connection:
-        connection.execute("UPDATE main.tuneshift_schema SET version = 1")
-        connection.execute("SET schema = 'transfer'")
-        for table in ("filtered_dataset", "rejected_pairs"):
-            connection.execute(f"ALTER TABLE {table} ADD PRIMARY KEY (round, prompt_id)")
-        connection.execute("ALTER TABLE steps DROP COLUMN peak_bytes")
-        connection.execute("INSERT INTO rejected_pairs VALUES ('round_01', 'a', 'below_threshold')")
-    again = Store(store.path)
-    assert again.read("SELECT * FROM rejected_pairs", schema="transfer").rows() == [
-        ("round_01", "a", "below_threshold")
-    ]
-    assert again.read("SELECT max(version) FROM main.tuneshift_schema").item() == SCHEMA_VERSION
-    assert again.read("SELECT peak_bytes FROM steps", schema="transfer").is_empty()
-    keys = again.read("SELECT table_name FROM duckdb_constraints() WHERE constraint_type = 'PRIMARY KEY'")
-    assert {"filtered_dataset", "rejected_pairs"}.isdisjoint(keys["table_name"])
-
-
 def test_tables_and_views_can_be_copied_out_as_parquet(store: Store, tmp_path: Path) -> None:
     """The command of docs/cluster.md, and back into an empty database."""
     dropped = REJECTED_PAIRS.frame([{"round": "round_01", "prompt_id": "a", "reason": "unsure"}])
@@ -365,3 +330,90 @@ def test_tables_and_views_can_be_copied_out_as_parquet(store: Store, tmp_path: P
         other.execute(f"IMPORT DATABASE '{tmp_path / 'export'}'")
         assert other.execute("SELECT prompt_id FROM transfer.seed_set ORDER BY 1").fetchall() == [("a",), ("b",)]
         assert other.execute("SELECT stage, reason FROM transfer.rejections").fetchall() == [("pair", "unsure")]
+
+
+# --- paths, and whose tables they are ---
+
+
+def test_paths_inside_the_folder_of_the_file_are_relative_to_it(store: Store, tmp_path: Path) -> None:
+    inside = store.path.parent / "output" / "banking" / "models" / "m1"
+    assert store.home == store.path.parent.resolve()
+    assert store.relative(inside) == "output/banking/models/m1"
+    assert store.absolute("output/banking/models/m1") == inside
+    assert store.relative(tmp_path / "elsewhere") == str(tmp_path / "elsewhere")
+    assert store.absolute(str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
+
+
+def test_a_path_is_relative_also_by_way_of_a_link(store: Store, tmp_path: Path) -> None:
+    store.prepare(None)
+    (tmp_path / "large_disk").mkdir()
+    (store.home / "output").symlink_to(tmp_path / "large_disk")
+    (tmp_path / "link").symlink_to(store.home)
+    assert store.relative(store.home / "output" / "m1") == "output/m1"
+    assert store.relative(tmp_path / "link" / "m1") == "m1"
+
+
+def transfer_in(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "transfer.yaml").touch()
+    return folder
+
+
+def claims(store: Store) -> list[tuple[str, Path]]:
+    rows = store.read("SELECT name, folder FROM main.transfers ORDER BY name").rows()
+    return [(name, store.absolute(folder)) for name, folder in rows]
+
+
+@pytest.mark.parametrize("other", ["banking", "Banking"])
+def test_two_folders_of_one_name_are_refused(store: Store, tmp_path: Path, other: str) -> None:
+    first, second = transfer_in(tmp_path / "a" / "banking"), transfer_in(tmp_path / "b" / other)
+    store.claim("banking", first)
+    for again in (store, Store(store.path)):
+        again.claim("banking", first)
+        with pytest.raises(TuneshiftError, match="TUNESHIFT_HOME") as error:
+            again.claim(other, second)
+        assert str(first) in str(error.value) and str(second) in str(error.value)
+    assert claims(store) == [("banking", first)]
+
+
+def test_transfers_of_different_names_have_one_file(store: Store, tmp_path: Path) -> None:
+    folders = {name: transfer_in(tmp_path / name) for name in ("banking", "slots")}
+    for name, folder in folders.items():
+        store.claim(name, folder)
+    assert dict(claims(store)) == folders
+
+
+def test_a_folder_that_was_moved_takes_over_its_tables(store: Store, tmp_path: Path) -> None:
+    first = transfer_in(tmp_path / "a" / "banking")
+    store.claim("banking", first)
+    store.replace("banking", SEED_SET, seeds("a"))
+    (tmp_path / "b").mkdir()
+    moved = first.rename(tmp_path / "b" / "banking")
+    store.claim("banking", moved)
+    assert claims(store) == [("banking", moved)]
+    assert store.read("SELECT prompt_id FROM seed_set", schema="banking").rows() == [("a",)]
+
+
+def test_a_folder_without_a_transfer_in_it_holds_no_name(store: Store, tmp_path: Path) -> None:
+    first, second = transfer_in(tmp_path / "a" / "banking"), transfer_in(tmp_path / "b" / "banking")
+    store.claim("banking", first)
+    (first / "transfer.yaml").unlink()
+    store.claim("banking", second)
+    assert claims(store) == [("banking", second)]
+
+
+def test_a_link_to_a_folder_is_no_other_folder(store: Store, tmp_path: Path) -> None:
+    folder = transfer_in(tmp_path / "a" / "banking")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    store.claim("banking", folder)
+    store.claim("banking", tmp_path / "link" / "banking")
+    assert claims(store) == [("banking", folder)]
+
+
+def test_a_project_that_was_moved_or_copied_with_its_store_is_no_other_one(tmp_path: Path) -> None:
+    folder = transfer_in(tmp_path / "project" / "transfers" / "banking")
+    Store(tmp_path / "project" / "home" / "tuneshift.duckdb").claim("banking", folder)
+    shutil.copytree(tmp_path / "project", tmp_path / "copy")
+    copy = Store(tmp_path / "copy" / "home" / "tuneshift.duckdb")
+    copy.claim("banking", tmp_path / "copy" / "transfers" / "banking")
+    assert claims(copy) == [("banking", tmp_path / "copy" / "transfers" / "banking")]

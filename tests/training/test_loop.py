@@ -1,8 +1,7 @@
-"""Training on tiny random models: what the loss counts, and that silent failures are loud."""
+"""The loop on tiny random models: what a step is, that silent failures are loud, and that a training goes on."""
 
 import math
 import random
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,161 +10,17 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
-from tuneshift_dag.training import checkpoint as training_checkpoint
-from tuneshift_dag.training import loop as distillation
-from tuneshift_dag.training.checkpoint import TrainingCheckpoint
-from tuneshift_dag.training.loop import (
-    LoraTraining,
-    TokenizedExample,
-    add_lora,
-    balanced_epochs,
+from tests.training.tiny import SETTINGS, examples, reference_loss, tiny_gemma, tiny_model, with_lora
+from tuneshift_dag.training import loop
+from tuneshift_dag.training.batches import (
+    PROMPT_TOKENS,
     collate,
     length_bucketed_batches,
-    response_loss,
-    train,
+    losses,
+    with_prompt_places,
 )
-
-SETTINGS = LoraTraining(rank=4, alpha=8, epochs=2, batch_size=4, learning_rate=1e-2, validation_fraction=0.25)
-TINY = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-
-
-def tiny_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**TINY)).requires_grad_(False).train()
-
-
-def tiny_soft_capped_model() -> Gemma2ForCausalLM:
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        **TINY,
-        head_dim=16,
-        final_logit_softcapping=0.5,
-        attn_implementation="eager",
-    )
-    return Gemma2ForCausalLM(config).requires_grad_(False).train()
-
-
-def tiny_gemma() -> Gemma3ForCausalLM:
-    """Two layers of which one attends to a sliding window, as in Gemma 3."""
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        **TINY,
-        head_dim=16,
-        sliding_window=8,
-        layer_types=["sliding_attention", "full_attention"],
-    )
-    return Gemma3ForCausalLM(config).requires_grad_(False).train()
-
-
-def with_lora(model, settings: LoraTraining):
-    """A LoRA whose B isn't zero, as it is at the start: that would leave no gradient for A."""
-    adapted = add_lora(model, settings)
-    for number, (name, parameter) in enumerate(adapted.named_parameters()):
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
-    return adapted
-
-
-def examples(count: int) -> list[TokenizedExample]:
-    rng = random.Random(1)
-    return [
-        TokenizedExample(
-            [rng.randrange(3, 128) for _ in range(rng.randint(2, 12))],
-            [*(rng.randrange(3, 128) for _ in range(rng.randint(1, 5))), 2],
-        )
-        for _ in range(count)
-    ]
-
-
-def reference_loss(model, chosen: list[TokenizedExample]) -> torch.Tensor:
-    """One unpadded example at a time: cross entropy of the response tokens and nothing else."""
-    total, tokens = torch.zeros(()), 0
-    for e in chosen:
-        logits = model(input_ids=torch.tensor([e.prompt_ids + e.response_ids]), use_cache=False).logits[0]
-        predicted = logits[len(e.prompt_ids) - 1 : -1]
-        total = total + cross_entropy(predicted, torch.tensor(e.response_ids), reduction="sum")
-        tokens += len(e.response_ids)
-    return total / tokens
-
-
-def test_loss_counts_response_tokens_only() -> None:
-    model, chosen = tiny_model(), examples(6)
-    torch.testing.assert_close(response_loss(model, collate(chosen)), reference_loss(model, chosen))
-
-
-def test_a_mask_of_all_tokens_changes_nothing() -> None:
-    model, chosen = tiny_model(), examples(6)
-    whole = [replace(e, mask=[True] * len(e.response_ids)) for e in chosen]
-    assert torch.equal(response_loss(model, collate(whole)), response_loss(model, collate(chosen)))
-
-
-def test_only_selected_tokens_are_in_the_loss_and_have_a_gradient() -> None:
-    """The gradient of each position's logits, and the loss of a plain cross entropy over the selected ones."""
-    model, dice = tiny_model(), random.Random(3)
-    chosen = [replace(e, mask=[*(dice.random() < 0.5 for _ in e.response_ids[1:]), True]) for e in examples(6)]
-    assert any(not all(e.mask) for e in chosen)
-    hidden: list[torch.Tensor] = []
-
-    def keep(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        hidden.append(inputs[0].detach().requires_grad_())
-        return (hidden[0],)
-
-    # Before the hook that lets the head see some positions only.
-    handle = model.lm_head.register_forward_pre_hook(keep)
-    response_loss(model, collate(chosen)).backward()
-    handle.remove()
-    assert hidden[0].grad is not None
-    counts = torch.zeros(hidden[0].shape[:2], dtype=torch.bool)
-    losses = []
-    for row, e in enumerate(chosen):
-        logits = model(input_ids=torch.tensor([e.prompt_ids + e.response_ids]), use_cache=False).logits[0]
-        for place, is_selected in enumerate(e.mask):
-            position = len(e.prompt_ids) - 1 + place
-            counts[row, position] = is_selected
-            if is_selected:
-                losses.append(cross_entropy(logits[position], torch.tensor(e.response_ids[place])))
-    assert torch.equal(hidden[0].grad.abs().sum(2) > 0, counts)
-    torch.testing.assert_close(response_loss(model, collate(chosen)), torch.stack(losses).mean())
-
-
-def test_the_curve_says_which_share_of_the_tokens_counted() -> None:
-    half = [replace(e, mask=[False] * (len(e.response_ids) - 1) + [True]) for e in examples(8)]
-    curve = train(add_lora(tiny_model(), SETTINGS), half, SETTINGS)
-    assert curve.token_share == 8 / sum(len(e.response_ids) for e in half)
-    assert curve.response_tokens == 6 * SETTINGS.epochs
-
-
-def test_end_token_is_part_of_the_loss() -> None:
-    batch = collate(examples(3))
-    assert batch.targets.tolist().count(2) == 3
-
-
-@pytest.mark.parametrize("build", [lambda: tiny_model(), lambda: tiny_soft_capped_model()], ids=["plain", "soft cap"])
-def test_gradients_equal_those_of_unpadded_examples(build) -> None:
-    chosen = examples(6)
-    gradients = []
-    for loss_of in (lambda m: response_loss(m, collate(chosen)), lambda m: reference_loss(m, chosen)):
-        model = with_lora(build(), SETTINGS)
-        loss_of(model).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
-
+from tuneshift_dag.training.loop import LoraTraining, TrainingCheckpoint, add_lora, train
 
 ONE_STEP = replace(SETTINGS, epochs=1, batch_size=16, validation_fraction=0.0, max_grad_norm=1e9)
 
@@ -196,17 +51,18 @@ def test_a_step_in_several_passes_is_that_of_all_its_examples_at_once() -> None:
     order = sorted(examples(16), key=lambda e: len(e.prompt_ids) + len(e.response_ids))
     passes = [collate(order[start : start + 4]) for start in range(0, 16, 4)]
     assert len({len(batch.targets) for batch in passes}) > 1
-    means = [float(response_loss(tiny_model(), batch)) for batch in passes]
-    assert abs(sum(means) / 4 - float(response_loss(tiny_model(), collate(order)))) > 1e-4
+    means = [float(losses(tiny_model(), batch)[0]) for batch in passes]
+    assert abs(sum(means) / 4 - float(losses(tiny_model(), collate(order))[0])) > 1e-4
 
 
 def test_tokens_of_prompts_count_with_their_weight() -> None:
     """The step's gradients against the objective written out, one unpadded example at a time."""
-    settings = replace(ONE_STEP, prompt_weight=0.3, shuffle=False)
+    settings = replace(ONE_STEP, prompt_weight=0.3)
     loss, gradients = one_step(settings)
-    rng = random.Random(settings.seed)
-    drawn = [distillation._with_prompt_places(e, rng) for e in examples(16)]
-    assert all(0 < len(e.prompt_places) <= distillation.PROMPT_TOKENS and 0 not in e.prompt_places for e in drawn)
+    rng, prompt_rng = random.Random(settings.seed), random.Random(settings.seed)
+    [step] = length_bucketed_batches(rng.sample(examples(16), 16), 16, rng)
+    drawn = [with_prompt_places(e, prompt_rng) for e in step]
+    assert all(0 < len(e.prompt_places) <= PROMPT_TOKENS and 0 not in e.prompt_places for e in drawn)
 
     model = with_lora(tiny_model(), settings)
     of_prompts = []
@@ -329,7 +185,7 @@ class Killed(BaseException):
 @pytest.fixture
 def every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainingCheckpoint:
     """A checkpoint after every step, however long it takes to write."""
-    monkeypatch.setattr(training_checkpoint, "_SHARE", math.inf)
+    monkeypatch.setattr(loop, "_SHARE", math.inf)
     return TrainingCheckpoint(tmp_path / "checkpoint", every=0)
 
 
@@ -354,7 +210,6 @@ def trained(settings: LoraTraining, checkpoint: TrainingCheckpoint | None, end_a
     [
         ({}, None),
         ({"balance": "response", "prompt_weight": 0.1, "batch_size": 2, "gradient_accumulation": 2}, None),
-        ({"shuffle": False}, None),
         ({}, torch.float16),
         ({"rank": 64, "optimizer": "paged_adamw_8bit"}, None),
     ],
@@ -371,7 +226,7 @@ def test_a_training_that_was_ended_goes_on_and_gives_what_one_in_one_go_gives(
     assert steps == list(range(end_after + 1, 7))
     assert torch.equal(resumed_weights, weights)
     assert (resumed.steps, resumed.epochs) == (whole.steps, whole.epochs)
-    assert (resumed.response_tokens, resumed.token_share) == (whole.response_tokens, whole.token_share)
+    assert resumed.response_tokens == whole.response_tokens
 
 
 def test_the_time_of_a_training_is_that_of_all_its_parts(every_step: TrainingCheckpoint) -> None:
@@ -396,8 +251,6 @@ def test_a_checkpoint_is_written_when_it_is_time(every_step: TrainingCheckpoint,
     for checkpoint in (TrainingCheckpoint(tmp_path / "later", every=3600), every_step):
         trained(SETTINGS, checkpoint)
     assert list(tmp_path.iterdir()) == [every_step.file]
-    every_step.remove()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_parameter_without_gradient_fails_the_run() -> None:
@@ -410,44 +263,3 @@ def test_parameter_without_gradient_fails_the_run() -> None:
 def test_no_examples_is_an_error() -> None:
     with pytest.raises(ValueError, match="no training examples"):
         train(add_lora(tiny_model(), SETTINGS), [], SETTINGS)
-
-
-def test_batches_hold_every_example_once_and_similar_lengths_together() -> None:
-    chosen = examples(20)
-    batches = list(length_bucketed_batches(chosen, 4, random.Random(0)))
-    assert sorted(map(id, (e for batch in batches for e in batch))) == sorted(map(id, chosen))
-    assert [len(b) for b in batches] == [4] * 5
-
-
-def test_without_shuffling_every_step_has_the_examples_given_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[list[TokenizedExample]] = []
-
-    def backward(model, chosen, settings, optimizer, first):
-        steps.append(chosen)
-        return 1.0
-
-    monkeypatch.setattr(distillation, "_backward", backward)
-    given = [TokenizedExample([1] * (1 + i * 5 % 7), [2]) for i in range(8)]
-    settings = replace(SETTINGS, shuffle=False, validation_fraction=0.0)
-    train(add_lora(tiny_model(), SETTINGS), given, settings)
-    assert steps == [given[:4], given[4:]] * SETTINGS.epochs
-
-
-def test_balanced_epochs_draw_each_response_by_the_root_of_its_examples_but_the_rarest_less() -> None:
-    common, rare, once = (TokenizedExample([n], [n, 2]) for n in (3, 4, 5))
-    pool = [common] * 400 + [rare] * 199 + [once]
-    # A quarter of the mean of 200 is 50: weights 400 ** 0.5, 199 / 199 ** 0.5 and 1 / 50 ** 0.5.
-    total = 20 + 199**0.5 + 50**-0.5
-    for drawn in balanced_epochs(pool, 3, random.Random(0)):
-        assert len(drawn) == len(pool)
-        assert abs(drawn.count(common) - 600 * 20 / total) < 2
-        assert abs(drawn.count(rare) - 600 * 199**0.5 / total) < 2
-        assert 1 <= drawn.count(once) <= 3
-
-
-def test_balanced_epochs_together_repeat_an_example_only_when_its_share_is_larger() -> None:
-    pool = [TokenizedExample([n], [n % 4 // 3]) for n in range(400)]  # 300 and 100 of a response
-    times = Counter(e.prompt_ids[0] for epoch in balanced_epochs(pool, 2, random.Random(0)) for e in epoch)
-    # Of 800 draws 800 / (1 + 3 ** 0.5) = 293 are for the rarer response.
-    assert {times[n] for n in range(3, 400, 4)} == {2, 3}
-    assert {times[n] for n in range(400) if n % 4 != 3} == {1, 2}

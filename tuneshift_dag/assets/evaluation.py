@@ -147,7 +147,7 @@ def _models(current: Step, engines: EngineResource) -> Models:
 def _retention(current: Step, cache: scoring.Cache, engine: Scorer, side: Side, texts: list[str]) -> Retention:
     """The target's base is scored once, however often it is distilled: scores are cached."""
     tokens = [engine.encode(text, templated=True) for text in texts]
-    logprobs = scoring.score(engine, cache, [[] for _ in tokens], tokens, side, current.cost)
+    logprobs = scoring.score(engine, cache, tokens, side, current.cost)
     return retention(texts, tokens, logprobs)
 
 

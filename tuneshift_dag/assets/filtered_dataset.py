@@ -166,9 +166,7 @@ def judge(connection: Any, current: Step) -> str:
         "SELECT sha256(coalesce(string_agg(sha256(prompt_id || fine_tuned_response), '' ORDER BY prompt_id), ''))"
         " FROM judged WHERE reason IS NULL"
     ).fetchone()[0]
-    reasons = dict(
-        connection.execute("SELECT reason, count(*) FROM judged GROUP BY reason ORDER BY reason").fetchall()
-    )
+    reasons = dict(connection.execute("SELECT reason, count(*) FROM judged GROUP BY reason ORDER BY reason").fetchall())
     connection.execute("DROP TABLE judged")
     if "no_samples" in reasons:
         raise dg.Failure(
@@ -178,7 +176,9 @@ def judge(connection: Any, current: Step) -> str:
         )
     if connection.execute("SELECT count(*) FROM filtered_dataset WHERE round <= ?", [round_]).fetchone() == (0,):
         dropped = dict(
-            connection.execute("SELECT reason, count(*) FROM rejected_prompts GROUP BY reason ORDER BY 2 DESC").fetchall()
+            connection.execute(
+                "SELECT reason, count(*) FROM rejected_prompts GROUP BY reason ORDER BY 2 DESC"
+            ).fetchall()
         )
         raise dg.Failure(_nothing_kept(transfer, str(round_), reasons, dropped), allow_retries=False)
     return str(version)[:16]
@@ -194,11 +194,11 @@ def _nothing_kept(transfer: Transfer, round_: str, reasons: dict[str, int], drop
     config = transfer.config
     kind = "share" if config.filter.rule in KEEP_RULES else "threshold"
     repairs = {
-        "truncated_response": f"raise response.max_new_tokens (now {config.response.max_new_tokens}): answers are cut off",
+        "truncated_response": f"raise response.max_new_tokens (now {config.response.max_new_tokens})",
         "fine_tuned_not_confident": f"raise filter.threshold (now {config.filter.threshold:g})",
         "base_already_confident": f"lower filter.threshold (now {config.filter.threshold:g})",
         "below_threshold": f"lower filter.threshold (now {config.filter.threshold:g})",
-        "repetitive_response": f"raise filter.max_repetition (now {config.filter.max_repetition:g}), if these are no loops",
+        "repetitive_response": f"raise filter.max_repetition (now {config.filter.max_repetition:g})",
         "samples_disagree": f"lower response.agreement (now {config.response.agreement:g})",
         "overlong": f"raise generator.max_prompt_characters (now {config.generator.max_prompt_characters})",
         "duplicate": f"raise generator.temperature (now {config.generator.temperature:g}): it repeats itself",
@@ -210,7 +210,9 @@ def _nothing_kept(transfer: Transfer, round_: str, reasons: dict[str, int], drop
     if reasons:
         said = f"No pair was kept up to {round_}, so nothing can seed the next round (dropped: {reasons})."
     elif dropped:
-        said = f"No prompt was left to score up to {round_}: all that the generator wrote was dropped before ({dropped})."
+        said = (
+            f"No prompt was left to score up to {round_}: all that the generator wrote was dropped before ({dropped})."
+        )
     else:
         said = f"No prompt was written up to {round_}: no list was found in what the generator wrote."
     commonest = max(counts, key=lambda reason: counts[reason], default="")

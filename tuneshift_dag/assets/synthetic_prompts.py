@@ -116,9 +116,7 @@ def _request(engine: PromptWriter, settings: Generator, call: list[Candidate], f
     )
 
 
-def _ask(
-    engine: PromptWriter, cache: scoring.Cache, current: Step, calls: list[list[Candidate]]
-) -> list[Response]:
+def _ask(engine: PromptWriter, cache: scoring.Cache, current: Step, calls: list[list[Candidate]]) -> list[Response]:
     """The generator's answer to every call, sampled with a seed of its own."""
     transfer, settings = current.transfer, current.transfer.config.generator
     requests = [_request(engine, settings, call, first_round=current.round == FIRST_ROUND) for call in calls]

@@ -82,7 +82,7 @@ def new(
     Models and files are given as seen from the working folder. Nothing is overwritten, and a folder appears
     only when everything in it is sound.
     """
-    from tuneshift_dag.cli import scaffold
+    from tuneshift_dag.cli import new as scaffold
 
     answers = scaffold.Answers(
         adapter, base, target, template, seeds, heldout, generator, mode, instruction, description, copy_adapter
@@ -281,8 +281,8 @@ def cache_gc(
     In a terminal it asks first; elsewhere it removes nothing without --yes. The database file keeps its size; DuckDB
     uses the space again.
     """
+    from tuneshift_dag.cli.doctor import quantized_in_use
     from tuneshift_dag.config.files import find_transfers, load_transfer
-    from tuneshift_dag.reports.doctor import quantized_in_use
     from tuneshift_dag.store.cache import collect, collect_plan
 
     store, folders, used = _store(), find_transfers(transfers_dir()), None
@@ -308,7 +308,7 @@ def doctor(
     models: Annotated[bool, typer.Option(help="Also load the source model and check the adapter.")] = True,
 ) -> None:
     """Check the environment, the transfer files and the preflight; say what to fix. Nothing is downloaded."""
-    from tuneshift_dag.reports.doctor import examine
+    from tuneshift_dag.cli.doctor import examine
 
     ok = True
     for finding in examine(transfer, models):

@@ -14,7 +14,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 if TYPE_CHECKING:
-    from tuneshift_dag.reports.doctor import Finding
+    from tuneshift_dag.cli.doctor import Finding
     from tuneshift_dag.reports.lineage import Prompt
 
 out = Console()
@@ -147,7 +147,7 @@ def plan(made: dict[str, Any]) -> None:
         return "-" if value is None else text.format(value / scale)
 
     for name, step in made["steps"].items():
-        speed = step["speed"] or dict.fromkeys(("tokens_per_second", "models", "engine", "recorded_at"))
+        speed: dict[str, Any] = step["speed"] or dict.fromkeys(("tokens_per_second", "models", "engine", "recorded_at"))
         models = [model.rpartition("/")[2] for model in (speed["models"] or "-").split(", ")]
         table.add_row(
             name,

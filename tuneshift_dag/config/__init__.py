@@ -1,1 +1,73 @@
-"""What a user writes: `transfer.yaml` and the files beside it, read and checked. No model and no database."""
+"""A transfer: its settings and examples, read and checked (``files.py``), and what makes its assets out of date
+(``versions.py``). The keys of ``transfer.yaml`` are in ``schema.py`` and ``schema_models.py``."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tuneshift_dag.config.schema import TransferConfig
+from tuneshift_dag.method.filters import Guards
+from tuneshift_dag.models.references import Fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class Transfer:
+    """A transfer folder, read and checked.
+
+    Attributes:
+        folder: absolute; its name is the transfer's.
+        seeds: the prompts of ``seeds.jsonl``.
+        heldout: (prompt, response) pairs of ``heldout.jsonl``; may be empty.
+        labelled: pairs of ``compare.labelled``; may be empty.
+        fingerprints: of the models and the adapter, by key of ``transfer.yaml`` such as ``"source.base"``, as they
+            were when the folder was read. A generator on a server has none.
+    """
+
+    folder: Path
+    config: TransferConfig
+    seeds: list[str]
+    heldout: list[tuple[str, str]]
+    labelled: Sequence[tuple[str, str]] = ()
+    fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def round_keys(self) -> list[str]:
+        """Partition keys: ``round_01``, ``round_02``, ..."""
+        return [round_key(number) for number in range(1, self.config.rounds + 1)]
+
+    @property
+    def guards(self) -> Guards:
+        settings, response = self.config.filter, self.config.response
+        agreement = response.agreement if response.samples else None
+        return Guards(settings.allow_truncated, settings.max_repetition, settings.refusals, agreement)
+
+    def reference(self, key: str) -> str:
+        """The model reference at a key of ``fingerprints``; on the hub with the commit that the fingerprint is of.
+
+        What is loaded by it is what the versions say, also when the hub's cache moves on during a run.
+        """
+        section, name = key.split(".")
+        reference = str(getattr(getattr(self.config, section), name))
+        commit = self.fingerprints[key].commit if key in self.fingerprints else None
+        return f"{reference.partition('@')[0]}@{commit}" if commit else reference
+
+    def with_training(self, seed: int, epochs: int) -> "Transfer":
+        """The same transfer with another seed and number of epochs, for an arm of a comparison."""
+        distill = self.config.distill.model_copy(update={"epochs": epochs})
+        return replace(self, config=self.config.model_copy(update={"seed": seed, "distill": distill}))
+
+    def with_rounds(self, most: int) -> "Transfer":
+        """The same transfer with at most this many rounds (1 or more)."""
+        return replace(self, config=self.config.model_copy(update={"rounds": min(most, self.config.rounds)}))
+
+
+def round_key(number: int) -> str:
+    return f"round_{number:02d}"
+
+
+def round_number(key: str) -> int:
+    return int(key.removeprefix("round_"))

@@ -1,9 +1,8 @@
 """The decode loop: prefill a batch of prompts once, then generate from it and score against it.
 
-Own-response log-probabilities fall out of decoding: at each step the chosen token's raw logit minus
-the float32 log-sum-exp is added up, before temperature and top-p, so no second pass is needed. A prompt's
-keys and values are kept (`Prefix`), so another model's response is scored by running only its tokens.
-Rows that finish leave the batch.
+Own-response log-probabilities fall out of decoding: at each step the chosen token's raw logit minus the float32
+log-sum-exp is added up, before temperature and top-p. A prompt's keys and values are kept (`Prefix`), so another
+model's response is scored by running only its tokens. Rows that finish leave the batch.
 
 Prompts are padded on the left, so that all rows write their next token at the same place; padding is
 masked out and position ids count real tokens only. An opening that all prompts share runs once. Many tokens
@@ -29,15 +28,15 @@ from tuneshift_dag.engines.kv_cache import (
     stored,
     zeros,
 )
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.engine import Decoding, Response
 from tuneshift_dag.models import memory
+from tuneshift_dag.models.capabilities import end_ids, head_inputs, head_logits, keys_values_bytes, sliding_window
 
 # Rows are taken out of the batch when at least this share of it has finished: copying the cache
 # costs about as much as decoding one row in eight.
 _COMPACT_AT = 1 / 8
-# Prompts that open with at least this many equal tokens share their computation.
-_SHARE_FROM = 16
+SHARE_FROM = 16
+"""Prompts that open with at least this many equal tokens share their computation."""
 # Tokens that run through the model at once, padding included. On a CPU more isn't faster, and smaller
 # chunks are less padded; a GPU needs many to be busy.
 _TOKENS_AT_ONCE = {"cpu": 512}
@@ -72,14 +71,8 @@ class Prefix:
 
 @torch.inference_mode()
 def prefill(model: Any, prompts: Sequence[list[int]], new_tokens: int = 0, kv_dtype: KVDtype = "auto") -> Prefix:
-    """Run prompts (token ids) through the model once, what they all open with only for one of them.
-
-    A row of the result is the shared opening, then padding, then the row's own tokens.
-
-    Args:
-        new_tokens: the most tokens that will follow a prompt.
-        kv_dtype: what keys and values are kept in: the compute dtype (``auto``), or 8 bits.
-    """
+    """Run prompts (token ids), which at most ``new_tokens`` will follow, through the model once, what they all open
+    with only for one of them. A row of the result is the shared opening, then padding, then the row's own tokens."""
     shared = _shared_length(model, prompts, new_tokens)
     opening = DynamicCache()
     if shared:
@@ -96,7 +89,7 @@ def prefill(model: Any, prompts: Sequence[list[int]], new_tokens: int = 0, kv_dt
         for number, layer in enumerate(opening.layers):
             cache.update(layer.keys.expand(len(rows), -1, -1, -1), layer.values.expand(len(rows), -1, -1, -1), number)
         ids = torch.tensor([[0] * (width - own[i]) + prompts[i][shared:] for i in rows], device=model.device)
-        with _capture_hidden(model, torch.arange(len(rows))) as captured:
+        with head_inputs(model, torch.arange(len(rows))) as captured:
             model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -110,7 +103,8 @@ def prefill(model: Any, prompts: Sequence[list[int]], new_tokens: int = 0, kv_dt
             new = stored(layer.keys, layer.values, kv_dtype)
             layer.keys = layer.values = None
             if number == len(keys_values):
-                keys_values.append(tuple(_room((len(prompts), shared + max(own)), tensor) for tensor in new))
+                length = shared + max(own)
+                keys_values.append(tuple(zeros((len(prompts), n.shape[1], length, n.shape[3]), n) for n in new))
             for all_rows, some in zip(keys_values[number], new, strict=True):
                 _place(some, all_rows[rows[0] : rows[-1] + 1], shared)
         del cache
@@ -122,11 +116,6 @@ def _mask(shared: int, own: Sequence[int], device: torch.device) -> torch.Tensor
     """1 for the shared opening, 0 for padding, 1 for each row's own tokens."""
     width = max(own)
     return torch.tensor([[1] * shared + [0] * (width - n) + [1] * n for n in own], device=device)
-
-
-def _room(size: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
-    rows, length = size
-    return zeros((rows, like.shape[1], length, like.shape[3]), like)
 
 
 def _place(source: torch.Tensor, target: torch.Tensor, shared: int) -> None:
@@ -143,10 +132,10 @@ def _shared_length(model: Any, prompts: Sequence[list[int]], new_tokens: int) ->
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
     shared = min(shared, most)
     # Padding between the opening and a row's own tokens would count in a sliding window.
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    window = sliding_window(model.config)
     if window and max(map(len, prompts)) + new_tokens > window:
         return 0
-    return shared if len(prompts) > 1 and shared >= _SHARE_FROM else 0
+    return shared if len(prompts) > 1 and shared >= SHARE_FROM else 0
 
 
 def _chunks(lengths: Sequence[int], device: torch.device) -> Iterator[list[int]]:
@@ -175,8 +164,7 @@ def decode(
     """Generate one response per row of ``prefix``, whose keys and values the cache takes over meanwhile.
 
     Args:
-        seeds: for sampling: one number per row, which makes its random choices its own, whatever the
-            batch around it.
+        seeds: for sampling: one number per row, which makes its choices its own, whatever the batch around it.
         keep_prefix: whether ``prefix`` gets its keys and values back, or they are let go.
     """
     rows = _Rows(tokenizer, len(prefix.mask), decoding)
@@ -219,14 +207,9 @@ def decode(
     return rows.responses()
 
 
-def score(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> list[float]:
-    """Sums of `token_scores`. A response without tokens scores 0."""
-    return [sum(values, 0.0) for values in token_scores(model, prefix, responses)]
-
-
 @torch.inference_mode()
-def token_scores(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> list[list[float]]:
-    """Log-probabilities (nats) of given response token ids after each prompt of ``prefix``.
+def score(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> list[float]:
+    """Log-likelihoods (nats) of given response token ids, each after its prompt of ``prefix``; 0 without tokens.
 
     Logits are computed for response positions only.
     """
@@ -241,7 +224,7 @@ def token_scores(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> 
         for row, values in zip(rows, rest, strict=True):
             found[row] += values
         memory.trim()
-    return found
+    return [sum(values, 0.0) for values in found]
 
 
 def _score_rest(model: Any, prefix: Prefix, rows: list[int], responses: list[list[int]]) -> list[list[float]]:
@@ -254,7 +237,7 @@ def _score_rest(model: Any, prefix: Prefix, rows: list[int], responses: list[lis
     owner = [i for i, r in enumerate(responses) for _ in r[1:]]
     predicts = [i * length + t for i, r in enumerate(responses) for t in range(len(r) - 1)]
     targets = torch.tensor([token for r in responses for token in r[1:]], device=model.device)
-    with _capture_hidden(model, torch.tensor(predicts)) as captured:
+    with head_inputs(model, torch.tensor(predicts)) as captured:
         model(
             input_ids=ids,
             attention_mask=mask,
@@ -274,40 +257,9 @@ def _score_rest(model: Any, prefix: Prefix, rows: list[int], responses: list[lis
 
 def bytes_per_row(model: Any, tokens: int, logits: int, kv_dtype: KVDtype = "auto") -> int:
     """Memory that a row needs for the keys and values of ``tokens`` tokens and for ``logits`` rows of logits."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     each = model.dtype.itemsize
-    # In 8 bits every head has a scale as well.
-    kept = width * each if kv_dtype == "auto" else width + each
-    return int(tokens * config.num_hidden_layers * 2 * heads * kept + logits * config.vocab_size * each)
-
-
-def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits of hidden states (N, D), as the model itself computes them after its body."""
-    logits: torch.Tensor = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def check_head(model: Any) -> None:
-    """Raise when `head_logits` differs from the model's own logits (an unknown kind of head)."""
-    ids = torch.tensor([[1, 2, 3]], device=model.device)
-    with torch.inference_mode():
-        own = model(input_ids=ids, use_cache=False).logits[0].float()
-        with _capture_hidden(model, torch.arange(3)) as captured:
-            model(input_ids=ids, use_cache=False)
-        ours = head_logits(model, captured[0]).float().to(own.device)
-    if not own.isfinite().all():
-        raise TuneshiftError(
-            f"{model.config.model_type}: its activations overflow in {model.dtype}, so it can't answer. Set"
-            " models.compute_dtype: float32."
-        )
-    if not torch.allclose(own, ours, atol=0.1, rtol=0.02):
-        raise RuntimeError(
-            f"{model.config.model_type}: its logits aren't a linear head with an optional soft cap, so given"
-            " responses can't be scored with this engine."
-        )
+    kept = keys_values_bytes(model.config, each, in_8_bits=kv_dtype == "int8")
+    return int(tokens * kept + logits * model.config.get_text_config().vocab_size * each)
 
 
 @contextmanager
@@ -320,23 +272,6 @@ def contiguous_head(model: Any) -> Iterator[None]:
         handle.remove()
 
 
-@contextmanager
-def _capture_hidden(model: Any, positions: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """Collect the head's input at ``positions`` (of batch × length); the head itself sees one position."""
-    captured: list[torch.Tensor] = []
-
-    def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        # The head may be on another GPU than the embeddings.
-        captured.append(inputs[0].flatten(0, 1)[positions.to(inputs[0].device)])
-        return inputs[0][0, :1].contiguous()  # (1, D): for (1, 1, D) the head would copy its weight
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(hook, prepend=True)
-    try:
-        yield captured
-    finally:
-        handle.remove()
-
-
 class _Rows:
     """What each row has produced so far."""
 
@@ -345,6 +280,7 @@ class _Rows:
         self.decoding = decoding
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         self.sums = [0.0] * count
+        self.end_ids = end_ids(tokenizer)
         self.eos: list[float | None] = [None] * count
         self.done = [False] * count
 
@@ -355,7 +291,7 @@ class _Rows:
                 continue
             self.tokens[row].append(token)
             self.sums[row] += logprob
-            if token == self.tokenizer.eos_token_id:
+            if token in self.end_ids:
                 self.eos[row] = logprob
                 self.done[row] = True
             elif self.decoding.stop and self.decoding.stop in self.tokenizer.decode(self.tokens[row][-8:]):

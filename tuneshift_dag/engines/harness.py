@@ -13,15 +13,19 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lm_eval
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from tuneshift_dag.config.transfer import Transfer
+from tuneshift_dag.config import Transfer
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import Engine, Side
+from tuneshift_dag.method.engine import Side
+from tuneshift_dag.models import memory
+
+if TYPE_CHECKING:
+    from tuneshift_dag.engines.local import LocalEngine
 
 # The harness's own way to ask; others of its tasks that run code read it too.
 _CODE_ALLOWED = "HF_ALLOW_CODE_EVAL"
@@ -60,35 +64,27 @@ class Harness:
                 digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()[:16]
 
-    def run(self, name: str, engine: Engine, side: Side) -> list[dict[str, Any]]:
+    def run(self, name: str, engine: "LocalEngine", side: Side) -> list[dict[str, Any]]:
         """Scores of a task, or of a group and each of its tasks: task, version, metric, filter, value, stderr, n."""
-        from tuneshift_dag.models.batching import is_out_of_memory
+        from tuneshift_dag.engines.decoding import bytes_per_row
 
-        rows = self._fitting(engine)
+        # The harness keeps logits at every position, and their log-softmax in float32.
+        row = bytes_per_row(engine.model, _CONTEXT, logits=3 * _CONTEXT)
+        rows = max(1, min(self._most_rows, int(memory.free_bytes() * memory.BATCH_SHARE / row)))
         while True:
             try:
                 return self._run(name, engine, side, rows)
             except Exception as error:
-                if rows == 1 or not is_out_of_memory(error):
+                if rows == 1 or not memory.is_out_of_memory(error):
                     raise
             rows //= 2
 
-    def _fitting(self, engine: Any) -> int:
-        from tuneshift_dag.engines import decoding
-        from tuneshift_dag.models.batching import free_memory
-
-        # The harness keeps logits at every position, and their log-softmax in float32.
-        row = decoding.bytes_per_row(engine.model, _CONTEXT, logits=3 * _CONTEXT)
-        return max(1, min(self._most_rows, int(free_memory() / 2 / row)))
-
-    def _run(self, name: str, engine: Any, side: Side, rows: int) -> list[dict[str, Any]]:
+    def _run(self, name: str, engine: "LocalEngine", side: Side, rows: int) -> list[dict[str, Any]]:
         from lm_eval.models.huggingface import HFLM
-
-        from tuneshift_dag.models.loading import load_tokenizer
 
         with _quiet(), engine.side(side) as model:
             found: Any = lm_eval.simple_evaluate(
-                HFLM(model, tokenizer=load_tokenizer(engine.base), batch_size=rows),
+                HFLM(model, tokenizer=engine.tokenizer, batch_size=rows),
                 tasks=self._loaded[name],
                 task_manager=self._manager,
                 limit=self.limit,

@@ -1,7 +1,7 @@
 """A key-value cache that grows in blocks, so that most decode steps copy none of the older keys and values.
 
-Transformers' `DynamicCache` grows by concatenation, which copies the whole cache at every step: an eighth of a
-decode step of SmolLM2 at batch 32. Its `StaticCache` copies nothing but attends over its full length from the start.
+Transformers' `DynamicCache` copies the whole cache at every step, an eighth of a decode step of SmolLM2 at batch 32;
+its `StaticCache` copies nothing but attends over its full length from the start.
 
 The cache is the most that a step holds beside the model, so there is never a second copy of it: it takes the prompts'
 keys and values over a layer at a time, and gives them back at the end. In 8 bits it takes half the memory; a layer's
@@ -44,10 +44,7 @@ def rows_of(keys_values: KeysValues, index: torch.Tensor) -> KeysValues:
 
 
 def growing_cache(keys_values: Iterable[KeysValues], block: int) -> Cache:
-    """A cache that starts with these per layer and grows by ``block`` tokens at a time.
-
-    What isn't filled yet is zero, and the attention mask leaves it out.
-    """
+    """A cache that starts with these per layer and grows by ``block`` tokens at a time; the mask hides its end."""
     return Cache(layers=[_Layer(stored_in, block) for stored_in in keys_values])
 
 
@@ -64,11 +61,8 @@ def set_aside(cache: Cache, rows: Sequence[int]) -> None:
 
 
 def give_back(cache: Cache, rows: Sequence[int]) -> list[KeysValues]:
-    """What the cache started with; the cache is emptied.
-
-    Args:
-        rows: which rows these are: those set aside, in that order, then those still in the cache.
-    """
+    """What the cache started with; the cache is emptied. ``rows`` says which rows these are: those set aside, in that
+    order, then those still in the cache."""
     place = torch.tensor(list(rows)).argsort()
     keys_values = []
     while cache.layers:

@@ -1,8 +1,11 @@
-"""The in-process engine: one resident base model, its adapter switched on or off per batch."""
+"""The in-process engine: one resident base model, its adapter switched on or off per batch.
+
+Its preflight answers whether the adapter is really applied. Adapters have been dropped without a word by several
+libraries when their keys didn't match the model, and then both perplexities are equal.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -10,12 +13,10 @@ from safetensors import safe_open
 
 from tuneshift_dag.engines import decoding as loop
 from tuneshift_dag.engines.kv_cache import KVDtype
-from tuneshift_dag.engines.preflight import AdapterCheck, adapter_delta_norm, check_adapter_keys, check_outputs
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Pair, Response, Side
-from tuneshift_dag.method.scoring import SIDES
+from tuneshift_dag.method.engine import SIDES, AdapterCheck, Decoding, Engine, Pair, Response, Side
 from tuneshift_dag.models import memory
-from tuneshift_dag.models.batching import in_batches
+from tuneshift_dag.models.capabilities import check_head, head_logits, start_ids
 from tuneshift_dag.models.loading import (
     ADAPTER,
     DeviceMap,
@@ -25,7 +26,6 @@ from tuneshift_dag.models.loading import (
     load_tokenizer,
     pack,
     quantized_dir,
-    start_ids,
 )
 from tuneshift_dag.models.references import ModelFiles
 
@@ -34,14 +34,13 @@ T = TypeVar("T")
 _ENGINE_VERSION = "local-1"
 
 
-class LocalEngine:
-    """Implements `tuneshift_dag.method.engine.Engine` with transformers, PEFT and bitsandbytes.
+class LocalEngine(Engine):
+    """A base model and its adapter with transformers, PEFT and bitsandbytes.
 
     The model is loaded at first use, so a step that finds everything in the cache loads nothing.
     """
 
     cross_scores = True
-    chunk_size = CHUNK_SIZE
 
     def __init__(
         self,
@@ -62,9 +61,6 @@ class LocalEngine:
         self.kv_cache_dtype = kv_cache_dtype
         self._model: Any = None
 
-    def session(self) -> AbstractContextManager[None]:
-        return nullcontext()  # its model stays anyway
-
     @property
     def tokenizer(self) -> Any:
         return load_tokenizer(self.base)
@@ -77,7 +73,7 @@ class LocalEngine:
             self._model = load_for_inference(self.base, self.adapter, self.quantization, dtype, self.device_map)
             pack(self._model)
             with loop.contiguous_head(self._model):
-                loop.check_head(self._model)
+                check_head(self._model)
             memory.trim()
             memory.drop_file_pages(quantized_dir())
         return self._model
@@ -106,21 +102,16 @@ class LocalEngine:
     def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
         assert self.adapter is not None, "only an engine with an adapter can be checked"
         with safe_open(self.adapter.path / "adapter_model.safetensors", "pt") as saved:
-            problems = check_adapter_keys(self.model, list(saved.keys()), ADAPTER)
+            problems = unplaced_tensors(self.model, list(saved.keys()))
         ids = [self.encode(prompt) for prompt in prompts]
         logits = {}
         for side in SIDES:
             with self.side(side) as model:
-                logits[side] = loop.head_logits(model, loop.prefill(model, ids).hidden)
-        check = check_outputs(logits["base"], logits["fine_tuned"], adapter_delta_norm(self.model))
-        return replace(check, problems=problems + check.problems)
+                logits[side] = head_logits(model, loop.prefill(model, ids).hidden)
+        return _compared(logits["base"], logits["fine_tuned"], _update_norm(self.model), problems)
 
     def generate(
-        self,
-        prompts: Sequence[list[int]],
-        side: Side,
-        decoding: Decoding,
-        seeds: Sequence[int] | None = None,
+        self, prompts: Sequence[list[int]], side: Side, decoding: Decoding, seeds: Sequence[int] | None = None
     ) -> Iterator[list[tuple[int, Response]]]:
         def work(batch: list[int]) -> list[Response]:
             with self.side(side) as model:
@@ -160,18 +151,12 @@ class LocalEngine:
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
     ) -> Iterator[list[tuple[int, float]]]:
-        for batch in self.token_scores(prompts, responses, side):
-            yield [(i, sum(values, 0.0)) for i, values in batch]
-
-    def token_scores(
-        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
-    ) -> Iterator[list[tuple[int, list[float]]]]:
         start, longest = start_ids(self.tokenizer), max(map(len, responses), default=0)
 
-        def work(batch: list[int]) -> list[list[float]]:
+        def work(batch: list[int]) -> list[float]:
             with self.side(side) as model:
                 prefix = self._prefill(model, [prompts[i] or start for i in batch], longest)
-                return loop.token_scores(model, prefix, [responses[i] for i in batch])
+                return loop.score(model, prefix, [responses[i] for i in batch])
 
         whole = [p + r for p, r in zip(prompts, responses, strict=True)]
         for batch, values in self._batches(whole, Decoding(longest), work):
@@ -181,12 +166,7 @@ class LocalEngine:
         return loop.prefill(model, prompts, new_tokens, self.kv_cache_dtype)
 
     def _respond(
-        self,
-        model: Any,
-        prefix: loop.Prefix,
-        known: list[Response | None],
-        decoding: Decoding,
-        keep_prefix: bool,
+        self, model: Any, prefix: loop.Prefix, known: list[Response | None], decoding: Decoding, keep_prefix: bool
     ) -> list[Response]:
         """A response to every row: the known one, or a new one."""
         missing = [row for row, response in enumerate(known) if response is None]
@@ -216,4 +196,49 @@ class LocalEngine:
             tokens = 3 * length + decoding.max_new_tokens
             return loop.bytes_per_row(self.model, tokens, logits=1, kv_dtype=self.kv_cache_dtype)
 
-        return in_batches([len(p) for p in prompts], self.batch_size, row, work)
+        return memory.in_batches([len(p) for p in prompts], self.batch_size, row, work)
+
+
+def unplaced_tensors(model: Any, saved: Sequence[str]) -> list[str]:
+    """Problems with the names of an adapter's saved tensors: each must have a place in the loaded model."""
+    places = {name.replace(f".{ADAPTER}.", ".") for name, _ in model.named_parameters() if "lora_" in name}
+    unknown = sorted(set(saved) - places)
+    unfilled = sorted(places - set(saved))
+    problems = []
+    if unknown:
+        problems.append(f"{len(unknown)} adapter tensors have no place in the base model, first {unknown[0]!r}")
+    if unfilled:
+        problems.append(f"{len(unfilled)} LoRA layers got no weights from the adapter, first {unfilled[0]!r}")
+    return problems
+
+
+def _update_norm(model: Any) -> float:
+    """Frobenius norm of the low-rank updates, summed over layers (a product B·A of zero adds nothing)."""
+    total = 0.0
+    for module in model.modules():
+        for name in getattr(module, "lora_A", {}):
+            a, b = (part[name].weight.detach().float() for part in (module.lora_A, module.lora_B))
+            total += float((b @ a).norm()) * abs(module.scaling[name])
+    return total
+
+
+def _compared(base: torch.Tensor, fine_tuned: torch.Tensor, update_norm: float, problems: list[str]) -> AdapterCheck:
+    """What both models' next-token logits on the seeds (seeds, vocabulary) add to the problems.
+
+    A fine-tuned model that is not more confident than its base is worth a warning: the method looks for prompts where
+    it is.
+    """
+    found, warnings = list(problems), []
+    difference = float((base - fine_tuned).abs().max())
+    if update_norm == 0:
+        found.append("the adapter's weights are zero: it changes nothing")
+    if difference == 0:
+        found.append("the base and the fine-tuned model give equal logits on every seed")
+    base_top, fine_tuned_top = (float(logits.log_softmax(1).max(1).values.mean()) for logits in (base, fine_tuned))
+    if fine_tuned_top <= base_top:
+        warnings.append(
+            "the fine-tuned model isn't more confident than the base on the seeds"
+            f" (mean log-probability of the first token {fine_tuned_top:.2f} against {base_top:.2f}):"
+            " are these seeds of the task it was tuned for?"
+        )
+    return AdapterCheck(found, warnings, difference, update_norm)

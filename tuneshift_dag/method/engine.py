@@ -1,16 +1,15 @@
-"""What the method asks of whatever runs the models: the records and the interface, no implementation."""
+"""What the method asks of whatever runs the models: the records and the protocols, no implementation."""
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from tuneshift_dag.engines.preflight import AdapterCheck
-
 Side = Literal["base", "fine_tuned"]
+SIDES: tuple[Side, Side] = ("base", "fine_tuned")
 CHUNK_SIZE = 1024
-"""`Engine.chunk_size` of an engine that works on one batch after the other: 32 batches of 32."""
+"""`Scorer.chunk_size` of an engine that works on one batch after the other: 32 batches of 32."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Decoding:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    """The one prompt's sampling seed; `Engine.generate` takes one for each prompt instead."""
+    """The one prompt's sampling seed; `TextModel.generate` takes one for each prompt instead."""
     stop: str = ""
     """Stop when the text contains this (empty: only at the end token)."""
 
@@ -35,12 +34,8 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Response:
-    """A generated response.
-
-    ``token_ids`` are the generated ids, the end token included when the model produced it;
-    ``sum_logprob`` is the sum of their log-probabilities (nats) under the model that wrote them, from
-    raw logits; ``eos_logprob`` is the end token's share of it, None for a truncated response.
-    """
+    """A generated response. ``token_ids`` include the end token if there is one; ``sum_logprob`` adds up their raw
+    log-probabilities (nats) under the model that wrote them; ``eos_logprob`` is the end token's, None if truncated."""
 
     text: str
     token_ids: list[int]
@@ -51,10 +46,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both models' responses to one prompt, and each model's log-likelihood of the other's response (cross score).
-
-    Cross scores are None when the engine has none.
-    """
+    """Both models' responses to one prompt, and each one's log-likelihood (nats) of the other's, if it was computed."""
 
     base: Response
     fine_tuned: Response
@@ -62,17 +54,18 @@ class Pair:
     fine_tuned_on_base: float | None
 
 
-class Engine(Protocol):
-    """One source base model, with its adapter on (``fine_tuned``) or off (``base``)."""
+@dataclass(frozen=True)
+class AdapterCheck:
+    """``problems`` must stop the run, ``warnings`` must not. The figures are None for models on a server."""
 
-    cross_scores: bool
-    """Whether `pairs` gives cross scores."""
+    problems: list[str]
+    warnings: list[str]
+    largest_logit_difference: float | None
+    delta_norm: float | None
 
-    chunk_size: int
-    """Prompts of a large round that `pairs` is given at once. It sorts them by length; all are in memory until then."""
 
-    def session(self) -> AbstractContextManager[None]:
-        """While it is open, what the engine starts for one call stays for the next one."""
+class TextModel(Protocol):
+    """One base model, with its adapter (if any) on (``fine_tuned``) or off (``base``)."""
 
     def fingerprint(self, side: Side) -> str:
         """Changes when, and only when, something changes that can change this side's output."""
@@ -80,54 +73,55 @@ class Engine(Protocol):
     def encode(self, text: str, templated: bool = False) -> list[int]:
         """Token ids of a rendered prompt; a chat template has put its special tokens into the text."""
 
+    def generate(
+        self, prompts: Sequence[list[int]], side: Side, decoding: Decoding, seeds: Sequence[int] | None = None
+    ) -> Iterator[list[tuple[int, Response]]]:
+        """Responses in batches as they finish, each with the index of its prompt. For sampling, ``seeds`` has one
+        number per prompt that makes its random choices its own."""
+
+
+class PromptWriter(TextModel, Protocol):
+    """Writes new prompts."""
+
     def render_chat(self, message: str) -> str:
         """A user message in the model's own chat template, ready for the answer."""
+
+
+class Scorer(TextModel, Protocol):
+    """Answers prompts on both sides, and scores what was answered."""
+
+    cross_scores: bool
+    """Whether `pairs` gives cross scores."""
+
+    chunk_size: int = CHUNK_SIZE
+    """Prompts of a large round that `pairs` is given at once. It sorts them by length; all are in memory until then."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """While it is open, what the engine starts for one call stays for the next one."""
+        return nullcontext()
 
     def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
         """Whether the adapter is applied and changes the base's answers to rendered prompts."""
 
-    def generate(
-        self,
-        prompts: Sequence[list[int]],
-        side: Side,
-        decoding: Decoding,
-        seeds: Sequence[int] | None = None,
-    ) -> Iterator[list[tuple[int, Response]]]:
-        """Responses in batches as they finish, each with the index of its prompt.
-
-        Args:
-            seeds: for sampling, one number per prompt that makes its random choices its own.
-        """
-
     def pairs(
         self, prompts: Sequence[list[int]], known: Sequence[dict[Side, Response]], decoding: Decoding
     ) -> Iterator[list[tuple[int, Pair]]]:
-        """Both sides' responses and cross scores, in batches as they finish.
-
-        Args:
-            known: for each prompt the responses that need not be generated again.
-        """
+        """Both sides' responses and cross scores, in batches as they finish. Responses that are ``known`` of a prompt
+        aren't generated again."""
 
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
     ) -> Iterator[list[tuple[int, float]]]:
-        """Log-likelihoods (nats) of given responses, each after its prompt, in batches as they finish.
+        """Log-likelihoods (nats) of given responses, each after its prompt, in batches as they finish. An empty prompt
+        stands for none: the model sees only what starts its texts."""
 
-        Args:
-            prompts: token ids; an empty prompt stands for none: the model sees only what starts its texts.
-        """
 
-    def token_scores(
-        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
-    ) -> Iterator[list[tuple[int, list[float]]]]:
-        """What `score` adds up: the log-probability (nats) of each token of a response."""
+class Engine(PromptWriter, Scorer, Protocol):
+    """A model that is loaded here or on a cluster: it can do both."""
 
 
 def perplexity(sum_logprob: float, n_tokens: int) -> float | None:
-    """exp(-sum_logprob / n_tokens); None for no tokens.
-
-    TuneShift-KD (arXiv 2603.24518) §3: PPL(y | x) = exp(-1/|y| Σ log p(y_t | x, y_<t)).
-    """
+    """PPL(y | x) = exp(-1/|y| Σ log p(y_t | x, y_<t)), TuneShift-KD (arXiv 2603.24518) §3; None for no tokens."""
     if not n_tokens:
         return None
     try:

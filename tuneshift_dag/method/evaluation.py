@@ -1,26 +1,73 @@
-"""Held-out accuracy: whether a response is right by the chosen metric, and bootstrap intervals."""
+"""What a model can do and has forgotten: right answers with bootstrap intervals, and how it predicts general text.
 
+A worked answer's number is found as lm-evaluation-harness finds it for GSM8K, both ways of its task ``gsm8k``, version
+3: *strict* takes the number after the first ``#### ``, the format of GSM8K's own answers (Cobbe et al. 2021, arXiv
+2110.14168); *flexible* takes the last number of the response. A model that was never shown the format can only score
+by the second.
+
+Retention shows what the distillation made a model forget. Its text is small (`tuneshift_dag/general_text.yaml`, twenty
+paragraphs): it shows that something was lost, not what.
+"""
+
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Literal
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
-from tuneshift_dag.method.numeric import expected_number, flexible_number, strict_number
+from tuneshift_dag.method.engine import perplexity
 
 Metric = Literal["exact_match", "numeric"]
 TITLES: dict[Metric, str] = {"exact_match": "exact match", "numeric": "numeric answers"}
+_STRICT = re.compile(r"#### (-?[0-9.,]+)")
+_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+_NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)")
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Share of correct responses with its 95 % interval."""
+def mark(metric: Metric, response: str, expected: str) -> tuple[bool, bool | None]:
+    """Whether a response is right: by the metric (strict, for ``numeric``), and by its flexible form if it has one."""
+    if metric == "exact_match":
+        return response.strip() == expected.strip(), None
+    number = expected_number(expected)
+    return strict_number(response) == number, flexible_number(response) == number
 
-    value: float
-    low: float
-    high: float
-    n: int
+
+def strict_number(response: str) -> str | None:
+    """The number after the first ``#### ``, normalized; None without one."""
+    found = _STRICT.search(response)
+    return _normalize(found[1]) if found else None
+
+
+def flexible_number(response: str) -> str | None:
+    """The last number of the response, normalized; None without one."""
+    found = _FLEXIBLE.findall(response)
+    return _normalize(found[-1][0] or found[-1][1]) if found else None
+
+
+def expected_number(answer: str) -> str | None:
+    """The number of a held-out answer: what follows its last ``#### ``, or all of it; None when that is no number."""
+    number = _normalize(answer.strip())
+    return number if _NUMBER.fullmatch(number) else None
+
+
+def next_question(template: str) -> str:
+    """Where a response is over because the model asks itself the next question: a line that opens as the template does.
+
+    The harness stops at ``Question:`` for the same reason: else the last number would be that of another question.
+    """
+    opening = template.split("{prompt}")[0].rstrip().rsplit("\n", 1)[-1]
+    return f"\n{opening}" if opening else ""
+
+
+def _normalize(text: str) -> str:
+    """What the harness compares: no thousands separators or dollar signs, nothing up to ``#### ``, no final point."""
+    text = re.sub(r"(?s).*#### ", "", text.replace(",", "").replace("$", ""))
+    return re.sub(r"\.$", "", text)
 
 
 @dataclass(frozen=True)
@@ -36,16 +83,11 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def is_exact_match(response: str, expected: str) -> bool:
-    return response.strip() == expected.strip()
+@dataclass(frozen=True)
+class Accuracy(Interval):
+    """Share of correct ones of ``n`` responses."""
 
-
-def mark(metric: Metric, response: str, expected: str) -> tuple[bool, bool | None]:
-    """Whether a response is right: by the metric (strict, for ``numeric``), and by its flexible form if it has one."""
-    if metric == "exact_match":
-        return is_exact_match(response, expected), None
-    number = expected_number(expected)
-    return strict_number(response) == number, flexible_number(response) == number
+    n: int
 
 
 def bootstrap_accuracy(correct: Sequence[bool], samples: int, seed: int) -> Accuracy:
@@ -65,16 +107,15 @@ def bootstrap_accuracy(correct: Sequence[bool], samples: int, seed: int) -> Accu
 def bootstrap_runs(values: NDArray[np.float64], samples: int, seed: int) -> Interval:
     """Mean over training runs and prompts, for new runs *and* new prompts.
 
-    Runs and prompts are resampled independently of each other (the pigeonhole bootstrap of Owen, Annals of
-    Applied Statistics 1, 2007, for crossed factors). Of few runs a bootstrap sees too little of their
-    variance, (runs - 1) / runs of it, so their deviations are widened by the inverse first. In a simulation
-    of equal arms with 3 runs and 231 prompts, the interval of their difference held zero in 100 %, 93 % and
-    88 % of the cases for no, some and large differences between runs (standard deviation 0, 0.3 and 0.6 in
-    log-odds): more runs where they differ a lot.
+    Runs and prompts are resampled independently of each other (the pigeonhole bootstrap of Owen, Annals of Applied
+    Statistics 1, 2007, for crossed factors). Of few runs a bootstrap sees too little of their variance, (runs - 1) /
+    runs of it, so their deviations are widened by the inverse first. In a simulation of equal arms with 3 runs and 231
+    prompts, the interval of their difference held zero in 100 %, 93 % and 88 % of the cases for no, some and large
+    differences between runs (standard deviation 0, 0.3 and 0.6 in log-odds): more runs where they differ a lot.
 
     Args:
-        values: (runs, prompts), for example 1 where a run answers a prompt correctly; for a paired comparison
-            of two arms the differences of such tables, with the same seed in a row of both.
+        values: (runs, prompts), for example 1 where a run answers a prompt correctly; for a paired comparison of two
+            arms the differences of such tables, with the same seed in a row of both.
     """
     runs, prompts = values.shape
     mean = values.mean(axis=0)
@@ -86,3 +127,32 @@ def bootstrap_runs(values: NDArray[np.float64], samples: int, seed: int) -> Inte
     means = ((by_run @ widened) * by_prompt).sum(axis=1) / (runs * prompts)
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(values.mean()), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How well a model predicts a text of ``tokens`` tokens (of its own) and ``bytes`` bytes (UTF-8).
+
+    ``perplexity`` is per token, and so compares models with one tokenizer only; ``bits_per_byte`` compares any two.
+    """
+
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+
+
+def general_texts() -> list[str]:
+    """The packaged paragraphs: prose, code, dialogue, lists, letters, some Spanish and German."""
+    texts: list[str] = yaml.safe_load((files("tuneshift_dag") / "general_text.yaml").read_text("utf-8"))
+    return texts
+
+
+def retention(texts: Sequence[str], tokens: Sequence[Sequence[int]], logprobs: Sequence[float]) -> Retention:
+    """Of all texts together, each scored alone: its token ids and its log-likelihood (nats). Longer ones count more."""
+    total, count = math.fsum(logprobs), sum(map(len, tokens))
+    size = sum(len(text.encode()) for text in texts)
+    found = perplexity(total, count)
+    if found is None:
+        raise ValueError("no text")
+    return Retention(found, -total / math.log(2) / size, count, size)

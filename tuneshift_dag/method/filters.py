@@ -1,22 +1,21 @@
 """Which scored pairs are kept, and why the others are not.
 
-The filter is SQL over the scored pairs, so that a new rule or threshold replays in the database without
-a model. f is the fine-tuned model, b the base; y_f and y_b are their responses. TuneShift-KD (arXiv
-2603.24518) §3 publishes one threshold (1.5) and leaves open whether the cut is on each perplexity, on
-their difference or on their ratio; the first reading is the default. Its rivals are here too: the mean
-token excess of TiTok (arXiv 2510.04682), the instruction-following difficulty of Cherry LLM (arXiv
-2308.12032) and Superfiltering (arXiv 2402.00530), the most confident pairs of every response, a random
-draw, and no filter at all.
+The filter is SQL over the scored pairs, so that a new rule or threshold replays in the database without a model. f is
+the fine-tuned model, b the base; y_f and y_b are their responses. TuneShift-KD (arXiv 2603.24518) §3 publishes one
+threshold (1.5) and leaves open whether it is one of each perplexity, of their difference or of their ratio; the first
+reading is the default. Its rivals are here too: the mean token excess of TiTok (arXiv 2510.04682), the most confident
+pairs of every response, a random draw, and no filter at all.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 Rule = Literal[
-    "both", "difference", "ratio", "cross_ratio", "ifd", "top_excess", "balanced_confidence", "random", "unfiltered"
+    "both", "difference", "ratio", "cross_ratio", "top_excess", "balanced_confidence", "random", "unfiltered"
 ]
 RULES: tuple[Rule, ...] = get_args(Rule)
-# These keep a share or number of the pairs (`filter.keep`) instead of what passes a threshold.
+# The threshold of these is a share or number of the pairs that they keep, and nothing that a pair passes.
 RANKING_RULES: tuple[Rule, ...] = ("top_excess", "balanced_confidence")
 KEEP_RULES: tuple[Rule, ...] = (*RANKING_RULES, "random")
 
@@ -26,7 +25,6 @@ MARGIN: dict[Rule, str] = {
     "difference": "ppl_base - ppl_fine_tuned - {t}",
     "ratio": "ppl_base / ppl_fine_tuned - {t}",
     "cross_ratio": "ppl_base_cross / ppl_fine_tuned - {t}",
-    "ifd": "least(ppl_base_cross / ppl_base_alone - {t}, 1 - ppl_base_cross / ppl_base_alone)",
     # log p_f(y_f) - log p_b(y_f), per token: the mean token excess in nats.
     "top_excess": "ln(ppl_base_cross / ppl_fine_tuned)",
     # The most confident pair of every response comes first, then the second of each; 1 / PPL orders those between.
@@ -34,27 +32,9 @@ MARGIN: dict[Rule, str] = {
     "random": "NULL::DOUBLE",
     "unfiltered": "NULL::DOUBLE",
 }
-# The perplexities that a rule reads: a pair without them can't be judged.
-READS: dict[Rule, tuple[str, ...]] = {
-    "both": ("ppl_fine_tuned", "ppl_base"),
-    "difference": ("ppl_fine_tuned", "ppl_base"),
-    "ratio": ("ppl_fine_tuned", "ppl_base"),
-    "cross_ratio": ("ppl_fine_tuned", "ppl_base_cross"),
-    "ifd": ("ppl_base_cross", "ppl_base_alone"),
-    "top_excess": ("ppl_fine_tuned", "ppl_base_cross"),
-    "balanced_confidence": ("ppl_fine_tuned",),
-    "random": (),
-    "unfiltered": (),
-}
-TargetPreference = Literal["prefer_easy", "avoid_easy"]
-
 # The reasons that no rule decides: they hold at every threshold.
-GUARD_REASONS = (
-    "empty_response", "truncated_response", "repetitive_response", "refused_response", "no_perplexity", "no_samples",
-    "samples_disagree", "no_discriminator_score", "taken_for_generated", "no_target_score", "hard_for_target",
-    "easy_for_target",
-)  # fmt: skip
-
+GUARD_REASONS = ("empty_response", "truncated_response", "repetitive_response", "refused_response", "no_perplexity",
+    "no_samples", "samples_disagree")  # fmt: skip
 # Shorter responses aren't searched for repetition: "100000" is no loop.
 _FEWEST_TOKENS = 16
 
@@ -62,23 +42,18 @@ _FEWEST_TOKENS = 16
 @dataclass(frozen=True)
 class Guards:
     """What makes a response unfit for training, whatever the rule. ``refusals`` are matched in any case;
-    ``agreement`` is the least share of samples that agree with it, None without samples; ``discriminator`` the score
-    of the prompt that must be passed, None without a discriminator. With ``target``, this ``target_share`` of the pairs
-    without another flaw is dropped: those that the target finds hardest or easiest."""
+    ``agreement`` is the least share of samples that agree with it, None without samples."""
 
     allow_truncated: bool = False
     max_repetition: float = 0.5
     refusals: tuple[str, ...] = ()
     agreement: float | None = None
-    discriminator: float | None = None
-    target: TargetPreference | None = None
-    target_share: float = 0.0
 
 
 def verdict_sql(
     rule: Rule,
     guards: Guards,
-    cut: str = "$t",
+    threshold: str = "$threshold",
     rounds: int | None = None,
     seed: int = 0,
     pairs: str = "scored_pairs",
@@ -86,35 +61,33 @@ def verdict_sql(
     """SELECT of every scored pair with its ``margin`` and ``reason`` (NULL when kept).
 
     Args:
-        cut: SQL of the threshold, or of how much one of `KEEP_RULES` keeps (up to 1 a share of the
-            pairs that pass the guards, above 1 a number): a parameter, or a column when the SELECT is
-            joined laterally.
-        rounds: how many rounds share a number. Each then has an equal quota of its own, and a share is of
-            the round's pairs: a round's verdicts never depend on another round, which may not exist yet.
-            None ranks all pairs at once.
+        threshold: SQL of the threshold, of `KEEP_RULES` how much is kept (up to 1 a share of the pairs that pass the
+            guards, above 1 a number): a parameter, or a column when the SELECT is joined laterally.
+        rounds: how many rounds share a number. Each then has an equal quota of its own, and a share is of the round's
+            pairs: a round's verdicts never depend on another, which may not exist yet. None ranks all pairs at once.
         seed: makes another draw of `random`.
         pairs: SQL of rows of the table ``scored_pairs``.
     """
-    together = "flaw IS NULL" if rounds is None else "flaw IS NULL, round"
     flawed = f"(SELECT *, CASE {_flaws(rule, guards)} END AS flaw FROM {pairs})"
-    if guards.target and rule != "unfiltered":
-        flawed = _less_what_target_finds(guards.target, guards.target_share, flawed, together)
     if rule not in KEEP_RULES:
         return f"""
-            SELECT * EXCLUDE (flaw), {MARGIN[rule].format(t=cut)} AS margin,
-                CASE WHEN flaw IS NOT NULL THEN flaw {_reasons(rule, cut)} END AS reason
-            FROM {flawed}
+            SELECT * EXCLUDE (flaw), {MARGIN[rule].format(t=threshold)} AS margin,
+                CASE WHEN flaw IS NOT NULL THEN flaw {_reasons(rule, threshold)} END AS reason FROM {flawed}
         """
     # Hashes order the pairs for a draw: the same ones each time, and a few new pairs displace few others.
     if rule in RANKING_RULES:
-        order, beyond = "margin DESC", "THEN 'below_the_top'"
+        order, beyond = "margin DESC", "below_the_top"
     else:
-        order, beyond = f"sha256('{seed}|' || prompt_id)", "THEN 'not_drawn'"
-    quota = cut if rounds is None else f"(floor({cut} * number / {rounds}) - floor({cut} * (number - 1) / {rounds}))"
+        order, beyond = f"sha256('{seed}|' || prompt_id)", "not_drawn"
+    together, quota = "flaw IS NULL", threshold
+    if rounds is not None:
+        together = "flaw IS NULL, round"
+        quota = f"(floor({threshold} * number / {rounds}) - floor({threshold} * (number - 1) / {rounds}))"
+    share = f"greatest(1, round({threshold} * usable))"
     return f"""
         SELECT * EXCLUDE (flaw, place_in_response, place, usable, number),
             CASE WHEN flaw IS NOT NULL THEN flaw
-                WHEN place > CASE WHEN {cut} <= 1 THEN greatest(1, round({cut} * usable)) ELSE {quota} END {beyond}
+                WHEN place > CASE WHEN {threshold} <= 1 THEN {share} ELSE {quota} END THEN '{beyond}'
             END AS reason
         FROM (
             SELECT *, row_number() OVER (PARTITION BY {together} ORDER BY {order}, prompt_id, round) AS place,
@@ -124,50 +97,28 @@ def verdict_sql(
                 SELECT *, {MARGIN[rule]} AS margin FROM (
                     SELECT *, row_number() OVER (PARTITION BY {together}, trim(fine_tuned_response)
                         ORDER BY ppl_fine_tuned, prompt_id, round) AS place_in_response
-                    FROM {flawed}
-                )
-            )
-        )
+                    FROM {flawed})))
     """
 
 
-def _less_what_target_finds(target: TargetPreference, share: float, flawed: str, together: str) -> str:
-    """``flawed``, where a share of the pairs without a flaw gets one: those with the highest (`prefer_easy`) or lowest
-    (`avoid_easy`) perplexity of the response under the target's base."""
-    order, reason = ("DESC", "hard_for_target") if target == "prefer_easy" else ("", "easy_for_target")
-    return f"""(
-        SELECT * REPLACE (CASE WHEN flaw IS NOT NULL THEN flaw
-            WHEN row_number() OVER (PARTITION BY {together} ORDER BY ppl_target {order}, prompt_id, round)
-                <= round({share} * count(*) OVER (PARTITION BY {together})) THEN '{reason}' END AS flaw)
-        FROM {flawed}
-    )"""
-
-
-def _reasons(rule: Rule, cut: str) -> str:
-    if rule == "unfiltered":
-        return ""
+def _reasons(rule: Rule, threshold: str) -> str:
     if rule == "both":
-        return f"""
-                WHEN ppl_fine_tuned >= {cut} THEN 'fine_tuned_not_confident'
-                WHEN ppl_base <= {cut} THEN 'base_already_confident'"""
-    if rule == "ifd":
-        return f"""
-                WHEN ppl_base_cross >= ppl_base_alone THEN 'prompt_does_not_help'
-                WHEN ppl_base_cross / ppl_base_alone <= {cut} THEN 'below_threshold'"""
-    return "WHEN margin <= 0 THEN 'below_threshold'"
+        return f"""WHEN ppl_fine_tuned >= {threshold} THEN 'fine_tuned_not_confident'
+                WHEN ppl_base <= {threshold} THEN 'base_already_confident'"""
+    return "" if rule == "unfiltered" else "WHEN margin <= 0 THEN 'below_threshold'"
 
 
 def _flaws(rule: Rule, guards: Guards) -> str:
     """WHEN … THEN of the guards, the cheapest first. `unfiltered` refuses only what can't be trained on."""
-    empty = "WHEN regexp_full_match(fine_tuned_response, '\\s*') THEN 'empty_response'"
+    flaws = [r"WHEN regexp_full_match(fine_tuned_response, '\s*') THEN 'empty_response'"]
     if rule == "unfiltered":
-        return empty
-    flaws = [empty]
+        return flaws[0]
     if not guards.allow_truncated:
         flaws.append("WHEN fine_tuned_finish = 'length' THEN 'truncated_response'")
-    if READS[rule]:
-        finite = " AND ".join(f"isfinite({column})" for column in READS[rule])
-        flaws.append(f"WHEN NOT coalesce({finite}, FALSE) THEN 'no_perplexity'")
+    # A pair without the perplexities that the rule reads can't be judged.
+    finite = [f"isfinite({column})" for column in sorted(set(re.findall(r"ppl_\w+", MARGIN[rule])))]
+    if finite:
+        flaws.append(f"WHEN NOT coalesce({' AND '.join(finite)}, FALSE) THEN 'no_perplexity'")
     if guards.refusals:
         # Apostrophes are written in two ways.
         text = "replace(lower(fine_tuned_response), '’', '''')"
@@ -175,22 +126,12 @@ def _flaws(rule: Rule, guards: Guards) -> str:
         holds = " OR ".join(f"contains({text}, '{phrase}')" for phrase in phrases)
         flaws.append(f"WHEN {holds} THEN 'refused_response'")
     if guards.max_repetition < 1:
-        flaws.append(
-            f"WHEN fine_tuned_tokens >= {_FEWEST_TOKENS}"
-            f" AND {repetition_sql('fine_tuned_response', guards.max_repetition)} > {guards.max_repetition}"
-            " THEN 'repetitive_response'"
-        )
+        repetition = repetition_sql("fine_tuned_response", guards.max_repetition)
+        repeats = f"fine_tuned_tokens >= {_FEWEST_TOKENS} AND {repetition} > {guards.max_repetition}"
+        flaws.append(f"WHEN {repeats} THEN 'repetitive_response'")
     if guards.agreement is not None:
-        flaws.append(
-            f"WHEN agreement IS NULL THEN 'no_samples' WHEN agreement < {guards.agreement} THEN 'samples_disagree'"
-        )
-    if guards.discriminator is not None:
-        flaws.append(
-            "WHEN discriminator_score IS NULL THEN 'no_discriminator_score'"
-            f" WHEN discriminator_score <= {guards.discriminator} THEN 'taken_for_generated'"
-        )
-    if guards.target:
-        flaws.append("WHEN ppl_target IS NULL THEN 'no_target_score'")
+        disagrees = f"WHEN agreement < {guards.agreement} THEN 'samples_disagree'"
+        flaws.append(f"WHEN agreement IS NULL THEN 'no_samples' {disagrees}")
     return " ".join(flaws)
 
 

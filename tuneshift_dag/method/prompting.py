@@ -1,4 +1,4 @@
-"""Asking a generator for more prompts like the seeds, and reading its answer.
+"""Asking a generator for more prompts like the seeds, reading its answer, and which of them are new and how varied.
 
 TuneShift-KD (arXiv 2603.24518) §3 asks an instruction model to "Generate 20 more samples like these 5".
 A base model has no chat: it is shown the seeds as the beginning of a numbered list, and goes on.
@@ -7,14 +7,18 @@ A base model has no chat: it is shown the seeds as the beginning of a numbered l
 import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
 Reason = Literal["empty", "overlong", "seed", "held_out", "duplicate", "near_duplicate"]
+Mode = Literal["chat", "continuation"]
 _ITEM = re.compile(r"^\s*(?:\d+\s*[.):]|[-*•])\s*(.*)$")
 
 
@@ -47,17 +51,9 @@ def prompt_id(prompt: str) -> str:
 
 
 def generator_request(
-    mode: Literal["chat", "continuation"],
-    instruction: str,
-    seeds: Sequence[str],
-    count: int,
-    render_chat: Callable[[str], str],
+    mode: Mode, instruction: str, seeds: Sequence[str], count: int, render_chat: Callable[[str], str]
 ) -> str:
-    """The text that the generator sees: instruction, numbered seeds, and room for ``count`` more.
-
-    Args:
-        render_chat: wraps a user message in the model's own chat template (``chat`` mode only).
-    """
+    """The text that the generator sees; ``render_chat`` wraps a message in its chat template (mode ``chat`` only)."""
     heading = instruction.replace("{count}", str(count)).replace("{seed_count}", str(len(seeds)))
     listed = "\n".join(f"{number}. {seed}" for number, seed in enumerate(seeds, 1))
     if mode == "continuation":
@@ -65,13 +61,12 @@ def generator_request(
     return render_chat(f"{heading}\n{listed}")
 
 
-def parse_list(text: str, mode: Literal["chat", "continuation"], finished: bool) -> list[str]:
+def parse_list(text: str, mode: Mode, finished: bool) -> list[str]:
     """The items of a generated numbered or bulleted list, in order.
 
     Args:
         mode: in ``continuation`` the text begins inside the first item, whose number was in the request.
-        finished: whether the generator stopped by itself; if not, the last item may be cut off and is
-            left out.
+        finished: whether the generator stopped by itself; if not, the last item may be cut off and is left out.
     """
     lines = text.split("\n")
     if mode == "continuation":
@@ -89,13 +84,12 @@ def _unquote(item: str) -> str:
 
 
 def labelled_request(instruction: str, template: str, examples: Sequence[tuple[str, str]], asked: str | None) -> str:
-    """The text that a base model sees in mode ``by_response``: labelled examples, then an opening.
+    """The text that a base model sees in mode ``by_response``: labelled (prompt, response) examples, then an opening.
 
     Shown which response belongs to which prompt, even a weak generator writes prompts of the kind asked for.
 
     Args:
         template: one example, with ``{response}`` before ``{prompt}``.
-        examples: (prompt, response) pairs.
         asked: the response whose prompt is wanted; None lets the generator name one itself.
     """
     shown = [template.replace("{response}", _readable(r)).replace("{prompt}", p) for p, r in examples]
@@ -124,8 +118,8 @@ def _readable(response: str) -> str:
 class PromptPool:
     """Decides which generated prompts are new.
 
-    Two prompts are the same when they are equal after `normalize`; nearly the same when the F-measure of
-    their longest common word subsequence (ROUGE-L, as in Stanford Alpaca's pipeline) exceeds a limit.
+    Two prompts are the same when they are equal after `normalize`; nearly the same when the F-measure of their longest
+    common word subsequence (ROUGE-L, as in Stanford Alpaca's pipeline) exceeds ``near_duplicate``.
     """
 
     def __init__(self, near_duplicate: float, max_characters: int) -> None:
@@ -174,3 +168,36 @@ class PromptPool:
     def _spell(self, text: str) -> str:
         """A prompt with one character for each word: the library compares characters much faster than words."""
         return "".join(self._characters.setdefault(word, chr(len(self._characters))) for word in text.split())
+
+
+def distinct_bigrams(prompts: Iterable[str]) -> float | None:
+    """Different bigrams over all bigrams (distinct-2 of Li et al., arXiv 1510.03055); None without any.
+
+    1 when no two words ever stand beside each other twice. It falls as a set grows.
+    """
+    found = list(_bigrams(prompts))
+    return len(set(found)) / len(found) if found else None
+
+
+def novel_bigrams(prompts: Iterable[str], known: Iterable[str]) -> float | None:
+    """Share of the different bigrams of ``prompts`` that no ``known`` prompt has; None without any."""
+    mine, before = set(_bigrams(prompts)), set(_bigrams(known))
+    return len(mine - before) / len(mine) if mine else None
+
+
+def mean_similarity(vectors: NDArray[np.float32]) -> float | None:
+    """Mean cosine similarity of all pairs of rows (unit vectors, (n, d)); None for fewer than two.
+
+    Lower is more varied. A set of any size is measured alike, unlike by bigrams.
+    """
+    count = len(vectors)
+    if count < 2:
+        return None
+    # The squared length of the sum counts every ordered pair once and each row with itself, so no pair is looked at.
+    total = vectors.sum(axis=0, dtype=np.float64)
+    return float((total @ total - count) / (count * (count - 1)))
+
+
+def _bigrams(prompts: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for prompt in prompts:
+        yield from pairwise(normalize(prompt).split())

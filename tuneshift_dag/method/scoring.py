@@ -1,14 +1,21 @@
-"""Step 2 of the method: both source models answer every prompt, and each scores the other's answer."""
+"""Step 2 of the method: both source models answer every prompt, and each scores the other's answer.
 
+Self-consistency belongs to it: does the fine-tuned model give the same answer when it is sampled? A low perplexity
+says that a model is sure, not that it is right. Wang et al. (arXiv 2203.11171) sample several responses, take the
+answer of the majority, and find that the larger it is, the more often it is right. Here the greedy response stays what
+is trained on, since its perplexities are known, and is dropped when too few samples agree.
+"""
+
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
-from tuneshift_dag.method.engine import Decoding, Engine, Pair, Response, Side
+from tuneshift_dag.method.engine import SIDES, Decoding, Pair, Response, Scorer, Side, TextModel
+from tuneshift_dag.method.evaluation import Metric, flexible_number, strict_number
 
-SIDES: tuple[Side, Side] = ("base", "fine_tuned")
 T = TypeVar("T")
 OnProgress = Callable[[int, int], None]
 
@@ -52,7 +59,7 @@ class Cost:
 
 
 def generate(
-    engine: Engine,
+    model: TextModel,
     cache: Cache,
     prompts: Sequence[list[int]],
     side: Side,
@@ -67,69 +74,59 @@ def generate(
     """
     if decoding.temperature and seeds is None:
         raise ValueError("sampling needs one seed per prompt: without it a response can't be cached honestly")
-    fingerprint = engine.fingerprint(side)
+    fingerprint = model.fingerprint(side)
     settings = [replace(decoding, seed=seeds[i]) if seeds else decoding for i in range(len(prompts))]
     keys = [cache.response_key(fingerprint, p, d) for p, d in zip(prompts, settings, strict=True)]
-    found = cache.responses(keys)
-    missing = list({key: i for i, key in enumerate(keys) if key not in found}.values())
-    cost.keys.update(keys)
-    cost.cache_hits += len(prompts) - len(missing)
-    done = 0
-    if missing:
+
+    def ask(missing: list[int]) -> Iterator[list[tuple[int, Response]]]:
         own_seeds = [seeds[i] for i in missing] if seeds else None
-        batches = engine.generate([prompts[i] for i in missing], side, decoding, own_seeds)
-        for batch in cost.timed(batches):
-            new = {keys[missing[i]]: response for i, response in batch}
-            cache.put(new, {})
-            found |= new
-            cost.model_calls += len(new)
-            cost.tokens += sum(len(response.token_ids) for response in new.values())
-            done += len(new)
-            on_progress(done, len(missing))
-    return [found[key] for key in keys]
+        return model.generate([prompts[i] for i in missing], side, decoding, own_seeds)
+
+    def keep(new: dict[str, Response]) -> None:
+        cache.put(new, {})
+        cost.tokens += sum(len(response.token_ids) for response in new.values())
+
+    return _completed(keys, cache.responses(keys), ask, keep, cost, on_progress)
 
 
-def score_alone(
-    engine: Engine,
+def score(
+    model: Scorer,
     cache: Cache,
-    responses: Sequence[list[int]],
+    texts: Sequence[list[int]],
     side: Side,
     cost: Cost,
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[float]:
-    """log p(y) in nats of every response (token ids) without its prompt; equal responses are scored once.
+    """log p(text) in nats of every given text (token ids), with nothing before it; equal texts are scored once."""
+    fingerprint = model.fingerprint(side)
+    keys = [cache.score_key(fingerprint, [], text) for text in texts]
 
-    The denominator of IFD = PPL(y | x) / PPL(y), Cherry LLM (arXiv 2308.12032), eq. 4.
-    """
-    return score_given(engine, cache, [[] for _ in responses], responses, side, cost, on_progress)
+    def ask(missing: list[int]) -> Iterator[list[tuple[int, float]]]:
+        return model.score([[] for _ in missing], [texts[i] for i in missing], side)
+
+    return _completed(keys, cache.scores(keys), ask, lambda new: cache.put({}, new), cost, on_progress)
 
 
-def score_given(
-    engine: Engine,
-    cache: Cache,
-    prompts: Sequence[list[int]],
-    responses: Sequence[list[int]],
-    side: Side,
+def _completed(
+    keys: list[str],
+    found: dict[str, T],
+    ask: Callable[[list[int]], Iterator[list[tuple[int, T]]]],
+    keep: Callable[[dict[str, T]], None],
     cost: Cost,
-    on_progress: OnProgress = lambda done, total: None,
-) -> list[float]:
-    """log p(y | x) in nats of every given response (token ids) after its prompt; equal ones are scored once."""
-    fingerprint = engine.fingerprint(side)
-    keys = [cache.score_key(fingerprint, p, r) for p, r in zip(prompts, responses, strict=True)]
-    found = cache.scores(keys)
+    on_progress: OnProgress,
+) -> list[T]:
+    """The result of every key. Those that aren't found are asked for, equal ones once, and kept batch by batch."""
     missing = list({key: i for i, key in enumerate(keys) if key not in found}.values())
     cost.keys.update(keys)
     cost.cache_hits += len(keys) - len(missing)
     done = 0
-    if missing:
-        asked = engine.score([prompts[i] for i in missing], [responses[i] for i in missing], side)
-        for batch in cost.timed(asked):
-            new = {keys[missing[i]]: value for i, value in batch}
-            cache.put({}, new)
-            found |= new
-            cost.model_calls += len(new)
-            done += len(new)
-            on_progress(done, len(missing))
+    for batch in cost.timed(ask(missing)) if missing else ():
+        new = {keys[missing[i]]: result for i, result in batch}
+        keep(new)
+        found |= new
+        cost.model_calls += len(new)
+        done += len(new)
+        on_progress(done, len(missing))
     return [found[key] for key in keys]
 
 
@@ -155,7 +152,7 @@ def chunk_progress(on_progress: OnProgress, total: int) -> Callable[[int], OnPro
 
 
 def score_pairs(
-    engine: Engine,
+    model: Scorer,
     cache: Cache,
     prompts: Sequence[list[int]],
     decoding: Decoding,
@@ -167,7 +164,7 @@ def score_pairs(
     What is in the cache is used; the rest is computed and cached batch by batch. A model call is one
     response or one cross score, so a new prompt costs four, or two with an engine without cross scores.
     """
-    fingerprints = {side: engine.fingerprint(side) for side in SIDES}
+    fingerprints = {side: model.fingerprint(side) for side in SIDES}
     keys = {s: [cache.response_key(fingerprints[s], p, decoding) for p in prompts] for s in SIDES}
     found = cache.responses([*keys["base"], *keys["fine_tuned"]])
 
@@ -183,7 +180,7 @@ def score_pairs(
     answered = [i for i, k in enumerate(known) if len(k) == 2]
     results: dict[int, Pair] = {}
     wanted: dict[int, tuple[str, str]] = {}
-    if engine.cross_scores:
+    if model.cross_scores:
         wanted = {i: cross_keys(i, known[i]["base"], known[i]["fine_tuned"]) for i in answered}
     else:
         results = {i: Pair(known[i]["base"], known[i]["fine_tuned"], None, None) for i in answered}
@@ -199,23 +196,21 @@ def score_pairs(
     cost.cache_hits += len(prompts) - len(missing)
     done = 0
     if missing:
-        batches = engine.pairs([prompts[i] for i in missing], [known[i] for i in missing], decoding)
+        batches = model.pairs([prompts[i] for i in missing], [known[i] for i in missing], decoding)
         for batch in cost.timed(batches):
             responses: dict[str, Response] = {}
             new_scores: dict[str, float] = {}
             for j, pair in batch:
                 i = missing[j]
                 results[i] = pair
-                responses |= {keys["base"][i]: pair.base, keys["fine_tuned"][i]: pair.fine_tuned}
+                both: dict[Side, Response] = {"base": pair.base, "fine_tuned": pair.fine_tuned}
+                responses |= {keys[s][i]: response for s, response in both.items()}
                 cross = (pair.base_on_fine_tuned, pair.fine_tuned_on_base)
-                for key, score in zip(cross_keys(i, pair.base, pair.fine_tuned), cross, strict=True):
-                    if score is not None:
-                        new_scores[key] = score
-                cost.model_calls += (4 if engine.cross_scores else 2) - len(known[i])
-                generated = {
-                    s: r for s, r in (("base", pair.base), ("fine_tuned", pair.fine_tuned)) if s not in known[i]
-                }
-                cost.tokens += sum(len(response.token_ids) for response in generated.values())
+                for key, value in zip(cross_keys(i, pair.base, pair.fine_tuned), cross, strict=True):
+                    if value is not None:
+                        new_scores[key] = value
+                cost.model_calls += (4 if model.cross_scores else 2) - len(known[i])
+                cost.tokens += sum(len(response.token_ids) for s, response in both.items() if s not in known[i])
             cache.put(responses, new_scores)
             done += len(batch)
             on_progress(done, len(missing))
@@ -223,3 +218,46 @@ def score_pairs(
     for i, pair in results.items():
         cost.keys.update(cross_keys(i, pair.base, pair.fine_tuned))
     return [results[first[key]] for key in keys["base"]]
+
+
+def agreements(
+    model: TextModel,
+    cache: Cache,
+    prompts: Sequence[list[int]],
+    greedy: Sequence[str],
+    count: int,
+    decoding: Decoding,
+    seed: int,
+    metric: Metric,
+    cost: Cost,
+    on_progress: OnProgress = lambda done, total: None,
+) -> list[float]:
+    """For every prompt (token ids), the share of ``count`` sampled fine-tuned responses that agree with ``greedy``.
+
+    Each sample is a cached response with a sampling seed of its own, which follows from ``seed`` and doesn't depend on
+    ``count``: more samples cost only the new ones. ``decoding`` has a temperature.
+    """
+    asked = [prompt for prompt in prompts for _ in range(count)]
+    seeds = [_sampling_seed(seed, number, prompt) for prompt in prompts for number in range(count)]
+    responses = generate(model, cache, asked, "fine_tuned", decoding, cost, seeds, on_progress)
+    return [
+        agreement(metric, text, [response.text for response in responses[i * count : (i + 1) * count]])
+        for i, text in enumerate(greedy)
+    ]
+
+
+def agreement(metric: Metric, greedy: str, samples: Sequence[str]) -> float:
+    """Share of the samples whose answer is that of the greedy response; 0 when that gives no answer."""
+    answer = _answer(metric, greedy)
+    return sum(answer is not None and _answer(metric, sample) == answer for sample in samples) / len(samples)
+
+
+def _answer(metric: Metric, response: str) -> str | None:
+    """What is compared: the text without outer white space, or for ``numeric`` its number, None without one."""
+    if metric == "exact_match":
+        return response.strip()
+    return strict_number(response) or flexible_number(response)
+
+
+def _sampling_seed(seed: int, number: int, prompt: list[int]) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}|{number}|{prompt}".encode()).digest()[:6], "big")

@@ -3,15 +3,15 @@
 A model is quantized once; its 4-bit weights are kept beside the converted ones, because quantizing at every load
 takes seconds and reads the 16-bit weights into memory, which would be the peak of a whole scoring step.
 
-On CPUs with AVX512_BF16, bitsandbytes repacks every 4-bit weight in place at the first forward in
-eval mode. After that, gradients through the layer are silently absent, and merging and saving give
-garbage. So a model is loaded either `for_inference` or `for_training`, never used as both, and
-`assert_trainable_layout` refuses a load that was repacked.
+On CPUs with AVX512_BF16, bitsandbytes repacks every 4-bit weight in place at the first forward in eval mode. Then
+gradients through the layer are silently absent, and merging and saving give garbage. So a model is loaded either for
+inference or for training, and `assert_trainable_layout` refuses a load that was repacked.
 """
 
 import contextlib
 import hashlib
 import tempfile
+import types
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +19,13 @@ from typing import Any, Literal
 import bitsandbytes
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.models import attention, lora_inference, memory
+from tuneshift_dag.models import memory
+from tuneshift_dag.models.capabilities import attention_of
 from tuneshift_dag.models.references import ModelFiles, cache_dir
 
 Quantization = Literal["nf4", "fp4", "none"]
@@ -43,14 +45,6 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def start_ids(tokenizer: Tokenizer) -> list[int]:
-    """What a model's texts start with. Without such a token (GPT-2, SmolLM2) it is what ends the text before."""
-    ids = list(tokenizer("").input_ids)
-    if ids:
-        return ids
-    return [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
 
 
 def dtype_name(setting: str) -> str:
@@ -84,7 +78,9 @@ def load_for_inference(
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)
-        lora_inference.shorten(model)
+        for module in model.modules():
+            if isinstance(module, LoraLayer) and is_plain(module):
+                module.forward = types.MethodType(_lora_forward, module)
     return model.eval().requires_grad_(False)
 
 
@@ -99,6 +95,27 @@ def load_for_training(
     model = _load(files, quantization, dtype, device_map)
     _keep_layout(model)
     return model.requires_grad_(False).train()
+
+
+def is_plain(layer: LoraLayer) -> bool:
+    """Whether a layer's update is ``scaling * (x A^T) B^T`` of one adapter and nothing else: no DoRA and the like."""
+    names = list(layer.lora_A)
+    return len(names) == 1 and not layer.lora_variant and not layer.merged and layer.lora_B[names[0]].bias is None
+
+
+def _lora_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """A plain LoRA layer's output, for inference only.
+
+    PEFT computes ``result.clone() + lora_B(lora_A(x)) * scaling`` in five operations, which gradients need. Without
+    gradients two do: one product down to the rank, and one that adds the product back up to the base layer's output.
+    """
+    result: torch.Tensor = module.base_layer(x)
+    if module.disable_adapters:
+        return result
+    (name,) = module.active_adapters
+    low = module.lora_A[name](x).flatten(0, -2)
+    result.view(-1, result.shape[-1]).addmm_(low, module.lora_B[name].weight.t(), alpha=module.scaling[name])
+    return result
 
 
 @torch.inference_mode()
@@ -146,21 +163,21 @@ def _repacking_pays() -> bool:
 
 
 def _keep_layout(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights at the first forward in eval mode."""
+    """Keep bitsandbytes from repacking 4-bit weights."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype, device_map: DeviceMap) -> PreTrainedModel:
-    placed = _device_map(device_map)
+    placed, attention = _device_map(device_map), attention_of(files.path)
     if quantization == "none":
-        return _refuse_offloaded(files, _read(files.path, _attention(files), quantization, dtype, placed))
+        return _refuse_offloaded(files, _read(files.path, attention, quantization, dtype, placed))
     # The version is in the name because the layout of 4-bit weights belongs to bitsandbytes.
     parts = [files.fingerprint, quantization, str(dtype), bitsandbytes.__version__]
     folder = quantized_dir() / hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
     if not folder.is_dir():
-        model = _read(files.path, _attention(files), quantization, dtype, placed)
+        model = _read(files.path, attention, quantization, dtype, placed)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
             # Before any forward: that may repack the weights, and a repacked model is saved as garbage.
@@ -168,7 +185,7 @@ def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype, dev
             with contextlib.suppress(OSError):  # another process was first
                 (Path(staging) / "model").rename(folder)
         del model
-    return _read(folder, _attention(files), "saved", dtype, placed)
+    return _read(folder, attention, "saved", dtype, placed)
 
 
 def _device_map(setting: DeviceMap) -> str | dict[str, int] | None:
@@ -195,12 +212,12 @@ def _refuse_offloaded(files: ModelFiles, model: PreTrainedModel) -> PreTrainedMo
 
 def _read(
     folder: Path,
-    attention_name: str,
+    attention: str,
     quantization: Quantization | Literal["saved"],
     dtype: torch.dtype,
     device_map: str | dict[str, int] | None,
 ) -> PreTrainedModel:
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention_name}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     if quantization not in ("none", "saved"):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -211,11 +228,3 @@ def _read(
     if device_map is not None:
         options["device_map"] = device_map
     return AutoModelForCausalLM.from_pretrained(folder, **options)
-
-
-def _attention(files: ModelFiles) -> str:
-    """The fused kernel, but on a CPU plain products where the family allows them."""
-    if torch.cuda.is_available():
-        return "sdpa"
-    family = AutoConfig.from_pretrained(files.path).model_type
-    return attention.NAME if family in attention.MODEL_TYPES else "sdpa"

@@ -1,24 +1,40 @@
-"""Memory of this machine and of this process: what there is, the peak, and giving it back."""
+"""Memory of this machine and of this process: what there is, the peak, and giving it back; and how many rows run at
+once with it: as many as asked for, fewer when memory is short.
+
+torch is imported only where it is needed: every Dagster process imports this module.
+"""
 
 import contextlib
 import ctypes
+import gc
 import os
 import re
 import resource
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 
+T = TypeVar("T")
+BATCH_SHARE = 0.5
+"""Share of the free memory that a batch may plan with: estimates leave out activations and the allocator's waste."""
 _PROC = Path("/proc/self")
+_MADV_PAGEOUT = 21
+
+
+def _cuda() -> Any:
+    """``torch.cuda``, where torch is loaded and sees a GPU."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
 
 def reset_peak() -> None:
     """Let the peak start again from what is used now. Where only Linux can, elsewhere it stays the process's."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(number)
+    if cuda := _cuda():
+        for number in range(cuda.device_count()):
+            cuda.reset_peak_memory_stats(number)
     with contextlib.suppress(OSError):
         (_PROC / "clear_refs").write_text("5")
 
@@ -43,6 +59,17 @@ def total_bytes(gpus: int | None = None) -> int:
     return total if limit is None else min(total, limit)
 
 
+def free_bytes() -> int:
+    """Bytes that can be allocated: of the GPU, or of this machine and this container."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    free = int(psutil.virtual_memory().available)
+    limit, used = container_bytes("max"), container_bytes("current")
+    return free if limit is None or used is None else min(free, limit - used)
+
+
 def container_bytes(what: str) -> int | None:
     """Memory of this container, ``max`` or ``current``; None without a container, or for "max" without a limit."""
     try:
@@ -53,9 +80,8 @@ def container_bytes(what: str) -> int | None:
 
 def peak_bytes() -> int:
     """The most bytes in use at once since `reset_peak`: of all GPUs together, or of the process."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return sum(int(torch.cuda.max_memory_allocated(number)) for number in range(torch.cuda.device_count()))
+    if cuda := _cuda():
+        return sum(int(cuda.max_memory_allocated(number)) for number in range(cuda.device_count()))
     try:
         peak = re.search(r"VmHWM:\s+(\d+) kB", (_PROC / "status").read_text())
     except OSError:
@@ -65,9 +91,6 @@ def peak_bytes() -> int:
     return int(peak.group(1)) * 1024
 
 
-_MADV_PAGEOUT = 21
-
-
 def trim() -> None:
     """Give freed memory back to the system. glibc keeps it, and its holes seldom fit the next, longer tensor."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
@@ -75,12 +98,9 @@ def trim() -> None:
 
 
 def keep_few_kernels() -> None:
-    """Bound what oneDNN, and PyTorch's wrapper around it, keep for every shape of a matrix product they have seen.
-
-    Up to 1,024 shapes each by default, which grew with every batch. A forward pass needs about ten; a training step
-    is 1.6 times as slow with room for 16, and with 24 as fast as with 1,024.
-    Read at the first product; what the user has set stays.
-    """
+    """Bound what oneDNN, and PyTorch's wrapper around it, keep for every shape of a matrix product they have seen:
+    1,024 shapes each by default, which grew with every batch. A forward pass needs about ten; a training step is 1.6
+    times as slow with room for 16, and with 24 as fast as with 1,024. What the user has set stays."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
 
@@ -98,3 +118,38 @@ def drop_file_pages(folder: Path) -> None:
         if path.startswith(f"{folder}/"):
             start, end = (int(address, 16) for address in addresses.split("-"))
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
+
+
+def in_batches(
+    lengths: Sequence[int], most_rows: int, bytes_per_row: Callable[[int], int], work: Callable[[list[int]], T]
+) -> Iterator[tuple[list[int], T]]:
+    """``work`` done on batches of indices of similar length, longest first: memory peaks at the start.
+
+    A batch that runs out of memory is halved and done again, and the ones after it are no larger; a single row that
+    doesn't fit raises what it raised. A row of n tokens (``lengths``) needs ``bytes_per_row(n)`` beside the model.
+    """
+    left = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    while left:
+        fitting = int(free_bytes() * BATCH_SHARE / max(1, bytes_per_row(lengths[left[0]])))
+        batch = left[: max(1, min(most_rows, fitting))]
+        try:
+            result = work(batch)
+        except Exception as error:
+            if len(batch) == 1 or not is_out_of_memory(error):
+                raise
+            most_rows = len(batch) // 2
+        else:
+            left = left[len(batch) :]
+            yield batch, result
+            continue
+        # Outside of the handler: there the traceback still holds the tensors.
+        gc.collect()
+        if cuda := _cuda():
+            cuda.empty_cache()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: on a GPU, in Python, or in PyTorch's CPU allocator (a plain RuntimeError)."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

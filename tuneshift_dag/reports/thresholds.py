@@ -182,7 +182,7 @@ def _rules_for(grid: Sequence[float]) -> list[Rule]:
     """
     if not grid:
         return list(RULES)
-    able = [rule for rule in RULES if rule != "unfiltered" and not any(_problem(rule, t) for t in grid)]
+    able: list[Rule] = [rule for rule in RULES if rule != "unfiltered" and not any(_problem(rule, t) for t in grid)]
     if not able:
         raise TuneshiftError(
             f"No rule takes all of the thresholds {', '.join(f'{t:g}' for t in grid)}: name one with --rule to see why."

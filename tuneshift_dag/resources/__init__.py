@@ -43,12 +43,13 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         """The source base model with the source adapter, in this process, on a cluster or on a server."""
         from tuneshift_dag.models.references import resolve_adapter, resolve_tokenizer
 
-        source, settings = transfer.config.source, transfer.config.engine
-        adapter = resolve_adapter(source.adapter, transfer.folder, "source.adapter")
+        settings = transfer.config.engine
+        adapter = resolve_adapter(transfer.reference("source.adapter"), transfer.folder, "source.adapter")
         if settings.server is None:
-            return self._engine(transfer, source.base, "source.base", adapter, on_ray=settings.type == "ray")
+            local: Scorer = self._engine(transfer, "source.base", adapter, on_ray=settings.type == "ray")
+            return local
         assert settings.base is not None and settings.fine_tuned is not None
-        tokenizer = resolve_tokenizer(source.base, transfer.folder, "source.base")
+        tokenizer = resolve_tokenizer(transfer.reference("source.base"), transfer.folder, "source.base")
         name = f"{tokenizer.fingerprint}|{adapter.fingerprint}|{settings.model_dump_json()}"
         if name not in _ENGINES:
             _optional("openai_client", "openai", "servers", "transfer.yaml names a server")
@@ -76,20 +77,22 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             return generator
         on_ray = transfer.config.engine.type == "ray"
         quantization = transfer.config.generator_quantization
-        return self._engine(transfer, settings.model, "generator.model", on_ray=on_ray, quantization=quantization)
+        local: PromptWriter = self._engine(transfer, "generator.model", on_ray=on_ray, quantization=quantization)
+        return local
 
     def target(self, transfer: Transfer, adapter: Path | None = None) -> Scorer:
         """The target base model, with a distilled adapter when a folder is given."""
         from tuneshift_dag.models.references import resolve_adapter
 
         files = resolve_adapter(str(adapter), transfer.folder, "distilled adapter") if adapter else None
-        return self._engine(transfer, transfer.config.target.base, "target.base", files)
+        engine: Scorer = self._engine(transfer, "target.base", files)
+        return engine
 
     def target_weights(self, transfer: Transfer) -> str:
         """The fingerprint of the target base model's files; nothing is loaded."""
         from tuneshift_dag.models.references import resolve_model
 
-        return resolve_model(transfer.config.target.base, transfer.folder, "target.base").fingerprint
+        return resolve_model(transfer.reference("target.base"), transfer.folder, "target.base").fingerprint
 
     def harness(self, transfer: Transfer) -> "Harness":
         """The tasks of ``evaluation.tasks``, with their data; no model is loaded."""
@@ -117,7 +120,6 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     def _engine(
         self,
         transfer: Transfer,
-        reference: str,
         key: str,
         adapter: "ModelFiles | None" = None,
         on_ray: bool = False,
@@ -132,7 +134,7 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         if on_ray:
             # Before a model is fetched.
             ray_engine = _optional("ray", "ray", "ray", "engine.type in transfer.yaml is ray")
-        files = resolve_model(reference, transfer.folder, key)
+        files = resolve_model(transfer.reference(key), transfer.folder, key)
         name = f"{files.fingerprint}|{adapter.fingerprint if adapter else ''}|{models.model_dump_json()}"
         if on_ray:
             name += f"|{cluster.model_dump_json()}"

@@ -9,10 +9,11 @@ for one transaction or one read, and never while a model runs; a held lock is wa
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,8 @@ import polars as pl
 import pyarrow as pa
 
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.store.tables import (
-    CACHE,
-    CACHE_TABLES,
-    SCHEMA_VERSION,
-    TRANSFER_TABLES,
-    TRANSFER_VIEWS,
-    Table,
-)
+from tuneshift_dag.store.queries import TRANSFER_VIEWS
+from tuneshift_dag.store.tables import CACHE, CACHE_TABLES, MAIN_TABLES, SCHEMA_VERSION, TRANSFER_TABLES, Table
 
 _LOCK_WAIT_SECONDS = 60.0
 _CHECKPOINT_EVERY = "4 MB"
@@ -77,10 +72,6 @@ class Spool:
         """Bytes of the rows that DuckDB takes from `reader` at a time."""
         return int(duckdb.__standard_vector_size__) * self.row_bytes
 
-    @property
-    def columns(self) -> list[str]:
-        return [column.name for column in self.table.columns]
-
     def reader(self) -> pa.RecordBatchReader:
         """The rows as a stream that DuckDB reads as it goes."""
         batches = (batch for rows in self for batch in rows.to_arrow().to_batches())
@@ -111,7 +102,45 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.home = path.parent.resolve()
+        """Folder of the database file. Paths in its tables are relative to it, so that both can be moved."""
         self._ready: set[str] = set()
+
+    def relative(self, path: Path) -> str:
+        """How a path is written into a table: relative to `home`, or absolute when it isn't inside."""
+        # Not resolved at first: a link inside `home` may lead out of it.
+        for place in (Path(os.path.abspath(path)), path.resolve()):
+            if place.is_relative_to(self.home):
+                return place.relative_to(self.home).as_posix()
+        return str(path.resolve())
+
+    def absolute(self, text: str) -> Path:
+        """The path that a table names."""
+        return Path(os.path.normpath(self.home / text))
+
+    def claim(self, name: str, folder: Path) -> None:
+        """Note that the tables of ``name`` are those of the transfer in ``folder``; one that was moved takes them over.
+
+        Raises:
+            TuneshiftError: when another folder has the name, or one that differs only in case, which is one to DuckDB.
+        """
+        folder = folder.resolve()
+        # With the project that holds both, a folder and its claim can be moved or copied.
+        near = folder.is_relative_to(self.home.parent)
+        claimed = (name, Path(os.path.relpath(folder, self.home)).as_posix() if near else str(folder))
+        query = "SELECT name, folder FROM main.transfers WHERE lower(name) = lower(?)"
+        if self.read(query, [name]).rows() == [claimed]:
+            return
+        with self.transaction(CACHE) as connection:
+            for other, text in connection.execute(query, [name]).fetchall():
+                place = self.absolute(text)
+                if (place / "transfer.yaml").is_file() and not (folder.exists() and place.samefile(folder)):
+                    raise TuneshiftError(
+                        f"{folder}: in {self.path} the name {other!r} (in whatever case) is that of {place}. Rename one"
+                        " of the folders, or give one of them another TUNESHIFT_HOME."
+                    )
+            connection.execute("DELETE FROM main.transfers WHERE lower(name) = lower(?)", [name])
+            connection.execute("INSERT INTO main.transfers VALUES (?, ?)", claimed)
 
     def read(
         self,
@@ -134,14 +163,12 @@ class Store:
                 found: pl.DataFrame = connection.sql(query, params=parameters or None).pl()
                 return found
 
-            if not little_memory:
-                return rows()
-            try:
-                _limit_memory(connection)
-                return rows()
-            except duckdb.OutOfMemoryException:
+            if little_memory:
+                with suppress(duckdb.OutOfMemoryException):
+                    _limit_memory(connection)
+                    return rows()
                 connection.execute("RESET memory_limit")
-                return rows()
+            return rows()
 
     def spool(self, table: Table) -> Spool:
         """A place on this file's disk for more rows than memory should hold."""
@@ -188,13 +215,10 @@ class Store:
             at_once: bytes of the rows that a statement has to hold at once.
         """
         if at_once is not None:
-            try:
-                with self.transaction(schema) as connection:
-                    _limit_memory(connection, at_once)
-                    statements(connection)
+            with suppress(*_TOO_LITTLE_MEMORY), self.transaction(schema) as connection:
+                _limit_memory(connection, at_once)
+                statements(connection)
                 return
-            except _TOO_LITTLE_MEMORY:
-                pass
         with self.transaction(schema) as connection:
             connection.execute("RESET memory_limit")
             statements(connection)
@@ -212,12 +236,8 @@ class Store:
             connection.execute(f"SET schema = '{schema}'")
             if compact:
                 connection.execute("RESET max_vacuum_tasks")
-            connection.execute("BEGIN")
-            try:
-                yield connection
-            except BaseException:
-                connection.execute("ROLLBACK")
-                raise
+            connection.execute("BEGIN")  # what isn't committed goes with the connection
+            yield connection
             connection.execute("COMMIT")
             if compact:
                 connection.execute("CHECKPOINT")
@@ -231,31 +251,34 @@ class Store:
         with self._connection(read_only=False) as connection:
             connection.execute("BEGIN")
             self._check_version(connection)
-            for known, tables in ((CACHE, CACHE_TABLES), (name, TRANSFER_TABLES)):
-                connection.execute(f'CREATE SCHEMA IF NOT EXISTS "{known}"')
-                if known == CACHE or name != CACHE:
+            for known, tables in (("main", MAIN_TABLES), (CACHE, CACHE_TABLES), (name, TRANSFER_TABLES)):
+                if (known == CACHE) == (tables is CACHE_TABLES):
+                    connection.execute(f'CREATE SCHEMA IF NOT EXISTS "{known}"')
                     for table in tables:
                         connection.execute(table.ddl(known))
                     _add_columns(connection, known, tables)
-            _replace_views(connection, name)
+            if name != CACHE:
+                _replace_views(connection, name)
             connection.execute("COMMIT")
         self._ready.add(name)
 
     def _check_version(self, connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute("CREATE TABLE IF NOT EXISTS main.tuneshift_schema (version INTEGER)")
-        row = connection.execute("SELECT max(version) FROM main.tuneshift_schema").fetchone()
-        version = row[0] if row else None
-        if version is None:
-            connection.execute("INSERT INTO main.tuneshift_schema VALUES (?)", [SCHEMA_VERSION])
-        elif version > SCHEMA_VERSION:
-            connection.execute("ROLLBACK")
+        ((version,),) = connection.execute("SELECT max(version) FROM main.tuneshift_schema").fetchall()
+        if version == SCHEMA_VERSION:
+            return
+        if version is not None and version > SCHEMA_VERSION:
             raise TuneshiftError(
                 f"{self.path} was written by a newer tuneshift_dag (schema version {version}; this one knows"
                 f" {SCHEMA_VERSION}). Upgrade tuneshift_dag, or set TUNESHIFT_HOME to another folder."
             )
-        elif version < SCHEMA_VERSION:
-            _migrate(connection)
-            connection.execute("INSERT INTO main.tuneshift_schema VALUES (?)", [SCHEMA_VERSION])
+        try:
+            if version is not None:
+                _migrate(connection)
+        except duckdb.Error as error:
+            problem = f"can't be brought from schema version {version} to {SCHEMA_VERSION}, and stays as it was"
+            raise TuneshiftError(f"{self.path} {problem}: {error}") from error
+        connection.execute("INSERT INTO main.tuneshift_schema VALUES (?)", [SCHEMA_VERSION])
 
     @contextmanager
     def _connection(self, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -275,16 +298,13 @@ class Store:
         while True:
             try:
                 return duckdb.connect(str(self.path), read_only=read_only)
-            except duckdb.ConnectionException:
-                # Another thread of this process holds a connection of the other kind for a moment.
-                if time.monotonic() > give_up:
-                    raise
             except duckdb.Error as error:
-                if "Could not set lock" not in str(error):
+                # Another thread of this process may hold a connection of the other kind for a moment.
+                if not isinstance(error, duckdb.ConnectionException) and "Could not set lock" not in str(error):
                     raise TuneshiftError(f"{self.path} can't be opened as a DuckDB file: {error}") from error
                 if time.monotonic() > give_up:
                     raise TuneshiftError(
-                        f"{self.path} has been locked by another process for {_LOCK_WAIT_SECONDS:.0f} s"
+                        f"{self.path} has been in use by another process for {_LOCK_WAIT_SECONDS:.0f} s"
                         f" (a notebook or DuckDB shell with an open connection?): {error}"
                     ) from error
             time.sleep(pause)
@@ -302,7 +322,13 @@ def _limit_memory(connection: duckdb.DuckDBPyConnection, at_once: float = 0) -> 
 
 
 def _migrate(connection: duckdb.DuckDBPyConnection) -> None:
-    """From schema version 1 or 2 to 3: tables that are declared without an index lose theirs."""
+    """From schema version 1, 2 or 3 to 4: indexes, tables and columns go that are no longer declared, and the paths of
+    adapters become relative."""
+    # Tables and views of a transfer were made in the cache's schema too, by mistake.
+    for view in TRANSFER_VIEWS:
+        connection.execute(f"DROP VIEW IF EXISTS {CACHE}.{view.name}")
+    for name in ("token_scores", *(table.name for table in TRANSFER_TABLES)):
+        connection.execute(f"DROP TABLE IF EXISTS {CACHE}.{name}")
     indexed = connection.execute("SELECT schema_name, table_name FROM duckdb_tables() WHERE has_primary_key").fetchall()
     without = {table.name for table in (*CACHE_TABLES, *TRANSFER_TABLES) if not (table.key and table.indexed)}
     for schema, table in indexed:
@@ -310,6 +336,13 @@ def _migrate(connection: duckdb.DuckDBPyConnection) -> None:
             connection.execute(f'CREATE TABLE "{schema}".copied AS SELECT * FROM "{schema}".{table}')
             connection.execute(f'DROP TABLE "{schema}".{table}')
             connection.execute(f'ALTER TABLE "{schema}".copied RENAME TO {table}')
+    transfers = connection.execute("SELECT schema_name FROM duckdb_tables() WHERE table_name = 'steps'").fetchall()
+    for (schema,) in transfers:
+        for column in ("base_alone_logprob", "ppl_base_alone", "ppl_target", "discriminator_score"):
+            connection.execute(f'ALTER TABLE "{schema}".scored_pairs DROP COLUMN IF EXISTS {column}')
+        models = f"output/{schema}/models/"
+        shorter = f'UPDATE "{schema}".distilled_models SET path = regexp_replace(path, ?, ?)'
+        connection.execute(shorter, [f"^.*/{models}", models])
 
 
 def _add_columns(connection: duckdb.DuckDBPyConnection, schema: str, tables: Sequence[Table]) -> None:
@@ -342,10 +375,11 @@ def insert(
     """
     if not len(rows):
         return
-    unknown = set(rows.columns) ^ {c.name for c in table.columns}
+    arrow = rows.reader() if isinstance(rows, Spool) else rows.to_arrow()
+    unknown = set(arrow.schema.names) ^ {c.name for c in table.columns}
     if unknown:
         raise ValueError(f"{table.name}: columns differ from the declared ones: {sorted(unknown)}")
-    connection.register("incoming", rows.reader() if isinstance(rows, Spool) else rows.to_arrow())
+    connection.register("incoming", arrow)
     verb, source = "INSERT", "incoming"
     if new_only and table.indexed:
         verb = "INSERT OR IGNORE"

@@ -7,7 +7,7 @@ else; Dagster's UI goes by its own event log (docs/concepts.md says where the tw
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -16,10 +16,9 @@ from typing import Any, Literal
 import polars as pl
 
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.config.versions import INPUTS, code_version
+from tuneshift_dag.config.versions import INPUTS, Rounds, code_version
 from tuneshift_dag.store.database import Spool, Store, in_chunks, insert
 from tuneshift_dag.store.tables import ATTEMPTS, MATERIALIZATIONS
-
 
 ROUND_ASSETS = ("synthetic_prompts", "scored_pairs", "filtered_dataset")
 """What a round materializes, in this order."""
@@ -51,7 +50,9 @@ class Records:
         self.transfer = transfer
         made = store.read("SELECT * FROM materializations", schema=transfer.name)
         self._made = {place(row["asset"], row["round"]): row for row in made.iter_rows(named=True)}
-        self.attempts = {place(*row) for row in store.read("SELECT asset, round FROM attempts", schema=transfer.name).rows()}
+        self.attempts = {
+            place(*row) for row in store.read("SELECT asset, round FROM attempts", schema=transfer.name).rows()
+        }
 
     def causes(self, asset: str, round_: str | None = None) -> list[Cause]:
         """Why an asset, or a round of one, must be made (again); [] when it needn't."""
@@ -66,13 +67,14 @@ class Records:
 
     def inputs(self, asset: str, round_: str | None = None) -> dict[str, str]:
         """The present version of everything that an asset is made from, by `place`; empty where nothing was made."""
-        found = {}
-        for name, rounds in INPUTS[asset]:
-            keys = self.transfer.round_keys
-            earlier = [key for key in keys if key < (round_ or "")]
-            of = {"same": [round_], "earlier": earlier, "all": keys, "none": [None]}[rounds]
-            found |= {place(name, one): self.version(name, one) for one in of}
-        return found
+        keys = self.transfer.round_keys
+        rounds: dict[Rounds, Sequence[str | None]] = {
+            "same": [round_],
+            "earlier": [key for key in keys if key < (round_ or "")],
+            "all": keys,
+            "none": [None],
+        }
+        return {place(name, one): self.version(name, one) for name, of in INPUTS[asset] for one in rounds[of]}
 
     def version(self, asset: str, round_: str | None = None) -> str:
         """The data version that there is; empty when nothing was made."""

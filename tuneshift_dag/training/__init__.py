@@ -1,1 +1,118 @@
-"""LoRA training: the loop, its loss, checkpoints and processes. Nothing here knows Dagster."""
+"""LoRA training end to end: load a base for training, train its LoRA, save it in PEFT format. Nothing here knows
+Dagster, and importing this package imports no torch."""
+
+import gc
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.models.memory import gpu_count
+
+if TYPE_CHECKING:
+    from tuneshift_dag.config import Transfer
+    from tuneshift_dag.config.schema import TransferConfig
+    from tuneshift_dag.models.references import ModelFiles
+    from tuneshift_dag.training.batches import TokenizedExample
+    from tuneshift_dag.training.loop import TrainingCurve
+
+OnStep = Callable[[int, int, float], None]
+"""Called after each optimizer step with (step, total steps, loss in nats per token)."""
+
+
+def training_problem(transfer: "Transfer", gpus: int | None = None) -> str | None:
+    """What ``distill`` asks for that isn't here, with its repair; None when all is. ``gpus`` None: PyTorch is asked."""
+    file, distill = transfer.folder / "transfer.yaml", transfer.config.distill
+    gpus = gpu_count() if gpus is None else gpus
+    if distill.optimizer == "paged_adamw_8bit" and not gpus:
+        return (
+            f"{file}: distill.optimizer: 'paged_adamw_8bit' needs CUDA, and PyTorch sees no GPU here. Set it to adamw,"
+            " or train on a machine with a GPU."
+        )
+    if gpus and distill.processes > gpus:
+        return (
+            f"{file}: distill.processes: {distill.processes} processes need a GPU each, and PyTorch sees {gpus}. Set it"
+            f" to {gpus} or less."
+        )
+    return None
+
+
+def check_training(transfer: "Transfer") -> None:
+    """Raise TuneshiftError with `training_problem`, if there is one."""
+    problem = training_problem(transfer)
+    if problem is not None:
+        raise TuneshiftError(problem)
+
+
+def distill(transfer: "Transfer", pairs: list[tuple[str, str]], folder: Path, on_step: OnStep) -> "TrainingCurve":
+    """Train the target on (prompt, response) pairs; ``folder`` appears only when the training is done.
+
+    One that was ended before goes on where it was, at most a minute back, or 50 times what it takes to write its state.
+    """
+    import torch
+
+    from tuneshift_dag.models.loading import load_tokenizer
+    from tuneshift_dag.models.references import resolve_model
+    from tuneshift_dag.training.batches import tokenize_example
+    from tuneshift_dag.training.processes import in_processes
+
+    config, count = transfer.config, transfer.config.distill.processes
+    files = resolve_model(transfer.reference("target.base"), transfer.folder, "target.base")
+    tokenizer = load_tokenizer(files)
+    examples = [tokenize_example(tokenizer, config.prompt_template, p, r) for p, r in pairs]
+    checkpoint = checkpoint_file(folder, files.fingerprint)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging:
+        partial = Path(staging) / "adapter"
+        if count == 1:
+            curve = _train_into(on_step, partial, config, files, examples, checkpoint)
+        else:
+            # What released models leave to this process would be missing on the first GPU.
+            gc.collect()
+            torch.cuda.empty_cache()
+            curve = in_processes(count, _train_into, partial, config, files, examples, checkpoint, on_message=on_step)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    checkpoint.unlink(missing_ok=True)
+    return curve
+
+
+def checkpoint_file(folder: Path, fingerprint: str) -> Path:
+    """Beside ``folder``, named by the whole fingerprint of the base: that of a hub model begins with its account."""
+    name = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+    return folder.with_name(f".{folder.name}-{name}.checkpoint")
+
+
+def _train_into(
+    on_step: OnStep,
+    folder: Path,
+    config: "TransferConfig",
+    files: "ModelFiles",
+    examples: "list[TokenizedExample]",
+    checkpoint: Path,
+) -> "TrainingCurve":
+    """Train, and save the adapter to ``folder``; in a group its first process does."""
+    import torch
+
+    from tuneshift_dag.models.loading import assert_trainable_layout, dtype_name, load_for_training
+    from tuneshift_dag.training.loop import LoraTraining, TrainingCheckpoint, add_lora, train
+    from tuneshift_dag.training.processes import is_first_process
+
+    settings = LoraTraining(seed=config.seed, **config.distill.model_dump(exclude={"quantization", "processes"}))
+    dtype = getattr(torch, dtype_name(config.models.compute_dtype))
+    device_map = config.models.device_map if config.distill.processes == 1 else "single"
+    model = add_lora(load_for_training(files, config.distill.quantization, dtype, device_map), settings)
+    assert_trainable_layout(model)
+    curve = train(model, examples, settings, on_step, TrainingCheckpoint(checkpoint))
+    assert_trainable_layout(model)
+    model.peft_config["default"].base_model_name_or_path = config.target.base
+    if is_first_process():
+        # The embeddings aren't trained; looking for changed ones would need the base's config from a hub.
+        model.save_pretrained(folder, save_embedding_layers=False)
+    del model
+    gc.collect()
+    return curve

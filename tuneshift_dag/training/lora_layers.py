@@ -17,7 +17,9 @@ from torch.autograd.function import once_differentiable
 def shorten(model: torch.nn.Module) -> None:
     """Give every plain LoRA layer with one adapter the shorter forward; with dropout, DoRA and the like none."""
     for module in model.modules():
-        if isinstance(module, Linear | Linear4bit) and is_plain(module) and not _drops_out(module):
+        if not isinstance(module, Linear | Linear4bit) or not is_plain(module):
+            continue
+        if all(isinstance(dropout, torch.nn.Identity) for dropout in module.lora_dropout.values()):
             module.forward = types.MethodType(_forward, module)
 
 
@@ -25,10 +27,6 @@ def is_plain(module: LoraLayer) -> bool:
     """Whether a layer's update is ``scaling * (x A^T) B^T`` of one adapter and nothing else."""
     names = list(module.lora_A)
     return len(names) == 1 and not module.lora_variant and not module.merged and module.lora_B[names[0]].bias is None
-
-
-def _drops_out(module: LoraLayer) -> bool:
-    return any(not isinstance(dropout, torch.nn.Identity) for dropout in module.lora_dropout.values())
 
 
 def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ The processes find each other through a file, so nothing listens on a port that 
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,12 +20,12 @@ T = TypeVar("T")
 _EVERY = 0.2
 
 
-def in_processes(count: int, work: Callable[..., T], *arguments: Any, on_message: Callable[[Any], None]) -> T:
+def in_processes(count: int, work: Callable[..., T], *arguments: Any, on_message: Callable[..., None]) -> T:
     """Run ``work(send, *arguments)`` in ``count`` new processes; return what the first one returns.
 
     Args:
         work: a function of a module, since it is sent to the processes; so are its arguments and its result.
-        on_message: called here with whatever the first process passes to ``send``.
+        on_message: called here with the arguments with which the first process calls ``send``.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: when one fails, with its traceback; the others are ended.
@@ -45,29 +45,20 @@ def in_processes(count: int, work: Callable[..., T], *arguments: Any, on_message
                 if is_result:
                     results.append(content)
                 else:
-                    on_message(content)
+                    on_message(*content)
     return results[0]
 
 
-def _process(
-    rank: int,
-    count: int,
-    meeting_point: str,
-    threads: int,
-    outbox: Any,
-    work: Callable[..., Any],
-    arguments: tuple[Any, ...],
-) -> None:
+def _process(rank: int, count: int, meeting_point: str, threads: int, outbox: Any, work: Any, arguments: Any) -> None:
     torch.set_num_threads(threads)
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ.update({name: str(number) for name, number in numbers.items()}, OMP_NUM_THREADS=str(threads))
     # Puts the process on its own GPU, and chooses NCCL there and Gloo on a CPU.
-    on_cpu = not torch.cuda.is_available()
-    PartialState(cpu=on_cpu, init_method=meeting_point, rank=rank, world_size=count)
+    PartialState(cpu=not torch.cuda.is_available(), init_method=meeting_point, rank=rank, world_size=count)
 
-    def send(content: Any) -> None:
+    def send(*message: Any) -> None:
         if rank == 0:
-            outbox.put((False, content))
+            outbox.put((False, message))
 
     try:
         result = work(send, *arguments)
@@ -75,3 +66,25 @@ def _process(
             outbox.put((True, result))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of its group, or the only one."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def own_share(items: Sequence[T]) -> Sequence[T]:
+    """What this process does of ``items``: all of them, or one of as many as the group has processes."""
+    if not torch.distributed.is_initialized():
+        return items
+    return items[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+
+
+def add_over_processes(tensors: list[torch.Tensor]) -> None:
+    """Replace each tensor by its sum over the processes of the group, in one exchange."""
+    if not torch.distributed.is_initialized():
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    for tensor, added in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(added.view_as(tensor))

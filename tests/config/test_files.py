@@ -1,5 +1,5 @@
-import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 import tuneshift_dag.method
 from tests.conftest import write_jsonl
-from tuneshift_dag.config.transfer import find_transfers, load_transfer
+from tuneshift_dag.config.files import find_transfers, load_all, load_transfer
 from tuneshift_dag.errors import TuneshiftError
 
 SERVED = {
@@ -38,6 +38,50 @@ def test_transfers_are_the_folders_with_a_transfer_yaml(transfer_folder):
     assert find_transfers(transfer_folder.parent) == [transfer_folder]
 
 
+def test_names_that_differ_only_in_case_are_refused(transfer_folder):
+    twin = shutil.copytree(transfer_folder, transfer_folder.with_name("Banking"))
+    shutil.copytree(transfer_folder, transfer_folder.with_name("other"))
+    for read in (lambda: find_transfers(twin.parent), lambda: load_transfer(transfer_folder)):
+        with pytest.raises(TuneshiftError, match=r"banking.*differ only in case.*Rename one") as error:
+            read()
+        assert str(twin) in str(error.value)
+    transfers, broken = load_all(twin.parent)
+    assert [transfer.name for transfer in transfers] == ["other"] and broken.keys() == {"Banking", "banking"}
+
+
+def test_a_broken_transfer_costs_no_other(transfer_folder, edit_config):
+    other = shutil.copytree(transfer_folder, transfer_folder.with_name("other"))
+    shutil.copytree(transfer_folder, transfer_folder.with_name("my-transfer"))
+    edit_config("rounds", 0)
+    transfers, broken = load_all(other.parent)
+    assert [transfer.folder for transfer in transfers] == [other]
+    assert broken.keys() == {"banking", "my-transfer"}
+    assert "rounds: " in broken["banking"] and "rename the folder" in broken["my-transfer"]
+
+
+def test_the_same_transfer_with_fewer_rounds_and_another_training(transfer_folder, edit_config):
+    edit_config("rounds", 4)
+    transfer = load_transfer(transfer_folder)
+    assert transfer.with_rounds(2).round_keys == ["round_01", "round_02"]
+    assert transfer.with_rounds(9).config == transfer.config
+    variant = transfer.with_training(7, 1)
+    assert (variant.config.seed, variant.config.distill.epochs) == (7, 1)
+    assert (variant.seeds, variant.fingerprints) == (transfer.seeds, transfer.fingerprints)
+
+
+def test_references_have_fingerprints_of_what_is_here(transfer_folder, edit_config):
+    transfer = load_transfer(transfer_folder)
+    values = {key: found.value for key, found in transfer.fingerprints.items()}
+    assert values.keys() == {"source.base", "source.adapter", "target.base", "generator.model"}
+    assert values["source.base"] == values["target.base"] != values["source.adapter"]
+    edit_config("target.base", "someone/never-fetched")
+    edit_config("generator", {"model": "gpt-4o", "server": {"base_url": "http://a/v1"}})
+    transfer = load_transfer(transfer_folder)
+    assert "generator.model" not in transfer.fingerprints
+    assert transfer.fingerprints["target.base"] == ("", None)
+    assert transfer.reference("target.base") == "someone/never-fetched"
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
@@ -46,38 +90,25 @@ def test_transfers_are_the_folders_with_a_transfer_yaml(transfer_folder):
         ("rounds", 0, ["rounds", "found 0", "greater than or equal to 1"]),
         ("models.quantization", "int8", ["models.quantization", "'int8'", "'nf4', 'fp4' or 'none'"]),
         ("filter", {"threshold": 0.9}, ["filter", "threshold 0.9", "'both'", "above 1"]),
-        ("filter", {"threshold": 1, "rule": "ratio"}, ["filter", "threshold 1.0", "'ratio'", "above 1"]),
-        ("filter", {"rule": "ifd"}, ["filter", "threshold 1.5", "'ifd'", "between 0 and 1"]),
-        ("filter", {"rule": "top_excess"}, ["filter", "'top_excess'", "needs filter.keep", "0.5"]),
-        ("filter", {"rule": "random", "keep": 2.5}, ["filter", "keep 2.5", "whole number"]),
-        ("filter", {"rule": "random", "keep": 0.5, "threshold": 2}, ["filter", "threshold 2", "'random'", "remove it"]),
+        ("filter", {"threshold": 1, "rule": "ratio"}, ["filter", "threshold 1 ", "'ratio'", "above 1"]),
+        ("filter", {"rule": "difference", "threshold": 0}, ["filter.threshold", "found 0", "greater than 0"]),
+        ("filter", {"rule": "top_excess"}, ["filter", "'top_excess'", "needs filter.threshold", "0.5"]),
+        ("filter", {"rule": "random", "keep": 2.5}, ["filter", "threshold 2.5", "'random'", "whole number"]),
+        ("filter", {"rule": "random", "threshold": 2.5}, ["filter", "threshold 2.5", "'random'", "whole number"]),
+        (
+            "filter",
+            {"rule": "random", "keep": 0.5, "threshold": 2},
+            ["filter", "keep 0.5 and threshold 2", "remove one"],
+        ),
         ("filter", {"rule": "unfiltered", "threshold": 2}, ["filter", "threshold 2", "'unfiltered'", "remove it"]),
         ("filter", {"keep": 0.5}, ["filter", "keep 0.5", "'both'", "remove it", "top_excess"]),
-        ("filter", {"rule": "random", "keep": 2000}, ["filter.keep 2000", "target_pairs 1000", "raise it"]),
+        ("filter", {"rule": "unfiltered", "keep": 0.5}, ["filter", "keep 0.5", "'unfiltered'", "remove it"]),
+        ("filter", {"rule": "random", "keep": 2000}, ["filter.threshold 2000", "target_pairs 1000", "raise it"]),
         ("filter", {"rule": "top_excess", "keep": 1.0, "max_repetition": 0}, ["filter.max_repetition", "0"]),
         ("filter", {"refusals": ["no way", " "]}, ["filter", "empty phrase", "remove it"]),
-        ("filter", {"target": "avoid_easy"}, ["target and target_share belong together", "0.25"]),
-        ("filter", {"target_share": 0.5}, ["target and target_share belong together", "target: avoid_easy"]),
-        ("filter", {"target": "easy", "target_share": 0.5}, ["filter.target", "'prefer_easy' or 'avoid_easy'"]),
-        ("filter", {"target": "avoid_easy", "target_share": 1}, ["filter.target_share", "found 1", "less than 1"]),
-        (
-            "filter",
-            {"rule": "unfiltered", "target": "avoid_easy", "target_share": 0.5},
-            ["filter", "target 'avoid_easy'", "'unfiltered'", "remove it"],
-        ),
-        ("filter", {"discriminator": {"threshold": 1}}, ["filter.discriminator.threshold", "found 1", "less than 1"]),
-        ("filter", {"discriminator": {"steps": 0}}, ["filter.discriminator.steps", "found 0", "greater than or equal"]),
-        ("filter.discriminator", 0.5, ["filter.discriminator", "found 0.5"]),
-        (
-            "filter",
-            {"rule": "unfiltered", "discriminator": {}},
-            ["filter", "discriminator", "'unfiltered'", "remove it"],
-        ),
         ("response.samples", -1, ["response.samples", "found -1", "greater than or equal to 0"]),
         ("response", {"samples": 5, "agreement": 1.5}, ["response.agreement", "1.5", "less than or equal to 1"]),
         ("response", {"agreement": 0.6, "top_p": 0.9}, ["agreement and top_p without samples", "add samples: 5"]),
-        ("distill.token_mask", 0, ["distill.token_mask", "found 0", "greater than 0"]),
-        ("distill.token_mask", 70, ["distill.token_mask", "found 70", "less than or equal to 1"]),
         ("distill.optimizer", "sgd", ["distill.optimizer", "'sgd'", "'adamw' or 'paged_adamw_8bit'"]),
         ("distill.gradient_accumulation", 0, ["distill.gradient_accumulation", "found 0"]),
         ("models.device_map", "cuda:0", ["models.device_map", "'cuda:0'", "'auto' or 'single'"]),
@@ -120,50 +151,6 @@ def test_a_bad_setting_names_file_key_value_and_repair(transfer_folder, edit_con
         assert word in str(error.value)
 
 
-def test_a_later_key_changes_a_version_only_when_it_is_set(transfer_folder, edit_config):
-    before = json.dumps([1, {"evaluation": {"bootstrap_samples": 2000, "max_new_tokens": 32}}], sort_keys=True)
-    assert load_transfer(transfer_folder).version("evaluation") == hashlib.sha256(before.encode()).hexdigest()[:12]
-    edit_config("evaluation.metric", "exact_match")
-    assert load_transfer(transfer_folder).version("evaluation") == hashlib.sha256(before.encode()).hexdigest()[:12]
-    (transfer_folder / "heldout.jsonl").unlink()
-    edit_config("evaluation.metric", "numeric")
-    assert load_transfer(transfer_folder).version("evaluation") != hashlib.sha256(before.encode()).hexdigest()[:12]
-
-
-def test_samples_change_the_version_of_what_they_change_and_agreement_that_of_the_filter(transfer_folder, edit_config):
-    def versions() -> dict[str, str]:
-        transfer = load_transfer(transfer_folder)
-        return {name: transfer.version(name) for name in ("response", "filter")} | {"pairs": transfer.samples_version()}
-
-    before = versions()
-    old = json.dumps([1, {"response": {"max_new_tokens": 64}}], sort_keys=True)
-    assert before["response"] == hashlib.sha256(old.encode()).hexdigest()[:12]
-    assert before["pairs"] == "" and load_transfer(transfer_folder).guards.agreement is None
-    edit_config("response", {"samples": 5})
-    sampled = versions()
-    assert sampled["response"] == before["response"], "the seeds' greedy responses are the same"
-    assert sampled["pairs"] != before["pairs"] and sampled["filter"] != before["filter"]
-    edit_config("response.agreement", 0.8)
-    stricter = versions()
-    assert stricter["filter"] != sampled["filter"] and stricter["pairs"] == sampled["pairs"]
-    assert load_transfer(transfer_folder).guards.agreement == 0.8
-    for key, value in (("response.temperature", 1.0), ("response.top_p", 0.9), ("response.samples", 6), ("seed", 1)):
-        was = versions()["pairs"]
-        edit_config(key, value)
-        assert versions()["pairs"] != was, key
-
-
-def test_a_filter_is_described_with_all_that_it_asks(transfer_folder, edit_config):
-    assert load_transfer(transfer_folder).describe_filter() == "`both`, threshold 1.5"
-    edit_config("filter", {"rule": "random", "keep": 0.5, "target": "avoid_easy", "target_share": 0.25})
-    edit_config("response", {"samples": 8})
-    assert load_transfer(transfer_folder).describe_filter() == (
-        "`random`, keep 0.5; `avoid_easy` of the target, share 0.25; at least 0.5 of 8 samples agree"
-    )
-    edit_config("filter", {"rule": "unfiltered"})
-    assert load_transfer(transfer_folder).describe_filter() == "`unfiltered`"
-
-
 def test_a_held_out_answer_without_a_number_is_named(transfer_folder, edit_config):
     edit_config("evaluation.metric", "numeric")
     with pytest.raises(TuneshiftError) as error:
@@ -201,71 +188,45 @@ def test_a_rule_without_its_scores_is_refused(transfer_folder, edit_config):
     with pytest.raises(TuneshiftError, match=r"compare.arms: 'top_excess' needs .*engine.cross_scores"):
         load_transfer(transfer_folder)
     edit_config("compare", {})
-    edit_config("distill.token_mask", 0.7)
-    with pytest.raises(TuneshiftError, match=r"distill.token_mask 0.7 needs .*engine.cross_scores.*remove it"):
+    assert load_transfer(transfer_folder).config.engine.cross_scores is False
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("filter.target", "avoid_easy"),
+        ("filter.target_share", 0.25),
+        ("filter.discriminator", {"threshold": 0.5}),
+        ("filter.discriminator", {}),
+        ("distill.token_mask", 0.7),
+        ("distill.token_mask", None),
+        ("filter.rule", "ifd"),
+        ("compare", {"arms": [{"rule": "ifd", "threshold": 0.7}]}),
+    ],
+)
+def test_what_was_taken_out_is_named_with_the_reason(transfer_folder, edit_config, key, value):
+    edit_config(key, value)
+    with pytest.raises(TuneshiftError) as error:
         load_transfer(transfer_folder)
+    (line,) = str(error.value).splitlines()
+    for word in [str(transfer_folder / "transfer.yaml"), key, "was taken out", "docs/experiments.md", "remove it"]:
+        assert word in line
 
 
-def test_a_server_cannot_train_a_discriminator(transfer_folder, edit_config):
-    edit_config("filter.discriminator", {})
-    edit_config("engine", SERVED)
-    with pytest.raises(TuneshiftError, match=r"filter.discriminator .*engine.type is 'openai'.*remove it, or set"):
-        load_transfer(transfer_folder)
-    edit_config("engine", {"type": "ray"})
-    assert load_transfer(transfer_folder).config.filter.discriminator.threshold == 0.5
-
-
-def test_a_discriminators_threshold_makes_no_other_discriminator(transfer_folder, edit_config):
-    assert load_transfer(transfer_folder).discriminator_version() == ""
-    versions = []
-    for value in ({}, {"threshold": 0.2}, {"steps": 10}):
-        edit_config("filter.discriminator", value)
-        versions.append(load_transfer(transfer_folder).discriminator_version())
-    write_jsonl(transfer_folder / "seeds.jsonl", [{"prompt": "Where is my card?"}])
-    versions.append(load_transfer(transfer_folder).discriminator_version())
-    assert versions[0] == versions[1] and len(set(versions)) == 3
-
-
-def test_a_served_generator_is_a_name_and_no_reference(transfer_folder, edit_config):
-    edit_config("generator.model", "gpt-4o")
-    edit_config("generator.server", {"base_url": "https://api.openai.com/v1", "api_key_env": "OPENAI_API_KEY"})
-    version = load_transfer(transfer_folder).version("generator")
-    edit_config("generator.server.base_url", "https://proxy/v1")
-    assert load_transfer(transfer_folder).version("generator") == version
-    edit_config("generator.server.revision", "2")
-    assert load_transfer(transfer_folder).version("generator") != version
-
-
-def test_neither_a_cluster_nor_the_batch_size_changes_a_version(transfer_folder, edit_config):
-    sections = ("engine", "models")
-    versions = {load_transfer(transfer_folder).version(*sections)}
-    edit_config("models.batch_size", 7)
-    versions.add(load_transfer(transfer_folder).version(*sections))
-    for engine in ({"type": "ray"}, {"type": "ray", "ray": {"actors": 8, "gpus_per_actor": 0.5}}):
-        edit_config("engine", engine)
-        versions.add(load_transfer(transfer_folder).version(*sections))
-    assert len(versions) == 1
-
-
-def test_what_runs_each_step(transfer_folder, edit_config):
-    def ran(asset):
-        transfer = load_transfer(transfer_folder)
-        return transfer.models_of(asset), transfer.engine_of(asset)
-
-    base = load_transfer(transfer_folder).config.source.base
-    assert ran("filtered_dataset") == (None, None)
-    assert ran("scored_pairs") == (base, "local")
-    edit_config("engine", {"type": "ray", "ray": {"actors": 4, "gpus_per_actor": 0.5}})
-    assert ran("scored_pairs")[1] == ran("synthetic_prompts")[1] == "ray, 4 actors × 0.5 GPU"
-    edit_config("engine", SERVED)
-    edit_config("target.base", "other/target")
-    served, address = SERVED["base"]["model"], SERVED["server"]["base_url"]
-    assert ran("scored_pairs") == (served, f"openai, 32 requests at once, {address}")
-    assert ran("evaluation")[0] == f"{served}, other/target"
-    assert ran("synthetic_prompts") == (load_transfer(transfer_folder).config.generator.model, "local")
-    assert ran("distilled_model") == ("other/target", "local")
-    edit_config("generator.server", {"base_url": "http://b/v1", "concurrency": 8})
-    assert ran("synthetic_prompts")[1] == "openai, 8 requests at once, http://b/v1"
+@pytest.mark.parametrize(
+    ("settings", "threshold"),
+    [
+        ({}, 1.5),
+        ({"rule": "difference", "threshold": 0.5}, 0.5),
+        ({"rule": "random", "keep": 0.5}, 0.5),
+        ({"rule": "top_excess", "threshold": 12}, 12),
+        ({"rule": "top_excess", "threshold": 0.25, "keep": None}, 0.25),
+        ({"rule": "unfiltered"}, 1),
+    ],
+)
+def test_threshold_is_the_one_name_of_a_cut(transfer_folder, edit_config, settings, threshold):
+    edit_config("filter", settings)
+    assert load_transfer(transfer_folder).config.filter.threshold == threshold
 
 
 @pytest.mark.parametrize("name", ["cache", "Temp", "tuneshift"])
@@ -284,26 +245,11 @@ def test_every_bad_setting_is_named_at_once(transfer_folder, edit_config):
         load_transfer(transfer_folder)
 
 
-def test_the_difference_rule_allows_a_threshold_below_one(transfer_folder, edit_config):
-    edit_config("filter", {"rule": "difference", "threshold": 0.5})
-    assert load_transfer(transfer_folder).config.filter.threshold == 0.5
-
-
-@pytest.mark.parametrize(("keep", "shared"), [(12, True), (0.5, False)])
-def test_rounds_are_in_the_version_of_a_filter_that_shares_a_number_among_them(
-    transfer_folder, edit_config, keep, shared
-):
-    edit_config("filter", {"rule": "top_excess", "keep": keep})
-    before = load_transfer(transfer_folder).version("filter")
-    edit_config("rounds", 3)
-    assert (load_transfer(transfer_folder).version("filter") != before) == shared
-
-
 def test_a_round_without_a_pair_would_end_the_loop(transfer_folder, edit_config):
     edit_config("filter", {"rule": "top_excess", "keep": 2})
-    assert load_transfer(transfer_folder).config.filter.cut == 2
+    assert load_transfer(transfer_folder).config.filter.threshold == 2
     edit_config("rounds", 3)
-    with pytest.raises(TuneshiftError, match=r"transfer\.yaml: filter\.keep 2 leaves some of the 3 rounds"):
+    with pytest.raises(TuneshiftError, match=r"transfer\.yaml: filter\.threshold 2 leaves some of the 3 rounds"):
         load_transfer(transfer_folder)
 
 
@@ -321,6 +267,10 @@ def test_a_missing_transfer_yaml_says_what_a_transfer_is(tmp_path):
         (b"- a list", "must be a mapping of keys; found list"),
         (b"", "must be a mapping"),
         (b"description: caf\xe9", "UTF-8"),
+        (b"? [a]\n: b", "not valid YAML.*unhashable"),
+        (b"description: 2024-13-45", "not valid YAML.*month"),
+        (b"[" * 2000, "not valid YAML.*recursion"),
+        (rb'description: "cut \ud83d"', r"not valid YAML: '\\ud83d' is half of a character.*line 1, column 14"),
     ],
 )
 def test_a_transfer_yaml_that_is_no_mapping_is_refused(transfer_folder, content, complaint):
@@ -338,6 +288,11 @@ def test_a_transfer_yaml_that_is_no_mapping_is_refused(transfer_folder, content,
         ("seeds.jsonl", b'{"prompt": "a"}\n{"prompt": \n', r":2: not valid JSON.*Write .*prompt"),
         ("seeds.jsonl", b'"a"\n', r":1: expected an object like .* found '\"a\"'"),
         ("seeds.jsonl", b'{"prompt": "caf\xe9"}\n', r"UTF-8"),
+        ("seeds.jsonl", b'{"prompt": NaN}\n', r":1: 'prompt' must be a non-empty string \(found nan\)"),
+        ("seeds.jsonl", b"[" * 100_000 + b"\n", r":1: not valid JSON.*Write .*prompt"),
+        ("seeds.jsonl", b"1" * 5000 + b"\n", r":1: not valid JSON"),
+        ("seeds.jsonl", rb'{"prompt": "cut \ud83d"}', r":1: 'prompt': '\\ud83d' is half of a character.*remove it"),
+        ("heldout.jsonl", rb'{"prompt": "a", "response": "\udc00"}', r":1: 'response': '\\udc00' is half"),
         ("heldout.jsonl", b"\n", r"is empty\..*delete an optional file"),
         ("heldout.jsonl", b'{"prompt": "a"}\n', r":1: 'response' must be a non-empty string \(found None\)"),
         ("heldout.jsonl", b'{"prompt": "a", "response": 3}\n', r":1: 'response' must be .*\(found 3\)"),
@@ -345,8 +300,9 @@ def test_a_transfer_yaml_that_is_no_mapping_is_refused(transfer_folder, content,
 )
 def test_a_bad_example_file_names_its_line_and_repair(transfer_folder, name, content, complaint):
     (transfer_folder / name).write_bytes(content)
-    with pytest.raises(TuneshiftError, match=rf"(?s){name}.*{complaint}"):
+    with pytest.raises(TuneshiftError, match=rf"(?s){name}.*{complaint}") as error:
         load_transfer(transfer_folder)
+    assert len(str(error.value)) < 1000
 
 
 def test_a_missing_seeds_file_says_how_to_write_one(transfer_folder):
@@ -394,60 +350,8 @@ def test_a_pickle_adapter_is_refused(transfer_folder):
         load_transfer(transfer_folder)
 
 
-def test_a_version_changes_with_its_sections_alone(transfer_folder, edit_config):
-    before = load_transfer(transfer_folder)
-    edit_config("filter.threshold", 2.0)
-    after = load_transfer(transfer_folder)
-    assert after.version("filter") != before.version("filter")
-    assert after.version("generator", "source.base") == before.version("generator", "source.base")
-    assert before.version("filter", code=2) != before.version("filter")
-
-
-def test_a_token_mask_that_is_off_leaves_versions_as_they_were_before_there_was_one(transfer_folder, edit_config):
-    without = load_transfer(transfer_folder)
-    assert "token_mask" not in without.config.distill.model_dump()
-    edit_config("distill.token_mask", None)
-    assert load_transfer(transfer_folder).version("distill") == without.version("distill")
-    edit_config("distill.token_mask", 0.7)
-    assert load_transfer(transfer_folder).version("distill") != without.version("distill")
-
-
-def test_keys_of_a_gpu_leave_versions_as_they_were_before_there_were_any(transfer_folder, edit_config):
-    models = {"batch_size": 32, "compute_dtype": "bfloat16", "quantization": "nf4"}
-    distill = {
-        **{"quantization": "none", "rank": 16, "alpha": 32, "dropout": 0.0, "learning_rate": 5e-4, "epochs": 5},
-        **{"batch_size": 16, "balance": "none", "warmup_ratio": 0.05, "weight_decay": 0.0, "max_grad_norm": 1.0},
-        **{"validation_fraction": 0.05},
-    }
-    parts = json.dumps([1, {"models": models, "distill": distill}], sort_keys=True)
-    before = hashlib.sha256(parts.encode()).hexdigest()[:12]
-    assert load_transfer(transfer_folder).version("models", "distill") == before
-    for key, value in [("models.device_map", "single"), ("models.compute_dtype", "bfloat16"), ("distill.processes", 4)]:
-        edit_config(key, value)
-        assert load_transfer(transfer_folder).version("models", "distill") == before
-    versions = {before}
-    for key, value in [
-        ("distill.gradient_accumulation", 4),
-        ("distill.gradient_checkpointing", True),
-        ("distill.optimizer", "paged_adamw_8bit"),
-        ("models.compute_dtype", "float16"),
-        ("models.kv_cache_dtype", "int8"),
-    ]:
-        edit_config(key, value)
-        versions.add(load_transfer(transfer_folder).version("models", "distill"))
-    assert len(versions) == 6
-
-
-def test_the_adapter_version_changes_with_its_weights(transfer_folder):
-    transfer = load_transfer(transfer_folder)
-    before = transfer.adapter_version()
-    with (transfer_folder / "adapter" / "adapter_model.safetensors").open("ab") as handle:
-        handle.write(b"\0")
-    assert transfer.adapter_version() != before != ""
-
-
 def test_loading_a_transfer_imports_no_torch(transfer_folder):
-    code = "from tuneshift_dag.config.transfer import load_transfer; load_transfer(Path(sys.argv[1]))"
+    code = "from tuneshift_dag.config.files import load_transfer; load_transfer(Path(sys.argv[1]))"
     assert _is_imported("torch", code, str(transfer_folder)) is False
 
 

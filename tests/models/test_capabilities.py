@@ -1,10 +1,11 @@
-"""The CPU attention equals transformers' own."""
+"""The attention for CPUs equals transformers' own, and what a head gives is checked."""
 
 import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tuneshift_dag.models import attention
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.models.capabilities import GROUPED_ATTENTION, check_head
 
 SIZES = {
     "vocab_size": 64,
@@ -34,7 +35,7 @@ def test_logits_equal_those_of_eager_attention_with_padding_and_a_cache(config, 
     mask[0, :4] = 0
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     results = []
-    for name in ("eager", attention.NAME):
+    for name in ("eager", GROUPED_ATTENTION):
         model.set_attn_implementation(name)
         with torch.inference_mode():
             first = model(ids[:, :7], attention_mask=mask[:, :7], position_ids=positions[:, :7], use_cache=True)
@@ -46,3 +47,13 @@ def test_logits_equal_those_of_eager_attention_with_padding_and_a_cache(config, 
             )
         results.append(torch.cat([first.logits, second.logits], 1)[mask.bool()])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_overflows_is_refused() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=128, **sizes)).eval()
+    check_head(model)
+    model.lm_head.weight.data.fill_(6e4)
+    check_head(model)
+    with pytest.raises(TuneshiftError, match=r"llama: its activations overflow in torch\.float16.* float32"):
+        check_head(model.half())

@@ -1,10 +1,10 @@
 """``tuneshift new``: a transfer folder from an adapter, example prompts and the names of the models.
 
-Everything is checked before the folder appears, and the finished folder is loaded once like any other
-transfer. What is asked in a terminal, and what flags are for, is here too; nothing here loads a model.
+Everything is checked before the folder appears, and the finished folder is loaded once like any other transfer.
 """
 
 import csv
+import functools
 import io
 import json
 import re
@@ -13,23 +13,13 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import typer
 
-from tuneshift_dag.config.transfer import (
-    HELD_OUT_SHAPE,
-    SEED_SHAPE,
-    Mode,
-    Rows,
-    Transfer,
-    check_examples,
-    is_same_base,
-    load_transfer,
-    name_problem,
-    read_jsonl,
-    read_text,
-)
+from tuneshift_dag.config import Transfer, files
+from tuneshift_dag.config.files import Rows
+from tuneshift_dag.config.schema_models import Mode
 from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.models.references import check_adapter_folder, check_reference, is_hub_id
 
@@ -67,40 +57,42 @@ def create(root: Path, name: str, given: Answers) -> Transfer:
     target = _model(answers.target, "--target")
     generator = _model(answers.generator, "--generator")
     template = check_template(answers.template)
-    seed_rows = read_examples(Path(answers.seeds), "--seeds") if answers.seeds else _typed(answers.typed_seeds)
+    seed_rows: Rows = [(f"prompt {n}", {"prompt": seed}) for n, seed in enumerate(answers.typed_seeds, 1)]
+    seed_rows = read_examples(Path(answers.seeds), "--seeds") if answers.seeds else seed_rows
     heldout_rows = read_examples(Path(answers.heldout), "--heldout") if answers.heldout else []
-    seeds, heldout = check_examples(seed_rows, heldout_rows)
+    seeds, heldout = files.check_examples(seed_rows, heldout_rows)
     adapter = _local_folder(answers.adapter)
     copied = adapter is not None and answers.copy_adapter
     reference = "adapter" if copied else str(adapter or answers.adapter)
     config = _config(answers, base, reference, target, generator, template)
 
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=".new-") as staging:
-        made = Path(staging) / name
-        made.mkdir()
-        (made / "transfer.yaml").write_text(config, "utf-8")
-        _write_jsonl(made / "seeds.jsonl", [{"prompt": prompt} for prompt in seeds])
-        if heldout:
-            _write_jsonl(made / "heldout.jsonl", [{"prompt": p, "response": r} for p, r in heldout])
-        if copied:
-            (made / "adapter").mkdir()
-            for file in _ADAPTER_FILES:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".new-") as staging:
+            made = Path(staging) / name
+            made.mkdir()
+            (made / "transfer.yaml").write_text(config, "utf-8")
+            _write_jsonl(made / "seeds.jsonl", [{"prompt": prompt} for prompt in seeds])
+            if heldout:
+                _write_jsonl(made / "heldout.jsonl", [{"prompt": p, "response": r} for p, r in heldout])
+            if copied:
+                (made / "adapter").mkdir()
+            for file in _ADAPTER_FILES if copied else ():
                 shutil.copyfile(Path(str(adapter)) / file, made / "adapter" / file)
-        try:
-            load_transfer(made)
-        except TuneshiftError as error:
-            raise TuneshiftError(str(error).replace(str(made), str(folder))) from error
-        made.rename(folder)
-    return load_transfer(folder)
+            try:
+                files.load_transfer(made)
+            except TuneshiftError as error:
+                raise TuneshiftError(str(error).replace(str(made), str(folder))) from error
+            made.rename(folder)
+    except (OSError, UnicodeEncodeError) as error:
+        raise TuneshiftError(f"{folder} can't be written: {error}.") from error
+    return files.load_transfer(folder)
 
 
 def missing(given: Answers) -> list[str]:
     """Flags without which no folder can be written."""
     needed = {"--adapter": given.adapter, "--target": given.target, "--template": given.template}
-    if not given.typed_seeds:
-        needed["--seeds"] = given.seeds
-    return [flag for flag, value in needed.items() if not value]
+    return [flag for flag, value in {**needed, "--seeds": given.seeds or given.typed_seeds}.items() if not value]
 
 
 def ask_for_the_rest(given: Answers) -> Answers:
@@ -109,23 +101,15 @@ def ask_for_the_rest(given: Answers) -> Answers:
     answers = replace(given, adapter=adapter)
     if not answers.base:
         named = named_base(adapter)
-        asked = _ask(
-            "Its base model (hub id, folder or package://…)",
-            lambda value: check_base(value, adapter),
-            named if _usable(named) else None,
-        )
-        answers = replace(answers, base=asked)
+        question, default = "Its base model (hub id, folder or package://…)", named if _usable(named) else None
+        answers = replace(answers, base=_ask(question, lambda value: check_base(value, adapter), default))
     if not answers.target:
-        answers = replace(answers, target=_ask("Target base", _checked("--target")))
+        answers = replace(answers, target=_ask("Target base", lambda value: _model(value, "--target")))
     if not answers.generator:
-        asked = _ask("Model that writes prompts", _checked("--generator"), answers.target)
-        mode = typer.prompt(
-            "Its mode: chat (an instruct model), continuation (a base model), by_response (a fixed set of answers)",
-            answers.mode,
-            value_proc=_one_of("chat", "continuation", "by_response"),
-            err=True,
-        )
-        answers = replace(answers, generator=asked, mode=mode)
+        asked = _ask("Model that writes prompts", lambda value: _model(value, "--generator"), answers.target)
+        modes = "chat (an instruct model), continuation (a base model), by_response (a fixed set of answers)"
+        mode = _ask(f"Its mode: {modes}", _check_mode, answers.mode)
+        answers = replace(answers, generator=asked, mode=cast(Mode, mode))
     if not answers.template:
         asked = _ask("Prompt template, as in the adapter's training, \\n for a new line", check_template)
         answers = replace(answers, template=asked)
@@ -139,13 +123,16 @@ def ask_for_the_rest(given: Answers) -> Answers:
 
 def check_name(root: Path, name: str) -> Path:
     """The folder to be written; `TuneshiftError` when its name can't be used or it is there."""
-    problem = name_problem(name)
+    problem = files.name_problem(name)
     if problem:
         better = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "my_skill"
-        better = f"{better}_skill" if name_problem(better) else better
+        better = f"{better}_skill" if files.name_problem(better) else better
         raise TuneshiftError(f"NAME {name!r}: {problem}. Take one such as {better!r}.")
     if (root / name).exists():
         raise TuneshiftError(f"{root / name} exists already, and nothing is overwritten. Choose another NAME.")
+    for other in root.glob("*/transfer.yaml"):
+        if other.parent.name.lower() == name.lower():
+            raise TuneshiftError(f"NAME {name!r}: {other.parent} differs only in case. Choose another NAME.")
     return root / name
 
 
@@ -172,15 +159,14 @@ def check_adapter(value: str) -> str:
 def named_base(adapter: str) -> str:
     """The base model that a local adapter says it was trained on; empty when it doesn't say or is on the hub."""
     folder = _local_folder(adapter)
-    if folder is None:
-        return ""
-    return str(check_adapter_folder(folder, "--adapter").get("base_model_name_or_path") or "")
+    config = check_adapter_folder(folder, "--adapter") if folder else {}
+    return str(config.get("base_model_name_or_path") or "")
 
 
 def check_base(value: str, adapter: str) -> str:
     """The source base as the transfer's folder sees it; `TuneshiftError` when the adapter is of another one."""
     named = named_base(adapter)
-    if named and not is_same_base(named, value):
+    if named and not files.is_same_base(named, value):
         raise TuneshiftError(
             f"--base {value!r}: the adapter was trained on {named!r} ({Path(adapter) / 'adapter_config.json'}). Give"
             " that; if they are the same weights under two names, set base_model_name_or_path in that file to yours."
@@ -189,7 +175,7 @@ def check_base(value: str, adapter: str) -> str:
 
 
 def check_template(value: str) -> str:
-    """The template with ``\\n`` as line breaks: a shell passes backslash and n as they are."""
+    """The template with ``\\n`` as line breaks, which a shell passes as backslash and n."""
     text = value.replace("\\n", "\n")
     if text.count("{prompt}") != 1:
         raise TuneshiftError(
@@ -204,11 +190,11 @@ def read_examples(file: Path, flag: Literal["--seeds", "--heldout"]) -> Rows:
     if not file.is_file():
         raise TuneshiftError(f"{flag} {str(file)!r}: there is no such file.")
     if file.suffix == ".jsonl":
-        return read_jsonl(file, SEED_SHAPE if flag == "--seeds" else HELD_OUT_SHAPE)
+        return files.read_jsonl(file, files.SEED_SHAPE if flag == "--seeds" else files.HELD_OUT_SHAPE)
     if file.suffix == ".csv":
         rows = _read_csv(file, ["prompt"] if flag == "--seeds" else ["prompt", "response"])
     elif file.suffix == ".txt" and flag == "--seeds":
-        lines = enumerate(read_text(file).split("\n"), 1)
+        lines = enumerate(files.read_text(file).split("\n"), 1)
         rows = [(f"{file}:{number}", {"prompt": line}) for number, line in lines if line.strip()]
     else:
         kinds = ".jsonl, .csv or .txt" if flag == "--seeds" else ".jsonl or .csv"
@@ -219,11 +205,16 @@ def read_examples(file: Path, flag: Literal["--seeds", "--heldout"]) -> Rows:
 
 
 def _read_csv(file: Path, columns: list[str]) -> Rows:
-    reader = csv.DictReader(io.StringIO(read_text(file), newline=""))
-    found = list(reader.fieldnames or [])
-    if any(column not in found for column in columns):
-        raise TuneshiftError(f"{file}: its first line must name the columns {columns} (found {found}).")
-    return [(f"{file}:{reader.line_num}", {column: row[column] for column in columns}) for row in reader]
+    reader = csv.DictReader(io.StringIO(files.read_text(file), newline=""))
+    try:
+        found = list(reader.fieldnames or [])
+        if any(column not in found for column in columns):
+            raise TuneshiftError(f"{file}: its first line must name the columns {columns} (found {found}).")
+        return [(f"{file}:{reader.line_num}", {column: row[column] for column in columns}) for row in reader]
+    except csv.Error as error:
+        raise TuneshiftError(
+            f"{file}:{reader.line_num + 1}: {error}. Close the quotation mark that is left open, or shorten the cell."
+        ) from error
 
 
 def _with_defaults(given: Answers) -> Answers:
@@ -260,10 +251,6 @@ def _local_folder(adapter: str) -> Path | None:
     return folder.resolve() if folder.is_dir() else None
 
 
-def _typed(seeds: tuple[str, ...]) -> Rows:
-    return [(f"prompt {number}", {"prompt": seed}) for number, seed in enumerate(seeds, 1)]
-
-
 def _type_seeds() -> tuple[str, ...]:
     typer.echo("Five or more different prompts of the task, an empty line to end:", err=True)
     seeds: list[str] = []
@@ -285,21 +272,13 @@ def _ask(question: str, check: Callable[[str], object], default: str | None = No
     return str(typer.prompt(question, default, show_default=bool(default), value_proc=proc, err=True))
 
 
-def _checked(flag: str) -> Callable[[str], object]:
-    return lambda value: _model(value, flag)
-
-
 def _examples(flag: Literal["--seeds", "--heldout"]) -> Callable[[str], object]:
     return lambda value: value and read_examples(Path(value), flag)
 
 
-def _one_of(*choices: str) -> Callable[[str], str]:
-    def proc(value: str) -> str:
-        if value not in choices:
-            raise typer.BadParameter(f"one of {', '.join(choices)}")
-        return value
-
-    return proc
+def _check_mode(value: str) -> None:
+    if value not in get_args(Mode):
+        raise TuneshiftError(f"one of {', '.join(get_args(Mode))}")
 
 
 def _write_jsonl(file: Path, rows: list[dict[str, str]]) -> None:
@@ -308,10 +287,7 @@ def _write_jsonl(file: Path, rows: list[dict[str, str]]) -> None:
 
 def _config(answers: Answers, base: str, adapter: str, target: str, generator: str, template: str) -> str:
     """``transfer.yaml``. A JSON string is a YAML string, whatever is in it."""
-
-    def text(value: str) -> str:
-        return json.dumps(value, ensure_ascii=False)
-
+    text = functools.partial(json.dumps, ensure_ascii=False)
     return f"""\
 # Every key and its default: docs/reference.md. A key that isn't here has its default.
 description: {text(answers.description or f"From {base} to {target}.")}

@@ -11,10 +11,11 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.conftest import make_transfer_folder, write_jsonl
-from tuneshift_dag.cli import commands as cli
-from tuneshift_dag.cli import scaffold
-from tuneshift_dag.cli.scaffold import Answers, create
-from tuneshift_dag.config.transfer import Transfer, TransferConfig
+from tuneshift_dag import cli
+from tuneshift_dag.cli import new as new_command
+from tuneshift_dag.cli.new import Answers, create
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.schema import TransferConfig
 from tuneshift_dag.errors import TuneshiftError
 
 New = Callable[..., Transfer]
@@ -122,6 +123,10 @@ class TestRefusals:
             ({"heldout": "leak.csv"}, ["leak.csv:2", "'where is it'", "also a seed"]),
             ({"heldout": "short.csv"}, ["short.csv:3", "'response' must be a non-empty string"]),
             ({"heldout": "twice.txt"}, ["--heldout", "must be a .jsonl or .csv file"]),
+            ({"seeds": "quote.csv"}, ["quote.csv:2", "field larger than field limit", "Close the quotation mark"]),
+            ({"heldout": "latin.csv"}, ["latin.csv", "not UTF-8", "Save it as UTF-8"]),
+            ({"seeds": "half.jsonl"}, ["half.jsonl:1", "'\\ud83d' is half of a character", "remove it"]),
+            ({"description": "cut \ud83d"}, ["my_skill can't be written", "surrogates"]),
         ],
     )
     def test_names_the_flag_or_file_and_the_repair(
@@ -131,6 +136,9 @@ class TestRefusals:
         Path("twice.txt").write_text("one\n\nOne.\n")
         Path("wrong.csv").write_text("question\nWhy?\n")
         Path("leak.csv").write_text("prompt,response\nwhere is it,here\n")
+        Path("quote.csv").write_text('prompt\n"' + "x" * 200_000 + "\n")
+        Path("latin.csv").write_bytes("prompt,response\nOù?,là\n".encode("latin-1"))
+        Path("half.jsonl").write_text(r'{"prompt": "cut \ud83d"}')
         Path("short.csv").write_text("prompt,response\na,b\nc\n")
         with pytest.raises(TuneshiftError) as error:
             new(**changes)
@@ -143,6 +151,16 @@ class TestRefusals:
         with pytest.raises(TuneshiftError, match="my_skill exists already, and nothing is overwritten"):
             new(template="Other: {prompt}")
         assert yaml.safe_load(before)["prompt_template"] == "Q: {prompt}\nA:"
+
+    def test_a_name_that_differs_from_a_transfers_only_in_case(self, new: New) -> None:
+        new()
+        with pytest.raises(TuneshiftError, match=r"NAME 'My_Skill': .*my_skill differs only in case"):
+            new(name="My_Skill")
+
+    def test_a_folder_that_cannot_be_written_to(self, given: Answers, tmp_path: Path) -> None:
+        (tmp_path / "transfers").write_text("a file")
+        with pytest.raises(TuneshiftError, match="my_skill can't be written"):
+            create(tmp_path / "transfers", "my_skill", given)
 
     def test_a_pickle_adapter(self, new: New) -> None:
         Path("my-adapter/adapter_model.safetensors").rename("my-adapter/adapter_model.bin")
@@ -170,7 +188,7 @@ class TestCommand:
     ) -> None:
         asking = typer.Typer()
         got: list[Answers] = []
-        asking.command()(lambda: got.append(scaffold.ask_for_the_rest(Answers(target=given.target))))
+        asking.command()(lambda: got.append(new_command.ask_for_the_rest(Answers(target=given.target))))
         typed = [
             "./nowhere",
             "my-adapter",

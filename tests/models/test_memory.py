@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tuneshift_dag.models import batching
-from tuneshift_dag.models.batching import in_batches
+from tuneshift_dag.models import memory
+from tuneshift_dag.models.memory import in_batches
 
 LENGTHS = [3, 9, 1, 7, 5, 8, 2, 6, 4, 10]
 
@@ -55,7 +55,7 @@ def test_other_errors_are_not_taken_for_memory() -> None:
 
 
 def test_rows_are_as_many_as_half_of_the_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "free_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
     sizes = [len(b) for b, _ in in_batches(LENGTHS, 8, lambda length: 20 * length, lambda batch: None)]
     # 500 bytes: two rows of 10 tokens; shorter rows later, so more of them.
     assert sizes[0] == 2
@@ -65,4 +65,4 @@ def test_rows_are_as_many_as_half_of_the_free_memory_holds(monkeypatch: pytest.M
 def test_an_allocation_that_fails_on_this_cpu_is_recognized() -> None:
     with pytest.raises(RuntimeError) as failed:
         torch.empty(1 << 55, dtype=torch.uint8)
-    assert batching.is_out_of_memory(failed.value)
+    assert memory.is_out_of_memory(failed.value)

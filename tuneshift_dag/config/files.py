@@ -1,0 +1,342 @@
+"""Reading a transfer folder: ``transfer.yaml``, ``seeds.jsonl``, ``heldout.jsonl``.
+
+The one place where bad input is turned into an error with its repair. Nothing here loads a model.
+"""
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.schema import Evaluation, TransferConfig
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.method.evaluation import expected_number
+from tuneshift_dag.method.prompting import prompt_id
+from tuneshift_dag.models import references
+from tuneshift_dag.models.references import Kind, check_adapter_folder, check_reference, is_hub_id
+
+Rows = list[tuple[str, dict[str, Any]]]
+"""Examples as read from a file, each with its place there, for messages."""
+SEED_SHAPE = '{"prompt": "..."}'
+HELD_OUT_SHAPE = '{"prompt": "...", "response": "..."}'
+
+# Schemas and catalogs that there are in every database of ours (its file is tuneshift.duckdb).
+_DUCKDBS_OWN = {"cache", "main", "temp", "system", "tuneshift", "information_schema", "pg_catalog"}
+# Keys that an old transfer.yaml may have, and why they are gone.
+_TAKEN_OUT = {
+    "filter.target": "it was never shown to help",
+    "filter.target_share": "it was never shown to help",
+    "filter.discriminator": "it learned hardly more than how the seeds are written",
+    "distill.token_mask": "models trained with it were right half as often",
+}
+
+
+def load_transfer(folder: Path) -> Transfer:
+    """Read and check a transfer folder without loading a model or asking the hub.
+
+    Raises:
+        TuneshiftError: naming the file, the key, the value and the repair.
+    """
+    config_file = folder / "transfer.yaml"
+    problem = name_problem(folder.resolve().name)
+    if problem:
+        raise TuneshiftError(f"{folder}: rename the folder: {problem}.")
+    _refuse_twin(folder.resolve(), _folders(folder.resolve().parent))
+    config = _read_config(config_file)
+    seed_rows = read_jsonl(folder / "seeds.jsonl", SEED_SHAPE)
+    heldout_file = folder / "heldout.jsonl"
+    heldout_rows = read_jsonl(heldout_file, HELD_OUT_SHAPE) if heldout_file.exists() else []
+    seeds, heldout = check_examples(seed_rows, heldout_rows)
+    _check_tasks(config.evaluation, config_file, folder)
+    if config.evaluation.metric == "numeric":
+        _refuse_answers_without_number(heldout_file, heldout)
+    labelled = _read_labelled(config, config_file, folder, heldout)
+    for key, (reference, kind) in _references(config).items():
+        if kind == "adapter":
+            _check_adapter(config, folder, f"{config_file}: {key}")
+        else:
+            check_reference(reference, folder, f"{config_file}: {key}", weights=kind == "model")
+    return _with_fingerprints(Transfer(folder.resolve(), config, seeds, heldout, labelled))
+
+
+def load_all(root: Path) -> tuple[list[Transfer], dict[str, str]]:
+    """The sound transfers under ``root``, and by name the error of each other one."""
+    transfers: list[Transfer] = []
+    broken: dict[str, str] = {}
+    for folder in _folders(root):
+        try:
+            transfers.append(load_transfer(folder))
+        except TuneshiftError as error:
+            broken[folder.name] = str(error)
+    return transfers, broken
+
+
+def find_transfers(root: Path) -> list[Path]:
+    """Folders under ``root`` that hold a ``transfer.yaml``, by name.
+
+    Raises:
+        TuneshiftError: two names differ only in case, which the database doesn't tell apart.
+    """
+    folders = _folders(root)
+    for folder in folders:
+        _refuse_twin(folder, folders)
+    return folders
+
+
+def refresh(transfer: Transfer, warn: Callable[[str], None]) -> Transfer:
+    """The transfer with the hub's commits of now: what moved, or was never fetched, is downloaded.
+
+    Args:
+        warn: told why, in one line, when the hub can't be asked; the transfer then stays with what is here.
+    """
+    for key, (reference, kind) in _references(transfer.config).items():
+        problem = references.refresh(reference, transfer.folder, key, kind)
+        if problem:
+            warn(problem)
+    return _with_fingerprints(transfer)
+
+
+def name_problem(name: str) -> str:
+    """Why a transfer can't have this name, which is that of its schema in the database; empty if it can."""
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        return "letters, digits and underscores only"
+    return f"the database has something of its own named {name!r}" if name.lower() in _DUCKDBS_OWN else ""
+
+
+def check_examples(seed_rows: Rows, heldout_rows: Rows) -> tuple[list[str], list[tuple[str, str]]]:
+    """Seeds and held-out (prompt, response) pairs, without surrounding space.
+
+    Raises:
+        TuneshiftError: naming the line of a text that is missing, of a prompt that is there twice, or of a
+            held-out prompt that is a seed.
+    """
+    seeds = [_text(row, "prompt", at) for at, row in seed_rows]
+    _refuse_doubles([at for at, _ in seed_rows], seeds)
+    return seeds, _pairs(heldout_rows, seeds, "also a seed, so it would be trained on")
+
+
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte-order mark."""
+    try:
+        return file.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TuneshiftError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise TuneshiftError(f"{file} can't be read ({error.strerror}). Correct its permissions.") from error
+
+
+def read_jsonl(file: Path, shape: str) -> Rows:
+    """(position, row) of every line; the position is for messages, and so is ``shape``, an example of a line."""
+    if not file.is_file():
+        raise TuneshiftError(f"{file} doesn't exist. Write one line of {shape} for each example.")
+    rows = []
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TuneshiftError(f"{file}:{number}: not valid JSON ({error}). Write {shape}.") from error
+        if not isinstance(row, dict):
+            raise TuneshiftError(f"{file}:{number}: expected an object like {shape}, found {_short(line.strip())}.")
+        rows.append((f"{file}:{number}", row))
+    if not rows:
+        raise TuneshiftError(f"{file} is empty. Write at least one line of {shape}, or delete an optional file.")
+    return rows
+
+
+def is_same_base(reference: str, other: str) -> bool:
+    """Whether two references end in the same name: a model may be named by hub id, folder or package."""
+    return _base_name(reference) == _base_name(other)
+
+
+def _base_name(reference: str) -> str:
+    return reference.split("@")[0].rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path.parent for path in root.glob("*/transfer.yaml"))
+
+
+def _refuse_twin(folder: Path, others: list[Path]) -> None:
+    for other in others:
+        if other.name != folder.name and other.name.lower() == folder.name.lower():
+            raise TuneshiftError(
+                f"{folder} and {other}: these names differ only in case, which the database doesn't tell apart. Rename"
+                " one of the two folders."
+            )
+
+
+def _references(config: TransferConfig) -> dict[str, tuple[str, Kind]]:
+    """What names weights, a tokenizer or an adapter, by key; a generator on a server is only a name there."""
+    found: dict[str, tuple[str, Kind]] = {
+        "source.base": (config.source.base, "tokenizer" if config.engine.type == "openai" else "model"),
+        "source.adapter": (config.source.adapter, "adapter"),
+        "target.base": (config.target.base, "model"),
+    }
+    if config.generator.server is None:
+        found["generator.model"] = (config.generator.model, "model")
+    return found
+
+
+def _with_fingerprints(transfer: Transfer) -> Transfer:
+    found = {
+        key: references.known_fingerprint(reference, transfer.folder, key, kind)
+        for key, (reference, kind) in _references(transfer.config).items()
+    }
+    return replace(transfer, fingerprints=found)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which the last one would count, and half a character."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f"the key {key.value!r} is there twice; keep one of them"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        if half := _half_character(str(value)):
+            raise yaml.constructor.ConstructorError(None, None, half, node.start_mark)
+        return value
+
+
+def _read_config(file: Path) -> TransferConfig:
+    if not file.is_file():
+        raise TuneshiftError(f"{file} doesn't exist. A transfer is a folder with transfer.yaml and seeds.jsonl.")
+    try:
+        data = yaml.load(read_text(file), _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise TuneshiftError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise TuneshiftError(f"{file} must be a mapping of keys; found {type(data).__name__}.")
+    try:
+        return TransferConfig.model_validate(data)
+    except ValidationError as error:
+        raise TuneshiftError("\n".join(_explain(file, problem) for problem in error.errors())) from error
+
+
+def _explain(file: Path, problem: Any) -> str:
+    key = ".".join(map(str, problem["loc"]))
+    found = _short(problem["input"])
+    if "key" in key.rsplit(".", 1)[-1]:
+        # Somebody may have put an API key here.
+        found = "a value that isn't shown"
+    if key in _TAKEN_OUT:
+        return f"{file}: {key} was taken out, because {_TAKEN_OUT[key]} (docs/experiments.md); remove it."
+    if problem["type"] == "extra_forbidden":
+        return f"{file}: {key}: unknown key (value {found}). Remove it or correct its spelling."
+    if problem["type"] == "missing":
+        return f"{file}: {key}: missing. Add it."
+    message = problem["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"{file}: {message}."
+    return f"{file}: {key}: {message} (found {found})."
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}…"
+
+
+def _half_character(text: str) -> str:
+    """Why a text can't be stored: it holds half of a character that UTF-16 writes in two; empty if it can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        return f"{half!r} is half of a character (a lone surrogate); write the whole one, or remove it"
+    return ""
+
+
+def _text(row: dict[str, Any], key: str, at: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise TuneshiftError(f"{at}: {key!r} must be a non-empty string (found {_short(value)}).")
+    if half := _half_character(value):
+        raise TuneshiftError(f"{at}: {key!r}: {half}.")
+    return value.strip()
+
+
+def _pairs(rows: Rows, elsewhere: list[str], why: str) -> list[tuple[str, str]]:
+    """(prompt, response) of each row; ``why`` says what is wrong with a prompt that is ``elsewhere`` too."""
+    pairs = [(_text(row, "prompt", at), _text(row, "response", at)) for at, row in rows]
+    _refuse_doubles([at for at, _ in rows], [prompt for prompt, _ in pairs])
+    known = {prompt_id(prompt) for prompt in elsewhere}
+    for (at, _), (prompt, _) in zip(rows, pairs, strict=True):
+        if prompt_id(prompt) in known:
+            raise TuneshiftError(f"{at}: {prompt!r} is {why}. Remove one of them.")
+    return pairs
+
+
+def _refuse_doubles(places: list[str], prompts: list[str]) -> None:
+    first: dict[str, str] = {}
+    for at, prompt in zip(places, prompts, strict=True):
+        if first.setdefault(prompt_id(prompt), at) != at:
+            raise TuneshiftError(f"{at}: {prompt!r} is the prompt of {first[prompt_id(prompt)]} again. Remove one.")
+
+
+def _check_tasks(settings: Evaluation, config_file: Path, folder: Path) -> None:
+    """What can be seen without importing lm-evaluation-harness, which takes seconds."""
+    if settings.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise TuneshiftError(
+            f"{config_file}: evaluation.tasks {list(settings.tasks)} needs lm-evaluation-harness, which isn't"
+            " installed: run `pip install 'tuneshift-dag[lm-eval]'`, or remove the key."
+        )
+    if settings.task_folder and not (folder / settings.task_folder).expanduser().is_dir():
+        raise TuneshiftError(
+            f"{config_file}: evaluation.task_folder: there is no folder {folder / settings.task_folder}. Correct it, or"
+            " remove the key."
+        )
+
+
+def _refuse_answers_without_number(file: Path, heldout: list[tuple[str, str]]) -> None:
+    for prompt, response in heldout:
+        if expected_number(response) is None:
+            raise TuneshiftError(
+                f"{file}: the response to {prompt!r} gives no number (found {response!r}), which evaluation.metric"
+                " 'numeric' compares. End it with '#### ' and the number, or write the number alone."
+            )
+
+
+def _read_labelled(
+    config: TransferConfig, config_file: Path, folder: Path, heldout: list[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """The pairs of ``compare.labelled``; none when it isn't set."""
+    if config.compare is None:
+        return []
+    if not heldout:
+        raise TuneshiftError(
+            f"{config_file}: compare: trained models are compared on {folder / 'heldout.jsonl'}, which doesn't exist."
+            " Write it, or remove compare."
+        )
+    if config.compare.labelled is None:
+        return []
+    rows = read_jsonl((folder / config.compare.labelled).expanduser(), HELD_OUT_SHAPE)
+    return _pairs(rows, [prompt for prompt, _ in heldout], "also in heldout.jsonl, so its answer would be trained on")
+
+
+def _check_adapter(config: TransferConfig, folder: Path, key: str) -> None:
+    path = (folder / config.source.adapter).expanduser()
+    if not path.exists() and is_hub_id(config.source.adapter):
+        return  # a hub id: fetched, and then checked, when it is first needed
+    adapter = check_adapter_folder(path, key)
+    named = adapter.get("base_model_name_or_path")
+    if named and not is_same_base(str(named), config.source.base):
+        raise TuneshiftError(
+            f"{key}: {path / 'adapter_config.json'} was trained on the base model {named!r}, but source.base is"
+            f" {config.source.base!r}. Set source.base to the adapter's base; if they are the same weights under"
+            " two names, set base_model_name_or_path in adapter_config.json to the value of source.base."
+        )

@@ -1,0 +1,201 @@
+"""Sections of ``transfer.yaml`` that say which models run where: `models`, `engine`, `generator`.
+
+Every key says what it means, its unit and where its default comes from. The other sections are in ``schema.py``.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Mode = Literal["chat", "continuation", "by_response"]
+Quantization = Literal["nf4", "fp4", "none"]
+Probability = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A mapping of ``transfer.yaml``: unknown keys are refused, and nothing is changed after it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Models(Section):
+    """How models are loaded for generation, scoring and evaluation."""
+
+    quantization: Quantization = "nf4"
+    """4-bit data type of every scoring model; `none` keeps the compute dtype."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Dtype of activations and of weights that aren't 4-bit. `auto` is bfloat16, and float16 on a GPU that has no
+    bfloat16 of its own (before NVIDIA's Ampere)."""
+    device_map: Literal["auto", "single"] = "auto"
+    """With several GPUs: `auto` spreads each model's layers over all of them (accelerate), `single` puts each model on
+    the first one."""
+    kv_cache_dtype: Literal["auto", "int8"] = Field("auto", exclude_if=lambda value: value == "auto")
+    """What the keys and values of a batch are kept in: the compute dtype (`auto`), or 8 bits, which is half the memory
+    a row (docs/concepts.md)."""
+    batch_size: int = Field(32, ge=1, le=1024, description="Most prompts decoded at once; fewer when memory is short.")
+
+
+class Server(Section):
+    """An OpenAI-compatible server."""
+
+    base_url: str = Field(description="Address of its API, with the `/v1`: `http://127.0.0.1:8000/v1`.")
+    api_key_env: str = ""
+    """Name of the environment variable that holds the API key; empty when the server wants none. The key itself is
+    written nowhere."""
+    revision: str = ""
+    """Any text; change it when the server runs other weights (or another quantization) under the same names. What was
+    computed before stays in the cache under the old revision."""
+    extra_body: dict[str, Any] = {}
+    """Fields added to the body of every request, such as `chat_template_kwargs` of vLLM."""
+    concurrency: int = Field(32, ge=1, le=4096, description="Most requests in flight at once.")
+    timeout_seconds: float = Field(600, gt=0, description="Longest wait for one response, the server's queue included.")
+    max_retries: int = Field(5, ge=0)
+    """Retries of a request, with growing pauses, after a time-out or a status 408, 409, 429 or 5xx."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        url = urlsplit(value)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError("must be an address such as http://127.0.0.1:8000/v1")
+        if url.username or url.password:
+            raise ValueError("must hold no user name or password; name an environment variable in api_key_env")
+        return value
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*|", value):
+            raise ValueError("must be the name of an environment variable in capitals, never the key itself")
+        return value
+
+
+class ServedModel(Section):
+    """A model by the name that a server knows it by."""
+
+    model: str = Field(description="Name of the model on the server.")
+    extra_body: dict[str, Any] = {}
+    """Fields added to the body of its requests, such as `lora` of llama.cpp's server."""
+
+
+class RayCluster(Section):
+    """The actors of a Ray cluster."""
+
+    address: str = ""
+    """`host:port` of the cluster's head, or `auto` on one of its nodes; empty starts a cluster of this machine that
+    ends with the process."""
+    actors: int = Field(2, ge=1, le=4096, description="Actors at work at once; each loads the model.")
+    cpus_per_actor: int = Field(1, ge=1, description="CPUs, and so threads, of an actor.")
+    gpus_per_actor: float = Field(0, ge=0, description="GPUs of an actor; with 0.5, two actors share one.")
+
+    def __str__(self) -> str:
+        each = f"{self.gpus_per_actor:g} GPU" if self.gpus_per_actor else f"{self.cpus_per_actor} CPU"
+        return f"{self.actors} actors × {each}"
+
+    @field_validator("address")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        if not re.fullmatch(r"|auto|[\w.-]+:\d+", value):
+            raise ValueError("must be host:port of a Ray head, such as 10.0.0.5:6379, or auto, or empty")
+        return value
+
+    @field_validator("gpus_per_actor")
+    @classmethod
+    def _is_share(cls, value: float) -> float:
+        if value > 1 and not value.is_integer():
+            raise ValueError("must be a whole number of GPUs, or a share of one")
+        return value
+
+
+class EngineConfig(Section):
+    """What runs the source models; the target is always trained and run in this process."""
+
+    type: Literal["local", "openai", "ray"] = "local"
+    """`local` loads the source models in this process; `openai` asks a server such as vLLM's or llama.cpp's
+    (docs/servers.md). `source.base` then only names the tokenizer, and `source.adapter` what the server was given.
+    `ray` loads the source models, and a generator without a server, in the actors of a Ray cluster (docs/ray.md); the
+    results are those of `local`."""
+    ray: RayCluster = Field(RayCluster(), description="`ray`: the cluster.")
+    server: Server | None = Field(None, description="`openai`: the server of the source models.")
+    base: ServedModel | None = Field(None, description="`openai`: the source base model.")
+    fine_tuned: ServedModel | None = Field(None, description="`openai`: the same with the adapter.")
+    cross_scores: bool = True
+    """`openai`: whether each source model also scores the other's response. The server must give log-probabilities of
+    prompt tokens, which llama.cpp's doesn't; the rules `cross_ratio` and `top_excess` need it."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "EngineConfig":
+        for name in ("server", "base", "fine_tuned"):
+            given = getattr(self, name) is not None
+            if given != (self.type == "openai"):
+                raise ValueError(f"{name} must be given with type 'openai' and only then (type is {self.type!r})")
+        if self.type != "ray" and "ray" in self.model_fields_set:
+            raise ValueError(f"ray has no meaning with type {self.type!r}; remove it, or set type: ray")
+        if self.type != "openai" and not self.cross_scores:
+            raise ValueError(
+                f"cross_scores can only be switched off with type 'openai': they cost {self.type!r} little"
+            )
+        if self.base is not None and self.base == self.fine_tuned:
+            raise ValueError(
+                f"base and fine_tuned are both {self.base.model!r}: name the adapter in fine_tuned.model"
+                " (vLLM's --lora-modules), or switch it on in fine_tuned.extra_body (llama.cpp's lora)"
+            )
+        return self
+
+
+class Generator(Section):
+    """The instruction model that writes more prompts like the seeds."""
+
+    model: str
+    """Model reference; a base model works in `continuation` mode. With `generator.server`, the model's name there."""
+    server: Server | None = None
+    """The server that runs the generator; without it, the generator is loaded in this process."""
+    quantization: Quantization | None = Field(None, exclude_if=lambda value: value is None)
+    """4-bit data type of a generator in this process; by default `models.quantization`. It only writes prompts: no
+    perplexity depends on it."""
+    mode: Mode = "chat"
+    """`chat` uses the model's chat template; `continuation` lets a base model continue a list; `by_response` shows a
+    base model seeds with their fine-tuned responses and asks for one prompt of the last seed's response (in the first
+    round: of any), for tasks with a fixed set of answers."""
+    instruction: str = "Generate {count} more samples like these {seed_count}:"
+    """`chat`: the request above the numbered seeds (the paper's wording, §3). `continuation`: the heading above the
+    list. `{count}` and `{seed_count}` are filled in."""
+    example_template: str = "Topic: {response}\nQuestion: {prompt}"
+    """`by_response`: how one seed is shown; `{response}` must stand before `{prompt}`."""
+    calls_per_round: int = Field(16, ge=1, description="Generator calls in one round.")
+    prompts_per_call: int = Field(20, ge=1, le=200, description="Prompts asked for in one call (paper: 20).")
+    seeds_per_call: int = Field(5, ge=1, description="Example prompts shown in one call (paper: 5).")
+    original_seeds_per_call: int = Field(0, ge=0)
+    """How many of a call's seeds are drawn from seeds.jsonl in every round. 0 is the paper: kept prompts replace them.
+    A weak generator imitates its own oddities, and drifts; a few human prompts hold it."""
+    balance: Literal["response", "none"] = "response"
+    """How seeds are drawn from the kept pairs: `response` weights a pair by 1 / (pairs with its response), so rare
+    skills are explored; `none` draws uniformly (the paper)."""
+    temperature: float = Field(1.0, gt=0, le=5, description="Sampling temperature.")
+    top_k: int = Field(100, ge=0)
+    """Sample among this many most likely tokens; 0 for no such limit, with a server that knows no `top_k` (OpenAI's
+    own)."""
+    top_p: Probability = Field(0.95, description="Sample within this probability mass of the `top_k` tokens.")
+    max_new_tokens: int = Field(320, ge=8, description="Longest generator output, in tokens.")
+    max_prompt_characters: int = Field(300, ge=10, description="Longer prompts are dropped.")
+    near_duplicate: Probability = 0.7
+    """A prompt whose ROUGE-L with one in the pool exceeds this is dropped (Stanford Alpaca)."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Generator":
+        response, prompt = self.example_template.find("{response}"), self.example_template.find("{prompt}")
+        if not 0 <= response < prompt:
+            raise ValueError(f"example_template {self.example_template!r} must hold {{response}} and then {{prompt}}")
+        if self.server is not None and self.quantization is not None:
+            raise ValueError(
+                f"quantization {self.quantization!r} is for a generator in this process, and generator.server has"
+                " loaded its model already; remove one of the two"
+            )
+        if self.original_seeds_per_call >= self.seeds_per_call:
+            raise ValueError(
+                f"original_seeds_per_call {self.original_seeds_per_call} leaves no room for kept prompts among"
+                f" seeds_per_call {self.seeds_per_call}; lower it"
+            )
+        return self

@@ -1,0 +1,178 @@
+"""What makes what out of date: the inputs of every asset, and the version of the code and settings that make it.
+
+An asset is out of date when its code version, or that of an input's data, isn't what it was made with.
+"""
+
+import hashlib
+import json
+import re
+from typing import Any, Literal, NamedTuple
+
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.schema import SAMPLES, TransferConfig
+from tuneshift_dag.config.schema_models import Models
+from tuneshift_dag.method.evaluation import general_texts
+from tuneshift_dag.method.filters import KEEP_RULES
+from tuneshift_dag.models import encoder
+from tuneshift_dag.models.references import file_hash
+
+Rounds = Literal["same", "earlier", "all", "none"]
+"""Of which rounds an input is read: of the one that is made, of those before it, of all, or it has none."""
+
+INPUTS: dict[str, tuple[tuple[str, Rounds], ...]] = {
+    "seed_set": (),
+    # round_seeds of round_01 are drawn by seed_set, those of a later round by filtered_dataset of the round before.
+    "synthetic_prompts": (("seed_set", "none"), ("round_seeds", "same"), ("synthetic_prompts", "earlier")),
+    "scored_pairs": (("synthetic_prompts", "same"),),
+    "filtered_dataset": (("scored_pairs", "same"),),
+    "threshold_report": (("scored_pairs", "all"), ("filtered_dataset", "all")),
+    "distilled_model": (("filtered_dataset", "all"),),
+    "evaluation": (("distilled_model", "none"),),
+    "diversity_map": (("synthetic_prompts", "all"), ("filtered_dataset", "all")),
+    "comparison": (("scored_pairs", "all"),),
+}
+"""What each asset is made from: assets, and of which rounds."""
+
+_TRAINING = ("distill", "target", "prompt_template", "seed", "models.compute_dtype")
+
+
+class _Uses(NamedTuple):
+    sections: tuple[str, ...]
+    """Dotted keys of ``transfer.yaml``; `samples` is what makes other samples, or compares them otherwise."""
+    others: tuple[str, ...] = ()
+    """What it reads beside: see `_read`."""
+    code: int = 1
+    """Raised by hand when the meaning of the code that makes the asset changes."""
+
+
+_USES = {
+    "seed_set": _Uses(
+        ("source", "generator", "engine", "models", "prompt_template", "response", "seed"), ("seeds",), code=3
+    ),
+    "synthetic_prompts": _Uses(("generator", "models", "seed"), ("heldout",)),
+    "scored_pairs": _Uses(("source", "engine", "models", "prompt_template", "response", "samples")),
+    "filtered_dataset": _Uses(
+        (
+            *("filter", "target_pairs", "seed", "generator.calls_per_round", "generator.seeds_per_call"),
+            *("generator.original_seeds_per_call", "generator.balance"),
+        ),
+        code=3,
+    ),
+    "threshold_report": _Uses(("filter",)),
+    "distilled_model": _Uses(_TRAINING),
+    "evaluation": _Uses(
+        ("evaluation", "engine", "models", "source", "target", "prompt_template"),
+        ("heldout", "tasks", "general_text"),
+    ),
+    "diversity_map": _Uses((), ("encoder",), code=2),
+    "comparison": _Uses(
+        ("compare", "filter", "evaluation", "models", "source", *_TRAINING),
+        ("heldout", "labelled", "tasks", "encoder"),
+        code=2,
+    ),
+}
+
+# Where a server is and how it is asked doesn't change what it answers, nor does where a model lies or who trains it.
+_HOW_TO_ASK = {"base_url", "api_key_env", "concurrency", "timeout_seconds", "max_retries"}
+_WITHOUT_EFFECT: Any = {
+    "engine": {"server": _HOW_TO_ASK, "ray": True},
+    "generator": {"server": _HOW_TO_ASK},
+    "models": {"device_map"},
+    # Nor do samples change the greedy responses.
+    "response": SAMPLES,
+    "distill": {"processes"},
+}
+
+
+def code_version(transfer: Transfer, asset: str) -> str:
+    """Hash of all that makes an asset another one, beside its inputs (16 characters).
+
+    That is its code, the settings that it uses, with the fingerprint of weights, tokenizer or adapter in the place of
+    each reference (which stands for a hub model that was never fetched), the examples and other files that it reads,
+    and the number of rounds if it reads all of them: fewer rounds change none that is left.
+    """
+    uses = _USES[asset]
+    settings = _settings(transfer.config)
+    for key, fingerprint in transfer.fingerprints.items():
+        section, name = key.split(".")
+        settings[section][name] = fingerprint.value or settings[section][name]
+    used = {section: _dig(settings, section) for section in uses.sections}
+    code = (uses.code, _training_code(transfer.config) if "distill" in uses.sections else 0)
+    rounds = transfer.config.rounds if any(of == "all" for _, of in INPUTS[asset]) else None
+    return _hash([code, used, [_read(transfer, name) for name in uses.others], rounds])[:16]
+
+
+def training_version(transfer: Transfer) -> str:
+    """Changes with the settings that make another adapter of the same pairs (12 characters).
+
+    It names a trained adapter in the store, so it is the same for the same settings in every release. Weights are
+    compared apart, by the fingerprint that is stored with the adapter.
+    """
+    return sections_version(transfer.config, *_TRAINING, code=_training_code(transfer.config))
+
+
+def sections_version(config: TransferConfig, *sections: str, code: int = 1) -> str:
+    """Hash of the named sections as they are written, and of ``code`` (12 characters)."""
+    settings = _settings(config)
+    return _hash([code, {section: _dig(settings, section) for section in sections}])[:12]
+
+
+def tasks_hash(transfer: Transfer) -> str:
+    """Hash of the files of ``evaluation.task_folder``; empty without one."""
+    if not transfer.config.evaluation.task_folder:
+        return ""
+    folder = (transfer.folder / transfer.config.evaluation.task_folder).expanduser()
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        # Python and editors write files of their own there.
+        if file.is_file() and not re.search(r"(^|/)(\.|__pycache__/)", name):
+            digest.update(f"{name}\0{file_hash(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _read(transfer: Transfer, name: str) -> Any:
+    if name == "tasks":
+        return tasks_hash(transfer)
+    if name == "general_text":
+        return general_texts()
+    if name == "encoder":
+        # Installing it makes out of date what was made without.
+        return encoder.missing_packages() is None
+    return list(getattr(transfer, name))
+
+
+def _training_code(config: TransferConfig) -> int:
+    # Balanced drawing has changed three times: those models aren't current.
+    return 1 if config.distill.balance == "none" else 4
+
+
+def _settings(config: TransferConfig) -> dict[str, Any]:
+    """The settings as they are hashed: without what has no effect, and with what stands for the same as one value."""
+    dump = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+    if dump["engine"]["type"] == "ray":
+        dump["engine"]["type"] = "local"  # whose results are the same
+    # How many prompts are answered at once doesn't change what a prompt is answered. (Not left out of the dump, so
+    # that versions from when it counted stay valid.)
+    dump["models"]["batch_size"] = Models.model_fields["batch_size"].default
+    if dump["models"]["compute_dtype"] == "auto":
+        dump["models"]["compute_dtype"] = "bfloat16"  # which it is, but on old GPUs
+    response = config.response
+    dump["samples"] = None
+    if response.samples:
+        how = (response.samples, response.temperature, response.top_p)
+        dump["samples"] = [*how, config.evaluation.metric, config.seed]
+        dump["filter"]["agreement"] = response.agreement  # it decides what is kept
+    if config.filter.rule in KEEP_RULES and config.filter.threshold > 1:
+        dump["filter"]["rounds"] = config.rounds  # which share the number
+    return dump
+
+
+def _dig(data: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        data = data[part]
+    return data
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,346 @@
+"""An OpenAI-compatible server: how it is reached, a stream of requests to it, and what went wrong, in one message;
+and the generator of prompts behind one.
+
+Requests run in a thread with an event loop of its own, so that the server is kept busy while the caller stores
+a batch. The API key lives in the client and in no record, message or log line.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import openai
+
+from tuneshift_dag.config.schema_models import ServedModel, Server
+from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag.method.engine import Decoding, PromptWriter, Response, Side
+
+T = TypeVar("T")
+Work = Callable[["Requests", int], Awaitable[T]]
+Results = queue.SimpleQueue[tuple[int, T] | BaseException | None]
+# Raised by hand when a change to the requests changes what a model answers.
+_ENGINE_VERSION = "openai-1"
+# Results wait at most this long to be stored: what a killed run loses.
+_BATCH_SECONDS = 2.0
+_LOGGER = logging.getLogger("tuneshift_dag.server")
+
+
+class Refused(TuneshiftError):
+    """The server was reached and doesn't do what was asked of it."""
+
+
+@dataclass
+class Totals:
+    """What a stream of requests cost. ``seconds`` is wall time from the first request to the last response."""
+
+    requests: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        rate = (self.prompt_tokens + self.completion_tokens) / max(self.seconds, 1e-9)
+        return (
+            f"{self.requests} requests ({self.retries} retries), {self.prompt_tokens} prompt and"
+            f" {self.completion_tokens} completion tokens in {self.seconds:.1f} s, {rate:.0f} tokens/s"
+        )
+
+
+class OpenAIServer:
+    """One server: how it is reached and how much is asked of it at once."""
+
+    def __init__(self, settings: Server, key: str, log: Callable[[str], None] = _LOGGER.info) -> None:
+        """
+        Args:
+            key: where the settings stand in ``transfer.yaml``, for messages.
+            log: takes a line about what a stream of requests cost, and what the server says of its models.
+        """
+        self.settings = settings
+        self.key = key
+        self.log = log
+        # The client would take OPENAI_API_KEY by itself and send it to whatever base_url names.
+        self._api_key = "EMPTY"
+        if settings.api_key_env:
+            self._api_key = os.environ.get(settings.api_key_env, "").strip()
+            if not self._api_key:
+                raise TuneshiftError(
+                    f"{key}.api_key_env: the environment variable {settings.api_key_env} isn't set."
+                    " Export it with the server's API key, or leave api_key_env out."
+                )
+
+    def stream(self, what: str, count: int, work: Work[T]) -> Iterator[list[tuple[int, T]]]:
+        """Results of ``work(requests, i)`` for i below ``count``, in batches as they finish.
+
+        Closing the iterator cancels what is in flight. After an error, what had finished comes first. In the
+        end, totals are logged under the name ``what``.
+        """
+        results: Results[T] = queue.SimpleQueue()
+        totals = Totals()
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(self._work(count, work, results, totals))
+
+        def run() -> None:
+            try:
+                loop.run_until_complete(task)
+            except BaseException as error:
+                results.put(error)
+            else:
+                results.put(None)
+
+        thread = threading.Thread(target=run, name="openai-requests", daemon=True)
+        thread.start()
+        try:
+            yield from _in_batches(results, self.settings.concurrency)
+        finally:
+            loop.call_soon_threadsafe(task.cancel)
+            thread.join()
+            loop.close()
+            if totals.requests:
+                self.log(f"{what}: {totals}")
+
+    async def _work(self, count: int, work: Work[T], results: "Results[T]", totals: Totals) -> None:
+        """As many workers as requests may be in flight take the indices in turn: memory doesn't grow with count."""
+        indices = iter(range(count))
+
+        async def worker(requests: Requests) -> None:
+            for i in indices:
+                results.put((i, await work(requests, i)))
+
+        started = time.monotonic()
+        async with openai.AsyncOpenAI(
+            api_key=self._api_key,
+            base_url=self.settings.base_url,
+            timeout=self.settings.timeout_seconds,
+            max_retries=self.settings.max_retries,
+        ) as client:
+            requests = Requests(client, self, totals)
+            workers = [asyncio.create_task(worker(requests)) for _ in range(min(count, self.settings.concurrency))]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                unfinished = asyncio.all_tasks() - {asyncio.current_task()}
+                for other in unfinished:
+                    other.cancel()
+                await asyncio.gather(*unfinished, return_exceptions=True)
+                totals.seconds = time.monotonic() - started
+
+    def explain(self, error: openai.APIError) -> TuneshiftError:
+        """One message for what went wrong, with the repair, and without the API key."""
+        settings, after = self.settings, f"after {self.settings.max_retries} retries"
+        where = str(self)
+        if isinstance(error, openai.APITimeoutError):
+            return TuneshiftError(
+                f"{where}: no response within {settings.timeout_seconds:g} s {after}. Raise timeout_seconds, or"
+                f" lower concurrency (now {settings.concurrency})."
+            )
+        if isinstance(error, openai.APIConnectionError):
+            cause = self.redact(str(error.__cause__ or error))
+            return TuneshiftError(f"{where}: can't be reached {after} ({cause}). Is the server running there?")
+        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+            variable = settings.api_key_env or "none is named"
+            return TuneshiftError(
+                f"{where}: the server refuses the API key (status {error.status_code})."
+                f" Check {self.key}.api_key_env ({variable})."
+            )
+        if isinstance(error, openai.APIStatusError):
+            repair = {
+                404: f" Check base_url, which ends with /v1 with most servers, and the model names in {self.key}.",
+                429: f" It allows fewer requests: lower concurrency (now {settings.concurrency}).",
+            }.get(error.status_code, "")
+            tried = f" {after}" if error.status_code == 429 or error.status_code >= 500 else ""
+            said = self.redact(error.response.text.strip())[:500]
+            kind = Refused if error.status_code in (400, 422, 501) else TuneshiftError
+            return kind(f"{where}: status {error.status_code}{tried}: {said}{repair}")
+        return TuneshiftError(f"{where}: {type(error).__name__}: {self.redact(str(error))}")
+
+    def __str__(self) -> str:
+        return f"{self.key} ({self.settings.base_url})"
+
+    def redact(self, text: str) -> str:
+        """A server's words, without the key if it repeats it."""
+        return text.replace(self._api_key, "***") if self.settings.api_key_env else text
+
+
+class Requests:
+    """Requests of one stream: a bounded number at a time, counted."""
+
+    def __init__(self, client: openai.AsyncOpenAI, server: OpenAIServer, totals: Totals) -> None:
+        self.client = client
+        self.server = server
+        self.totals = totals
+        self._slots = asyncio.Semaphore(server.settings.concurrency)
+
+    async def complete(self, body: Mapping[str, Any], extra_body: Mapping[str, Any]) -> dict[str, Any]:
+        """The first choice of a completion."""
+        return await self._post(self.client.completions.with_raw_response.create, body, extra_body)
+
+    async def chat(self, body: Mapping[str, Any], extra_body: Mapping[str, Any]) -> dict[str, Any]:
+        """The first choice of a chat completion."""
+        return await self._post(self.client.chat.completions.with_raw_response.create, body, extra_body)
+
+    async def models(self) -> list[dict[str, Any]] | None:
+        """What the server says of its models; None when it doesn't list any."""
+        problem = None
+        async with self._slots:
+            try:
+                raw = await self.client.models.with_raw_response.list()
+            except openai.NotFoundError:
+                return None
+            except openai.APIError as error:
+                problem = self.server.explain(error)
+        if problem:
+            raise problem
+        listed = self._json(raw).get("data")
+        return listed if isinstance(listed, list) else None
+
+    async def _post(self, create: Any, body: Mapping[str, Any], extra_body: Mapping[str, Any]) -> dict[str, Any]:
+        problem = None
+        async with self._slots:
+            try:
+                raw = await create(**body, extra_body={**self.server.settings.extra_body, **extra_body})
+            except openai.APIError as error:
+                # Raised below, outside of this block: the client's own exception holds the request and its headers.
+                problem = self.server.explain(error)
+        if problem:
+            raise problem
+        found = self._json(raw)
+        usage = found.get("usage") or {}
+        self.totals.requests += 1
+        self.totals.retries += raw.retries_taken
+        self.totals.prompt_tokens += usage.get("prompt_tokens") or 0
+        self.totals.completion_tokens += usage.get("completion_tokens") or 0
+        try:
+            choice: dict[str, Any] = found["choices"][0]
+        except (KeyError, IndexError, TypeError):
+            raise self._unreadable(raw) from None
+        return choice
+
+    def _json(self, raw: Any) -> dict[str, Any]:
+        # Read as it is: fields beyond OpenAI's matter here, and a model of every token costs time.
+        try:
+            found = json.loads(raw.content)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise self._unreadable(raw)
+        return found
+
+    def _unreadable(self, raw: Any) -> TuneshiftError:
+        said = self.server.redact(raw.content.decode(errors="replace").strip())[:200]
+        return TuneshiftError(
+            f"{self.server}: the response isn't that of an OpenAI-compatible server: {said!r}. Check base_url."
+        )
+
+
+class ServedGenerator(PromptWriter):
+    """The generator of prompts, a model of a server.
+
+    It deals in text: a prompt's "token ids" are its Unicode code points, and a response has none. Its
+    log-probability isn't asked for and is NaN.
+    """
+
+    def __init__(self, server: OpenAIServer, model: str, chat: bool) -> None:
+        """
+        Args:
+            chat: whether prompts are messages of a chat, which the server puts into the model's chat template.
+        """
+        self.server = server
+        self.model = ServedModel(model=model)
+        self.is_chat = chat
+
+    def fingerprint(self, side: Side) -> str:
+        return model_fingerprint(self.server.settings, self.model, "chat" if self.is_chat else "text")
+
+    def encode(self, text: str, templated: bool = False) -> list[int]:
+        return list(map(ord, text))
+
+    def render_chat(self, message: str) -> str:
+        return message
+
+    def generate(
+        self, prompts: Sequence[list[int]], side: Side, decoding: Decoding, seeds: Sequence[int] | None = None
+    ) -> Iterator[list[tuple[int, Response]]]:
+        async def work(requests: Requests, i: int) -> Response:
+            text = "".join(map(chr, prompts[i]))
+            body, extra = sampling_fields(decoding, seeds[i] if seeds else decoding.seed)
+            body["model"] = self.model.model
+            if self.is_chat:
+                # The name that OpenAI's newer models insist on.
+                body["max_completion_tokens"] = body.pop("max_tokens")
+                choice = await requests.chat({"messages": [{"role": "user", "content": text}], **body}, extra)
+                answer = (choice.get("message") or {}).get("content")
+            else:
+                choice = await requests.complete({"prompt": text, **body}, extra)
+                answer = choice.get("text")
+            # Whatever else ended it (a content filter), its last item may be cut off.
+            finished = choice.get("finish_reason") == "stop"
+            return Response(answer or "", [], "stop" if finished else "length", float("nan"), None)
+
+        yield from self.server.stream("generator calls", len(prompts), work)
+
+
+def model_fingerprint(server: Server, model: ServedModel, *parts: str) -> str:
+    """What the transfer says of a model on a server, and other ``parts``."""
+    extra = json.dumps({**server.extra_body, **model.extra_body}, sort_keys=True)
+    return "|".join([_ENGINE_VERSION, model.model, server.revision, extra, *parts])
+
+
+def sampling_fields(decoding: Decoding, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Standard fields and extensions of a request. Nothing is left to a server's or a model's own defaults."""
+    body: dict[str, Any] = {"max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
+    if decoding.stop:
+        body["stop"] = [decoding.stop]
+    if decoding.temperature == 0:
+        return body, {}
+    # 31 bits: llama.cpp's seed is no longer.
+    body |= {"top_p": decoding.top_p, "seed": seed % 2**31}
+    return body, {"top_k": decoding.top_k, "min_p": 0.0} if decoding.top_k else {}
+
+
+def token_logprobs(choice: dict[str, Any]) -> list[tuple[int, float]] | None:
+    """Id and log-probability of each token of a choice; None when the server didn't give them.
+
+    vLLM writes a token as "token_id:42" when asked to; llama.cpp gives an object with its id. The first token of
+    an echoed prompt has no log-probability (here: 0).
+    """
+    logprobs = choice.get("logprobs") or {}
+    if logprobs.get("content") is not None:
+        found = [(token.get("id"), token.get("logprob")) for token in logprobs["content"]]
+        return None if any(i is None or p is None for i, p in found) else found
+    names, values = logprobs.get("tokens"), logprobs.get("token_logprobs")
+    if names is None or values is None or not all(str(name).startswith("token_id:") for name in names):
+        return None
+    return [
+        (int(name.removeprefix("token_id:")), 0.0 if value is None else value)
+        for name, value in zip(names, values, strict=True)
+    ]
+
+
+def _in_batches(results: "Results[T]", size: int) -> Iterator[list[tuple[int, T]]]:
+    """What arrives in the queue, gathered for a moment; None ends it and an exception is raised."""
+    while True:
+        batch: list[tuple[int, T]] = []
+        item = results.get()
+        until = time.monotonic() + _BATCH_SECONDS
+        while isinstance(item, tuple):
+            batch.append(item)
+            if len(batch) == size:
+                break
+            try:
+                item = results.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                break
+        if batch:
+            yield batch
+        if isinstance(item, BaseException):
+            raise item
+        if item is None:
+            return
