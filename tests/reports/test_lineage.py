@@ -26,7 +26,8 @@ from tuneshift_dag.reports.lineage import Call, Prompt, down, up
 from tuneshift_dag.runner import Runner
 from tuneshift_dag.store import tables
 from tuneshift_dag.store.database import Store
-from tuneshift_dag.store.tables import SYNTHETIC_PROMPTS, TRANSFER_TABLES, TRANSFER_VIEWS, View
+from tuneshift_dag.store.queries import COLUMN_SOURCES, TRANSFER_VIEWS, View
+from tuneshift_dag.store.tables import SYNTHETIC_PROMPTS, TRANSFER_TABLES
 
 DOCS = Path(__file__).parents[2] / "docs" / "lineage.md"
 ROUNDS = 4
@@ -439,7 +440,7 @@ def test_the_documentation_names_every_view_and_every_reason():
 
 def test_column_sources_name_every_column_of_a_table_and_real_columns_above_it():
     known = {table.name: {column.name for column in table.columns} for table in TRANSFER_TABLES}
-    for table, columns in tables.COLUMN_SOURCES.items():
+    for table, columns in COLUMN_SOURCES.items():
         assert set(columns) == known[table]
         for sources in columns.values():
             assert sources
@@ -447,10 +448,10 @@ def test_column_sources_name_every_column_of_a_table_and_real_columns_above_it()
                 assert column in known[source]
 
 
-@pytest.mark.parametrize("asset", list(tables.COLUMN_SOURCES))
+@pytest.mark.parametrize("asset", list(COLUMN_SOURCES))
 def test_materializations_carry_their_column_lineage(graph, asset):
     lineage = graph.metadata[asset, "round_01"]["dagster/column_lineage"].value
-    assert set(lineage.deps_by_column) == set(tables.COLUMN_SOURCES[asset])
+    assert set(lineage.deps_by_column) == set(COLUMN_SOURCES[asset])
     for deps in lineage.deps_by_column.values():
         assert all(dep.asset_key.path[0] == "banking" for dep in deps)
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.conftest import Run
 from tests.fakes import FakeEngine, FakeModels
+from tuneshift_dag.cli import rendering
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.config.schema import Distill
 from tuneshift_dag.errors import TuneshiftError
@@ -442,7 +444,7 @@ class TestCommand:
         base = load_transfer(sized).config.source.base
         step = [("scored_pairs", "round_01", 40.0, 400)]
         write_steps(recorded, "local", step, 1, engine="local", models=base)
-        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(rendering, "out", Console(width=200))
         status, out, _ = tuneshift("plan", "banking")
         assert status == 0
         rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
