@@ -1,6 +1,8 @@
 """The command line, with fake models: what it prints where, and how it fails."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,13 @@ import yaml
 
 from tests.conftest import Project, Run
 from tests.fakes import FakeEngine, FakeModels
+from tuneshift_dag.cli.doctor import quantized_in_use
+from tuneshift_dag.config.files import load_transfer
+from tuneshift_dag.method.engine import Decoding, Response
+from tuneshift_dag.reports.export import export
+from tuneshift_dag.reports.summary import describe_filter, escape_markdown
+from tuneshift_dag.store.cache import ResponseCache
+from tuneshift_dag.store.database import Store
 
 MODELS = ["source_base", "source_fine_tuned", "target_base", "target_distilled"]
 
@@ -34,7 +43,8 @@ class TestRun:
         figures = json.loads(out)
         assert figures["rounds"] == 2
         assert figures["model_calls"] > 0
-        assert "seed_set" in err and "evaluation" in err
+        assert "banking: 10 steps to do, 2 rounds (round_01 to round_02); no recorded speed yet." in err
+        assert "\nsynthetic_prompts round_01 of 2\n" in err and "\nevaluation\n" in err
 
         # The same again: nothing to do, and so nothing was spent.
         calls = models.calls()
@@ -45,6 +55,38 @@ class TestRun:
         assert again["pairs_kept"] == figures["pairs_kept"]
         assert "Everything is up to date." in err
         assert models.calls() == calls
+
+    def test_of_fewer_rounds_trains_on_those_and_goes_on_later(
+        self, tuneshift: Run, models: FakeModels, transfer_folder: Path, tmp_path: Path
+    ) -> None:
+        status, out, err = tuneshift("run", "banking", "--rounds", "1")
+        assert status == 0
+        assert "banking: 7 steps to do, 1 rounds (round_01 to round_01)" in err
+        assert "round_02" not in out + err
+        # What to look at: the pictures that there are, and what to type.
+        output = tmp_path / "home" / "output" / "banking"
+        shown = [line.strip() for line in err.partition("Pictures:\n")[2].partition("Next:")[0].splitlines()]
+        names = ("perplexity_scatter.png", "kept_by_threshold.png", "training_curve.png", "accuracy.png")
+        assert shown == [str(output / name) for name in names] and all(Path(path).is_file() for path in shown)
+        assert all(f"tuneshift {command} banking" in err for command in ("report", "sweep", "export"))
+
+        status, out, err = tuneshift("run", "banking", "--json")
+        assert status == 0
+        assert json.loads(out)["rounds"] == 2
+        assert "1 rounds (round_02 to round_02); about" in err and "at recorded speeds" in err
+        assert "synthetic_prompts round_01" not in err and "Pictures:" not in err
+
+    def test_interrupted_says_what_to_do_in_one_line(
+        self, tuneshift: Run, models: FakeModels, transfer_folder: Path
+    ) -> None:
+        """As Ctrl-C does it, while a model answers."""
+        models.source = FakeEngine("source", on_batch=lambda number: os.kill(os.getpid(), signal.SIGINT))
+        status, out, err = tuneshift("run", "banking")
+        assert (status, out) == (130, ""), err
+        assert err.splitlines()[-1] == "interrupted; what was computed is kept: run the same command again"
+        assert "Traceback" not in err
+        models.source = FakeEngine("source")
+        assert tuneshift("run", "banking")[0] == 0
 
     def test_a_failing_step_is_one_message_and_prints_no_figures(
         self, tuneshift: Run, models: FakeModels, transfer_folder: Path
@@ -137,6 +179,141 @@ class TestErrors:
         assert len(done.stderr.splitlines()) == 1
 
 
+class TestHomes:
+    """``DAGSTER_HOME`` and ``TUNESHIFT_HOME`` as people write them."""
+
+    @pytest.fixture(autouse=True)
+    def working_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        folder = tmp_path / "work"
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("HOME", str(tmp_path / "user"))
+        return folder
+
+    @pytest.mark.parametrize(
+        ("given", "where"), [("dagster", "work/dagster"), ("~/dagster", "user/dagster"), ("", "home/dagster")]
+    )
+    def test_are_made_absolute(
+        self, tuneshift: Run, project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str, where: str
+    ) -> None:
+        monkeypatch.setenv("DAGSTER_HOME", given)
+        # Without `compare:` it ends before anything runs, with Dagster's instance open.
+        status, _, err = tuneshift("compare", "banking")
+        assert status == 1 and "compare: missing" in err
+        assert (tmp_path / where / "dagster.yaml").is_file()
+        assert os.environ["DAGSTER_HOME"] == str(tmp_path / where)
+        assert [path.name for path in (tmp_path / "work").iterdir()] == (["dagster"] if given == "dagster" else [])
+
+    def test_of_tuneshift_itself_too(
+        self, tuneshift: Run, transfer_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("TUNESHIFT_HOME", "~/ts")
+        _, out, _ = tuneshift("doctor", "--no-models")
+        assert f"database: {tmp_path / 'user' / 'ts' / 'tuneshift.duckdb'}\n" in out
+        assert list((tmp_path / "work").iterdir()) == []
+
+    @pytest.mark.parametrize("variable", ["DAGSTER_HOME", "TUNESHIFT_HOME"])
+    def test_that_are_a_file_are_one_line(
+        self, tuneshift: Run, transfer_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
+    ) -> None:
+        file = tmp_path / "file"
+        file.touch()
+        monkeypatch.setenv(variable, str(file))
+        status, out, err = tuneshift("run", "banking")
+        assert (status, out) == (1, "")
+        assert err == f"error: {variable}: {file} is no folder. Name one, or unset the variable.\n"
+
+    @pytest.mark.parametrize("text", ["storage: [", "storage:\n  postgres:\n    postgres_db: {}\n", "no: such key\n"])
+    def test_with_a_broken_dagster_yaml_are_one_line(
+        self, tuneshift: Run, transfer_folder: Path, tmp_path: Path, text: str
+    ) -> None:
+        file = tmp_path / "home" / "dagster" / "dagster.yaml"
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+        status, out, err = tuneshift("run", "banking")
+        assert (status, out) == (1, "")
+        assert err.startswith(f"error: {file}: Dagster can't open its instance (") and len(err.splitlines()) == 1
+        assert file.read_text() == text
+
+
+def test_the_program_starts_without_what_takes_long() -> None:
+    """`tuneshift --help` in a tenth of the time that Dagster takes."""
+    heavy = ("dagster", "torch", "transformers", "matplotlib", "polars", "duckdb", "pydantic")
+    program = f"import sys, tuneshift_dag.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+class TestCache:
+    @pytest.fixture
+    def unused(self, transfer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ResponseCache:
+        monkeypatch.setenv("TUNESHIFT_CACHE", str(tmp_path / "cache"))
+        cache = ResponseCache(Store(tmp_path / "home" / "tuneshift.duckdb"))
+        cache.put({cache.response_key("f", [1], Decoding(8)): Response("yes", [1, 0], "stop", -1.0, -0.5)}, {})
+        return cache
+
+    def entries(self, cache: ResponseCache) -> int:
+        return int(cache.store.read("SELECT count(*) FROM cache.responses").item())
+
+    def test_gc_lists_and_removes_only_when_told(self, tuneshift: Run, unused: ResponseCache) -> None:
+        for arguments, removed in (([], False), (["--dry-run", "--yes"], False), (["--yes"], True)):
+            status, out, err = tuneshift("cache", "gc", "--json", *arguments)
+            assert status == 0
+            (row,) = json.loads(out)
+            assert (row["kind"], row["why"]) == ("responses", "1 of 1, which no materialization uses")
+            assert ("--yes removes it" in err) == (not arguments)
+            assert self.entries(unused) == (0 if removed else 1)
+        assert json.loads(tuneshift("cache", "gc", "--json", "--yes")[1]) == []
+
+    def test_gc_leaves_copies_of_weights_alone_when_a_transfer_cannot_be_read(
+        self, tuneshift: Run, unused: ResponseCache, transfer_folder: Path, tmp_path: Path
+    ) -> None:
+        copy = tmp_path / "cache" / "quantized" / ("0" * 16)
+        copy.mkdir(parents=True)
+        os.utime(copy, (0, 0))
+        assert [row["kind"] for row in json.loads(tuneshift("cache", "gc", "--json")[1])] == ["responses", "quantized"]
+        (transfer_folder / "transfer.yaml").write_text("source: [")
+        status, out, err = tuneshift("cache", "gc", "--json")
+        assert status == 0 and [row["kind"] for row in json.loads(out)] == ["responses"]
+        assert err.startswith("note: 4-bit copies of weights are left alone, ")
+
+    def test_copies_in_use_are_named_by_all_that_makes_them(self, transfer_folder: Path, edit_config: Any) -> None:
+        """One model, in 4 bits for answers in one of the two dtypes that `auto` stands for; then in another."""
+        before = quantized_in_use([load_transfer(transfer_folder)])
+        edit_config("models.compute_dtype", "bfloat16")
+        some = quantized_in_use([load_transfer(transfer_folder)])
+        edit_config("models.quantization", "fp4")
+        other = quantized_in_use([load_transfer(transfer_folder)])
+        assert some < before and not other & some
+        assert all(len(name) == 16 for name in before | other)
+
+
+class TestCards:
+    @pytest.mark.parametrize(
+        ("text", "shown"),
+        [
+            ("Where is my card?", "Where is my card?"),
+            ("![x](http://a) <b>*no*</b> | [l](u)", "\\!\\[x\\](http://a) \\<b\\>\\*no\\*\\</b\\> \\| \\[l\\](u)"),
+            ("- item", "\\- item"),
+            ("1. one", "1\\. one"),
+            ("two\nlines `x`", "two ⏎ lines \\`x\\`"),
+        ],
+    )
+    def test_texts_are_data_and_no_markdown(self, text: str, shown: str) -> None:
+        assert escape_markdown(text) == shown
+
+    def test_a_filter_is_described(self, transfer_folder: Path, edit_config: Any) -> None:
+        def described() -> str:
+            return describe_filter(load_transfer(transfer_folder))
+
+        assert described() == "`both`, threshold 1.5"
+        edit_config("filter", {"rule": "top_excess", "threshold": 0.5})
+        edit_config("response", {"samples": 5, "agreement": 0.6})
+        assert described() == "`top_excess`, threshold 0.5; at least 0.6 of 5 samples agree"
+        edit_config("filter", {"rule": "unfiltered"})
+        assert described() == "`unfiltered`"
+
+
 class TestExport:
     def test_writes_the_adapter_and_the_dataset_with_their_cards(
         self, tuneshift: Run, done: Project, tmp_path: Path
@@ -159,14 +336,45 @@ class TestExport:
         assert f"{len(kept)} prompts" in (to / "README.md").read_text()
         card = (to / "adapter" / "README.md").read_text()
         assert yaml.safe_load(card.split("---")[1])["base_model"] == "models/tiny-base"
-        # Into the same folder once more.
+        # Into the same folder once more: what is of others stays there.
+        (to / "notes.txt").write_text("mine")
+        (to / "adapter" / "stale.bin").touch()
         assert tuneshift("export", "banking", "--to", str(to))[0] == 0
+        assert {path.name for path in to.iterdir()} == {
+            "adapter", "dataset.jsonl", "dataset.parquet", "README.md", "notes.txt",
+        }  # fmt: skip
+        assert not (to / "adapter" / "stale.bin").exists()
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    def test_an_error_leaves_no_half_folder(self, tuneshift: Run, done: Project, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        status, out, err = tuneshift("export", "banking", "--to", str(tmp_path / "file" / "to"))
+        assert (status, out) == (1, "")
+        assert err.startswith(f"error: --to {tmp_path / 'file' / 'to'}: ") and len(err.splitlines()) == 1
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(pl.DataFrame, "write_parquet", _interrupt)
+            export(done.store, done.transfer, tmp_path / "to")
+        assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+    def test_the_card_shows_prompts_and_template_as_they_are(self, done: Project, tmp_path: Path) -> None:
+        transfer = done.transfer
+        transfer.seeds[0] = "# <img src=x>"
+        config = transfer.config.model_copy(update={"prompt_template": "```\n{prompt}\n```"})
+        object.__setattr__(transfer, "config", config)
+        export(done.store, transfer, tmp_path / "to")
+        card = (tmp_path / "to" / "adapter" / "README.md").read_text("utf-8")
+        assert "- \\# \\<img src=x\\>\n" in card
+        assert "\n````\n```\n{prompt}\n```\n````\n" in card
 
     def test_before_any_run_is_an_error(self, tuneshift: Run, transfer_folder: Path, tmp_path: Path) -> None:
         status, out, err = tuneshift("export", "banking", "--to", str(tmp_path / "to"))
         assert (status, out) == (1, "")
         assert err == "error: banking has no distilled model yet: `tuneshift run banking` first.\n"
         assert not (tmp_path / "to").exists()
+
+
+def _interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
 
 
 class TestDoctor:
@@ -187,3 +395,20 @@ class TestDoctor:
         status, out, _ = tuneshift("doctor", "--no-models")
         assert status == 1
         assert f"fix  transfers: none in {tmp_path / 'transfers'}" in out
+
+    def test_shows_what_the_weights_are_known_by(self, tuneshift: Run, transfer_folder: Path) -> None:
+        fingerprint = load_transfer(transfer_folder).fingerprints["source.base"].value
+        _, out, _ = tuneshift("doctor", "--no-models", "banking")
+        (line,) = (line for line in out.splitlines() if line.startswith("ok   banking weights: "))
+        assert f"source.base models/tiny-base ({fingerprint[:12]})" in line
+        assert "source.adapter adapter (" in line
+
+    def test_a_server_that_was_not_asked_is_not_said_to_have_a_template(
+        self, tuneshift: Run, transfer_folder: Path, edit_config: Callable[[str, Any], None]
+    ) -> None:
+        edit_config("generator.server", {"base_url": "http://127.0.0.1:9/v1"})
+        edit_config("engine", {"type": "ray", "ray": {"address": "127.0.0.1:9"}})
+        edit_config("source.adapter", "someone/adapter-on-the-hub")  # not here, so no preflight
+        _, out, _ = tuneshift("doctor", "banking")
+        assert "note banking generator: models/tiny-base on http://127.0.0.1:9/v1 wasn't asked" in out
+        assert "has a chat template" not in out

@@ -10,12 +10,13 @@ import dagster as dg
 import duckdb
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.conftest import make_transfer_folder
 from tests.fakes import FakeModels
-from tuneshift_dag import cli
 from tuneshift_dag.assets import build_assets
+from tuneshift_dag.cli import app, rendering
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.errors import TuneshiftError
@@ -25,7 +26,8 @@ from tuneshift_dag.reports.lineage import Call, Prompt, down, up
 from tuneshift_dag.runner import Runner
 from tuneshift_dag.store import tables
 from tuneshift_dag.store.database import Store
-from tuneshift_dag.store.tables import SYNTHETIC_PROMPTS, TRANSFER_TABLES, TRANSFER_VIEWS, View
+from tuneshift_dag.store.queries import COLUMN_SOURCES, TRANSFER_VIEWS, View
+from tuneshift_dag.store.tables import SYNTHETIC_PROMPTS, TRANSFER_TABLES
 
 DOCS = Path(__file__).parents[2] / "docs" / "lineage.md"
 ROUNDS = 4
@@ -340,8 +342,8 @@ def run_cli(graph: Graph, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> s
     monkeypatch.setenv("TUNESHIFT_HOME", str(graph.home))
     monkeypatch.setenv("TUNESHIFT_TRANSFERS", str(graph.transfer.folder.parent))
     # The console was made at import, for another standard output.
-    monkeypatch.setattr(cli, "_out", cli.Console(width=300))
-    result = CliRunner().invoke(cli.app, ["lineage", *arguments], catch_exceptions=False)
+    monkeypatch.setattr(rendering, "out", Console(width=300))
+    result = CliRunner().invoke(app, ["lineage", *arguments], catch_exceptions=False)
     assert result.exit_code == 0
     return result.stdout
 
@@ -374,8 +376,8 @@ def test_the_command_prints_one_json_object(graph, monkeypatch):
 def test_prompts_are_never_read_as_markup(graph):
     prompt = Prompt("a1", "[bold]not[/bold] [/] markup", "round_01", "kept", None, " [red]", False)
     prompt.calls.append(Call("c1", "round_01", 0, 1, 0))
-    console = cli.Console(width=200, record=True, file=io.StringIO())
-    console.print(cli._prompt_line(prompt))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(rendering.prompt_line(prompt))
     assert "[bold]not[/bold] [/] markup [round_01, kept] → [red]" in console.export_text()
 
 
@@ -438,7 +440,7 @@ def test_the_documentation_names_every_view_and_every_reason():
 
 def test_column_sources_name_every_column_of_a_table_and_real_columns_above_it():
     known = {table.name: {column.name for column in table.columns} for table in TRANSFER_TABLES}
-    for table, columns in tables.COLUMN_SOURCES.items():
+    for table, columns in COLUMN_SOURCES.items():
         assert set(columns) == known[table]
         for sources in columns.values():
             assert sources
@@ -446,10 +448,10 @@ def test_column_sources_name_every_column_of_a_table_and_real_columns_above_it()
                 assert column in known[source]
 
 
-@pytest.mark.parametrize("asset", list(tables.COLUMN_SOURCES))
+@pytest.mark.parametrize("asset", list(COLUMN_SOURCES))
 def test_materializations_carry_their_column_lineage(graph, asset):
     lineage = graph.metadata[asset, "round_01"]["dagster/column_lineage"].value
-    assert set(lineage.deps_by_column) == set(tables.COLUMN_SOURCES[asset])
+    assert set(lineage.deps_by_column) == set(COLUMN_SOURCES[asset])
     for deps in lineage.deps_by_column.values():
         assert all(dep.asset_key.path[0] == "banking" for dep in deps)
 

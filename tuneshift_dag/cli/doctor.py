@@ -152,11 +152,11 @@ def quantized_in_use(transfers: Sequence[Transfer]) -> set[str]:
             ("target.base", transfer.config.distill.quantization),
         }
         for key, quantization in loaded:
-            fingerprint = transfer.fingerprints.get(key)
-            # `auto` is one or the other, as the machine has bfloat16.
+            # `auto` is one or the other, as the machine has bfloat16. A generator on a server has no fingerprint.
             for name in ("bfloat16", "float16") if dtype == "auto" else (dtype,):
-                parts = [fingerprint.value if fingerprint else "", quantization, f"torch.{name}", version]
-                used.add(hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:16])
+                if key in transfer.fingerprints and quantization != "none":
+                    parts = [transfer.fingerprints[key].value, quantization, f"torch.{name}", version]
+                    used.add(hashlib.sha256("|".join(parts).encode()).hexdigest()[:16])
     return used
 
 

@@ -137,29 +137,21 @@ def plan(made: dict[str, Any]) -> None:
         highlight=False,
     )
     table = Table(caption="seconds at the speeds recorded here", title_justify="left", caption_justify="left")
-    table.add_column("", no_wrap=True)
-    for column in ("memory", "recorded peak", "seconds", "rows/s", "tokens/s"):
-        table.add_column(column, justify="right")
-    for column in ("models", "engine", "recorded"):
-        table.add_column(column, overflow="fold")
+    for column in ("", "memory", "recorded peak", "seconds", "rows/s", "models", "engine", "recorded"):
+        table.add_column(
+            column, justify="right" if column in ("memory", "recorded peak", "seconds", "rows/s") else "left"
+        )
 
     def number(value: float | None, text: str, scale: float = 1) -> str:
         return "-" if value is None else text.format(value / scale)
 
     for name, step in made["steps"].items():
-        speed: dict[str, Any] = step["speed"] or dict.fromkeys(("tokens_per_second", "models", "engine", "recorded_at"))
+        speed = step["speed"] or {"models": None, "engine": None, "recorded_at": "-"}
         models = [model.rpartition("/")[2] for model in (speed["models"] or "-").split(", ")]
-        table.add_row(
-            name,
-            number(step["memory_bytes"], "{:.1f} GB", 1e9),
-            number(step["recorded_peak_bytes"], "{:.1f} GB", 1e9),
-            number(step["seconds"], "{:,.1f}"),
-            number(1 / speed["seconds_per_row"] if step["speed"] else None, "{:,.1f}"),
-            number(speed["tokens_per_second"], "{:,.0f}"),
-            ", ".join(models),
-            speed["engine"] or "-",
-            (speed["recorded_at"] or "-")[:10],
-        )
+        memory = [number(step[column], "{:.1f} GB", 1e9) for column in ("memory_bytes", "recorded_peak_bytes")]
+        rate = number(1 / speed["seconds_per_row"] if step["speed"] else None, "{:,.1f}")
+        ran = (", ".join(models), speed["engine"] or "-", speed["recorded_at"][:10])
+        table.add_row(name, *memory, number(step["seconds"], "{:,.1f}"), rate, *ran)
     table.add_section()
     table.add_row("total", "", "", number(made["total_seconds"], "{:,.1f}"))
     out.print(table)

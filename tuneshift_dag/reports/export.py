@@ -166,7 +166,7 @@ def _comparison(figures: dict[str, Any]) -> str:
         f" ({row['low']:.3f} to {row['high']:.3f}) | {cell(row, 'vs_random')} | {cell(row, 'vs_unfiltered')} |"
         for row in rows
     )
-    return f"""
+    card = f"""
 ## Is the filter worth it?
 
 Other models, trained on equally many pairs of each filter, several times each; held-out accuracy with 95 %
@@ -175,32 +175,21 @@ bootstrap intervals over trainings and prompts, differences paired. {conclusion(
 | filter | pairs | trainings | accuracy | minus random | minus unfiltered |
 | --- | --- | --- | --- | --- | --- |
 {lines}
-{_diversity(rows)}{_arm_tasks(rows)}"""
-
-
-def _diversity(rows: list[dict[str, Any]]) -> str:
-    """How varied each filter's pairs were; nothing where it wasn't measured."""
-    varied = diversity(rows)
-    if not varied:
-        return ""
-    return f"""
+"""
+    if diversity(rows):
+        card += f"""
 How varied the pairs were: distinct bigrams are a share of all, repetition is that of word 4-grams within a prompt, and
 similarity the mean cosine of all pairs of prompts (MiniLM). Means over the trainings.
 
-{_markdown(varied)}
+{_markdown(diversity(rows))}
 """
-
-
-def _arm_tasks(rows: list[dict[str, Any]]) -> str:
-    """Each filter's scores on standard tasks; nothing without `evaluation.tasks`."""
-    tasks = arm_tasks(rows)
-    if not tasks:
-        return ""
-    return f"""
+    if arm_tasks(rows):
+        card += f"""
 Standard tasks through lm-evaluation-harness: the mean over the trainings, with the lowest and the highest.
 
-{_markdown(tasks)}
+{_markdown(arm_tasks(rows))}
 """
+    return card
 
 
 def _markdown(rows: list[dict[str, str]]) -> str:
@@ -229,8 +218,5 @@ Synthetic text: it may hold mistakes of the models that wrote it, and is bound b
 def _write_chat(pairs: pl.DataFrame, path: Path) -> None:
     with path.open("w", encoding="utf-8") as handle:
         for prompt, response in pairs.select("prompt", "response").iter_rows():
-            messages = [
-                {"role": "user", "content": prompt},
-                {"role": "assistant", "content": response.strip()},
-            ]
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response.strip()}]
             handle.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")

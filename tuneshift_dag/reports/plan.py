@@ -79,11 +79,7 @@ class ModelSize:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelSize":
-        """From a ``config.json`` as transformers writes it; KeyError names a key that isn't there.
-
-        Raises:
-            ValueError: for a mixture of experts, whose active and stored parameters differ.
-        """
+        """From a ``config.json``; KeyError names a missing key, ValueError refuses a mixture of experts."""
         config = config.get("text_config", config)
         experts = next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)), "")
         if experts:
@@ -117,11 +113,7 @@ class ModelSize:
 
 
 def model_sizes(transfer: Transfer) -> dict[str, ModelSize]:
-    """Of the source, generator and target those that this machine loads.
-
-    Raises:
-        TuneshiftError: when one's size isn't known, saying why.
-    """
+    """Of the source, generator and target those that this machine loads; TuneshiftError when one's isn't known."""
     config = transfer.config
     elsewhere = {"source": config.engine.server or config.engine.ray.address}
     elsewhere["generator"] = config.generator.server or config.engine.ray.address
@@ -165,7 +157,12 @@ class Work:
 
 def work(store: Store, transfer: Transfer) -> Work:
     config, generator = transfer.config, transfer.config.generator
-    row = store.read(_COUNTS, schema=transfer.name).row(0, named=True)
+    counts = """
+        SELECT (SELECT count(*) FROM proposals) AS calls, (SELECT count(*) FROM synthetic_prompts) AS prompts,
+            (SELECT count(*) FROM filtered_dataset) AS kept, count(*) AS scored, avg(len(prompt)) AS characters,
+            avg(fine_tuned_tokens) AS response FROM scored_pairs
+    """
+    row = store.read(counts, schema=transfer.name).row(0, named=True)
     per_call = row["prompts"] / row["calls"] if row["calls"] else generator.prompts_per_call
     prompts = max(1, round(generator.calls_per_round * min(per_call, generator.prompts_per_call)))
     share = row["kept"] / row["scored"] if row["scored"] else 1.0
@@ -176,26 +173,14 @@ def work(store: Store, transfer: Transfer) -> Work:
     examples = max(1, round(pairs * (1 - config.distill.validation_fraction))) * config.distill.epochs
     rows = (rounds * generator.calls_per_round, rounds * prompts, examples, 4 * len(transfer.heldout))
     characters = row["characters"] or sum(map(len, transfer.seeds)) / len(transfer.seeds)
-    prompt = characters / _CHARACTERS_PER_TOKEN
     response = min(row["response"] or math.inf, config.response.max_new_tokens)
-    return Work(bool(row["scored"]), rounds, {s: n for s, n in zip(STEPS, rows, strict=True) if n}, prompt, response)
-
-
-_COUNTS = """
-    SELECT (SELECT count(*) FROM proposals) AS calls, (SELECT count(*) FROM synthetic_prompts) AS prompts,
-        (SELECT count(*) FROM filtered_dataset) AS kept, count(*) AS scored, avg(len(prompt)) AS characters,
-        avg(fine_tuned_tokens) AS response
-    FROM scored_pairs
-"""
+    counted = {step: number for step, number in zip(STEPS, rows, strict=True) if number}
+    return Work(bool(row["scored"]), rounds, counted, characters / _CHARACTERS_PER_TOKEN, response)
 
 
 def memory(transfer: Transfer, needed: Work, total: float, usable: float) -> tuple[dict[str, float], list[str]]:
     """Bytes of each step that loads models here, and a line with its repair for each that doesn't fit in ``usable``, or
-    only with smaller batches.
-
-    Raises:
-        TuneshiftError: when a model's size isn't known.
-    """
+    only with smaller batches; TuneshiftError when a model's size isn't known."""
     config, sizes = transfer.config, model_sizes(transfer)
     quantized, kv_bytes = config.models.quantization != "none", 1 if config.models.kv_cache_dtype == "int8" else 2
     weights = {name: size.weight_bytes(quantized) for name, size in sizes.items()}
@@ -218,6 +203,13 @@ def memory(transfer: Transfer, needed: Work, total: float, usable: float) -> tup
     ]
     found: dict[str, float] = {}
     lines: dict[str, str] = {}
+
+    def refuse(step: str, repair: str) -> None:
+        lines[step] = (
+            f"{step} needs about {found[step] / 1e9:.1f} GB, and of this machine's memory a run can plan with"
+            f" {usable / 1e9:.1f} GB: {repair}, or use more memory."
+        )
+
     for step, model, resident, prompt, new, rows in answered:
         if model not in sizes or not rows:
             continue
@@ -225,24 +217,19 @@ def memory(transfer: Transfer, needed: Work, total: float, usable: float) -> tup
         batch = max(1, min(wanted, int(BATCH_SHARE * (total - resident) / row)))
         found[step] = max(found.get(step, 0.0), _PROCESS_BYTES + resident + batch * row)
         if found[step] > usable:
-            lines[step] = _too_large(step, found[step], usable, _smaller_models(transfer, step))
+            refuse(step, _smaller_models(transfer, step))
         elif batch < wanted and step != "evaluation":
             more = "; models.kv_cache_dtype: int8 makes room for more" if kv_bytes == 2 else ""
             lines[step] = f"{step} has memory for batches of {batch}, not {wanted}: it runs, slower{more}."
     longest = template + config.generator.max_prompt_characters / _CHARACTERS_PER_TOKEN + config.response.max_new_tokens
-    training = (longest, needed.response)
-    found["distilled_model"] = sizes["target"].training_bytes(config.distill, *training)
-    if found["distilled_model"] > usable:
-        repair = _smaller_training(config.distill, lambda d: sizes["target"].training_bytes(d, *training) <= usable)
-        lines["distilled_model"] = _too_large("distilled_model", found["distilled_model"], usable, repair)
+
+    def training(distill: Distill) -> float:
+        return sizes["target"].training_bytes(distill, longest, needed.response)
+
+    found["distilled_model"] = training(config.distill)
+    if training(config.distill) > usable:
+        refuse("distilled_model", _smaller_training(config.distill, lambda distill: training(distill) <= usable))
     return found, [lines[step] for step in STEPS if step in lines]
-
-
-def _too_large(step: str, needed: float, usable: float, repair: str) -> str:
-    return (
-        f"{step} needs about {gigabytes(needed)}, and of this machine's memory a run can plan with"
-        f" {gigabytes(usable)}: {repair}, or use more memory."
-    )
 
 
 def _smaller_models(transfer: Transfer, step: str) -> str:
@@ -283,13 +270,11 @@ def run_warnings(transfer: Transfer) -> list[str]:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a step ran. ``tokens_per_second`` are generated ones, None when they weren't counted; ``models`` what
-    ran, on which ``engine``, None when an older version recorded it."""
+    """How fast a step ran: which ``models``, on which ``engine``; None when an older version recorded it."""
 
     step: str
     seconds_per_row: float
     recorded_at: str
-    tokens_per_second: float | None
     models: str | None
     engine: str | None
 
@@ -303,21 +288,19 @@ def recorded_speeds(store: Store, transfer: Transfer) -> list[Speed]:
     calls = (4 if config.engine.cross_scores else 2) + config.response.samples
     speeds = []
     for row in store.read(_SPEEDS, schema=transfer.name).iter_rows(named=True):
-        rows = row["model_calls"] / (calls if row["asset"] == "scored_pairs" else 1)
-        per_second = None if row["tokens"] is None else row["tokens"] / row["seconds"]
-        ran = (f"{row['finished']:%Y-%m-%d %H:%M}", per_second, row["models"], row["engine"])
-        speeds.append(Speed(row["asset"], row["seconds"] / rows, *ran))
+        per_row = row["seconds"] / row["model_calls"] * (calls if row["asset"] == "scored_pairs" else 1)
+        speeds.append(Speed(row["asset"], per_row, f"{row['finished']:%Y-%m-%d %H:%M}", row["models"], row["engine"]))
     for row in store.read(_TRAININGS, schema=transfer.name).iter_rows(named=True):
         settings = json.loads(row["settings"])
         examples = round(row["pairs"] * (1 - settings["validation_fraction"])) * settings["epochs"]
-        ran = (f"{row['created_at']:%Y-%m-%d %H:%M}", None, row["target"], "local" if row["target"] else None)
+        ran = (f"{row['created_at']:%Y-%m-%d %H:%M}", row["target"], row["target"] and "local")
         speeds.append(Speed("distilled_model", row["seconds"] / examples, *ran))
     return sorted(speeds, key=lambda speed: STEPS.index(speed.step))
 
 
 _SPEEDS = """
     SELECT asset, models, engine, sum(seconds) AS seconds, sum(model_calls)::DOUBLE AS model_calls,
-        sum(tokens_generated)::DOUBLE AS tokens, max(finished_at) AS finished
+        max(finished_at) AS finished
     FROM steps
     WHERE model_calls > 0 AND cache_hits = 0 AND asset IN ('synthetic_prompts', 'scored_pairs', 'evaluation')
     GROUP BY asset, models, engine, batch_id
@@ -342,11 +325,8 @@ def chosen_speeds(recorded: Sequence[Speed], transfer: Transfer) -> dict[str, Sp
 
 
 def plan(store: Store, transfer: Transfer) -> dict[str, Any]:
-    """Rows, memory and seconds of each step of a run from nothing, as one JSON-ready object.
-
-    ``memory_bytes`` of a step is None where its models run elsewhere or their size isn't known, ``seconds`` where no
-    speed is recorded; ``total_seconds`` then too. ``warnings`` say why.
-    """
+    """Rows, memory and seconds of each step of a run from nothing, as one JSON-ready object. None is the memory where
+    models run elsewhere or have no known size, and the seconds without a recorded speed; ``warnings`` say why."""
     needed, recorded = work(store, transfer), recorded_speeds(store, transfer)
     total, usable = this_machine(transfer)
     try:
@@ -354,36 +334,30 @@ def plan(store: Store, transfer: Transfer) -> dict[str, Any]:
     except TuneshiftError as error:
         bytes_, warnings = {}, [str(error)]
     speeds = chosen_speeds(recorded, transfer)
-    rounds = [f"round {number}" for number in range(needed.rounds)]
-    seconds = needed.seconds(speeds, [(s, r) for s in STEPS for r in (rounds if s in STEPS[:2] else [None])])
+    seconds = {step: rows * speeds[step].seconds_per_row for step, rows in needed.rows.items() if step in speeds}
     missing = [step for step in needed.rows if step not in seconds]
+    records = f"`tuneshift run {transfer.name}` records"
     if missing:
-        warnings.append(
-            f"No speed of {', '.join(missing)} is recorded yet: `tuneshift run {transfer.name}` records it."
-        )
+        warnings.append(f"No speed of {', '.join(missing)} is recorded yet: {records} it.")
     warnings += [
         f"{step} has no recorded speed of {models_of(transfer, step)} ({engine_of(transfer, step)}): this one is of"
-        f" {speed.models} ({speed.engine}). `tuneshift run {transfer.name}` records its own."
+        f" {speed.models} ({speed.engine}). {records} its own."
         for step, speed in speeds.items()
         if speed.engine is not None and not speed.is_of(transfer)
     ]
     peaks = dict(store.read("SELECT asset, max(peak_bytes) FROM steps GROUP BY asset", schema=transfer.name).rows())
+    steps = {
+        step: {"rows": rows, "memory_bytes": bytes_.get(step), "recorded_peak_bytes": peaks.get(step)}
+        | {"seconds": seconds.get(step), "speed": vars(speeds[step]) if step in speeds else None}
+        for step, rows in needed.rows.items()
+    }
     return {
         "transfer": transfer.name,
         "memory_bytes": total,
         "usable_bytes": usable,
         "counts": "recorded" if needed.recorded else "the most that transfer.yaml allows",
         "rounds": needed.rounds,
-        "steps": {
-            step: {
-                "rows": rows,
-                "memory_bytes": bytes_.get(step),
-                "recorded_peak_bytes": peaks.get(step),
-                "seconds": seconds.get(step),
-                "speed": vars(speeds[step]) if step in speeds else None,
-            }
-            for step, rows in needed.rows.items()
-        },
+        "steps": steps,
         "total_seconds": None if missing else sum(seconds.values()),
         "recorded_speeds": [vars(speed) for speed in recorded],
         "warnings": warnings,
@@ -391,20 +365,18 @@ def plan(store: Store, transfer: Transfer) -> dict[str, Any]:
 
 
 def to_do(store: Store, transfer: Transfer, regrow: bool) -> list[tuple[str, str | None]]:
-    """(asset, round) of what `tuneshift run` would make now, as far as it is known: new pairs make a new model."""
+    """(asset, round) of what `tuneshift run` would make now, as far as it is known before it begins."""
     records = Records(store, transfer)
-    found: list[tuple[str, str | None]] = [("seed_set", None)] if records.causes("seed_set") else []
-    for round_ in transfer.round_keys:
-        causes = {asset: records.causes(asset, round_) for asset in ROUND_ASSETS}
-        if not regrow and records.grown(round_) and all(cause.kind == "input" for cause in causes[ROUND_ASSETS[0]]):
-            causes[ROUND_ASSETS[0]] = []  # keeps its prompts
-        first = next((number for number, asset in enumerate(ROUND_ASSETS) if causes[asset]), len(ROUND_ASSETS))
-        found += [(asset, round_) for asset in ROUND_ASSETS[first:]]
+
+    def due(asset: str, round_: str) -> bool:
+        causes = records.causes(asset, round_)
+        if regrow or asset != "synthetic_prompts" or not records.grown(round_):
+            return bool(causes)
+        return any(cause.kind != "input" for cause in causes)  # else its prompts are kept
+
+    steps: list[tuple[str, str | None]] = [("seed_set", None)] if records.causes("seed_set") else []
+    steps += [(asset, round_) for round_ in transfer.round_keys for asset in ROUND_ASSETS if due(asset, round_)]
     measured = bool(transfer.heldout or transfer.config.evaluation.tasks)
-    wanted = {"evaluation": measured, "diversity_map": transfer.config.diversity_map}
-    last = [a for a in ("threshold_report", "distilled_model", "evaluation", "diversity_map") if wanted.get(a, True)]
-    return found + [(asset, None) for asset in last if found or records.causes(asset)]
-
-
-def gigabytes(number: float) -> str:
-    return f"{number / 1e9:.1f} GB"
+    last = ["threshold_report", "distilled_model", *(["evaluation"] if measured else [])]
+    last += ["diversity_map"] if transfer.config.diversity_map else []
+    return steps + [(asset, None) for asset in last if steps or records.causes(asset)]
