@@ -207,7 +207,7 @@ class FakeModels:
 
             def distill(self, transfer: Transfer, pairs: list[tuple[str, str]], folder: Path, on_step: Any) -> Any:
                 models.trained.append(pairs)
-                folder.mkdir(parents=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 (folder / "adapter_model.safetensors").write_bytes(b"weights")
                 (folder / "adapter_config.json").write_text("{}")
                 on_step(1, 1, 0.5)

@@ -44,6 +44,13 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, Serv
             server.stop()
 
 
+@pytest.fixture(autouse=True)
+def own_folders(ui: tuple[Project, Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test goes on with the one project."""
+    for name, value in ui[1].environment.items():
+        monkeypatch.setenv(name, value)
+
+
 def edit(project: Project, key: str, value: Any) -> None:
     file = project.folder / "transfer.yaml"
     config = yaml.safe_load(file.read_text())
@@ -167,13 +174,3 @@ def test_where_they_differ_the_command_line_goes_by_the_database(ui: tuple[Proje
     assert by_ui(project, server) == set()
     project.run(regrow=True)
     assert by_command_line(project) == set()
-
-
-def test_a_round_grown_anew_makes_the_prompts_after_it_out_of_date(project: Project) -> None:
-    """They must not repeat it. Dagster's graph can't say so: an asset's rounds don't depend on each other."""
-    project.run()
-    edit(project, "seed", 3)
-    for asset in ("seed_set", *ROUND_ASSETS):
-        assert project.materialize(asset, round=None if asset == "seed_set" else "round_01").success
-    causes = Records(project.store, project.transfer).causes("synthetic_prompts", "round_02")
-    assert "synthetic_prompts/round_01" in {cause.input for cause in causes}

@@ -366,6 +366,36 @@ class TestFewerRounds:
         assert len(_candidates(project.store, project.transfer)["both"]) == kept
 
 
+class TestRegrow:
+    def test_gives_what_a_run_from_nothing_gives(self, project: Project, edit_config: Edit, tmp_path: Path) -> None:
+        """Edits in any order, and rounds lowered and raised again, leave no trace in the prompts."""
+        edit_config("rounds", 3)
+        edit_config("generator.near_duplicate", 0.3)  # so that rounds drop what others have
+        edit_config("seed", 2)
+        project.run()
+        edit_config("filter.threshold", LOOSER)
+        edit_config("rounds", 2)
+        project.run(regrow=True)
+        edit_config("rounds", 3)
+        project.run(regrow=True)
+        prompts = "SELECT round, prompt_id FROM synthetic_prompts ORDER BY ALL"
+        kept = "SELECT round, prompt_id, response FROM filtered_dataset ORDER BY ALL"
+        with dg.DagsterInstance.ephemeral() as instance, pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TUNESHIFT_HOME", str(tmp_path / "another"))
+            fresh = Project(project.folder, instance)
+            fresh.run()
+        assert fresh.rows(prompts) == project.rows(prompts)
+        assert fresh.rows(kept) == project.rows(kept)
+
+    def test_of_one_round_makes_the_prompts_after_it_out_of_date(self, project: Project, edit_config: Edit) -> None:
+        """They must not repeat it. Dagster's graph can't say so: an asset's rounds don't depend on each other."""
+        project.run()
+        edit_config("seed", 3)
+        assert project.materialize("seed_set").success
+        assert project.materialize(*ROUND_ASSETS, round="round_01").success
+        assert "input synthetic_prompts/round_01" in causes(project, "synthetic_prompts", "round_02")
+
+
 class TestTargetWeights:
     def test_other_ones_are_trained_when_the_model_is_materialized(self, project: Project) -> None:
         project.run()
