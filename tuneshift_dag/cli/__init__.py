@@ -310,6 +310,7 @@ def doctor(
     """Check the environment, the transfer files and the preflight; say what to fix. Nothing is downloaded."""
     from tuneshift_dag.cli.doctor import examine
 
+    _quiet()
     ok = True
     for finding in examine(transfer, models):
         rendering.finding(finding)
@@ -339,15 +340,19 @@ def _load(name: str) -> "Transfer":
     return load_transfer(folder)
 
 
-def _runner(transfer: "Transfer") -> Any:
-    """A runner in Dagster's instance that tells each step, with its round, and how far it is."""
-    folder = use_dagster_home()
-    # Leave standard error to our own lines.
+def _quiet() -> None:
+    """Leave standard error to our own lines."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def _runner(transfer: "Transfer") -> Any:
+    """A runner in Dagster's instance that tells each step, with its round, and how far it is."""
+    folder = use_dagster_home()
+    _quiet()
     import dagster as dg
 
     from tuneshift_dag.runner import Runner
