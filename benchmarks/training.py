@@ -11,18 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import TRANSFER, ratio, spread, target_files
 from tuneshift_dag.models.loading import load_for_training, load_tokenizer
-from tuneshift_dag.training.loop import (
-    LoraTraining,
-    TokenizedExample,
-    _cosine_with_warmup,
-    add_lora,
-    collate,
-    evaluate_loss,
-    length_bucketed_batches,
-    response_loss,
-    tokenize_example,
-    train,
-)
+from tuneshift_dag.training.batches import TokenizedExample, collate, length_bucketed_batches, losses, tokenize_example
+from tuneshift_dag.training.loop import LoraTraining, add_lora, cosine_with_warmup, evaluate_loss, train
 
 PAIRS, BATCH, REPETITIONS = 48, 16, 5
 SETTINGS = LoraTraining(batch_size=BATCH, epochs=2, validation_fraction=0.0, warmup_ratio=0.05)
@@ -150,7 +140,7 @@ def final_losses(examples: list[TokenizedExample]) -> dict[str, float]:
                 [p for p in model.parameters() if p.requires_grad], lr=SETTINGS.learning_rate, weight_decay=0.0
             )
             schedule = torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda step: _cosine_with_warmup(step, len(batches), SETTINGS.warmup_ratio)
+                optimizer, lambda step: cosine_with_warmup(step, len(batches), SETTINGS.warmup_ratio)
             )
             in_order = [pair_of[tuple(e.prompt_ids)] for batch in batches for e in batch]
             with tempfile.TemporaryDirectory() as folder:
@@ -176,10 +166,10 @@ def gradient_cosine(examples: list[TokenizedExample]) -> float:
             if "lora_B" in name:  # zero at the start, which would leave no gradient for A
                 torch.nn.init.normal_(parameter, std=0.01, generator=torch.Generator().manual_seed(len(name)))
         if batched:
-            response_loss(model, collate(examples)).backward()
+            losses(model, collate(examples))[0].backward()
         else:
             total = sum(len(e.response_ids) for e in examples)
             for example in examples:
-                (response_loss(model, collate([example])) * len(example.response_ids) / total).backward()
+                (losses(model, collate([example]))[0] * len(example.response_ids) / total).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     return float(torch.cosine_similarity(*gradients, dim=0))

@@ -1,7 +1,6 @@
 """The local engine on the packaged models: its figures equal a slow, obvious reference."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from tuneshift_dag.engines import decoding as loop
 from tuneshift_dag.engines.kv_cache import KVDtype, restored, stored
 from tuneshift_dag.engines.local import LocalEngine, unplaced_tensors
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import SIDES, Decoding
+from tuneshift_dag.method.engine import SIDES, Decoding, Pair
 from tuneshift_dag.models.loading import ADAPTER, load_for_inference
 from tuneshift_dag.models.references import resolve_adapter, resolve_model
 
@@ -26,6 +25,7 @@ PROMPTS = [
     "Customer query: how old must my son be\nIntent:",
 ]
 GREEDY = Decoding(max_new_tokens=12)
+Pairs = tuple[list[list[int]], list[Pair]]
 SAMPLED = Decoding(max_new_tokens=12, temperature=0.8, top_k=50, top_p=0.9)
 
 
@@ -51,11 +51,15 @@ def half() -> LocalEngine:
 
 
 def reference_logprob(engine: LocalEngine, side: str, prompt: list[int], response: list[int]) -> float:
+    return math.fsum(reference_logprobs(engine, side, prompt, response))
+
+
+def reference_logprobs(engine: LocalEngine, side: str, prompt: list[int], response: list[int]) -> list[float]:
     """One unpadded sequence, one plain forward pass, a float32 log-softmax over every position."""
     with torch.inference_mode(), engine.side(side) as model:
         logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0].float()
     steps = logits[len(prompt) - 1 : -1].log_softmax(-1)
-    return math.fsum(steps.gather(1, torch.tensor(response, dtype=torch.long)[:, None])[:, 0].tolist())
+    return steps.gather(1, torch.tensor(response, dtype=torch.long)[:, None])[:, 0].tolist()
 
 
 def generate(engine: LocalEngine, side: str, decoding: Decoding, prompts: list[str] = PROMPTS):
@@ -66,11 +70,14 @@ def generate(engine: LocalEngine, side: str, decoding: Decoding, prompts: list[s
 
 
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("side", ["base", "fine_tuned"])
-def test_own_logprob_is_that_of_a_second_pass(exact: LocalEngine, side: str, decoding: Decoding) -> None:
-    ids, responses = generate(exact, side, decoding)
+@pytest.mark.parametrize(("model", "side"), [("exact", "base"), ("exact", "fine_tuned"), ("gemma", "base")])
+def test_own_logprob_is_that_of_a_second_pass(
+    model: str, side: str, decoding: Decoding, request: pytest.FixtureRequest
+) -> None:
+    engine: LocalEngine = request.getfixturevalue(model)
+    ids, responses = generate(engine, side, decoding)
     for prompt, response in zip(ids, responses, strict=True):
-        expected = reference_logprob(exact, side, prompt, response.token_ids)
+        expected = reference_logprob(engine, side, prompt, response.token_ids)
         assert response.sum_logprob == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
@@ -129,45 +136,39 @@ def test_base_side_is_the_base_model_and_fine_tuned_side_the_adapter(exact: Loca
     assert (expected["base"] - expected["fine_tuned"]).abs().max() > 1
 
 
-def pairs(engine: LocalEngine):
+def pairs(engine: LocalEngine) -> Pairs:
     ids = [engine.encode(p) for p in PROMPTS]
     found = dict(i for b in engine.pairs(ids, [{} for _ in ids], GREEDY) for i in b)
     return ids, [found[i] for i in range(len(ids))]
 
 
-def test_pairs_are_not_swapped_and_cross_scores_match_a_second_pass(exact: LocalEngine) -> None:
-    ids, found = pairs(exact)
+@pytest.fixture(scope="module")
+def exact_pairs(exact: LocalEngine) -> Pairs:
+    return pairs(exact)
+
+
+def test_pairs_are_not_swapped_and_cross_scores_match_a_second_pass(exact: LocalEngine, exact_pairs: Pairs) -> None:
+    """With it the excess identity (TiTok, arXiv 2510.04682): log PPL_b(y_f) - log PPL_f(y_f) is the mean excess of a
+    token."""
+    ids, found = exact_pairs
     for prompt, pair in zip(ids, found, strict=True):
         base, tuned = pair.base.token_ids, pair.fine_tuned.token_ids
+        steps = {}
         for value, side, response in [
             (pair.base.sum_logprob, "base", base),
             (pair.fine_tuned.sum_logprob, "fine_tuned", tuned),
             (pair.base_on_fine_tuned, "base", tuned),
             (pair.fine_tuned_on_base, "fine_tuned", base),
         ]:
-            expected = reference_logprob(exact, side, prompt, response)
-            assert value == pytest.approx(expected, rel=1e-4, abs=1e-3)
+            steps[side, response is tuned] = reference_logprobs(exact, side, prompt, response)
+            assert value == pytest.approx(math.fsum(steps[side, response is tuned]), rel=1e-4, abs=1e-3)
+        excess = [f - b for f, b in zip(steps["fine_tuned", True], steps["base", True], strict=True)]
+        identity = (pair.fine_tuned.sum_logprob - pair.base_on_fine_tuned) / len(tuned)
+        assert identity == pytest.approx(math.fsum(excess) / len(tuned), rel=1e-3, abs=1e-3)
 
 
-def test_cross_perplexity_obeys_the_excess_identity(exact: LocalEngine) -> None:
-    """log PPL_b(y_f) - log PPL_f(y_f) is the mean token-level excess (TiTok, arXiv 2510.04682)."""
-    ids, found = pairs(exact)
-    for prompt, pair in zip(ids, found, strict=True):
-        y = pair.fine_tuned.token_ids
-        excess = []
-        for end in range(1, len(y) + 1):
-            token = {
-                side: reference_logprob(exact, side, prompt, y[:end])
-                - (reference_logprob(exact, side, prompt, y[: end - 1]) if end > 1 else 0)
-                for side in ("base", "fine_tuned")
-            }
-            excess.append(token["fine_tuned"] - token["base"])
-        identity = (pair.fine_tuned.sum_logprob - pair.base_on_fine_tuned) / len(y)
-        assert identity == pytest.approx(math.fsum(excess) / len(y), rel=1e-3, abs=1e-3)
-
-
-def test_known_responses_are_not_generated_again(exact: LocalEngine) -> None:
-    ids, found = pairs(exact)
+def test_known_responses_are_not_generated_again(exact: LocalEngine, exact_pairs: Pairs) -> None:
+    ids, found = exact_pairs
     known = [{"base": p.base, "fine_tuned": p.fine_tuned} for p in found]
     again = dict(i for b in exact.pairs(ids, known, GREEDY) for i in b)
     for i, pair in enumerate(found):
@@ -210,18 +211,16 @@ def test_adapter_of_other_shapes_has_no_place(half: LocalEngine) -> None:
     assert len(problems) == 2
 
 
-@pytest.mark.parametrize("batch_size", [1, 8, 32])
-@pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("model", ["exact", "gemma"])
 def test_perplexity_does_not_depend_on_the_batch_size(
-    model: str, decoding: Decoding, batch_size: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    model: str, batch_size: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Own perplexity of 9 rows at batch 1, 8 and 32, with and without the end token, against a second pass."""
+    """Own perplexity of 9 rows, with and without the end token, against a second pass."""
     engine: LocalEngine = request.getfixturevalue(model)
     side = "fine_tuned" if engine.adapter else "base"
     monkeypatch.setattr(engine, "batch_size", batch_size)
-    short = replace(decoding, max_new_tokens=5)
-    ids, responses = generate(engine, side, short, [*PROMPTS, *(p.lower() for p in PROMPTS[:4])])
+    ids, responses = generate(engine, side, Decoding(5), [*PROMPTS, *(p.lower() for p in PROMPTS[:4])])
     if engine.adapter:
         assert any(r.eos_logprob is not None for r in responses)
     for prompt, response in zip(ids[::4], responses[::4], strict=True):
@@ -265,8 +264,10 @@ def count_rows(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> list[int
     return rows
 
 
-def test_work_done_in_chunks_is_the_same(exact: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, whole = pairs(exact)
+def test_work_done_in_chunks_is_the_same(
+    exact: LocalEngine, exact_pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole = exact_pairs
     monkeypatch.setattr(loop, "_TOKENS_AT_ONCE", {"cpu": 30})
     _, chunked = pairs(exact)
     for a, b in zip(whole, chunked, strict=True):
@@ -294,9 +295,9 @@ def test_prompts_keep_their_keys_and_values_when_rows_finish_early(exact: LocalE
     torch.testing.assert_close(prefix.keys_values, before, rtol=0, atol=0)
 
 
-def test_keys_and_values_in_8_bits_change_little(exact: LocalEngine) -> None:
+def test_keys_and_values_in_8_bits_change_little(exact: LocalEngine, exact_pairs: Pairs) -> None:
     """The same responses, and scores to a hundredth, from a good quarter of the memory that 32 bits take."""
-    ids, expected = pairs(exact)
+    ids, expected = exact_pairs
     eight = smollm2("float32")
     eight.kv_cache_dtype = "int8"
     eight._model = exact.model
@@ -315,8 +316,10 @@ def test_keys_and_values_in_8_bits_change_little(exact: LocalEngine) -> None:
     assert sizes["int8"] < 0.3 * sizes["auto"], "an 8-bit number and a part of a scale for 32 bits"
 
 
-def test_out_of_memory_halves_the_batch_and_loses_nothing(exact: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, expected = pairs(exact)
+def test_out_of_memory_halves_the_batch_and_loses_nothing(
+    exact: LocalEngine, exact_pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, expected = exact_pairs
     prefill, sizes = loop.prefill, []
 
     def limited(model: object, prompts: list[list[int]], *args: object) -> loop.Prefix:

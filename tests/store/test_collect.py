@@ -11,7 +11,6 @@ import pytest
 from tests.conftest import Project
 from tests.scoring_process import score
 from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.home import output_dir
 from tuneshift_dag.method.engine import Response
 from tuneshift_dag.models.references import cache_dir
 from tuneshift_dag.store.cache import Removable, ResponseCache, collect, collect_plan, stats
@@ -168,8 +167,7 @@ def test_gc_refuses_when_it_does_not_know_what_is_used(claimed: Store, folder: P
 
 def test_after_gc_every_step_still_finds_what_it_used(project: Project) -> None:
     rounds = ("synthetic_prompts", "scored_pairs", "filtered_dataset")
-    for assets, round_ in ((("seed_set",), None), (rounds, "round_01"), (("distilled_model",), None)):
-        assert project.materialize(*assets, round=round_).success
+    assert project.materialize("seed_set").success and project.materialize(*rounds, round="round_01").success
     calls = project.models.calls()
     assert all(row["unreferenced"] == 0 for row in stats(project.store))
     score(project.store.path, 0, 6, 0)
@@ -177,7 +175,6 @@ def test_after_gc_every_step_still_finds_what_it_used(project: Project) -> None:
     collect(project.store, collect_plan(project.store, [(project.folder.name, project.folder)]))
     assert all(row["unreferenced"] == 0 for row in stats(project.store))
     assert project.materialize(*rounds, round="round_01").success
-    assert list((output_dir(project.folder.name) / "models").iterdir()), "the adapter stays"
     assert project.models.calls() == calls, "something that is still used was removed"
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import requests
 
@@ -24,6 +24,7 @@ class Server:
     Args:
         settings: what becomes its dagster.yaml.
         workspace: what it loads, seen from the project's root.
+        program: ``dagster``, webserver and daemon, or ``dagster_webserver`` alone.
     """
 
     def __init__(
@@ -31,8 +32,9 @@ class Server:
         root: Path,
         settings: Path = ROOT / "tuneshift_dag" / "dagster_template.yaml",
         workspace: Path = Path("workspace.yaml"),
+        program: Literal["dagster", "dagster_webserver"] = "dagster",
     ) -> None:
-        self.root, self.settings, self.workspace = root, settings, workspace
+        self.root, self.settings, self.workspace, self.program = root, settings, workspace, program
         self.url = f"http://127.0.0.1:{free_port()}"
         self.log = root / "dagster-dev.log"
         self.environment = {
@@ -46,7 +48,8 @@ class Server:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "dagster.yaml").write_text(self.settings.read_text())
         self.root.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "dagster", "dev", "-w", str(self.workspace), "-h", "127.0.0.1"]
+        command = [sys.executable, "-m", self.program, *(["dev"] if self.program == "dagster" else [])]
+        command += ["-w", str(self.workspace), "-h", "127.0.0.1"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [*command, "-p", self.url.rpartition(":")[2]],

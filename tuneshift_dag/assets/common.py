@@ -281,7 +281,6 @@ def step(
 ) -> Iterator[Step]:
     """A materialization, from its first note to its last: one that doesn't come to the end is taken up again."""
     reset_peak()
-    store.claim(transfer.name, transfer.folder)
     with store.spool(CACHE_REFERENCES) as references, _heard_by(context.log):
         records.begin(store, transfer, asset, round_, context.run.run_id)
         now = records.Records(store, transfer)

@@ -27,6 +27,7 @@ from tuneshift_dag.home import output_dir
 from tuneshift_dag.reports import plots
 from tuneshift_dag.reports.summary import describe_filter
 from tuneshift_dag.resources import EngineResource, StoreResource
+from tuneshift_dag.store.cache import MODEL_REFERENCE
 from tuneshift_dag.store.database import insert
 from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import DISTILLED_MODELS, TRAINING_EXAMPLES
@@ -130,7 +131,7 @@ def trained_adapter(current: Step, engines: EngineResource, transfer: Transfer, 
         row = _train(current, engines, transfer, pairs, dataset_version, model_id, weights)
     else:
         LOG.info(f"model {model_id} is already trained: nothing to do")
-    current.cost.keys.add(f"model:{model_id}")  # or `cache gc` would take it for unused
+    current.cost.keys.add(MODEL_REFERENCE + model_id)
     examples = pairs.select(pl.lit(model_id).alias("model_id"), "prompt_id", "round")
     with current.store.transaction(transfer.name) as connection:
         for table, frame in ((DISTILLED_MODELS, DISTILLED_MODELS.frame([row])), (TRAINING_EXAMPLES, examples)):

@@ -55,7 +55,7 @@ def build_refilter_job(transfer: Transfer) -> dg.JobDefinition:
     reports each round's materialization itself, with the versions by which the UI tells what is out of date.
     """
 
-    @dg.op(name=f"{transfer.name}_refilter_rounds", out={})
+    @dg.op(name=f"{transfer.name}_refilter_rounds")
     def refilter_rounds(context: dg.OpExecutionContext, store: StoreResource) -> None:
         code = code_version(transfer, "filtered_dataset")
         source = key(transfer, "scored_pairs")

@@ -39,6 +39,7 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
         if transfer.config.evaluation.tasks:
             # Now, not after hours of work: a misspelt task, or one whose data can't be had.
             engines.harness(transfer)
+        store.store().claim(transfer.name, transfer.folder)
         with step(context, store.store(), transfer, "seed_set") as current:
             rendered = [transfer.config.prompt_template.replace("{prompt}", seed) for seed in transfer.seeds]
             with current.cost.model_time():

@@ -133,10 +133,12 @@ def run(
     Runs are recorded in Dagster's instance, so the UI shows them. After a change of the threshold, rounds
     keep their prompts even if their seeds changed; they are named, and --regrow grows them anew.
     """
+    from tuneshift_dag.config.files import refresh
     from tuneshift_dag.reports import plan as plans
     from tuneshift_dag.reports.summary import report as make_report
 
-    loaded = _load(transfer)
+    # A hub model is looked up once, so that a run has one teacher from its first step to its last.
+    loaded = refresh(_load(transfer), lambda problem: rendering.message("warning", "yellow", problem))
     if rounds is not None:
         loaded = loaded.with_rounds(rounds)
     runner, store = _runner(loaded), _store()

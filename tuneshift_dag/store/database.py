@@ -97,6 +97,9 @@ def in_chunks(rows: pl.DataFrame | Spool) -> Iterable[pl.DataFrame]:
     return rows if isinstance(rows, Spool) else [rows]
 
 
+_READY: dict[tuple[Path, int], set[str]] = {}
+
+
 class Store:
     """Polars frames in, Polars frames out."""
 
@@ -104,7 +107,11 @@ class Store:
         self.path = path
         self.home = path.parent.resolve()
         """Folder of the database file. Paths in its tables are relative to it, so that both can be moved."""
-        self._ready: set[str] = set()
+
+    @property
+    def _ready(self) -> set[str]:
+        """Schemas of this very file that were prepared in this process: each takes some statements."""
+        return _READY.setdefault((self.path, self.path.stat().st_ino), set()) if self.path.exists() else set()
 
     def relative(self, path: Path) -> str:
         """How a path is written into a table: relative to `home`, or absolute when it isn't inside."""
@@ -241,11 +248,12 @@ class Store:
             connection.execute("COMMIT")
             if compact:
                 connection.execute("CHECKPOINT")
+                self._ready.clear()  # schemas may be gone
 
     def prepare(self, schema: str | None) -> None:
         """Create the file, the schema and its tables when they aren't there yet, and the views when they differ."""
         name = schema or CACHE
-        if name in self._ready and self.path.exists():
+        if name in self._ready:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._connection(read_only=False) as connection:

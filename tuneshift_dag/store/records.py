@@ -42,17 +42,21 @@ def place(asset: str, round_: str | None = None) -> str:
     return f"{asset}/{round_}" if round_ else asset
 
 
+_NOTED = """
+    SELECT asset, round, code_version, inputs, version, a.run_id IS NOT NULL AS attempted
+    FROM materializations FULL JOIN attempts a USING (asset, round)
+"""
+
+
 class Records:
     """The record of one transfer at one moment: read it again after every change."""
 
     def __init__(self, store: Store, transfer: Transfer) -> None:
         self.store = store
         self.transfer = transfer
-        made = store.read("SELECT * FROM materializations", schema=transfer.name)
-        self._made = {place(row["asset"], row["round"]): row for row in made.iter_rows(named=True)}
-        self.attempts = {
-            place(*row) for row in store.read("SELECT asset, round FROM attempts", schema=transfer.name).rows()
-        }
+        noted = store.read(_NOTED, schema=transfer.name).rows(named=True)
+        self._made = {place(row["asset"], row["round"]): row for row in noted if row["version"] is not None}
+        self.attempts = {place(row["asset"], row["round"]) for row in noted if row["attempted"]}
 
     def causes(self, asset: str, round_: str | None = None) -> list[Cause]:
         """Why an asset, or a round of one, must be made (again); [] when it needn't."""
@@ -134,9 +138,12 @@ def _only_seeds_changed(causes: list[Cause]) -> bool:
 
 
 def begin(store: Store, transfer: Transfer, asset: str, round_: str | None, run_id: str) -> None:
-    """Note that a materialization has begun: until `end` it is taken up again by whoever asks for causes."""
+    """Note that a materialization has begun: until `end` it is taken up again by whoever asks for causes.
+
+    The note of an earlier attempt that never ended stays: what was computed since then is not to be collected.
+    """
     row = {"asset": asset, "round": round_ or "", "run_id": run_id, "started_at": _now()}
-    store.replace(transfer.name, ATTEMPTS, ATTEMPTS.frame([row]), asset=asset, round=round_ or "")
+    store.append_all(transfer.name, [(ATTEMPTS, ATTEMPTS.frame([row]))])
 
 
 def end(store: Store, transfer: Transfer, asset: str, round_: str | None) -> None:

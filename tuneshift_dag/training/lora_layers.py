@@ -9,9 +9,11 @@ import types
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora import Linear
 from peft.tuners.lora.bnb import Linear4bit
 from torch.autograd.function import once_differentiable
+
+from tuneshift_dag.models.loading import is_plain
 
 
 def shorten(model: torch.nn.Module) -> None:
@@ -21,12 +23,6 @@ def shorten(model: torch.nn.Module) -> None:
             continue
         if all(isinstance(dropout, torch.nn.Identity) for dropout in module.lora_dropout.values()):
             module.forward = types.MethodType(_forward, module)
-
-
-def is_plain(module: LoraLayer) -> bool:
-    """Whether a layer's update is ``scaling * (x A^T) B^T`` of one adapter and nothing else."""
-    names = list(module.lora_A)
-    return len(names) == 1 and not module.lora_variant and not module.merged and module.lora_B[names[0]].bias is None
 
 
 def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,179 @@
+"""What is out of date: the command line goes by the record in the database, Dagster's UI by its event log.
+
+A webserver is asked over GraphQL, as the UI asks it, after every change that a user makes. Where the two differ the
+table below says so, and docs/concepts.md says why.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import yaml
+
+from tests.conftest import Project, make_transfer_folder, write_jsonl
+from tests.ui.server import Server
+from tuneshift_dag.home import use_dagster_home
+from tuneshift_dag.store.records import ROUND_ASSETS, Records, place
+
+WHOLE = ["seed_set", "threshold_report", "distilled_model", "evaluation"]
+FILTERS = {"filtered_dataset/round_01", "filtered_dataset/round_02"}
+SCORES = {"scored_pairs/round_01", "scored_pairs/round_02"}
+PROMPTS = {"synthetic_prompts/round_01", "synthetic_prompts/round_02"}
+REPORTS = {"threshold_report", "distilled_model"}
+
+
+@pytest.fixture(scope="module")
+def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, Server]]:
+    """A finished project of two rounds with fake models, and a webserver that shows it."""
+    root = tmp_path_factory.mktemp("agreement")
+    server = Server(root, program="dagster_webserver")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        use_dagster_home()
+        with dg.DagsterInstance.get() as instance:
+            project = Project(make_transfer_folder(root), instance)
+            edit(project, "seed", 2)  # few seeds change with the threshold; with this one round_02's do
+            project.run()
+            server.start()
+            yield project, server
+            server.stop()
+
+
+def edit(project: Project, key: str, value: Any) -> None:
+    file = project.folder / "transfer.yaml"
+    config = yaml.safe_load(file.read_text())
+    section = config
+    *path, last = key.split(".")
+    for part in path:
+        section = section.setdefault(part, {})
+    section[last] = value
+    file.write_text(yaml.safe_dump(config))
+
+
+def by_command_line(project: Project) -> set[str]:
+    records = Records(project.store, project.transfer)
+    places: list[tuple[str, str | None]] = [(a, r) for a in ROUND_ASSETS for r in project.transfer.round_keys]
+    return {place(*one) for one in [*places, *((asset, None) for asset in WHOLE)] if records.causes(*one)}
+
+
+def by_ui(project: Project, server: Server) -> set[str]:
+    server.reload()
+    rounds = project.transfer.round_keys
+    found = set()
+    for asset, node in server.assets(project.folder.name, ROUND_ASSETS, by_round=True).items():
+        statuses = zip(rounds, node["staleStatusByPartition"], strict=True)
+        found |= {place(asset, round_) for round_, status in statuses if status != "FRESH"}
+    for asset, node in server.assets(project.folder.name, WHOLE, by_round=False).items():
+        found |= {asset} if node["staleStatus"] != "FRESH" else set()
+    return found
+
+
+Change = Callable[[Project], None]
+
+
+def another_template(project: Project) -> None:
+    edit(project, "prompt_template", "Q: {prompt}\nA:")
+
+
+def another_adapter(project: Project) -> None:
+    config = project.folder / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "r": 4}))
+
+
+def other_weights(project: Project) -> None:
+    """Of the folder that is source base, generator and target here."""
+    weights = project.folder / "models" / "tiny-base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b"\0")
+
+
+# Change, what is then out of date by the command line, and what the UI says beside it or doesn't say.
+CHANGES: list[tuple[str, Change, set[str]]] = [
+    ("nothing", lambda project: None, set()),
+    ("threshold, the same pairs", lambda p: edit(p, "filter.threshold", 1.6), {*FILTERS, "threshold_report"}),
+    ("threshold, other pairs", lambda p: edit(p, "filter.threshold", 1.08), {*FILTERS, "threshold_report"}),
+    ("threshold, back", lambda p: edit(p, "filter.threshold", 1.5), {*FILTERS, "threshold_report"}),
+    (
+        "seeds",
+        lambda p: write_jsonl(p.folder / "seeds.jsonl", [{"prompt": "Where is it?"}, {"prompt": "Why twice?"}]),
+        {"seed_set"},
+    ),
+    ("template", another_template, {"seed_set", *SCORES, "distilled_model", "evaluation"}),
+    ("adapter", another_adapter, {"seed_set", *SCORES, "evaluation"}),
+    (
+        "held-out file",
+        lambda p: write_jsonl(p.folder / "heldout.jsonl", [{"prompt": "Is it late?", "response": "intent_2"}]),
+        {*PROMPTS, "evaluation"},
+    ),
+    ("training", lambda p: edit(p, "distill.rank", 8), {"distilled_model"}),
+    ("weights", other_weights, {"seed_set", *PROMPTS, *SCORES, "distilled_model", "evaluation"}),
+    (
+        "a round more",
+        lambda p: edit(p, "rounds", 3),
+        {"synthetic_prompts/round_03", "scored_pairs/round_03", "filtered_dataset/round_03", *REPORTS},
+    ),
+    ("a round less", lambda p: edit(p, "rounds", 2), REPORTS),
+]
+
+
+def test_after_each_change_both_call_the_same_out_of_date_and_after_a_run_nothing(ui: tuple[Project, Server]) -> None:
+    project, server = ui
+    for name, change, expected in CHANGES:
+        change(project)
+        assert by_command_line(project) == expected, name
+        assert by_ui(project, server) == expected, name
+        project.run(regrow=True)
+        assert by_command_line(project) == set(), name
+        assert by_ui(project, server) == set(), name
+
+
+def test_where_they_differ_the_command_line_goes_by_the_database(ui: tuple[Project, Server], tmp_path: Path) -> None:
+    project, server = ui
+    database = project.store.path
+    earlier = tmp_path / "earlier.duckdb"
+    shutil.copy(database, earlier)
+    wal = database.with_name(f"{database.name}.wal")
+    if wal.exists():
+        shutil.copy(wal, tmp_path / "earlier.duckdb.wal")
+
+    # A step whose last attempt failed is taken up again, also when its data is fresh.
+    edit(project, "filter.threshold", 1.01)
+    with pytest.raises(Exception, match=r"filter\.threshold"):
+        project.run()
+    edit(project, "filter.threshold", 1.5)
+    assert by_command_line(project) == {"filtered_dataset/round_01"}
+    assert by_ui(project, server) == set()
+    assert project.run().materialized == [(asset, "round_01") for asset in ROUND_ASSETS[2:]]
+
+    # A deleted database is made again from nothing; the event log knows nothing of it.
+    database.unlink()
+    wal.unlink(missing_ok=True)
+    assert by_command_line(project) == {*WHOLE, *PROMPTS, *SCORES, *FILTERS}
+    assert by_ui(project, server) == set()
+    project.run()
+    assert by_command_line(project) == set()
+
+    # A restored one is as good as it was: its record came with it.
+    edit(project, "filter.threshold", 1.08)
+    project.run()
+    shutil.copy(earlier, database)
+    if (tmp_path / "earlier.duckdb.wal").exists():
+        shutil.copy(tmp_path / "earlier.duckdb.wal", wal)
+    assert by_command_line(project) >= {*FILTERS, "threshold_report"}
+    assert by_ui(project, server) == set()
+    project.run(regrow=True)
+    assert by_command_line(project) == set()
+
+
+def test_a_round_grown_anew_makes_the_prompts_after_it_out_of_date(project: Project) -> None:
+    """They must not repeat it. Dagster's graph can't say so: an asset's rounds don't depend on each other."""
+    project.run()
+    edit(project, "seed", 3)
+    for asset in ("seed_set", *ROUND_ASSETS):
+        assert project.materialize(asset, round=None if asset == "seed_set" else "round_01").success
+    causes = Records(project.store, project.transfer).causes("synthetic_prompts", "round_02")
+    assert "synthetic_prompts/round_01" in {cause.input for cause in causes}
