@@ -449,9 +449,9 @@ class TestCommand:
         assert status == 0
         rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
         (found,) = (row for row in rows if row and row[0] == "scored_pairs")
-        assert found[2:] == ["2.0 GB", "48.0", "2.5", Path(base).name, "local", "2026-11-24"]
+        assert found[2:] == ["2.0 GB", "48.0", "2.5", f"{Path(base).name} (local), 2026-11-24"]
         (found,) = (row for row in rows if row and row[0] == "evaluation")
-        assert found[4:7] == ["18.9", "-", "-"]
+        assert found[4:] == ["18.9", "unknown (unknown), 2026-11-24"]
 
     def test_without_a_recorded_speed_says_so(self, tuneshift: Run, sized: Path) -> None:
         status, out, _ = tuneshift("plan", "banking")

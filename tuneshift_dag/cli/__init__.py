@@ -23,22 +23,19 @@ if TYPE_CHECKING:
     from tuneshift_dag.config import Transfer
 
 
-class _OneLine(TyperGroup):
-    """Tells a user's error, and an interruption, in one line."""
+class _Interruptible(TyperGroup):
+    """Says what an interruption means; Typer's own groups end without a word."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except TuneshiftError as error:
-            rendering.message("error", "red", str(error))
-            raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             rendering.err.print("interrupted; what was computed is kept: run the same command again")
             raise typer.Exit(130) from error
 
 
 app = typer.Typer(
-    cls=_OneLine,
+    cls=_Interruptible,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Move a fine-tuned skill from one base model to another with five example prompts.",
@@ -51,8 +48,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 AsJsonList = Annotated[bool, typer.Option("--json", help="Print one JSON list and nothing else.")]
 
 
-@app.command()
-def new(
+@app.command("new")
+def make_transfer(
     name: Annotated[str, typer.Argument(help="Name of the folder to make under transfers/.")],
     adapter: Annotated[str, typer.Option(help="Your PEFT LoRA adapter: a folder, or a hub id.")] = "",
     base: Annotated[
@@ -312,6 +309,7 @@ def doctor(
     """Check the environment, the transfer files and the preflight; say what to fix. Nothing is downloaded."""
     from tuneshift_dag.cli.doctor import examine
 
+    _quiet()
     ok = True
     for finding in examine(transfer, models):
         rendering.finding(finding)
@@ -321,8 +319,12 @@ def doctor(
 
 
 def main() -> None:
-    """Entry point."""
-    app()
+    """Entry point: a `TuneshiftError` becomes one message and exit status 1."""
+    try:
+        app()
+    except TuneshiftError as error:
+        rendering.message("error", "red", str(error))
+        sys.exit(1)
 
 
 def _store() -> Any:
@@ -341,15 +343,19 @@ def _load(name: str) -> "Transfer":
     return load_transfer(folder)
 
 
-def _runner(transfer: "Transfer") -> Any:
-    """A runner in Dagster's instance that tells each step, with its round, and how far it is."""
-    folder = use_dagster_home()
-    # Leave standard error to our own lines.
+def _quiet() -> None:
+    """Leave standard error to our own lines."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def _runner(transfer: "Transfer") -> Any:
+    """A runner in Dagster's instance that tells each step, with its round, and how far it is."""
+    folder = use_dagster_home()
+    _quiet()
     import dagster as dg
 
     from tuneshift_dag.runner import Runner

@@ -137,21 +137,23 @@ def plan(made: dict[str, Any]) -> None:
         highlight=False,
     )
     table = Table(caption="seconds at the speeds recorded here", title_justify="left", caption_justify="left")
-    for column in ("", "memory", "recorded peak", "seconds", "rows/s", "models", "engine", "recorded"):
-        table.add_column(
-            column, justify="right" if column in ("memory", "recorded peak", "seconds", "rows/s") else "left"
-        )
+    table.add_column("", no_wrap=True, min_width=max(map(len, made["steps"])))
+    for column in ("memory", "recorded peak", "seconds", "rows/s"):
+        table.add_column(column, justify="right")
+    table.add_column("speed of", overflow="fold")
 
     def number(value: float | None, text: str, scale: float = 1) -> str:
         return "-" if value is None else text.format(value / scale)
 
     for name, step in made["steps"].items():
-        speed = step["speed"] or {"models": None, "engine": None, "recorded_at": "-"}
-        models = [model.rpartition("/")[2] for model in (speed["models"] or "-").split(", ")]
         memory = [number(step[column], "{:.1f} GB", 1e9) for column in ("memory_bytes", "recorded_peak_bytes")]
-        rate = number(1 / speed["seconds_per_row"] if step["speed"] else None, "{:,.1f}")
-        ran = (", ".join(models), speed["engine"] or "-", speed["recorded_at"][:10])
-        table.add_row(name, *memory, number(step["seconds"], "{:,.1f}"), rate, *ran)
+        seconds, speed = number(step["seconds"], "{:,.1f}"), step["speed"]
+        if speed is None:
+            table.add_row(name, *memory, seconds, "-", "-")
+            continue
+        models = ", ".join(model.rpartition("/")[2] for model in (speed["models"] or "unknown").split(", "))
+        ran = f"{models} ({speed['engine'] or 'unknown'}), {speed['recorded_at'][:10]}"
+        table.add_row(name, *memory, seconds, f"{1 / speed['seconds_per_row']:,.1f}", ran)
     table.add_section()
     table.add_row("total", "", "", number(made["total_seconds"], "{:,.1f}"))
     out.print(table)
