@@ -188,6 +188,8 @@ def _explain(result: dg.ExecuteInProcessResult, round_: str | None) -> str:
             error, failure = data.error, data.user_failure_data
             while error and error.cause:
                 error = error.cause
+            if error and error.cls_name == "DagsterExecutionInterruptedError":
+                raise KeyboardInterrupt  # Dagster makes a failed step of it
             message = (failure and failure.description) or (error.message.strip() if error else "unknown error")
             where = f"{(event.step_key or '').split('__')[-1]}{f' of {round_}' if round_ else ''}"
             if not failure and error and error.cls_name != TuneshiftError.__name__:
