@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneshift_dag.config.files import load_transfer
-from tuneshift_dag.method.engine import Decoding
+from tuneshift_dag.method import Decoding
 from tuneshift_dag.models.references import ModelFiles, resolve_adapter, resolve_model
 
 TRANSFER = load_transfer(Path(__file__).parents[1] / "transfers" / "banking_intents")

@@ -11,7 +11,7 @@ import yaml
 
 from benchmarks.common import REPETITIONS, TRANSFER, spread
 from tuneshift_dag.assets.filtered_dataset import refilter
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 
 
 def filter_rows() -> dict[str, Any]:
@@ -62,7 +62,7 @@ def overhead() -> dict[str, Any]:
     import dagster as dg
 
     from tuneshift_dag.config.files import load_transfer
-    from tuneshift_dag.reports.summary import report
+    from tuneshift_dag.reports import report
     from tuneshift_dag.runner import Runner
 
     with tempfile.TemporaryDirectory() as folder:

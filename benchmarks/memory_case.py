@@ -10,7 +10,7 @@ from benchmarks.baselines import TwoModels
 from benchmarks.common import prompts, source_files
 from tuneshift_dag.engines.kv_cache import KVDtype
 from tuneshift_dag.engines.local import LocalEngine
-from tuneshift_dag.method.engine import Decoding
+from tuneshift_dag.method import Decoding
 from tuneshift_dag.models.memory import peak_bytes, reset_peak
 
 BATCH, NEW_TOKENS = 32, 128

@@ -26,11 +26,11 @@ from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.config.schema_models import RayCluster
 from tuneshift_dag.engines.ray import RayEngine
 from tuneshift_dag.home import database_file
-from tuneshift_dag.method.engine import CHUNK_SIZE, Decoding, Engine, Pair, Response, Side
+from tuneshift_dag.method import CHUNK_SIZE, Decoding, Engine, Pair, Response, Side
 from tuneshift_dag.models.memory import peak_bytes
 from tuneshift_dag.resources import EngineResource
 from tuneshift_dag.runner import Runner
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.tables import SYNTHETIC_PROMPTS
 
 PROMPT_TOKENS, RESPONSE_TOKENS, BATCH = 50, 24, 32

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fakes import FakeEngine
-from tuneshift_dag.method.engine import Response
+from tuneshift_dag.method import Response
 
 
 class BrokenEngine(FakeEngine):

@@ -28,7 +28,7 @@ from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.home import database_file
 from tuneshift_dag.models import encoder
 from tuneshift_dag.runner import Runner, RunResult
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 
 Run = Callable[..., tuple[int, str, str]]
 

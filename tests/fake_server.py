@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.fakes import FakeEngine
-from tuneshift_dag.method.engine import Decoding, Response, Side
+from tuneshift_dag.method import Decoding, Response, Side
 
 END = "<|end|>"
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.method.engine import AdapterCheck, Decoding, Engine, Pair, Response, Side
+from tuneshift_dag.method import AdapterCheck, Decoding, Engine, Pair, Response, Side
 from tuneshift_dag.resources import EngineResource
 
 EOS = 0
@@ -36,7 +36,7 @@ _SYLLABLES = ["ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu", "ra", 
 
 
 class FakeEngine(Engine):
-    """Both protocols of `tuneshift_dag.method.engine`.
+    """Both protocols of `tuneshift_dag.method`.
 
     ``answered`` and ``scored`` record the work done: (side, prompt) of every response that was generated
     and of every given response that was scored.

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 from tests.fakes import FakeEngine
-from tuneshift_dag.method.engine import Decoding
+from tuneshift_dag.method import Decoding
 from tuneshift_dag.method.scoring import Cost, score_pairs
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.cache import ResponseCache
-from tuneshift_dag.store.database import Store
 
 BATCH = 3
 

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.home import database_file
 from tuneshift_dag.models.references import resolve_model
+from tuneshift_dag.reports import report
 from tuneshift_dag.reports.export import export
-from tuneshift_dag.reports.summary import report
 from tuneshift_dag.runner import Runner
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 
 PACKAGED = Path(__file__).parents[1] / "transfers" / "banking_intents"
 

@@ -7,10 +7,10 @@ from types import ModuleType
 
 import pytest
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.cli.doctor import examine
 from tuneshift_dag.config.files import find_transfers, load_transfer
 from tuneshift_dag.definitions import build_definitions
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.resources import EngineResource
 

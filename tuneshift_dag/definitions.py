@@ -17,7 +17,7 @@ from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import load_all
 from tuneshift_dag.home import database_file, transfers_dir
 from tuneshift_dag.resources import EngineResource, StoreResource
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import Records, next_step
 
 _RUNS_LOOKED_AT = 200

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag import TuneshiftError
 
 
 def transfers_dir() -> Path:

@@ -15,12 +15,12 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.definitions import build_definitions
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file
 from tuneshift_dag.resources import BATCH_TAG, EngineResource
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import Due, Records, next_step
 from tuneshift_dag.store.tables import RUNS
 from tuneshift_dag.training import check_training

@@ -3,11 +3,10 @@
 import pytest
 
 from tests.conftest import Project, write_jsonl
-from tuneshift_dag import cli
-from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag import TuneshiftError, cli
 from tuneshift_dag.models import encoder
+from tuneshift_dag.reports import arm_tasks, conclusion, diversity, report
 from tuneshift_dag.reports.export import model_card
-from tuneshift_dag.reports.summary import arm_tasks, conclusion, diversity, report
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import pytest
 
 from tests.conftest import Project, write_jsonl
 from tests.fakes import FakeEngine
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.files import load_transfer
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import Side
+from tuneshift_dag.method import Side
+from tuneshift_dag.reports import report
 from tuneshift_dag.reports.export import model_card
-from tuneshift_dag.reports.summary import report
 
 WAYS = ["value", "low", "high", "n", "flexible", "flexible_low", "flexible_high"]
 

@@ -12,16 +12,16 @@ import pytest
 from tests import conftest
 from tests.conftest import Project
 from tests.fakes import FakeEngine
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.assets.comparison import _candidates
 from tuneshift_dag.assets.filtered_dataset import _check_seeds
 from tuneshift_dag.assets.scored_pairs import _check_finite
 from tuneshift_dag.assets.synthetic_prompts import _check_duplicates, _check_held_out
 from tuneshift_dag.definitions import build_definitions
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import AdapterCheck
+from tuneshift_dag.method import AdapterCheck
 from tuneshift_dag.method.evaluation import general_texts
+from tuneshift_dag.reports import report
 from tuneshift_dag.reports.export import export, model_card
-from tuneshift_dag.reports.summary import report
 from tuneshift_dag.reports.thresholds import sweep
 from tuneshift_dag.store.records import Records
 from tuneshift_dag.store.tables import FILTERED_DATASET, SCORED_PAIRS, SYNTHETIC_PROMPTS

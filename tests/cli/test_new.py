@@ -11,12 +11,11 @@ import yaml
 from typer.testing import CliRunner
 
 from tests.conftest import make_transfer_folder, write_jsonl
-from tuneshift_dag import cli
+from tuneshift_dag import TuneshiftError, cli
 from tuneshift_dag.cli import new as new_command
 from tuneshift_dag.cli.new import Answers, create
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.schema import TransferConfig
-from tuneshift_dag.errors import TuneshiftError
 
 New = Callable[..., Transfer]
 

@@ -8,8 +8,8 @@ import pytest
 
 import tuneshift_dag.method
 from tests.conftest import write_jsonl
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.files import find_transfers, load_all, load_transfer
-from tuneshift_dag.errors import TuneshiftError
 
 SERVED = {
     "type": "openai",

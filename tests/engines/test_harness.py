@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from tests.conftest import write_jsonl
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.engines.local import LocalEngine
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.models.references import resolve_adapter, resolve_model
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval isn't installed")
@@ -136,7 +136,7 @@ def test_model_written_code_is_run_only_when_that_is_allowed(tasks: Path, monkey
 
 
 def own_answer(engine: LocalEngine, prompt: str) -> str:
-    from tuneshift_dag.method.engine import Decoding
+    from tuneshift_dag.method import Decoding
 
     ids = engine.encode(TEMPLATE.replace("{prompt}", prompt))
     ((_, response),) = next(iter(engine.generate([ids], "fine_tuned", Decoding(12, stop="\n"))))

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.engines import decoding as loop
 from tuneshift_dag.engines.kv_cache import KVDtype, restored, stored
 from tuneshift_dag.engines.local import LocalEngine, unplaced_tensors
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import SIDES, Decoding, Pair
+from tuneshift_dag.method import SIDES, Decoding, Pair
 from tuneshift_dag.models.loading import ADAPTER, load_for_inference
 from tuneshift_dag.models.references import resolve_adapter, resolve_model
 

@@ -19,16 +19,16 @@ import pytest
 from tests.conftest import Project
 from tests.fake_server import FakeServer, fail_first, save_tokenizer
 from tests.fakes import FakeEngine, FakeModels
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.schema_models import ServedModel, Server
 from tuneshift_dag.engines.openai_client import OpenAIServer, ServedGenerator
 from tuneshift_dag.engines.openai_source import ServedSource
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import SIDES, Decoding, Pair, Response, Side
+from tuneshift_dag.method import SIDES, Decoding, Pair, Response, Side
 from tuneshift_dag.method.scoring import Cost, generate, score_pairs
 from tuneshift_dag.models.references import ModelFiles
 from tuneshift_dag.resources import EngineResource
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.cache import ResponseCache
-from tuneshift_dag.store.database import Store
 
 GREEDY = Decoding(64)
 TEXTS = [f"Query: {'x' * (i * 7 % 5)} {i}\nIntent:" for i in range(10)]

@@ -20,13 +20,13 @@ from tests.broken_engine import BrokenEngine
 from tests.conftest import Project
 from tests.engines.test_local import TRANSFER, smollm2
 from tests.fakes import FakeEngine, FakeModels
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.config.schema_models import RayCluster
 from tuneshift_dag.engines import ray as ray_engine
 from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.engines.ray import RayEngine, balanced_batches, connect
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import Decoding, Pair, Response, Side
+from tuneshift_dag.method import Decoding, Pair, Response, Side
 from tuneshift_dag.resources import EngineResource
 
 CLUSTER = RayCluster(actors=2)

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from tuneshift_dag.method.engine import Decoding, perplexity
+from tuneshift_dag.method import Decoding, perplexity
 
 
 @pytest.mark.parametrize(

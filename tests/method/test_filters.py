@@ -5,7 +5,7 @@ import pytest
 from tests.fakes import CONFIDENT_PAIR
 from tuneshift_dag.method.filters import KEEP_RULES, Guards, repetition_sql, verdict_sql
 from tuneshift_dag.method.filters import RULES as ALL_RULES
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.tables import SCORED_PAIRS
 
 RULES = ("both", "difference", "ratio", "cross_ratio")

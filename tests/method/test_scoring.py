@@ -1,10 +1,10 @@
 import pytest
 
 from tests.fakes import FakeEngine
-from tuneshift_dag.method.engine import Decoding
+from tuneshift_dag.method import Decoding
 from tuneshift_dag.method.scoring import Cost, agreement, agreements, chunk_progress, generate, score, score_pairs
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.cache import ResponseCache
-from tuneshift_dag.store.database import Store
 
 GREEDY = Decoding(64)
 SAMPLING = Decoding(64, temperature=1.0, top_k=50)

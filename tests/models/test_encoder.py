@@ -3,7 +3,7 @@ import importlib.util
 import numpy as np
 import pytest
 
-from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.models import encoder
 
 installed = pytest.mark.skipif(encoder.missing_packages() is not None, reason="the extra `encoder` isn't installed")

@@ -9,8 +9,8 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.engines.local import LocalEngine
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.models import loading as model_loading
 from tuneshift_dag.models.loading import (
     assert_trainable_layout,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.models.references import (
     check_adapter_folder,
     check_reference,

@@ -15,17 +15,16 @@ from typer.testing import CliRunner
 
 from tests.conftest import make_transfer_folder
 from tests.fakes import FakeModels
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.assets import build_assets
 from tuneshift_dag.cli import app, rendering
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import load_transfer
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file
 from tuneshift_dag.method.prompting import distinct_bigrams
 from tuneshift_dag.reports.lineage import Call, Prompt, down, up
 from tuneshift_dag.runner import Runner
-from tuneshift_dag.store import tables
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store, tables
 from tuneshift_dag.store.queries import COLUMN_SOURCES, TRANSFER_VIEWS, View
 from tuneshift_dag.store.tables import SYNTHETIC_PROMPTS, TRANSFER_TABLES
 
@@ -114,10 +113,10 @@ def test_views_of_a_transfer_without_rows_are_empty(store, view):
 
 def test_a_view_of_older_code_is_replaced_and_its_description_is_in_the_database(store, monkeypatch):
     older = View("rejections", "Old.", (), "SELECT 1 AS one")
-    monkeypatch.setattr("tuneshift_dag.store.database.TRANSFER_VIEWS", (older,))
+    monkeypatch.setattr("tuneshift_dag.store.TRANSFER_VIEWS", (older,))
     assert store.read("FROM rejections", schema="banking").rows() == [(1,)]
     monkeypatch.undo()
-    monkeypatch.setattr("tuneshift_dag.store.database._READY", {})  # as in another process
+    monkeypatch.setattr("tuneshift_dag.store._READY", {})  # as in another process
     fresh = Store(store.path)
     assert fresh.read("FROM rejections", schema="banking").is_empty()
     comment = fresh.read("SELECT comment FROM duckdb_views() WHERE view_name = 'rejections'", schema="banking").item()

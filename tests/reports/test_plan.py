@@ -13,14 +13,14 @@ from rich.console import Console
 
 from tests.conftest import Run
 from tests.fakes import FakeEngine, FakeModels
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.cli import rendering
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.config.schema import Distill
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file
 from tuneshift_dag.reports import plan as plans
 from tuneshift_dag.reports.plan import ModelSize
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.tables import DISTILLED_MODELS, STEPS
 
 Edit = Callable[[str, Any], None]

@@ -5,14 +5,14 @@ import pytest
 
 from tests.conftest import Project, Run
 from tests.fakes import CONFIDENT_PAIR
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import load_transfer
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.filters import KEEP_RULES
 from tuneshift_dag.method.filters import RULES as ALL_RULES
 from tuneshift_dag.reports import thresholds
 from tuneshift_dag.reports.thresholds import default_grid, parse_grid, sweep
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.tables import SCORED_PAIRS
 
 # Those with a threshold that the fake pairs have the perplexities for.

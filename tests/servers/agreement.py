@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tuneshift_dag.method.engine import Decoding, Pair, Scorer, perplexity
+from tuneshift_dag.method import Decoding, Pair, Scorer, perplexity
 
 # In nats per token, for a model of 135M parameters. Rounding differs: bfloat16 here and there, and llama.cpp
 # multiplies 4-bit weights by 8-bit activations. The mean over pairs is far smaller.

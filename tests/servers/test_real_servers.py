@@ -21,13 +21,13 @@ import pytest
 
 from tests.servers.agreement import KEEP_AGREEMENT, MEAN_TOLERANCE, TOLERANCE, agreement
 from tests.servers.lora_to_gguf import convert
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.config.schema_models import ServedModel, Server
 from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.engines.openai_client import OpenAIServer
 from tuneshift_dag.engines.openai_source import ServedSource
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import Decoding
+from tuneshift_dag.method import Decoding
 from tuneshift_dag.models.references import _package_file, resolve_adapter, resolve_model
 from tuneshift_dag.resources import EngineResource
 

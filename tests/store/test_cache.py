@@ -13,7 +13,7 @@ from typing import TextIO
 import pytest
 
 from tests.scoring_process import BATCH, score
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 
 ENTRIES = [
     "SELECT * EXCLUDE (added_at) FROM cache.responses ORDER BY key",

@@ -12,8 +12,8 @@ import duckdb
 import polars as pl
 import pytest
 
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.store.database import Store
+from tuneshift_dag import TuneshiftError
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.tables import (
     CACHE,
     CACHED_RESPONSES,
@@ -290,7 +290,7 @@ def test_spooled_rows_have_room_to_replace_what_waits_for_a_checkpoint(store):
 
 
 def test_a_transaction_that_has_too_little_memory_is_done_again_without_a_limit(store, monkeypatch):
-    monkeypatch.setattr("tuneshift_dag.store.database._LITTLE_MEMORY", 1)
+    monkeypatch.setattr("tuneshift_dag.store._LITTLE_MEMORY", 1)
     for start in (0, 0, 600):
         append_responses(store, start, characters=8)
     assert store.read("SELECT key FROM cache.responses ORDER BY key::INTEGER")["key"].to_list() == [

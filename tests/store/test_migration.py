@@ -5,10 +5,10 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import Response
+from tuneshift_dag import TuneshiftError
+from tuneshift_dag.method import Response
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.cache import ResponseCache, collect_plan
-from tuneshift_dag.store.database import Store
 from tuneshift_dag.store.tables import CACHE, CACHE_TABLES, CACHED_SCORES, SCHEMA_VERSION, SCORED_PAIRS, TRANSFER_TABLES
 
 TO_VERSION = {

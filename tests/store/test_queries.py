@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 
 from tests.conftest import Project
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.queries import COLUMN_SOURCES, TRANSFER_VIEWS, of_its_rounds, verdicts
 from tuneshift_dag.store.tables import SCORED_PAIRS, TRANSFER_TABLES
 

@@ -11,12 +11,12 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import Project
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.cli.doctor import examine
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.engines.local import LocalEngine
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import Side
+from tuneshift_dag.method import Side
 from tuneshift_dag.method.evaluation import Retention, general_texts, retention
 from tuneshift_dag.models.loading import load_tokenizer
 from tuneshift_dag.models.memory import gpu_count

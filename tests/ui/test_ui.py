@@ -16,7 +16,7 @@ from tests.ui import browser
 from tests.ui.server import Server, wait_for
 from tests.ui.transfers import edit, make_transfer
 from tuneshift_dag.assets.common import ROUND_ASSETS
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 
 pytestmark = pytest.mark.ui
 

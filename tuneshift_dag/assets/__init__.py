@@ -8,9 +8,8 @@ from tuneshift_dag.assets.distilled_model import build_distilled_model
 from tuneshift_dag.assets.diversity_map import build_diversity_map
 from tuneshift_dag.assets.evaluation import build_evaluation
 from tuneshift_dag.assets.filtered_dataset import build_filtered_dataset
-from tuneshift_dag.assets.round_seeds import build_round_seeds
 from tuneshift_dag.assets.scored_pairs import build_scored_pairs
-from tuneshift_dag.assets.seed_set import build_seed_set
+from tuneshift_dag.assets.seed_set import build_round_seeds, build_seed_set
 from tuneshift_dag.assets.synthetic_prompts import build_synthetic_prompts
 from tuneshift_dag.assets.threshold_report import build_threshold_report
 from tuneshift_dag.config import Transfer

@@ -21,11 +21,10 @@ from tuneshift_dag.config.versions import code_version
 from tuneshift_dag.method.filters import repetition_sql
 from tuneshift_dag.method.scoring import Cost
 from tuneshift_dag.models.memory import peak_bytes, reset_peak
+from tuneshift_dag.reports import escape_markdown
 from tuneshift_dag.reports.plan import engine_of, models_of
-from tuneshift_dag.reports.summary import escape_markdown
 from tuneshift_dag.resources import BATCH_TAG
-from tuneshift_dag.store import records
-from tuneshift_dag.store.database import Spool, Store, insert
+from tuneshift_dag.store import Spool, Store, insert, records
 from tuneshift_dag.store.queries import COLUMN_SOURCES
 from tuneshift_dag.store.tables import CACHE_REFERENCES, STEPS, Table
 
@@ -95,8 +94,8 @@ def with_code_references(
         linked: list[dg.AssetsDefinition | dg.AssetSpec] = []
         for asset in assets:
             if isinstance(asset, dg.AssetSpec):
-                # Without a function of its own, so Dagster can't find the file; it is named like the asset.
-                file = Path(__file__).with_name(f"{asset.key.path[-1]}.py")
+                # round_seeds is without a function of its own, so Dagster can't find the file.
+                file = Path(__file__).with_name("seed_set.py")
                 linked.append(with_settings(asset, dg.LocalFileCodeReference(file_path=str(file))))
             else:
                 linked += dg.with_source_code_references([asset.map_asset_specs(with_settings)])  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from tuneshift_dag.method.prompting import distinct_bigrams, mean_similarity, pr
 from tuneshift_dag.models import encoder
 from tuneshift_dag.reports import plots
 from tuneshift_dag.resources import EngineResource, StoreResource
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.queries import of_its_rounds
 from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import COMPARISON, COMPARISON_ANSWERS, COMPARISON_TASKS

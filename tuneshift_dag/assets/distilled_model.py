@@ -24,11 +24,10 @@ from tuneshift_dag.assets.common import (
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.versions import training_version
 from tuneshift_dag.home import output_dir
-from tuneshift_dag.reports import plots
-from tuneshift_dag.reports.summary import describe_filter
+from tuneshift_dag.reports import describe_filter, plots
 from tuneshift_dag.resources import EngineResource, StoreResource
+from tuneshift_dag.store import insert
 from tuneshift_dag.store.cache import MODEL_REFERENCE
-from tuneshift_dag.store.database import insert
 from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import DISTILLED_MODELS, TRAINING_EXAMPLES
 from tuneshift_dag.training import check_training

@@ -9,8 +9,7 @@ import polars as pl
 from tuneshift_dag.assets.common import LOG, Step, definition, example_rows, key, step
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.home import output_dir
-from tuneshift_dag.method import scoring
-from tuneshift_dag.method.engine import Decoding, Scorer, Side
+from tuneshift_dag.method import Decoding, Scorer, Side, scoring
 from tuneshift_dag.method.evaluation import (
     Retention,
     bootstrap_accuracy,

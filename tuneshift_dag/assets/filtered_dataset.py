@@ -5,13 +5,13 @@ from typing import Any
 import dagster as dg
 
 from tuneshift_dag.assets.common import Step, column_lineage, definition, example_rows, key, partitions, step
-from tuneshift_dag.assets.round_seeds import seed_candidates, write_seeds
+from tuneshift_dag.assets.seed_set import seed_candidates, write_seeds
 from tuneshift_dag.config import Transfer, round_number
 from tuneshift_dag.config.versions import code_version
 from tuneshift_dag.method.filters import KEEP_RULES
 from tuneshift_dag.method.seed_sampling import Candidate
 from tuneshift_dag.resources import StoreResource
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.queries import verdicts
 from tuneshift_dag.store.tables import FILTERED_DATASET, REJECTED_PAIRS
 

@@ -18,11 +18,10 @@ from tuneshift_dag.assets.common import (
     step,
 )
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.method import scoring
-from tuneshift_dag.method.engine import Decoding, Pair, Response, Scorer, perplexity
+from tuneshift_dag.method import Decoding, Pair, Response, Scorer, perplexity, scoring
 from tuneshift_dag.models.memory import trim
 from tuneshift_dag.resources import EngineResource, StoreResource
-from tuneshift_dag.store.database import Spool, in_chunks
+from tuneshift_dag.store import Spool, in_chunks
 from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import SCORED_PAIRS
 

@@ -17,11 +17,10 @@ from tuneshift_dag.assets.common import (
     partitions,
     step,
 )
-from tuneshift_dag.assets.round_seeds import read_seeds, reporter
+from tuneshift_dag.assets.seed_set import read_seeds, reporter
 from tuneshift_dag.config import Transfer, round_key, round_number
 from tuneshift_dag.config.schema_models import Generator
-from tuneshift_dag.method import scoring
-from tuneshift_dag.method.engine import Decoding, PromptWriter, Response
+from tuneshift_dag.method import Decoding, PromptWriter, Response, scoring
 from tuneshift_dag.method.prompting import (
     PromptPool,
     distinct_bigrams,
@@ -34,7 +33,7 @@ from tuneshift_dag.method.prompting import (
 )
 from tuneshift_dag.method.seed_sampling import Candidate
 from tuneshift_dag.resources import EngineResource, StoreResource
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import PROPOSALS, REJECTED_PROMPTS, SYNTHETIC_PROMPTS
 

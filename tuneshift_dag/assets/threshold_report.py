@@ -9,7 +9,7 @@ from tuneshift_dag.config import Transfer
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.reports import plots, thresholds
 from tuneshift_dag.resources import StoreResource
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import THRESHOLD_REPORT
 

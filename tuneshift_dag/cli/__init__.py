@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.cli import rendering
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file, output_dir, transfers_dir, use_dagster_home
 from tuneshift_dag.method.filters import KEEP_RULES, RULES
 
@@ -132,7 +132,7 @@ def run(
     """
     from tuneshift_dag.config.files import refresh
     from tuneshift_dag.reports import plan as plans
-    from tuneshift_dag.reports.summary import report as make_report
+    from tuneshift_dag.reports import report as make_report
 
     # A hub model is looked up once, so that a run has one teacher from its first step to its last.
     loaded = refresh(_load(transfer), lambda problem: rendering.message("warning", "yellow", problem))
@@ -166,7 +166,7 @@ def run(
 @app.command()
 def report(transfer: TransferName, as_json: AsJson = False) -> None:
     """Figures of a transfer: rounds, pairs, costs of the last run, held-out accuracy, what the target forgot."""
-    from tuneshift_dag.reports.summary import report as make
+    from tuneshift_dag.reports import report as make
 
     figures = make(_store(), _load(transfer))
     rendering.as_json(figures) if as_json else rendering.report(figures)
@@ -213,7 +213,7 @@ def compare(transfer: TransferName, as_json: AsJsonList = False) -> None:
     Needs `compare:` in transfer.yaml and the scored pairs of `tuneshift run`. Trains arms × seeds models; what
     was trained before is not trained again, also after a killed run.
     """
-    from tuneshift_dag.reports import summary
+    from tuneshift_dag import reports as summary
 
     loaded = _load(transfer)
     _runner(loaded).compare()
@@ -328,7 +328,7 @@ def main() -> None:
 
 
 def _store() -> Any:
-    from tuneshift_dag.store.database import Store
+    from tuneshift_dag.store import Store
 
     return Store(database_file())
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import find_transfers, load_transfer
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file, home_dir, transfers_dir
 from tuneshift_dag.reports.plan import run_warnings
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 from tuneshift_dag.training import training_problem
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "dagster", "duckdb", "polars")

@@ -17,10 +17,10 @@ from typing import Literal, cast, get_args
 
 import typer
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer, files
 from tuneshift_dag.config.files import Rows
 from tuneshift_dag.config.schema_models import Mode
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.models.references import check_adapter_folder, check_reference, is_hub_id
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")

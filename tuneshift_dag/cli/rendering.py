@@ -95,7 +95,7 @@ def after_run(name: str, output: Path) -> None:
 
 def report(figures: dict[str, Any]) -> None:
     from tuneshift_dag.method.evaluation import TITLES
-    from tuneshift_dag.reports.summary import by_way
+    from tuneshift_dag.reports import by_way
 
     out.print(
         f"[bold]{figures['transfer']}[/bold]: {figures['rounds']} rounds, {figures['prompts']} prompts,"
@@ -187,7 +187,7 @@ def sweep(cells: list[dict[str, Any]]) -> None:
 
 
 def comparison(found: list[dict[str, Any]]) -> None:
-    from tuneshift_dag.reports import summary
+    from tuneshift_dag import reports as summary
 
     table = Table(title="Held-out accuracy by filter, 95 % intervals", title_justify="left")
     for column in ("arm", "runs", "pairs", "of", "as random", "accuracy", "minus random", "minus unfiltered"):

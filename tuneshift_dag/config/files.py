@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.schema import Evaluation, TransferConfig
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.evaluation import expected_number
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.models import references

@@ -28,7 +28,7 @@ from tuneshift_dag.engines.kv_cache import (
     stored,
     zeros,
 )
-from tuneshift_dag.method.engine import Decoding, Response
+from tuneshift_dag.method import Decoding, Response
 from tuneshift_dag.models import memory
 from tuneshift_dag.models.capabilities import end_ids, head_inputs, head_logits, keys_values_bytes, sliding_window
 

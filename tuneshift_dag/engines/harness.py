@@ -19,9 +19,9 @@ import lm_eval
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import Side
+from tuneshift_dag.method import Side
 from tuneshift_dag.models import memory
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import torch
 from safetensors import safe_open
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.engines import decoding as loop
 from tuneshift_dag.engines.kv_cache import KVDtype
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import SIDES, AdapterCheck, Decoding, Engine, Pair, Response, Side
+from tuneshift_dag.method import SIDES, AdapterCheck, Decoding, Engine, Pair, Response, Side
 from tuneshift_dag.models import memory
 from tuneshift_dag.models.capabilities import check_head, head_logits, start_ids
 from tuneshift_dag.models.loading import (

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 import openai
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.schema_models import ServedModel, Server
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import Decoding, PromptWriter, Response, Side
+from tuneshift_dag.method import Decoding, PromptWriter, Response, Side
 
 T = TypeVar("T")
 Work = Callable[["Requests", int], Awaitable[T]]

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.schema_models import ServedModel
 from tuneshift_dag.engines.openai_client import (
     OpenAIServer,
@@ -21,8 +22,7 @@ from tuneshift_dag.engines.openai_client import (
     sampling_fields,
     token_logprobs,
 )
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import CHUNK_SIZE, SIDES, AdapterCheck, Decoding, Pair, Response, Scorer, Side
+from tuneshift_dag.method import CHUNK_SIZE, SIDES, AdapterCheck, Decoding, Pair, Response, Scorer, Side
 from tuneshift_dag.models.capabilities import start_ids
 from tuneshift_dag.models.loading import load_tokenizer
 from tuneshift_dag.models.references import ModelFiles

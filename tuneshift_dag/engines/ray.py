@@ -27,9 +27,9 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 import ray
 from ray.util import ActorPool
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.schema_models import RayCluster
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import CHUNK_SIZE, AdapterCheck, Decoding, Engine, Pair, Response, Side
+from tuneshift_dag.method import CHUNK_SIZE, AdapterCheck, Decoding, Engine, Pair, Response, Side
 
 # A batch that has killed this many more actors would kill the next one too.
 _RETRIES = 3

@@ -1,1 +1,130 @@
-"""The method, without dagster: prompting, scoring, filters, seed sampling, distillation, preflight."""
+"""What the method asks of whatever runs the models: the records and the protocols, no implementation."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Side = Literal["base", "fine_tuned"]
+SIDES: tuple[Side, Side] = ("base", "fine_tuned")
+CHUNK_SIZE = 1024
+"""`Scorer.chunk_size` of an engine that works on one batch after the other: 32 batches of 32."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen. ``temperature`` 0 is greedy, and then the rest has no effect."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    """The one prompt's sampling seed; `TextModel.generate` takes one for each prompt instead."""
+    stop: str = ""
+    """Stop when the text contains this (empty: only at the end token)."""
+
+    def key(self) -> str:
+        """The part of a cache key that these settings make up."""
+        if self.temperature == 0:
+            return f"greedy|{self.max_new_tokens}|{self.stop}"
+        return f"{self.temperature}|{self.top_k}|{self.top_p}|{self.seed}|{self.max_new_tokens}|{self.stop}"
+
+
+@dataclass(frozen=True)
+class Response:
+    """A generated response. ``token_ids`` include the end token if there is one; ``sum_logprob`` adds up their raw
+    log-probabilities (nats) under the model that wrote them; ``eos_logprob`` is the end token's, None if truncated."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+    sum_logprob: float
+    eos_logprob: float | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both models' responses to one prompt, and each one's log-likelihood (nats) of the other's, if it was computed."""
+
+    base: Response
+    fine_tuned: Response
+    base_on_fine_tuned: float | None
+    fine_tuned_on_base: float | None
+
+
+@dataclass(frozen=True)
+class AdapterCheck:
+    """``problems`` must stop the run, ``warnings`` must not. The figures are None for models on a server."""
+
+    problems: list[str]
+    warnings: list[str]
+    largest_logit_difference: float | None
+    delta_norm: float | None
+
+
+class TextModel(Protocol):
+    """One base model, with its adapter (if any) on (``fine_tuned``) or off (``base``)."""
+
+    def fingerprint(self, side: Side) -> str:
+        """Changes when, and only when, something changes that can change this side's output."""
+
+    def encode(self, text: str, templated: bool = False) -> list[int]:
+        """Token ids of a rendered prompt; a chat template has put its special tokens into the text."""
+
+    def generate(
+        self, prompts: Sequence[list[int]], side: Side, decoding: Decoding, seeds: Sequence[int] | None = None
+    ) -> Iterator[list[tuple[int, Response]]]:
+        """Responses in batches as they finish, each with the index of its prompt. For sampling, ``seeds`` has one
+        number per prompt that makes its random choices its own."""
+
+
+class PromptWriter(TextModel, Protocol):
+    """Writes new prompts."""
+
+    def render_chat(self, message: str) -> str:
+        """A user message in the model's own chat template, ready for the answer."""
+
+
+class Scorer(TextModel, Protocol):
+    """Answers prompts on both sides, and scores what was answered."""
+
+    cross_scores: bool
+    """Whether `pairs` gives cross scores."""
+
+    chunk_size: int = CHUNK_SIZE
+    """Prompts of a large round that `pairs` is given at once. It sorts them by length; all are in memory until then."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """While it is open, what the engine starts for one call stays for the next one."""
+        return nullcontext()
+
+    def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
+        """Whether the adapter is applied and changes the base's answers to rendered prompts."""
+
+    def pairs(
+        self, prompts: Sequence[list[int]], known: Sequence[dict[Side, Response]], decoding: Decoding
+    ) -> Iterator[list[tuple[int, Pair]]]:
+        """Both sides' responses and cross scores, in batches as they finish. Responses that are ``known`` of a prompt
+        aren't generated again."""
+
+    def score(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
+    ) -> Iterator[list[tuple[int, float]]]:
+        """Log-likelihoods (nats) of given responses, each after its prompt, in batches as they finish. An empty prompt
+        stands for none: the model sees only what starts its texts."""
+
+
+class Engine(PromptWriter, Scorer, Protocol):
+    """A model that is loaded here or on a cluster: it can do both."""
+
+
+def perplexity(sum_logprob: float, n_tokens: int) -> float | None:
+    """PPL(y | x) = exp(-1/|y| Σ log p(y_t | x, y_<t)), TuneShift-KD (arXiv 2603.24518) §3; None for no tokens."""
+    if not n_tokens:
+        return None
+    try:
+        return math.exp(-sum_logprob / n_tokens)
+    except OverflowError:
+        return math.inf

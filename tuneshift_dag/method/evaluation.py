@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from tuneshift_dag.method.engine import perplexity
+from tuneshift_dag.method import perplexity
 
 Metric = Literal["exact_match", "numeric"]
 TITLES: dict[Metric, str] = {"exact_match": "exact match", "numeric": "numeric answers"}

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
-from tuneshift_dag.method.engine import SIDES, Decoding, Pair, Response, Scorer, Side, TextModel
+from tuneshift_dag.method import SIDES, Decoding, Pair, Response, Scorer, Side, TextModel
 from tuneshift_dag.method.evaluation import Metric, flexible_number, strict_number
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers.masking_utils import eager_mask
 
-from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag import TuneshiftError
 
 GROUPED_ATTENTION = "grouped_eager"
 # Families whose attention is softmax(q·k · scale, soft-capped, + mask)·v and nothing else.

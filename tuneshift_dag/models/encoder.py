@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag import TuneshiftError
 
 _BATCH = 128
 # Prompts are capped in characters by generator.max_prompt_characters; this is the encoder's own limit.

@@ -23,7 +23,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.models import memory
 from tuneshift_dag.models.capabilities import attention_of
 from tuneshift_dag.models.references import ModelFiles, cache_dir

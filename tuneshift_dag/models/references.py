@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 
 import platformdirs
 
-from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag import TuneshiftError
 
 Kind = Literal["model", "tokenizer", "adapter"]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import polars as pl
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.evaluation import TITLES
-from tuneshift_dag.reports.summary import (
+from tuneshift_dag.reports import (
     arm_tasks,
     by_way,
     conclusion,
@@ -21,7 +21,7 @@ from tuneshift_dag.reports.summary import (
     escape_markdown,
     report,
 )
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import content_version
 
 _WRITTEN = ("adapter", "dataset.jsonl", "dataset.parquet", "README.md")

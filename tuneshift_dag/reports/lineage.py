@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.prompting import prompt_id as id_of_text
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 
 Fate = Literal["seed", "kept", "dropped", "unjudged", "unscored", "gone"]
 

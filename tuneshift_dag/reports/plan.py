@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.schema import Distill
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.home import database_file
 from tuneshift_dag.models.memory import BATCH_SHARE, gpu_count, total_bytes
 from tuneshift_dag.models.references import known_config
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import ROUND_ASSETS, Records
 
 STEPS = ("synthetic_prompts", "scored_pairs", "distilled_model", "evaluation")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from tuneshift_dag.reports.summary import by_way
+from tuneshift_dag.reports import by_way
 
 _TEXT = "#7d8590"
 _COLORS = ["#4493f8", "#e0823d", "#3fb950", "#ab7df8", "#db61a2", "#c69026"]

@@ -11,11 +11,11 @@ from typing import Any
 
 import polars as pl
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.schema import check_threshold
-from tuneshift_dag.errors import TuneshiftError
 from tuneshift_dag.method.filters import GUARD_REASONS, KEEP_RULES, RULES, Rule
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.queries import of_its_rounds, verdicts
 
 _PAPER_THRESHOLD = 1.5

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import PromptWriter, Scorer
+from tuneshift_dag.method import PromptWriter, Scorer
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.cache import ResponseCache
-from tuneshift_dag.store.database import Store
 
 if TYPE_CHECKING:
     from tuneshift_dag.engines.harness import Harness

@@ -1,1 +1,398 @@
-"""The DuckDB file: its tables, the cache of model calls, the record of what was made from what."""
+"""The store: one DuckDB file, one schema per transfer, and a schema ``cache`` that all of them share.
+
+DuckDB lets one process write at a time, and a writer shuts out readers. So a connection lives only
+for one transaction or one read, and never while a model runs; a held lock is waited for.
+"""
+
+# Annotations stay text: as objects, those that name a DuckDB class keep its module alive to the end of the
+# process, and DuckDB then prints pages of "nanobind: leaked … instances".
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import polars as pl
+import pyarrow as pa
+
+from tuneshift_dag import TuneshiftError
+from tuneshift_dag.store.queries import TRANSFER_VIEWS
+from tuneshift_dag.store.tables import CACHE, CACHE_TABLES, MAIN_TABLES, SCHEMA_VERSION, TRANSFER_TABLES, Table
+
+_LOCK_WAIT_SECONDS = 60.0
+_CHECKPOINT_EVERY = "4 MB"
+"""A checkpoint overwrites DuckDB's first block (256 KiB) in place: a process killed within those microseconds leaves a
+file that can't be opened (seen once in 1,200 kills while every close made one). What is committed is safe in the
+``.wal`` beside the file before; a larger one is slower to open (4 MB: about 10 ms)."""
+_MERGES_PER_CHECKPOINT = 0
+"""A checkpoint merges a table's small row groups into one of up to 122,880 rows, and holds all of it in memory: 80 MB
+for responses. Without merges it writes what was added since the last one, some 2,500 rows, and drops row groups whose
+rows are all deleted; look-ups in 27 groups of 400,000 responses were as fast as in 5."""
+_LITTLE_MEMORY = 24
+"""MB that DuckDB gets for a look-up or an append in a large table, or for rows that come in parts, beside those rows
+that it must hold at once. Without a limit it keeps what it has read and, until the commit, what it writes: 180 MB for
+100,000 scored pairs. With 16 an append and the commit of those pairs fail."""
+_TOO_LITTLE_MEMORY = (duckdb.OutOfMemoryException, duckdb.TransactionException, duckdb.FatalException)
+"""As a statement, a commit and the checkpoint that a commit makes say it."""
+
+
+class Spool:
+    """Rows of a table that are to be written in one transaction, chunk by chunk on disk until then.
+
+    The file has no name, so a killed process leaves nothing.
+    """
+
+    def __init__(self, table: Table, folder: Path) -> None:
+        self.table = table
+        self.row_bytes = 0.0
+        """Size of a row, in the chunk with the largest."""
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
+        self._chunks = self._rows = 0
+
+    def append(self, rows: pl.DataFrame) -> None:
+        table = rows.to_arrow()
+        self._file.seek(0, io.SEEK_END)
+        with pa.ipc.new_stream(self._file, table.schema) as stream:
+            stream.write_table(table)
+        self._chunks += 1
+        self._rows += len(rows)
+        self.row_bytes = max(self.row_bytes, table.nbytes / max(1, len(rows)))
+
+    def __len__(self) -> int:
+        return self._rows
+
+    @property
+    def at_once(self) -> float:
+        """Bytes of the rows that DuckDB takes from `reader` at a time."""
+        return int(duckdb.__standard_vector_size__) * self.row_bytes
+
+    def reader(self) -> pa.RecordBatchReader:
+        """The rows as a stream that DuckDB reads as it goes."""
+        batches = (batch for rows in self for batch in rows.to_arrow().to_batches())
+        return pa.RecordBatchReader.from_batches(self.table.empty().to_arrow().schema, batches)
+
+    def __iter__(self) -> Iterator[pl.DataFrame]:
+        """The chunks, in the order in which they came."""
+        end = 0
+        for _ in range(self._chunks):
+            self._file.seek(end)
+            rows = pl.DataFrame(pa.ipc.open_stream(self._file).read_all())
+            end = self._file.tell()
+            yield rows
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+def in_chunks(rows: pl.DataFrame | Spool) -> Iterable[pl.DataFrame]:
+    return rows if isinstance(rows, Spool) else [rows]
+
+
+_READY: dict[tuple[Path, int], set[str]] = {}
+
+
+class Store:
+    """Polars frames in, Polars frames out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.home = path.parent.resolve()
+        """Folder of the database file. Paths in its tables are relative to it, so that both can be moved."""
+
+    @property
+    def _ready(self) -> set[str]:
+        """Schemas of this very file that were prepared in this process: each takes some statements."""
+        return _READY.setdefault((self.path, self.path.stat().st_ino), set()) if self.path.exists() else set()
+
+    def relative(self, path: Path) -> str:
+        """How a path is written into a table: relative to `home`, or absolute when it isn't inside."""
+        # Not resolved at first: a link inside `home` may lead out of it.
+        for place in (Path(os.path.abspath(path)), path.resolve()):
+            if place.is_relative_to(self.home):
+                return place.relative_to(self.home).as_posix()
+        return str(path.resolve())
+
+    def absolute(self, text: str) -> Path:
+        """The path that a table names."""
+        return Path(os.path.normpath(self.home / text))
+
+    def claim(self, name: str, folder: Path) -> None:
+        """Note that the tables of ``name`` are those of the transfer in ``folder``; one that was moved takes them over.
+
+        Raises:
+            TuneshiftError: when another folder has the name, or one that differs only in case, which is one to DuckDB.
+        """
+        folder = folder.resolve()
+        # With the project that holds both, a folder and its claim can be moved or copied.
+        near = folder.is_relative_to(self.home.parent)
+        claimed = (name, Path(os.path.relpath(folder, self.home)).as_posix() if near else str(folder))
+        query = "SELECT name, folder FROM main.transfers WHERE lower(name) = lower(?)"
+        if self.read(query, [name]).rows() == [claimed]:
+            return
+        with self.transaction(CACHE) as connection:
+            for other, text in connection.execute(query, [name]).fetchall():
+                place = self.absolute(text)
+                if (place / "transfer.yaml").is_file() and not (folder.exists() and place.samefile(folder)):
+                    raise TuneshiftError(
+                        f"{folder}: in {self.path} the name {other!r} (in whatever case) is that of {place}. Rename one"
+                        " of the folders, or give one of them another TUNESHIFT_HOME."
+                    )
+            connection.execute("DELETE FROM main.transfers WHERE lower(name) = lower(?)", [name])
+            connection.execute("INSERT INTO main.transfers VALUES (?, ?)", claimed)
+
+    def read(
+        self,
+        query: str,
+        parameters: Sequence[Any] | dict[str, Any] = (),
+        schema: str | None = None,
+        little_memory: bool = False,
+    ) -> pl.DataFrame:
+        """Rows of a query; unqualified table names are those of ``schema`` (a transfer's name).
+
+        Args:
+            little_memory: don't keep what was read of a large table, as long as the rows of the result allow it.
+        """
+        self.prepare(schema)
+        with self._connection(read_only=True) as connection:
+            if schema:
+                connection.execute(f"SET schema = '{schema}'")
+
+            def rows() -> pl.DataFrame:
+                found: pl.DataFrame = connection.sql(query, params=parameters or None).pl()
+                return found
+
+            if little_memory:
+                with suppress(duckdb.OutOfMemoryException):
+                    _limit_memory(connection)
+                    return rows()
+                connection.execute("RESET memory_limit")
+            return rows()
+
+    def spool(self, table: Table) -> Spool:
+        """A place on this file's disk for more rows than memory should hold."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return Spool(table, self.path.parent)
+
+    def replace(self, schema: str, table: Table, rows: pl.DataFrame | Spool, **where: str) -> None:
+        """Replace a table's rows, or those where the given columns have the given values.
+
+        One transaction: either the old rows or the new ones are there, whatever happens.
+        """
+        self.replace_all(schema, [(table, rows)], **where)
+
+    def replace_all(self, schema: str, frames: Sequence[tuple[Table, pl.DataFrame | Spool]], **where: str) -> None:
+        """`replace` for several tables in the same transaction."""
+        condition = " AND ".join(f"{column} = ?" for column in where) or "TRUE"
+
+        def statements(connection: duckdb.DuckDBPyConnection) -> None:
+            for table, rows in frames:
+                connection.execute(f"DELETE FROM {table.name} WHERE {condition}", list(where.values()))
+                insert(connection, table, rows)
+
+        spools = [rows for _, rows in frames if isinstance(rows, Spool)]
+        self.write(schema, statements, max((spool.at_once for spool in spools), default=None))
+
+    def append_all(self, schema: str, frames: Sequence[tuple[Table, pl.DataFrame]]) -> None:
+        """Add rows in one transaction; a row whose key is there already is left out."""
+
+        def statements(connection: duckdb.DuckDBPyConnection) -> None:
+            for table, rows in frames:
+                insert(connection, table, rows, new_only=bool(table.key))
+
+        # Without a limit all keys of the table, which are read to leave out the known ones, stay in memory.
+        self.write(schema, statements, sum(rows.estimated_size() for _, rows in frames))
+
+    def write(
+        self, schema: str, statements: Callable[[duckdb.DuckDBPyConnection], None], at_once: float | None = None
+    ) -> None:
+        """One transaction, which with ``at_once`` holds little in memory.
+
+        Args:
+            statements: are run a second time, without a limit, when that was too little. (Nothing of the first is in
+                the file then.)
+            at_once: bytes of the rows that a statement has to hold at once.
+        """
+        if at_once is not None:
+            with suppress(*_TOO_LITTLE_MEMORY), self.transaction(schema) as connection:
+                _limit_memory(connection, at_once)
+                statements(connection)
+                return
+        with self.transaction(schema) as connection:
+            connection.execute("RESET memory_limit")
+            statements(connection)
+
+    @contextmanager
+    def transaction(self, schema: str, compact: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A read-write connection inside one transaction, for a few statements and no model call.
+
+        Args:
+            compact: afterwards merge the row groups of the tables that changed, without what was deleted from them,
+                whatever memory it takes.
+        """
+        self.prepare(schema)
+        with self._connection(read_only=False) as connection:
+            connection.execute(f"SET schema = '{schema}'")
+            if compact:
+                connection.execute("RESET max_vacuum_tasks")
+            connection.execute("BEGIN")  # what isn't committed goes with the connection
+            yield connection
+            connection.execute("COMMIT")
+            if compact:
+                connection.execute("CHECKPOINT")
+                self._ready.clear()  # schemas may be gone
+
+    def prepare(self, schema: str | None) -> None:
+        """Create the file, the schema and its tables when they aren't there yet, and the views when they differ."""
+        name = schema or CACHE
+        if name in self._ready:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._connection(read_only=False) as connection:
+            connection.execute("BEGIN")
+            self._check_version(connection)
+            for known, tables in (("main", MAIN_TABLES), (CACHE, CACHE_TABLES), (name, TRANSFER_TABLES)):
+                if (known == CACHE) == (tables is CACHE_TABLES):
+                    connection.execute(f'CREATE SCHEMA IF NOT EXISTS "{known}"')
+                    for table in tables:
+                        connection.execute(table.ddl(known))
+                    _add_columns(connection, known, tables)
+            if name != CACHE:
+                _replace_views(connection, name)
+            connection.execute("COMMIT")
+        self._ready.add(name)
+
+    def _check_version(self, connection: duckdb.DuckDBPyConnection) -> None:
+        connection.execute("CREATE TABLE IF NOT EXISTS main.tuneshift_schema (version INTEGER)")
+        ((version,),) = connection.execute("SELECT max(version) FROM main.tuneshift_schema").fetchall()
+        if version == SCHEMA_VERSION:
+            return
+        if version is not None and version > SCHEMA_VERSION:
+            raise TuneshiftError(
+                f"{self.path} was written by a newer tuneshift_dag (schema version {version}; this one knows"
+                f" {SCHEMA_VERSION}). Upgrade tuneshift_dag, or set TUNESHIFT_HOME to another folder."
+            )
+        try:
+            if version is not None:
+                _migrate(connection)
+        except duckdb.Error as error:
+            problem = f"can't be brought from schema version {version} to {SCHEMA_VERSION}, and stays as it was"
+            raise TuneshiftError(f"{self.path} {problem}: {error}") from error
+        connection.execute("INSERT INTO main.tuneshift_schema VALUES (?)", [SCHEMA_VERSION])
+
+    @contextmanager
+    def _connection(self, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
+        connection = self._connect(read_only)
+        try:
+            if not read_only:
+                connection.execute("PRAGMA disable_checkpoint_on_shutdown")
+                connection.execute(f"SET wal_autocheckpoint = '{_CHECKPOINT_EVERY}'")
+                connection.execute(f"SET max_vacuum_tasks = {_MERGES_PER_CHECKPOINT}")
+            yield connection
+        finally:
+            connection.close()
+
+    def _connect(self, read_only: bool) -> duckdb.DuckDBPyConnection:
+        give_up = time.monotonic() + _LOCK_WAIT_SECONDS
+        pause = 0.01
+        while True:
+            try:
+                return duckdb.connect(str(self.path), read_only=read_only)
+            except duckdb.Error as error:
+                # Another thread of this process may hold a connection of the other kind for a moment.
+                if not isinstance(error, duckdb.ConnectionException) and "Could not set lock" not in str(error):
+                    raise TuneshiftError(f"{self.path} can't be opened as a DuckDB file: {error}") from error
+                if time.monotonic() > give_up:
+                    raise TuneshiftError(
+                        f"{self.path} has been in use by another process for {_LOCK_WAIT_SECONDS:.0f} s"
+                        f" (a notebook or DuckDB shell with an open connection?): {error}"
+                    ) from error
+            time.sleep(pause)
+            pause = min(0.5, pause * 2)
+
+
+def _limit_memory(connection: duckdb.DuckDBPyConnection, at_once: float = 0) -> None:
+    """Let DuckDB drop what it has read, and write to disk what it would hold until the commit.
+
+    Args:
+        at_once: bytes that the statement has to hold at once; DuckDB has them twice while it writes them.
+    """
+    # Each thread has buffers of its own.
+    connection.execute(f"SET memory_limit = '{_LITTLE_MEMORY + 2 * at_once / 1e6:.0f} MB'; SET threads = 1")
+
+
+def _migrate(connection: duckdb.DuckDBPyConnection) -> None:
+    """From schema version 1, 2 or 3 to 4: indexes, tables and columns go that are no longer declared, and the paths of
+    adapters become relative."""
+    # Tables and views of a transfer were made in the cache's schema too, by mistake.
+    for view in TRANSFER_VIEWS:
+        connection.execute(f"DROP VIEW IF EXISTS {CACHE}.{view.name}")
+    for name in ("token_scores", *(table.name for table in TRANSFER_TABLES)):
+        connection.execute(f"DROP TABLE IF EXISTS {CACHE}.{name}")
+    indexed = connection.execute("SELECT schema_name, table_name FROM duckdb_tables() WHERE has_primary_key").fetchall()
+    without = {table.name for table in (*CACHE_TABLES, *TRANSFER_TABLES) if not (table.key and table.indexed)}
+    for schema, table in indexed:
+        if table in without:
+            connection.execute(f'CREATE TABLE "{schema}".copied AS SELECT * FROM "{schema}".{table}')
+            connection.execute(f'DROP TABLE "{schema}".{table}')
+            connection.execute(f'ALTER TABLE "{schema}".copied RENAME TO {table}')
+    transfers = connection.execute("SELECT schema_name FROM duckdb_tables() WHERE table_name = 'steps'").fetchall()
+    for (schema,) in transfers:
+        for column in ("base_alone_logprob", "ppl_base_alone", "ppl_target", "discriminator_score"):
+            connection.execute(f'ALTER TABLE "{schema}".scored_pairs DROP COLUMN IF EXISTS {column}')
+        models = f"output/{schema}/models/"
+        shorter = f'UPDATE "{schema}".distilled_models SET path = regexp_replace(path, ?, ?)'
+        connection.execute(shorter, [f"^.*/{models}", models])
+
+
+def _add_columns(connection: duckdb.DuckDBPyConnection, schema: str, tables: Sequence[Table]) -> None:
+    """Give tables of an older file the columns that it doesn't have yet; their rows hold NULL there."""
+    there = connection.execute("SELECT table_name, column_name FROM duckdb_columns() WHERE schema_name = ?", [schema])
+    known = set(there.fetchall())
+    for table in tables:
+        for column in table.columns:
+            if (table.name, column.name) not in known:
+                connection.execute(f'ALTER TABLE "{schema}".{table.name} ADD COLUMN "{column.name}" {column.type}')
+
+
+def _replace_views(connection: duckdb.DuckDBPyConnection, schema: str) -> None:
+    """Make the views of a transfer those of this code; nothing is written when they are already."""
+    connection.execute(f"SET schema = '{schema}'")
+    there = connection.execute("SELECT view_name, comment FROM duckdb_views() WHERE schema_name = ?", [schema])
+    comments = dict(there.fetchall())
+    for view in TRANSFER_VIEWS:
+        if comments.get(view.name) != view.comment:
+            connection.execute(view.ddl())
+
+
+def insert(
+    connection: duckdb.DuckDBPyConnection, table: Table, rows: pl.DataFrame | Spool, new_only: bool = False
+) -> None:
+    """Add rows to a table, by column name.
+
+    Args:
+        new_only: leave out a row whose key is there already.
+    """
+    if not len(rows):
+        return
+    arrow = rows.reader() if isinstance(rows, Spool) else rows.to_arrow()
+    unknown = set(arrow.schema.names) ^ {c.name for c in table.columns}
+    if unknown:
+        raise ValueError(f"{table.name}: columns differ from the declared ones: {sorted(unknown)}")
+    connection.register("incoming", arrow)
+    verb, source = "INSERT", "incoming"
+    if new_only and table.indexed:
+        verb = "INSERT OR IGNORE"
+    elif new_only:
+        key = ", ".join(table.key)
+        source += f" ANTI JOIN (SELECT {key} FROM {table.name} SEMI JOIN incoming USING ({key})) USING ({key})"
+    connection.execute(f"{verb} INTO {table.name} BY NAME SELECT * FROM {source}")
+    connection.unregister("incoming")

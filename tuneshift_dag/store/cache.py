@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tuneshift_dag.errors import TuneshiftError
-from tuneshift_dag.method.engine import Decoding, Response
+from tuneshift_dag import TuneshiftError
+from tuneshift_dag.method import Decoding, Response
 from tuneshift_dag.models.references import cache_dir
-from tuneshift_dag.store.database import Store
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.tables import CACHE, CACHED_RESPONSES, CACHED_SCORES
 
 MODEL_REFERENCE = "model:"

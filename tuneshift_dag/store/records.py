@@ -17,7 +17,7 @@ import polars as pl
 
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.versions import INPUTS, Rounds, code_version
-from tuneshift_dag.store.database import Spool, Store, in_chunks, insert
+from tuneshift_dag.store import Spool, Store, in_chunks, insert
 from tuneshift_dag.store.tables import ATTEMPTS, MATERIALIZATIONS
 
 ROUND_ASSETS = ("synthetic_prompts", "scored_pairs", "filtered_dataset")

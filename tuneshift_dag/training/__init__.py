@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuneshift_dag.errors import TuneshiftError
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.models.memory import gpu_count
 
 if TYPE_CHECKING:
