@@ -326,8 +326,8 @@ def cosine_with_warmup(step: int, total: int, warmup_ratio: float) -> float:
 
 
 # LoRA layers with fewer operations. PEFT turns the layer's input into float32, autocast turns it back, and scaling,
-# product and sum are operations of their own, each with a gradient. Here result + scaling * (x A^T) B^T is one, with its
-# gradients written out. The adapter's weights stay in float32, and are used in the dtype of the layer's output.
+# product and sum are operations of their own, each with a gradient. Here result + scaling * (x A^T) B^T is one, with
+# its gradients written out. The adapter's weights stay in float32, and are used in the dtype of the layer's output.
 
 
 def shorten(model: torch.nn.Module) -> None:
