@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 
 from tuneshift_dag import TuneshiftError
-from tuneshift_dag.store import Store
+from tuneshift_dag.store import Store, insert
 from tuneshift_dag.store.tables import (
     CACHE,
     CACHED_RESPONSES,
@@ -72,8 +72,14 @@ def test_a_failing_insert_keeps_the_old_rows_of_every_table(store):
     store.replace("transfer", SEED_SET, seeds("old"))
     call = {"round": "round_01", "proposal_id": "a", "call": 0, "seed_ids": [], "text": "x"}
     twice = PROPOSALS.frame([call] * 2)
+
+    def statements(connection: duckdb.DuckDBPyConnection) -> None:
+        connection.execute("DELETE FROM seed_set")
+        insert(connection, SEED_SET, seeds("new"))
+        insert(connection, PROPOSALS, twice)
+
     with pytest.raises(duckdb.ConstraintException):
-        store.replace_all("transfer", [(SEED_SET, seeds("new")), (PROPOSALS, twice)])
+        store.write("transfer", statements)
     assert seed_ids(store) == ["old"]
 
 
@@ -323,7 +329,8 @@ def test_spooled_rows_of_a_failing_transaction_leave_the_old_ones(store):
 def test_tables_and_views_can_be_copied_out_as_parquet(store: Store, tmp_path: Path) -> None:
     """The command of docs/cluster.md, and back into an empty database."""
     dropped = REJECTED_PAIRS.frame([{"round": "round_01", "prompt_id": "a", "reason": "unsure"}])
-    store.replace_all("transfer", [(SEED_SET, seeds("a", "b")), (REJECTED_PAIRS, dropped)])
+    store.replace("transfer", SEED_SET, seeds("a", "b"))
+    store.replace("transfer", REJECTED_PAIRS, dropped)
     with duckdb.connect(str(store.path), read_only=True) as connection:
         connection.execute(f"EXPORT DATABASE '{tmp_path / 'export'}' (FORMAT parquet)")
     with duckdb.connect() as other:

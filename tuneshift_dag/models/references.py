@@ -43,15 +43,13 @@ _HUB_FILES: dict[Kind, list[str]] = {
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Local files of a model, tokenizer or adapter.
-
-    ``fingerprint`` changes when, and only when, something changes that can change an output: the
-    weights, the configuration or the tokenizer. Cached responses are kept by it.
-    """
+    """Local files of a model, tokenizer or adapter."""
 
     reference: str
     path: Path
     fingerprint: str
+    """Changes when, and only when, something changes that can change an output: the weights, the configuration or the
+    tokenizer. Cached responses are kept by it."""
 
 
 class Fingerprint(NamedTuple):
@@ -73,25 +71,32 @@ def is_hub_id(reference: str) -> bool:
     return bool(_HUB_ID.match(reference)) and not reference.startswith((".", "/", "~"))
 
 
-def check_reference(reference: str, folder: Path, key: str, weights: bool = True) -> None:
-    """Raise `TuneshiftError` when a reference can't name a model. Loads and converts nothing.
+def is_on_hub(reference: str, folder: Path) -> bool:
+    """Whether a reference names something on the hub: it is a hub id, and there is no file or folder of that name."""
+    return is_hub_id(reference) and not (folder / reference).expanduser().exists()
+
+
+def check_reference(reference: str, folder: Path, key: str, kind: Kind = "model") -> None:
+    """Raise `TuneshiftError` when a reference can't name what it should. Loads, fetches and converts nothing.
 
     Args:
         folder: the transfer's folder, for relative paths.
         key: the key that the reference stands under, for the message.
-        weights: whether a folder must hold weights; if not, a tokenizer is enough.
+        kind: of a folder, a model's must hold weights; for a tokenizer, one is enough.
     """
-    if reference.startswith("package://"):
-        _package_file(reference, key)
-        return
     path = (folder / reference).expanduser()
-    if path.is_file():
+    if kind == "adapter":
+        if not is_on_hub(reference, folder):
+            check_adapter_folder(path, key)
+    elif reference.startswith("package://"):
+        _package_file(reference, key)
+    elif path.is_file():
         if path.suffix != ".gguf":
             raise TuneshiftError(
                 f"{key}: {reference!r} is a file but no .gguf file. Name a model folder or a .gguf file."
             )
     elif path.is_dir():
-        if weights:
+        if kind == "model":
             _check_model_folder(path, key)
         elif not _files(path, "tokenizer"):
             raise TuneshiftError(f"{key}: {path} holds no tokenizer (tokenizer.json or tokenizer.model).")
@@ -104,24 +109,17 @@ def check_reference(reference: str, folder: Path, key: str, weights: bool = True
 
 def resolve_model(reference: str, folder: Path, key: str) -> ModelFiles:
     """Local files of the model that ``reference`` names, downloaded or converted when needed."""
-    check_reference(reference, folder, key)
     return _resolve(reference, folder, key, "model")
 
 
 def resolve_tokenizer(reference: str, folder: Path, key: str) -> ModelFiles:
     """Local files of a model's tokenizer, without its weights where they can be had apart."""
-    check_reference(reference, folder, key, weights=False)
     return _resolve(reference, folder, key, "tokenizer")
 
 
 def resolve_adapter(reference: str, folder: Path, key: str) -> ModelFiles:
     """Local files of a PEFT adapter: a folder or a hub id, safetensors only."""
-    path = (folder / reference).expanduser()
-    if path.exists() or not is_hub_id(reference):
-        check_adapter_folder(path, key)
-    files = _resolve(reference, folder, key, "adapter")
-    check_adapter_folder(files.path, key)
-    return files
+    return _resolve(reference, folder, key, "adapter")
 
 
 def known_config(reference: str, folder: Path, key: str) -> Path | None:
@@ -157,7 +155,7 @@ def refresh(reference: str, folder: Path, key: str, kind: Kind = "model") -> str
     couldn't be asked, for people: what is here stays. Empty if it was, needn't be, or mustn't (``HF_HUB_OFFLINE``).
     """
     repo, _, revision = reference.partition("@")
-    if (folder / reference).expanduser().exists() or not is_hub_id(reference) or _COMMIT.fullmatch(revision):
+    if not is_on_hub(reference, folder) or _COMMIT.fullmatch(revision):
         return ""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -178,8 +176,7 @@ def refresh(reference: str, folder: Path, key: str, kind: Kind = "model") -> str
 
 def hub_files_here(reference: str, folder: Path) -> bool:
     """Whether nothing is to be fetched for a reference: it is no hub id, or the hub's cache has it (maybe in part)."""
-    local = (folder / reference).expanduser().exists() or not is_hub_id(reference)
-    return local or _snapshot(reference) is not None
+    return not is_on_hub(reference, folder) or _snapshot(reference) is not None
 
 
 def check_adapter_folder(path: Path, key: str) -> dict[str, object]:
@@ -254,6 +251,7 @@ def _check_model_folder(path: Path, key: str) -> None:
 
 
 def _resolve(reference: str, folder: Path, key: str, kind: Kind) -> ModelFiles:
+    check_reference(reference, folder, key, kind)
     path = (folder / reference).expanduser()
     if gguf := _gguf_file(reference, path, key):
         converted = _converted(gguf)
@@ -358,5 +356,7 @@ def _from_hub(reference: str, key: str, kind: Kind) -> ModelFiles:
             f"{key}: the hub model {reference!r} could not be fetched ({type(error).__name__}: {error})."
             " Check the name and the network, run `hf auth login` for a gated model, or name a local folder."
         ) from error
+    if kind == "adapter":
+        check_adapter_folder(path, key)
     # A snapshot's folder is named by its commit, which pins every file.
     return ModelFiles(reference, path, f"{repo}@{path.name}")
