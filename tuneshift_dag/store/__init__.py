@@ -53,15 +53,14 @@ class Spool:
         self.table = table
         self.at_once = 0.0
         """Bytes of the rows that DuckDB takes from `reader` at a time, in the chunk with the largest."""
+        self._rows = 0
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
-        self._chunks = self._rows = 0
+        self._stream = pa.ipc.new_stream(self._file, table.empty().to_arrow().schema)
 
     def append(self, rows: pl.DataFrame) -> None:
-        table = rows.to_arrow()
+        table = rows.rechunk().to_arrow()
         self._file.seek(0, os.SEEK_END)
-        with pa.ipc.new_stream(self._file, table.schema) as stream:
-            stream.write_table(table)
-        self._chunks += 1
+        self._stream.write_table(table)
         self._rows += len(rows)
         self.at_once = max(self.at_once, int(duckdb.__standard_vector_size__) * table.nbytes / max(1, len(rows)))
 
@@ -69,18 +68,13 @@ class Spool:
         return self._rows
 
     def reader(self) -> pa.RecordBatchReader:
-        """The rows as a stream that DuckDB reads as it goes."""
-        batches = (batch for rows in self for batch in rows.to_arrow().to_batches())
-        return pa.RecordBatchReader.from_batches(self.table.empty().to_arrow().schema, batches)
+        """The rows as a stream that DuckDB reads as it goes; one at a time."""
+        self._file.seek(0)
+        return pa.ipc.open_stream(self._file)
 
     def __iter__(self) -> Iterator[pl.DataFrame]:
-        """The chunks, in the order in which they came."""
-        end = 0
-        for _ in range(self._chunks):
-            self._file.seek(end)
-            rows = pl.DataFrame(pa.ipc.open_stream(self._file).read_all())
-            end = self._file.tell()
-            yield rows
+        """The chunks that hold rows, in the order in which they came."""
+        return (pl.DataFrame(batch) for batch in self.reader())
 
     def __enter__(self) -> Spool:
         return self
@@ -155,11 +149,10 @@ class Store:
     ) -> pl.DataFrame:
         """Rows of a query; unqualified table names are those of ``schema`` (a transfer's name).
 
-        Args:
-            little_memory: don't keep what was read of a large table, as long as the rows of the result allow it.
+        With ``little_memory`` what was read of a large table isn't kept, as long as the rows of the result allow it.
         """
         self.prepare(schema)
-        with self._connection(read_only=True) as connection:
+        with self._connect(read_only=True) as connection:
             if schema:
                 connection.execute(f"SET schema = '{schema}'")
             rows: pl.DataFrame
@@ -200,12 +193,9 @@ class Store:
     def write(
         self, schema: str, statements: Callable[[duckdb.DuckDBPyConnection], None], at_once: float | None = None
     ) -> None:
-        """One transaction, which with ``at_once`` holds little in memory.
+        """One transaction, which with ``at_once`` (bytes that a statement has to hold) takes little memory beside that.
 
-        Args:
-            statements: are run a second time, without a limit, when that was too little. (Nothing of the first is in
-                the file then.)
-            at_once: bytes of the rows that a statement has to hold at once.
+        When it was too little, the statements are run again without a limit; nothing of the first time is in the file.
         """
         if at_once is not None:
             with suppress(*_TOO_LITTLE_MEMORY), self.transaction(schema) as connection:
@@ -220,12 +210,11 @@ class Store:
     def transaction(self, schema: str, compact: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
         """A read-write connection inside one transaction, for a few statements and no model call.
 
-        Args:
-            compact: afterwards merge the row groups of the tables that changed, without what was deleted from them,
-                whatever memory it takes.
+        With ``compact`` the row groups of the tables that changed are merged afterwards, without what was deleted from
+        them, whatever memory it takes.
         """
         self.prepare(schema)
-        with self._connection(read_only=False) as connection:
+        with self._connect(read_only=False) as connection:
             connection.execute(f"SET schema = '{schema}'")
             if compact:
                 connection.execute("RESET max_vacuum_tasks")
@@ -242,7 +231,7 @@ class Store:
         if name in self._ready:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._connection(read_only=False) as connection:
+        with self._connect(read_only=False) as connection:
             connection.execute("BEGIN")
             self._check_version(connection)
             for known, tables in {name: TRANSFER_TABLES, "main": MAIN_TABLES, CACHE: CACHE_TABLES}.items():
@@ -273,22 +262,15 @@ class Store:
                 raise TuneshiftError(f"{self.path} {problem}: {error}") from error
         connection.execute("INSERT INTO main.tuneshift_schema VALUES (?)", [SCHEMA_VERSION])
 
-    @contextmanager
-    def _connection(self, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
-        connection = self._connect(read_only)
-        try:
-            if not read_only:
-                connection.execute(_WRITER)
-            yield connection
-        finally:
-            connection.close()
-
     def _connect(self, read_only: bool) -> duckdb.DuckDBPyConnection:
         give_up = time.monotonic() + _LOCK_WAIT_SECONDS
         pause = 0.01
         while True:
             try:
-                return duckdb.connect(str(self.path), read_only=read_only)
+                connection = duckdb.connect(str(self.path), read_only=read_only)
+                if not read_only:
+                    connection.execute(_WRITER)
+                return connection
             except duckdb.Error as error:
                 # Another thread of this process may hold a connection of the other kind for a moment.
                 if not isinstance(error, duckdb.ConnectionException) and "Could not set lock" not in str(error):
@@ -303,12 +285,8 @@ class Store:
 
 
 def _limit_memory(connection: duckdb.DuckDBPyConnection, at_once: float = 0) -> None:
-    """Let DuckDB drop what it has read, and write to disk what it would hold until the commit.
-
-    Args:
-        at_once: bytes that the statement has to hold at once; DuckDB has them twice while it writes them.
-    """
-    # Each thread has buffers of its own.
+    """Let DuckDB drop what it has read, and write to disk what it would hold until the commit, beside ``at_once``."""
+    # It has those bytes twice while it writes them, and each thread has buffers of its own.
     connection.execute(f"SET memory_limit = '{_LITTLE_MEMORY + 2 * at_once / 1e6:.0f} MB'; SET threads = 1")
 
 
@@ -358,11 +336,7 @@ def _replace_views(connection: duckdb.DuckDBPyConnection, schema: str) -> None:
 def insert(
     connection: duckdb.DuckDBPyConnection, table: Table, rows: pl.DataFrame | Spool, new_only: bool = False
 ) -> None:
-    """Add rows to a table, by column name.
-
-    Args:
-        new_only: leave out a row whose key is there already.
-    """
+    """Add rows to a table, by column name; with ``new_only`` but those whose key is there already."""
     if not len(rows):
         return
     arrow = rows.reader() if isinstance(rows, Spool) else rows.to_arrow()
