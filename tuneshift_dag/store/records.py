@@ -57,8 +57,8 @@ class Records:
         if made is None:
             return [Cause("missing")]
         causes = [Cause("code")] if made["code_version"] != code_version(self.transfer, asset) else []
-        before, now = json.loads(made["inputs"]), self.inputs(asset, round_)
-        causes += [Cause("input", name) for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+        then, present = json.loads(made["inputs"]), self.inputs(asset, round_)
+        causes += [Cause("input", name) for name in sorted({*then, *present}) if then.get(name) != present.get(name)]
         return [*causes, Cause("attempt")] if here in self.attempts else causes
 
     def inputs(self, asset: str, round_: str | None = None) -> dict[str, str]:
