@@ -10,11 +10,11 @@ at a time run in chunks of rows of similar length, so that little of the work is
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
 from tuneshift_dag.engines.kv_cache import (
@@ -24,7 +24,6 @@ from tuneshift_dag.engines.kv_cache import (
     growing_cache,
     handed_over,
     rows_of,
-    set_aside,
     stored,
     zeros,
 )
@@ -32,13 +31,11 @@ from tuneshift_dag.method import Decoding, Response
 from tuneshift_dag.models import memory
 from tuneshift_dag.models.capabilities import end_ids, head_inputs, head_logits, keys_values_bytes, sliding_window
 
-# Rows are taken out of the batch when at least this share of it has finished: copying the cache
-# costs about as much as decoding one row in eight.
+# Share of a batch that has finished before it leaves: copying the cache costs as much as decoding a row in eight.
 _COMPACT_AT = 1 / 8
 SHARE_FROM = 16
 """Prompts that open with at least this many equal tokens share their computation."""
-# Tokens that run through the model at once, padding included. On a CPU more isn't faster, and smaller
-# chunks are less padded; a GPU needs many to be busy.
+# Tokens that run at once, padding included: on a CPU more isn't faster and is more padded; a GPU needs many.
 _TOKENS_AT_ONCE = {"cpu": 512}
 _TOKENS_AT_ONCE_ELSEWHERE = 16384
 # Tokens by which a decoding batch's cache grows.
@@ -106,7 +103,9 @@ def prefill(model: Any, prompts: Sequence[list[int]], new_tokens: int = 0, kv_dt
                 length = shared + max(own)
                 keys_values.append(tuple(zeros((len(prompts), n.shape[1], length, n.shape[3]), n) for n in new))
             for all_rows, some in zip(keys_values[number], new, strict=True):
-                _place(some, all_rows[rows[0] : rows[-1] + 1], shared)
+                target = all_rows[rows[0] : rows[-1] + 1]
+                target[:, :, :shared] = some[:, :, :shared]
+                target[:, :, target.shape[2] - width :] = some[:, :, shared:]
         del cache
     memory.trim()
     return Prefix(keys_values, _mask(shared, own, model.device), torch.cat(hidden))
@@ -118,19 +117,11 @@ def _mask(shared: int, own: Sequence[int], device: torch.device) -> torch.Tensor
     return torch.tensor([[1] * shared + [0] * (width - n) + [1] * n for n in own], device=device)
 
 
-def _place(source: torch.Tensor, target: torch.Tensor, shared: int) -> None:
-    """Copy rows into longer ones: padding stands after the shared opening."""
-    own = source.shape[2] - shared
-    target[:, :, :shared] = source[:, :, :shared]
-    target[:, :, target.shape[2] - own :] = source[:, :, shared:]
-
-
 def _shared_length(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> int:
     """How many opening tokens all prompts share, if computing them once pays and is exact."""
     first, last = min(prompts), max(prompts)
     most = min(map(len, prompts)) - 1  # every row keeps a token of its own, whose logits are wanted
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
-    shared = min(shared, most)
+    shared = min(most, next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most))
     # Padding between the opening and a row's own tokens would count in a sliding window.
     window = sliding_window(model.config)
     if window and max(map(len, prompts)) + new_tokens > window:
@@ -161,12 +152,8 @@ def decode(
     seeds: Sequence[int] | None = None,
     keep_prefix: bool = True,
 ) -> list[Response]:
-    """Generate one response per row of ``prefix``, whose keys and values the cache takes over meanwhile.
-
-    Args:
-        seeds: for sampling: one number per row, which makes its choices its own, whatever the batch around it.
-        keep_prefix: whether ``prefix`` gets its keys and values back, or they are let go.
-    """
+    """Generate one response per row of ``prefix``, whose keys and values the cache takes over; ``keep_prefix`` says
+    whether it gets them back. For sampling ``seeds`` has a number for each row, which makes its choices its own."""
     rows = _Rows(tokenizer, len(prefix.mask), decoding)
     cache = growing_cache(handed_over(prefix.keys_values), min(decoding.max_new_tokens, _GROW_BY))
     mask, logits = prefix.mask, head_logits(model, prefix.hidden)
@@ -183,7 +170,8 @@ def decode(
             keep = [i for i, go in enumerate(going_on) if go]
             if keep_prefix:
                 finished = [i for i, go in enumerate(going_on) if not go]
-                set_aside(cache, finished)
+                for layer in cache.layers:
+                    layer.set_aside(finished)
                 gone += [active[i] for i in finished]
             index = torch.tensor(keep, device=mask.device)
             cache.batch_select_indices(index)
@@ -209,10 +197,7 @@ def decode(
 
 @torch.inference_mode()
 def score(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> list[float]:
-    """Log-likelihoods (nats) of given response token ids, each after its prompt of ``prefix``; 0 without tokens.
-
-    Logits are computed for response positions only.
-    """
+    """Log-likelihoods (nats) of given response token ids, each after its prompt of ``prefix``; 0 without tokens."""
     first = [(r[0] if r else 0) for r in responses]
     first_logprob = _logprobs(head_logits(model, prefix.hidden), torch.tensor(first, device=model.device))
     found = [[value] if r else [] for value, r in zip(first_logprob.tolist(), responses, strict=True)]
@@ -262,14 +247,10 @@ def bytes_per_row(model: Any, tokens: int, logits: int, kv_dtype: KVDtype = "aut
     return int(tokens * kept + logits * model.config.get_text_config().vocab_size * each)
 
 
-@contextmanager
-def contiguous_head(model: Any) -> Iterator[None]:
-    """Give the head contiguous input: otherwise a frozen head is copied once per row of a batch."""
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda m, inputs: inputs[0].contiguous())
-    try:
-        yield
-    finally:
-        handle.remove()
+def contiguous_head(model: Any) -> RemovableHandle:
+    """Within it the head gets contiguous input: otherwise a frozen head is copied once per row of a batch."""
+    head: torch.nn.Module = model.get_output_embeddings()
+    return head.register_forward_pre_hook(lambda module, inputs: inputs[0].contiguous())
 
 
 class _Rows:
@@ -301,19 +282,14 @@ class _Rows:
     def responses(self) -> list[Response]:
         return [
             Response(
-                self.tokenizer.decode(tokens, skip_special_tokens=True),
-                tokens,
-                "stop" if done else "length",
-                total,
-                eos,
+                self.tokenizer.decode(ids, skip_special_tokens=True), ids, "stop" if done else "length", total, eos
             )
-            for tokens, done, total, eos in zip(self.tokens, self.done, self.sums, self.eos, strict=True)
+            for ids, done, total, eos in zip(self.tokens, self.done, self.sums, self.eos, strict=True)
         ]
 
 
 def _choose(logits: torch.Tensor, decoding: Decoding, generators: list[torch.Generator]) -> torch.Tensor:
-    """One token per row. Sampling looks at the ``top_k`` candidates only: sorting a whole vocabulary
-    for top-p would cost more than the model's forward pass."""
+    """One token per row; sampling looks at ``top_k`` candidates, since sorting a vocabulary costs more than a pass."""
     if decoding.temperature == 0:
         return logits.argmax(1)
     k = min(decoding.top_k or 1024, logits.shape[1])

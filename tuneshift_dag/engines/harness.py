@@ -1,8 +1,5 @@
-"""Standard tasks through lm-evaluation-harness (the extra ``lm-eval``): found and loaded, then run on a loaded model.
-
-Everything that can be wrong with a task is found in `Harness`, before a model is loaded. The model is the very one
-that answers the held-out file: 4-bit, its adapter on or off.
-"""
+"""Standard tasks through lm-evaluation-harness (the extra ``lm-eval``), on the very model that answers the held-out
+file: 4-bit, its adapter on or off. What can be wrong with a task is found in `Harness`, before a model is loaded."""
 
 import contextlib
 import difflib
@@ -45,8 +42,7 @@ class Harness:
         self.limit = settings.task_limit
         self.names = settings.tasks
         self._most_rows = transfer.config.models.batch_size
-        key = f"{transfer.folder / 'transfer.yaml'}: evaluation.tasks"
-        folder = task_folder(transfer)
+        key, folder = _key(transfer), _task_folder(transfer)
         # Data files of a local task are named from its folder, and the harness looks in the working folder.
         with _quiet(), contextlib.chdir(folder or "."):
             manager = _manager(folder, self.names)
@@ -94,18 +90,20 @@ class Harness:
         return list(_rows(found))
 
 
-def task_folder(transfer: Transfer) -> Path | None:
-    """The folder of ``evaluation.task_folder``."""
+def _key(transfer: Transfer) -> str:
+    return f"{transfer.folder / 'transfer.yaml'}: evaluation.tasks"
+
+
+def _task_folder(transfer: Transfer) -> Path | None:
     named = transfer.config.evaluation.task_folder
     return (transfer.folder / named).expanduser() if named else None
 
 
 def check_names(transfer: Transfer) -> None:
     """Raise `TuneshiftError` for a task that there isn't. Fetches nothing."""
-    key = f"{transfer.folder / 'transfer.yaml'}: evaluation.tasks"
+    names = transfer.config.evaluation.tasks
     with _quiet():
-        names = transfer.config.evaluation.tasks
-        _check_names(_manager(task_folder(transfer), names), names, key)
+        _check_names(_manager(_task_folder(transfer), names), names, _key(transfer))
 
 
 def _manager(folder: Path | None, names: tuple[str, ...]) -> TaskManager:

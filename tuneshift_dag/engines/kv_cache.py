@@ -54,20 +54,11 @@ def handed_over(keys_values: list[KeysValues]) -> Iterator[KeysValues]:
         yield keys_values.pop(0)
 
 
-def set_aside(cache: Cache, rows: Sequence[int]) -> None:
-    """Keep what the cache started with of these rows, which are about to leave it."""
-    for layer in cache.layers:
-        layer.set_aside(torch.tensor(list(rows), device=layer.device))
-
-
 def give_back(cache: Cache, rows: Sequence[int]) -> list[KeysValues]:
     """What the cache started with; the cache is emptied. ``rows`` says which rows these are: those set aside, in that
     order, then those still in the cache."""
     place = torch.tensor(list(rows)).argsort()
-    keys_values = []
-    while cache.layers:
-        keys_values.append(cache.layers.pop(0).start(place))
-    return keys_values
+    return [cache.layers.pop(0).start(place) for _ in range(len(cache.layers))]
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]
@@ -100,8 +91,10 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
             tensor[:, :, start : self.length] = new
         return restored(self.stored)
 
-    def set_aside(self, rows: torch.Tensor) -> None:
-        self.aside.append(tuple(tensor[rows, :, : self.started] for tensor in self.stored))
+    def set_aside(self, rows: Sequence[int]) -> None:
+        """Keep what the cache started with of these rows, which are about to leave it."""
+        index = torch.tensor(list(rows), device=self.device)
+        self.aside.append(tuple(tensor[index, :, : self.started] for tensor in self.stored))
 
     def start(self, place: torch.Tensor) -> KeysValues:
         own = place.to(self.device)  # layers may be on several GPUs

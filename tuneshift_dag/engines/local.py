@@ -1,7 +1,7 @@
 """The in-process engine: one resident base model, its adapter switched on or off per batch.
 
-Its preflight answers whether the adapter is really applied. Adapters have been dropped without a word by several
-libraries when their keys didn't match the model, and then both perplexities are equal.
+Its preflight answers whether the adapter is really applied: several libraries drop one without a word when its keys
+don't match the model, and then both perplexities are equal.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,10 +35,8 @@ _ENGINE_VERSION = "local-1"
 
 
 class LocalEngine(Engine):
-    """A base model and its adapter with transformers, PEFT and bitsandbytes.
-
-    The model is loaded at first use, so a step that finds everything in the cache loads nothing.
-    """
+    """A base model and its adapter with transformers, PEFT and bitsandbytes, loaded at first use: a step that finds
+    everything in the cache loads nothing."""
 
     cross_scores = True
 
@@ -119,8 +117,7 @@ class LocalEngine(Engine):
                 own_seeds = [seeds[i] for i in batch] if seeds else None
                 return loop.decode(model, self.tokenizer, prefix, decoding, own_seeds, keep_prefix=False)
 
-        for batch, responses in self._batches(prompts, decoding, work):
-            yield list(zip(batch, responses, strict=True))
+        yield from self._batches(prompts, decoding, work)
 
     def pairs(
         self, prompts: Sequence[list[int]], known: Sequence[dict[Side, Response]], decoding: Decoding
@@ -142,11 +139,9 @@ class LocalEngine(Engine):
                 responses[second] = self._respond(model, other, [known[i].get(second) for i in batch], decoding, False)
             with self.side(first) as model:
                 cross[first] = loop.score(model, prefix, [r.token_ids for r in responses[second]])
-            columns = (responses["base"], responses["fine_tuned"], cross["base"], cross["fine_tuned"])
-            return list(map(Pair, *columns))
+            return list(map(Pair, responses["base"], responses["fine_tuned"], cross["base"], cross["fine_tuned"]))
 
-        for batch, pairs in self._batches(prompts, decoding, work):
-            yield list(zip(batch, pairs, strict=True))
+        yield from self._batches(prompts, decoding, work)
 
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
@@ -159,8 +154,7 @@ class LocalEngine(Engine):
                 return loop.score(model, prefix, [responses[i] for i in batch])
 
         whole = [p + r for p, r in zip(prompts, responses, strict=True)]
-        for batch, values in self._batches(whole, Decoding(longest), work):
-            yield list(zip(batch, values, strict=True))
+        yield from self._batches(whole, Decoding(longest), work)
 
     def _prefill(self, model: Any, prompts: list[list[int]], new_tokens: int) -> loop.Prefix:
         return loop.prefill(model, prompts, new_tokens, self.kv_cache_dtype)
@@ -189,21 +183,20 @@ class LocalEngine(Engine):
 
     def _batches(
         self, prompts: Sequence[list[int]], decoding: Decoding, work: Callable[[list[int]], list[T]]
-    ) -> Iterator[tuple[list[int], list[T]]]:
+    ) -> Iterator[list[tuple[int, T]]]:
         def row(length: int) -> int:
-            # The keys and values of two prefills, and of the tokens that follow one; a copy of a prefill where some
-            # responses are known.
+            # Two prefills, the tokens that follow one, and a copy of a prefill where some responses are known.
             tokens = 3 * length + decoding.max_new_tokens
             return loop.bytes_per_row(self.model, tokens, logits=1, kv_dtype=self.kv_cache_dtype)
 
-        return memory.in_batches([len(p) for p in prompts], self.batch_size, row, work)
+        for batch, results in memory.in_batches([len(p) for p in prompts], self.batch_size, row, work):
+            yield list(zip(batch, results, strict=True))
 
 
 def unplaced_tensors(model: Any, saved: Sequence[str]) -> list[str]:
     """Problems with the names of an adapter's saved tensors: each must have a place in the loaded model."""
     places = {name.replace(f".{ADAPTER}.", ".") for name, _ in model.named_parameters() if "lora_" in name}
-    unknown = sorted(set(saved) - places)
-    unfilled = sorted(places - set(saved))
+    unknown, unfilled = sorted(set(saved) - places), sorted(places - set(saved))
     problems = []
     if unknown:
         problems.append(f"{len(unknown)} adapter tensors have no place in the base model, first {unknown[0]!r}")
@@ -223,22 +216,12 @@ def _update_norm(model: Any) -> float:
 
 
 def _compared(base: torch.Tensor, fine_tuned: torch.Tensor, update_norm: float, problems: list[str]) -> AdapterCheck:
-    """What both models' next-token logits on the seeds (seeds, vocabulary) add to the problems.
-
-    A fine-tuned model that is not more confident than its base is worth a warning: the method looks for prompts where
-    it is.
-    """
-    found, warnings = list(problems), []
-    difference = float((base - fine_tuned).abs().max())
+    """What both models' next-token logits on the seeds (seeds, vocabulary) add to the problems."""
+    found, difference = list(problems), float((base - fine_tuned).abs().max())
     if update_norm == 0:
         found.append("the adapter's weights are zero: it changes nothing")
     if difference == 0:
         found.append("the base and the fine-tuned model give equal logits on every seed")
     base_top, fine_tuned_top = (float(logits.log_softmax(1).max(1).values.mean()) for logits in (base, fine_tuned))
-    if fine_tuned_top <= base_top:
-        warnings.append(
-            "the fine-tuned model isn't more confident than the base on the seeds"
-            f" (mean log-probability of the first token {fine_tuned_top:.2f} against {base_top:.2f}):"
-            " are these seeds of the task it was tuned for?"
-        )
+    warnings = AdapterCheck.confidence_warnings("the first token", base_top, fine_tuned_top)
     return AdapterCheck(found, warnings, difference, update_norm)

@@ -37,7 +37,10 @@ _SAME_SCORE = 0.2
 
 
 class ServedSource(Scorer):
-    """Base and fine-tuned model under two names of one server."""
+    """Base and fine-tuned model under two names of one server.
+
+    Of the base (``tokenizer``) only the tokenizer's files are needed, of the adapter only its fingerprint.
+    """
 
     def __init__(
         self,
@@ -48,11 +51,6 @@ class ServedSource(Scorer):
         adapter: ModelFiles,
         cross_scores: bool,
     ) -> None:
-        """
-        Args:
-            tokenizer: files of the base model's tokenizer; weights aren't needed.
-            adapter: what the server was given. Only its fingerprint is used.
-        """
         self.server = server
         self.models: dict[Side, ServedModel] = {"base": base, "fine_tuned": fine_tuned}
         self.files = tokenizer
@@ -66,11 +64,8 @@ class ServedSource(Scorer):
         return load_tokenizer(self.files)
 
     def fingerprint(self, side: Side) -> str:
-        """What the transfer says the server runs. Nothing is asked: a run whose results are all cached needs no server.
-
-        A server's address isn't part of it, and its weights can't be seen from outside. So whoever puts other
-        weights behind the same names changes ``revision``.
-        """
+        """What the transfer says the server runs, without its address: a run whose results are all cached needs no
+        server. Weights can't be seen from outside: whoever puts others behind the same names changes ``revision``."""
         parts = [self.files.reference, self.files.fingerprint]
         if side == "fine_tuned":
             parts.append(self.adapter.fingerprint)
@@ -135,13 +130,13 @@ class ServedSource(Scorer):
             return await asyncio.gather(*(self._score(requests, s, ids[i], own[s].token_ids) for s in SIDES))
 
         [models] = _in_order(self.server.stream("models", 1, lambda requests, i: requests.models()))
-        problems = self._names(models)
-        if problems:
+        if problems := self._names(models):
             return AdapterCheck(problems, [], None, None)
-        base_alone = self.server.stream(
-            "preflight, base alone", len(ids), lambda requests, i: self._choice(requests, "base", ids[i], decoding)
+        alone = _in_order(
+            self.server.stream(
+                "preflight, base alone", len(ids), lambda r, i: self._choice(r, "base", ids[i], decoding)
+            )
         )
-        alone = _in_order(base_alone)
         mixed = _in_order(self.server.stream("preflight", len(ids), both))
         canaries = [
             _Canary(choices, {side: self._response(choices[side]) for side in SIDES}, unmixed)
@@ -197,15 +192,13 @@ class ServedSource(Scorer):
         """
         base, fine_tuned = (self.models[side].model for side in SIDES)
         noise = _mean(x for c in canaries for x in _apart(c.choices["base"], c.alone))
+        difference = _mean(x for c in canaries for x in _apart(c.choices["base"], c.choices["fine_tuned"]))
         if noise > _SAME_SCORE:
             return [
                 f"{base!r} answers otherwise when {fine_tuned!r} is asked at the same time: the server mixes them up"
                 " (vLLM on a CPU does so with --max-loras 1; start it with --max-loras 2)"
             ]
-        if (
-            _mean(x for c in canaries for x in _apart(c.choices["base"], c.choices["fine_tuned"]))
-            < _SAME_MODEL + 2 * noise
-        ):
+        if difference < _SAME_MODEL + 2 * noise:
             return [
                 f"{base!r} and {fine_tuned!r} give the same answers with the same log-probabilities on the seeds: the"
                 " server doesn't apply the adapter"
@@ -213,12 +206,9 @@ class ServedSource(Scorer):
         return []
 
     def _score_problems(self, canaries: Sequence["_Canary"], scores: Sequence[Sequence[float]]) -> list[str]:
-        """A model must give its own response the log-probability that it generated it with.
+        """A model must score its own response to each seed (``scores``) with the log-probability that it wrote it with.
 
         vLLM has been reported to leave an adapter on ``lm_head`` out of the log-probabilities of prompt tokens.
-
-        Args:
-            scores: each model's score of its own response to each seed.
         """
         problems = []
         for side, own in zip(SIDES, zip(*scores, strict=True), strict=True):
@@ -233,14 +223,9 @@ class ServedSource(Scorer):
         return problems
 
     def _warnings(self, canaries: Sequence["_Canary"]) -> list[str]:
-        warnings = []
         responses = {side: [canary.responses[side] for canary in canaries] for side in SIDES}
         base, fine_tuned = (_mean(_per_token(r, r.sum_logprob) for r in responses[side]) for side in SIDES)
-        if fine_tuned <= base:
-            warnings.append(
-                "the fine-tuned model isn't more confident than the base on the seeds (mean log-probability of a"
-                f" token {fine_tuned:.2f} against {base:.2f}): are these seeds of the task it was tuned for?"
-            )
+        warnings = AdapterCheck.confidence_warnings("a token", base, fine_tuned)
         stopped = [r for side in SIDES for r in responses[side] if r.finish_reason == "stop"]
         if stopped and all(r.eos_logprob is None for r in stopped):
             warnings.append(
@@ -318,11 +303,8 @@ class _Canary:
 
 
 def _apart(a: dict[str, Any], b: dict[str, Any]) -> list[float]:
-    """How far the log-probabilities of two greedy choices are apart, up to the first token that differs.
-
-    Near zero for one and the same model, also where a near-tie falls the other way: both tokens are then equally
-    likely.
-    """
+    """How far the log-probabilities of two greedy choices are apart, up to the first token that differs. Near zero for
+    one and the same model, also where a near-tie falls the other way: both tokens are then equally likely."""
     differences = []
     for (token, logprob), (other_token, other) in zip(token_logprobs(a) or [], token_logprobs(b) or [], strict=False):
         differences.append(abs(logprob - other))

@@ -1,10 +1,9 @@
 """Which scored pairs are kept, and why the others are not.
 
-The filter is SQL over the scored pairs, so that a new rule or threshold replays in the database without a model. f is
-the fine-tuned model, b the base; y_f and y_b are their responses. TuneShift-KD (arXiv 2603.24518) §3 publishes one
-threshold (1.5) and leaves open whether it is one of each perplexity, of their difference or of their ratio; the first
-reading is the default. Its rivals are here too: the mean token excess of TiTok (arXiv 2510.04682), the most confident
-pairs of every response, a random draw, and no filter at all.
+The filter is SQL over the scored pairs, so that a new rule or threshold replays in the database without a model.
+TuneShift-KD (arXiv 2603.24518) §3 publishes one threshold (1.5) and leaves open whether it is one of each perplexity,
+of their difference or of their ratio; the first reading is the default. Its rivals are here too: the mean token excess
+of TiTok (arXiv 2510.04682), the most confident pairs of every response, a random draw, and no filter at all.
 """
 
 import re
@@ -25,7 +24,7 @@ MARGIN: dict[Rule, str] = {
     "difference": "ppl_base - ppl_fine_tuned - {t}",
     "ratio": "ppl_base / ppl_fine_tuned - {t}",
     "cross_ratio": "ppl_base_cross / ppl_fine_tuned - {t}",
-    # log p_f(y_f) - log p_b(y_f), per token: the mean token excess in nats.
+    # The mean token excess in nats: how much more likely the fine-tuned model finds its response than the base does.
     "top_excess": "ln(ppl_base_cross / ppl_fine_tuned)",
     # The most confident pair of every response comes first, then the second of each; 1 / PPL orders those between.
     "balanced_confidence": "1 / ppl_fine_tuned - place_in_response",
@@ -136,11 +135,8 @@ def _flaws(rule: Rule, guards: Guards) -> str:
 
 
 def repetition_sql(text: str, least: float = 0.0) -> str:
-    """SQL of the share of a text's word 4-grams that were there before: 1 - distinct / all (0 for under 5 words).
-
-    "seq-rep-4" of Welleck et al., arXiv 1908.04319, over words. Values up to ``least`` may come out as 0: a
-    text of many different words can't repeat much, and counting words is cheaper than counting 4-grams.
-    """
+    """SQL of the share of a text's word 4-grams that were there before ("seq-rep-4" of Welleck et al., arXiv
+    1908.04319), 0 for under 5 words. Values up to ``least`` may come out as 0: words are cheaper to count."""
     grams = "list_distinct(list_zip(w, w[2:], w[3:], w[4:])[:len(w) - 3])"
     return (
         f"list_transform([string_split({text}, ' ')], lambda w:"

@@ -1,9 +1,8 @@
 """Step 2 of the method: both source models answer every prompt, and each scores the other's answer.
 
-Self-consistency belongs to it: does the fine-tuned model give the same answer when it is sampled? A low perplexity
-says that a model is sure, not that it is right. Wang et al. (arXiv 2203.11171) sample several responses, take the
-answer of the majority, and find that the larger it is, the more often it is right. Here the greedy response stays what
-is trained on, since its perplexities are known, and is dropped when too few samples agree.
+A low perplexity says that a model is sure, not that it is right. Wang et al. (arXiv 2203.11171) sample several
+responses and find that the larger a majority, the more often it is right. Here the greedy response, whose perplexities
+are known, is what is trained on, and is dropped when too few samples of the fine-tuned model agree.
 """
 
 import hashlib
@@ -68,10 +67,8 @@ def generate(
     seeds: Sequence[int] | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[Response]:
-    """A response to every prompt (token ids), from the cache where it is known.
-
-    New responses are put into the cache batch by batch, so a killed run loses at most one batch.
-    """
+    """A response to every prompt (token ids), from the cache where it is known. New ones are put there batch by batch,
+    so a killed run loses at most one batch."""
     if decoding.temperature and seeds is None:
         raise ValueError("sampling needs one seed per prompt: without it a response can't be cached honestly")
     fingerprint = model.fingerprint(side)
@@ -132,9 +129,7 @@ def _completed(
 
 def chunk_progress(on_progress: OnProgress, total: int) -> Callable[[int], OnProgress]:
     """Progress over ``total`` prompts that are worked on in chunks: called with a chunk's size, it gives the chunk's.
-
-    What the cache has of later chunks isn't known yet, so all of it counts as still to do.
-    """
+    What the cache has of later chunks isn't known yet, so all of it counts as still to do."""
     done, later = 0, total
 
     def chunk(size: int) -> OnProgress:
@@ -159,11 +154,8 @@ def score_pairs(
     cost: Cost,
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[Pair]:
-    """Both sides' responses to every prompt (token ids) and the two cross scores.
-
-    What is in the cache is used; the rest is computed and cached batch by batch. A model call is one
-    response or one cross score, so a new prompt costs four, or two with an engine without cross scores.
-    """
+    """Both sides' responses to every prompt (token ids) and the two cross scores, from the cache where they are known,
+    else cached batch by batch. A model call is one response or one cross score: up to four for a new prompt."""
     fingerprints = {side: model.fingerprint(side) for side in SIDES}
     keys = {s: [cache.response_key(fingerprints[s], p, decoding) for p in prompts] for s in SIDES}
     found = cache.responses([*keys["base"], *keys["fine_tuned"]])
@@ -177,17 +169,14 @@ def score_pairs(
     known: list[dict[Side, Response]] = [
         {s: found[keys[s][i]] for s in SIDES if keys[s][i] in found} for i in range(len(prompts))
     ]
-    answered = [i for i, k in enumerate(known) if len(k) == 2]
-    results: dict[int, Pair] = {}
-    wanted: dict[int, tuple[str, str]] = {}
+    answered = {i: (k["base"], k["fine_tuned"]) for i, k in enumerate(known) if len(k) == 2}
     if model.cross_scores:
-        wanted = {i: cross_keys(i, known[i]["base"], known[i]["fine_tuned"]) for i in answered}
+        wanted = {i: cross_keys(i, *both) for i, both in answered.items()}
+        scores = cache.scores([key for pair in wanted.values() for key in pair])
+        scored = {i: (scores.get(a), scores.get(b)) for i, (a, b) in wanted.items()}
+        results = {i: Pair(*answered[i], *cross) for i, cross in scored.items() if None not in cross}
     else:
-        results = {i: Pair(known[i]["base"], known[i]["fine_tuned"], None, None) for i in answered}
-    scores = cache.scores([key for pair in wanted.values() for key in pair])
-    for i, (base_key, fine_tuned_key) in wanted.items():
-        if base_key in scores and fine_tuned_key in scores:
-            results[i] = Pair(known[i]["base"], known[i]["fine_tuned"], scores[base_key], scores[fine_tuned_key])
+        results = {i: Pair(*both, None, None) for i, both in answered.items()}
     # Equal prompts are computed once.
     first: dict[str, int] = {}
     for i, key in enumerate(keys["base"]):
@@ -235,8 +224,7 @@ def agreements(
     """For every prompt (token ids), the share of ``count`` sampled fine-tuned responses that agree with ``greedy``.
 
     Each sample is a cached response with a sampling seed of its own, which follows from ``seed`` and doesn't depend on
-    ``count``: more samples cost only the new ones. ``decoding`` has a temperature.
-    """
+    ``count``: more samples cost only the new ones."""
     asked = [prompt for prompt in prompts for _ in range(count)]
     seeds = [_sampling_seed(seed, number, prompt) for prompt in prompts for number in range(count)]
     responses = generate(model, cache, asked, "fine_tuned", decoding, cost, seeds, on_progress)

@@ -34,7 +34,6 @@ def draw_seeds(
     Args:
         pool: pairs kept so far; in the first round the user's prompts.
         balance: draw a response first, each with the same chance, and then a candidate that has it.
-        salt: the transfer's seed.
         originals: the user's prompts, of which ``originals_per_call`` open every call's list. All of them open it
             in an order that holds for the whole round: an engine computes what prompts share only once.
     """

@@ -1,8 +1,5 @@
-"""Memory of this machine and of this process: what there is, the peak, and giving it back; and how many rows run at
-once with it: as many as asked for, fewer when memory is short.
-
-torch is imported only where it is needed: every Dagster process imports this module.
-"""
+"""Memory of this machine and of this process: what there is, the peak, giving it back, and how many rows run at once
+with it. torch is imported only where it is needed: every Dagster process imports this module."""
 
 import contextlib
 import ctypes
@@ -50,8 +47,7 @@ def gpu_count() -> int:
 
 def total_bytes(gpus: int | None = None) -> int:
     """Memory of the first ``gpus`` GPUs (None: all) together, or of this machine and this container."""
-    count = gpu_count()
-    if count:
+    if count := gpu_count():
         import torch
 
         return sum(int(torch.cuda.mem_get_info(number)[1]) for number in range(gpus or count))
@@ -106,10 +102,8 @@ def keep_few_kernels() -> None:
 
 
 def drop_file_pages(folder: Path) -> None:
-    """Drop what is resident of mapped files below ``folder``; what is still used is read again at its next use.
-
-    4-bit weights are repacked into memory of their own, and the pages they came from would stay beside them.
-    """
+    """Drop what is resident of mapped files below ``folder``; what is still used is read again. 4-bit weights are
+    repacked into memory of their own, and the pages they came from would stay beside them."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
