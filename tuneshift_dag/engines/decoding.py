@@ -4,9 +4,8 @@ Own-response log-probabilities fall out of decoding: at each step the chosen tok
 log-sum-exp is added up, before temperature and top-p. A prompt's keys and values are kept (`Prefix`), so another
 model's response is scored by running only its tokens. Rows that finish leave the batch.
 
-Prompts are padded on the left, so that all rows write their next token at the same place; padding is
-masked out and position ids count real tokens only. An opening that all prompts share runs once. Many tokens
-at a time run in chunks of rows of similar length, so that little of the work is padding.
+Prompts are padded on the left, so that all rows write their next token at the same place; position ids count real
+tokens only. An opening that all prompts share runs once. Rows of similar length run together: little is padding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,14 +21,13 @@ from tuneshift_dag.engines.kv_cache import (
     KVDtype,
     give_back,
     growing_cache,
-    handed_over,
     rows_of,
     stored,
     zeros,
 )
 from tuneshift_dag.method import Decoding, Response
 from tuneshift_dag.models import memory
-from tuneshift_dag.models.capabilities import end_ids, head_inputs, head_logits, keys_values_bytes, sliding_window
+from tuneshift_dag.models.capabilities import head_inputs, head_logits, keys_values_bytes, sliding_window
 
 # Share of a batch that has finished before it leaves: copying the cache costs as much as decoding a row in eight.
 _COMPACT_AT = 1 / 8
@@ -155,7 +153,8 @@ def decode(
     """Generate one response per row of ``prefix``, whose keys and values the cache takes over; ``keep_prefix`` says
     whether it gets them back. For sampling ``seeds`` has a number for each row, which makes its choices its own."""
     rows = _Rows(tokenizer, len(prefix.mask), decoding)
-    cache = growing_cache(handed_over(prefix.keys_values), min(decoding.max_new_tokens, _GROW_BY))
+    given = (prefix.keys_values.pop(0) for _ in range(len(prefix.keys_values)))  # each let go when the next is taken
+    cache = growing_cache(given, min(decoding.max_new_tokens, _GROW_BY))
     mask, logits = prefix.mask, head_logits(model, prefix.hidden)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or []]
     active = list(range(len(mask)))
@@ -261,8 +260,8 @@ class _Rows:
         self.decoding = decoding
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         self.sums = [0.0] * count
-        self.end_ids = end_ids(tokenizer)
         self.eos: list[float | None] = [None] * count
+        self.end_id = tokenizer.eos_token_id
         self.done = [False] * count
 
     def add(self, rows: list[int], tokens: list[int], logprobs: list[float]) -> list[bool]:
@@ -272,7 +271,7 @@ class _Rows:
                 continue
             self.tokens[row].append(token)
             self.sums[row] += logprob
-            if token in self.end_ids:
+            if token == self.end_id:
                 self.eos[row] = logprob
                 self.done[row] = True
             elif self.decoding.stop and self.decoding.stop in self.tokenizer.decode(self.tokens[row][-8:]):

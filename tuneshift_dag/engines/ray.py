@@ -199,11 +199,8 @@ def balanced_batches(lengths: Sequence[int], batch_size: int, actors: int) -> li
 
 
 def connect(settings: RayCluster) -> None:
-    """Connect this process to the cluster, or start one of this machine that ends with this process.
-
-    Raises:
-        TuneshiftError: when there is no cluster, or it hasn't the CPUs and GPUs that ``settings`` ask for.
-    """
+    """Connect this process to the cluster, or start one of this machine that ends with this process. Raises
+    `TuneshiftError` when there is none, or it hasn't the CPUs and GPUs that ``settings`` ask for."""
     if not ray.is_initialized():
         cpus = settings.actors * settings.cpus_per_actor
         own = {"num_cpus": cpus, "object_store_memory": _OBJECT_STORE, "include_dashboard": False}

@@ -104,8 +104,7 @@ def bootstrap_runs(values: NDArray[np.float64], samples: int, seed: int) -> Inte
     in log-odds).
 
     ``values`` (runs, prompts) are for example 1 where a run answers a prompt correctly; for a paired comparison of two
-    arms the differences of such tables, with the same seed in a row of both.
-    """
+    arms the differences of such tables, with the same seed in a row of both."""
     runs, prompts = values.shape
     mean = values.mean(axis=0)
     spread = (runs / (runs - 1)) ** 0.5 if runs > 1 else 0.0

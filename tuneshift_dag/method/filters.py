@@ -69,14 +69,17 @@ def verdict_sql(
     """
     flawed = f"(SELECT *, CASE {_flaws(rule, guards)} END AS flaw FROM {pairs})"
     if rule not in KEEP_RULES:
+        failed = "" if rule == "unfiltered" else "WHEN margin <= 0 THEN 'below_threshold'"
+        if rule == "both":
+            failed = f"""WHEN ppl_fine_tuned >= {threshold} THEN 'fine_tuned_not_confident'
+                WHEN ppl_base <= {threshold} THEN 'base_already_confident'"""
         return f"""
             SELECT * EXCLUDE (flaw), {MARGIN[rule].format(t=threshold)} AS margin,
-                CASE WHEN flaw IS NOT NULL THEN flaw {_reasons(rule, threshold)} END AS reason FROM {flawed}
+                CASE WHEN flaw IS NOT NULL THEN flaw {failed} END AS reason FROM {flawed}
         """
-    # Hashes order the pairs for a draw: the same ones each time, and a few new pairs displace few others.
-    if rule in RANKING_RULES:
-        order, beyond = "margin DESC", "below_the_top"
-    else:
+    order, beyond = "margin DESC", "below_the_top"
+    if rule == "random":
+        # Hashes order the pairs: the same ones each time, and a few new pairs displace few others.
         order, beyond = f"sha256('{seed}|' || prompt_id)", "not_drawn"
     together, quota = "flaw IS NULL", threshold
     if rounds is not None:
@@ -98,13 +101,6 @@ def verdict_sql(
                         ORDER BY ppl_fine_tuned, prompt_id, round) AS place_in_response
                     FROM {flawed})))
     """
-
-
-def _reasons(rule: Rule, threshold: str) -> str:
-    if rule == "both":
-        return f"""WHEN ppl_fine_tuned >= {threshold} THEN 'fine_tuned_not_confident'
-                WHEN ppl_base <= {threshold} THEN 'base_already_confident'"""
-    return "" if rule == "unfiltered" else "WHEN margin <= 0 THEN 'below_threshold'"
 
 
 def _flaws(rule: Rule, guards: Guards) -> str:

@@ -60,8 +60,8 @@ def generator_request(
 
 
 def parse_list(text: str, mode: Mode, finished: bool) -> list[str]:
-    """The items of a generated numbered or bulleted list. In ``continuation`` the text begins inside the first item;
-    unless the generator stopped by itself (``finished``), the last may be cut off and is left out."""
+    """The items of a generated numbered or bulleted list. In ``continuation`` the text begins inside the first one;
+    unless the generator stopped by itself (``finished``), the last one may be cut off and is left out."""
     lines = text.split("\n")
     if mode == "continuation":
         lines[0] = f"1. {lines[0]}"
@@ -72,7 +72,6 @@ def parse_list(text: str, mode: Mode, finished: bool) -> list[str]:
 
 
 def _unquote(item: str) -> str:
-    """An item without the quotation marks around the whole of it."""
     match = re.fullmatch(r'"([^"]*)"|“([^”]*)”', item)
     return (match.group(1) or match.group(2) or "").strip() if match else item
 
@@ -81,12 +80,10 @@ def labelled_request(instruction: str, template: str, examples: Sequence[tuple[s
     """The text that a base model sees in mode ``by_response``: labelled (prompt, response) examples in the ``template``,
     which has ``{response}`` before ``{prompt}``, then an opening for the response ``asked``; None leaves it open.
 
-    Shown which response belongs to which prompt, even a weak generator writes prompts of the kind asked for.
-    """
+    Shown which response belongs to which prompt, even a weak generator writes prompts of the kind asked for."""
     shown = [template.replace("{response}", _readable(r)).replace("{prompt}", p) for p, r in examples]
-    if asked is None:
-        opening = template.split("{response}")[0]
-    else:
+    opening = template.split("{response}")[0]
+    if asked is not None:
         opening = template.split("{prompt}")[0].replace("{response}", _readable(asked))
     return "\n\n".join([instruction, *shown, opening.rstrip()])
 

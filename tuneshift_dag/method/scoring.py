@@ -5,11 +5,11 @@ responses and find that the larger a majority, the more often it is right. Here 
 are known, is what is trained on, and is dropped when too few samples of the fine-tuned model agree.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Protocol, TypeVar
 
 from tuneshift_dag.method import SIDES, Decoding, Pair, Response, Scorer, Side, TextModel
@@ -226,7 +226,8 @@ def agreements(
     Each sample is a cached response with a sampling seed of its own, which follows from ``seed`` and doesn't depend on
     ``count``: more samples cost only the new ones."""
     asked = [prompt for prompt in prompts for _ in range(count)]
-    seeds = [_sampling_seed(seed, number, prompt) for prompt in prompts for number in range(count)]
+    digests = [sha256(f"{seed}|{number}|{prompt}".encode()) for prompt in prompts for number in range(count)]
+    seeds = [int.from_bytes(found.digest()[:6], "big") for found in digests]
     responses = generate(model, cache, asked, "fine_tuned", decoding, cost, seeds, on_progress)
     return [
         agreement(metric, text, [response.text for response in responses[i * count : (i + 1) * count]])
@@ -245,7 +246,3 @@ def _answer(metric: Metric, response: str) -> str | None:
     if metric == "exact_match":
         return response.strip()
     return strict_number(response) or flexible_number(response)
-
-
-def _sampling_seed(seed: int, number: int, prompt: list[int]) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}|{number}|{prompt}".encode()).digest()[:6], "big")

@@ -44,8 +44,7 @@ def grouped_attention(
     step of Gemma 3 270M at batch 32 on two cores: 260 ms fused, 99 ms eager, 76 ms this one.
 
     Shapes: query (B, H, L, D); key and value (B, K, S, D) with H a multiple of K; mask (B, 1, L, S).
-    The softmax is taken in float32. Returns (B, L, H, D) and no weights.
-    """
+    The softmax is taken in float32. Returns (B, L, H, D) and no weights."""
     batch, heads, length, width = query.shape
     groups = heads // key.shape[1]
     rows = query.reshape(batch, key.shape[1], groups * length, width)
@@ -87,11 +86,6 @@ def start_ids(tokenizer: Any) -> list[int]:
     if ids:
         return ids
     return [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-
-
-def end_ids(tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a response."""
-    return frozenset({tokenizer.eos_token_id})
 
 
 def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:

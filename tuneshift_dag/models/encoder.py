@@ -29,11 +29,8 @@ def missing_packages() -> str | None:
 
 
 def embed(texts: Sequence[str]) -> NDArray[np.float32]:
-    """Unit vectors, one row of 384 for each text; on two CPU cores, 2,000 short texts take about 10 s.
-
-    Raises:
-        TuneshiftError: when the encoder isn't installed.
-    """
+    """Unit vectors, one row of 384 for each text; on two CPU cores, 2,000 short texts take about 10 s. Raises
+    `TuneshiftError` when the encoder isn't installed."""
     import torch
 
     tokenizer, model = _load()

@@ -48,8 +48,7 @@ class Batch:
     """Right-padded examples. Shapes: ids (B, L); predicts and targets (N,).
 
     ``predicts[i]`` is the position, in the flattened ids, whose logits predict ``targets[i]``. The first
-    ``response_tokens`` of the N are all those of the responses, the others are tokens of prompts.
-    """
+    ``response_tokens`` of the N are all those of the responses, the others are tokens of prompts."""
 
     ids: torch.Tensor
     predicts: torch.Tensor
@@ -75,15 +74,13 @@ def with_prompt_places(example: TokenizedExample, rng: random.Random) -> Tokeniz
 
 
 def balanced_epochs(examples: Examples, epochs: int, rng: random.Random) -> list[list[TokenizedExample]]:
-    """As many examples for every epoch, of each response in proportion to the square root of how many have it.
+    """As many examples for every epoch, of each response in proportion to the square root of how many have it: rare ones
+    aren't crowded out, and common ones still show most of their prompts.
 
-    So rare responses aren't crowded out, and common ones still show most of their prompts. A response with fewer
-    examples than `RARE` of the mean over responses has no more draws an example than one with that many: what a source
-    model gave once is more often its mistake than a rare skill.
-
-    Systematic sampling over all epochs: an example whose share of the draws is 2.3 is drawn two or three times. With
-    independent draws a fifth to a third of the examples would never be seen.
-    """
+    A response with fewer examples than `RARE` of the mean over responses has no more draws an example than one with
+    that many: what a source model gave once is more often its mistake than a rare skill. With systematic sampling over
+    all epochs an example whose share of the draws is 2.3 is drawn two or three times; with independent draws a fifth to
+    a third of the examples would never be seen."""
     counts = Counter(tuple(e.response_ids) for e in examples)
     least = RARE * len(examples) / len(counts)
     # Response by response, so that each gets its share exactly.
@@ -149,8 +146,7 @@ def mean_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
     gradient is returned in the dtype of the logits.
 
     `torch.nn.functional.cross_entropy` on ``logits.float()`` writes three float32 tensors of their size, much of a
-    training step of Gemma 3 270M. Here a few rows at a time are turned into float32, in the processor's cache.
-    """
+    training step of Gemma 3 270M. Here a few rows at a time are turned into float32, in the processor's cache."""
     loss: torch.Tensor = _MeanCrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
     return loss
 

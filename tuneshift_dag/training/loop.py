@@ -41,12 +41,11 @@ _SHARE = 0.02
 
 @dataclass(frozen=True)
 class LoraTraining:
-    """Hyper-parameters of one LoRA training. The paper doesn't publish its own values.
+    """Hyper-parameters of one LoRA training; the paper doesn't publish its own values.
 
-    An optimizer step is on ``batch_size`` times ``gradient_accumulation`` examples. ``gradient_checkpointing`` keeps
-    only each layer's input for the backward pass, and computes the rest again (arXiv 1604.06174). ``prompt_weight`` is
-    that of the prompts' tokens (`tuneshift_dag.training.batches`) beside the responses'.
-    """
+    An optimizer step is on ``batch_size`` times ``gradient_accumulation`` examples. ``gradient_checkpointing`` computes
+    all but each layer's input again for the backward pass (arXiv 1604.06174). ``prompt_weight`` is that of the prompts'
+    tokens beside the responses'."""
 
     rank: int = 16
     alpha: int = 32
@@ -178,11 +177,10 @@ def train(
             on_step(step, total, loss)
             if checkpoint and is_first_process():
                 checkpoint.save(lambda: {**optimizer.state(), "curve": vars(curve)})
-        if len(curve.epochs) > epoch:
-            continue
-        train_loss = sum(row["loss"] for row in curve.steps[first:step]) / (step - first)
-        validation_loss = evaluate_loss(model, validation, settings.batch_size)
-        curve.epochs.append({"epoch": epoch + 1, "train_loss": train_loss, "validation_loss": validation_loss})
+        if len(curve.epochs) <= epoch:
+            train_loss = sum(row["loss"] for row in curve.steps[first:step]) / (step - first)
+            validation_loss = evaluate_loss(model, validation, settings.batch_size)
+            curve.epochs.append({"epoch": epoch + 1, "train_loss": train_loss, "validation_loss": validation_loss})
     curve.seconds = time.monotonic() - started
     return curve
 
@@ -226,6 +224,7 @@ class _Optimizer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.adamw, lambda step: cosine_with_warmup(step, steps, settings.warmup_ratio)
         )
+        self._parts: dict[str, Any] = {"optimizer": self.adamw, "scaler": self.scaler, "schedule": self.schedule}
 
     def step(self) -> None:
         self.scaler.unscale_(self.adamw)
@@ -237,20 +236,15 @@ class _Optimizer:
 
     def state(self) -> dict[str, Any]:
         """What a training needs to go on; its examples and their order follow from its arguments."""
-        return {
-            "parameters": [parameter.detach() for parameter in self.parameters],
-            "optimizer": self.adamw.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "schedule": self.schedule.state_dict(),
-        }
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        return {"parameters": [parameter.detach() for parameter in self.parameters], **parts}
 
     def load_state(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
-        self.adamw.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.schedule.load_state_dict(state["schedule"])
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
 
 
 def _backward(
