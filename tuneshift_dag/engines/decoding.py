@@ -5,8 +5,7 @@ log-sum-exp is added up, before temperature and top-p. A prompt's keys and value
 model's response is scored by running only its tokens. Rows that finish leave the batch.
 
 Prompts are padded on the left, so that all rows write their next token at the same place; position ids count real
-tokens only. An opening that all prompts share runs once. Rows of similar length run together: little is padding.
-"""
+tokens only. An opening that all prompts share runs once. Rows of similar length run together: little is padding."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from tuneshift_dag.engines.kv_cache import (
 )
 from tuneshift_dag.method import Decoding, Response
 from tuneshift_dag.models import memory
-from tuneshift_dag.models.capabilities import head_inputs, head_logits, keys_values_bytes, sliding_window
+from tuneshift_dag.models.capabilities import head_inputs, head_logits, keys_values_bytes
 
 # Share of a batch that has finished before it leaves: copying the cache costs as much as decoding a row in eight.
 _COMPACT_AT = 1 / 8
@@ -56,8 +55,6 @@ class Prefix:
     hidden: torch.Tensor
 
     def select(self, rows: Sequence[int]) -> "Prefix":
-        if list(rows) == list(range(len(self.mask))):
-            return self
         # On the CPU: layers may be on several GPUs.
         index = torch.tensor(list(rows))
         kv = [rows_of(keys_values, index) for keys_values in self.keys_values]
@@ -121,7 +118,7 @@ def _shared_length(model: Any, prompts: Sequence[list[int]], new_tokens: int) ->
     most = min(map(len, prompts)) - 1  # every row keeps a token of its own, whose logits are wanted
     shared = min(most, next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most))
     # Padding between the opening and a row's own tokens would count in a sliding window.
-    window = sliding_window(model.config)
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
     if window and max(map(len, prompts)) + new_tokens > window:
         return 0
     return shared if len(prompts) > 1 and shared >= SHARE_FROM else 0

@@ -31,11 +31,8 @@ _CONTEXT = 1024
 
 
 class Harness:
-    """The tasks of one transfer's ``evaluation.tasks``, with their data.
-
-    Raises:
-        TuneshiftError: when a name is unknown, its data can't be had, or it runs code that nobody has allowed.
-    """
+    """The tasks of one transfer's ``evaluation.tasks``, with their data. Raises `TuneshiftError` when a name is unknown,
+    its data can't be had, or it runs code that nobody has allowed."""
 
     def __init__(self, transfer: Transfer) -> None:
         settings = transfer.config.evaluation
@@ -62,6 +59,8 @@ class Harness:
 
     def run(self, name: str, engine: "LocalEngine", side: Side) -> list[dict[str, Any]]:
         """Scores of a task, or of a group and each of its tasks: task, version, metric, filter, value, stderr, n."""
+        from lm_eval.models.huggingface import HFLM
+
         from tuneshift_dag.engines.decoding import bytes_per_row
 
         # The harness keeps logits at every position, and their log-softmax in float32.
@@ -69,25 +68,20 @@ class Harness:
         rows = max(1, min(self._most_rows, int(memory.free_bytes() * memory.BATCH_SHARE / row)))
         while True:
             try:
-                return self._run(name, engine, side, rows)
+                with _quiet(), engine.side(side) as model:
+                    found: Any = lm_eval.simple_evaluate(
+                        HFLM(model, tokenizer=engine.tokenizer, batch_size=rows),
+                        tasks=self._loaded[name],
+                        task_manager=self._manager,
+                        limit=self.limit,
+                        log_samples=False,
+                        confirm_run_unsafe_code=os.environ.get(_CODE_ALLOWED) == "1",
+                    )
+                return list(_rows(found))
             except Exception as error:
                 if rows == 1 or not memory.is_out_of_memory(error):
                     raise
             rows //= 2
-
-    def _run(self, name: str, engine: "LocalEngine", side: Side, rows: int) -> list[dict[str, Any]]:
-        from lm_eval.models.huggingface import HFLM
-
-        with _quiet(), engine.side(side) as model:
-            found: Any = lm_eval.simple_evaluate(
-                HFLM(model, tokenizer=engine.tokenizer, batch_size=rows),
-                tasks=self._loaded[name],
-                task_manager=self._manager,
-                limit=self.limit,
-                log_samples=False,
-                confirm_run_unsafe_code=os.environ.get(_CODE_ALLOWED) == "1",
-            )
-        return list(_rows(found))
 
 
 def _key(transfer: Transfer) -> str:

@@ -1,8 +1,7 @@
 """The in-process engine: one resident base model, its adapter switched on or off per batch.
 
 Its preflight answers whether the adapter is really applied: several libraries drop one without a word when its keys
-don't match the model, and then both perplexities are equal.
-"""
+don't match the model, and then both perplexities are equal."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -100,14 +99,22 @@ class LocalEngine(Engine):
         for side in SIDES:
             with self.side(side) as model:
                 logits[side] = head_logits(model, loop.prefill(model, ids).hidden)
-        return _compared(logits["base"], logits["fine_tuned"], _update_norm(self.model), problems)
+        update_norm = _update_norm(self.model)
+        if update_norm == 0:
+            problems.append("the adapter's weights are zero: it changes nothing")
+        difference = float((logits["base"] - logits["fine_tuned"]).abs().max())
+        if difference == 0:
+            problems.append("the base and the fine-tuned model give equal logits on every seed")
+        surest = (float(logits[side].log_softmax(1).max(1).values.mean()) for side in SIDES)
+        warnings = AdapterCheck.confidence_warnings("the first token", *surest)
+        return AdapterCheck(problems, warnings, difference, update_norm)
 
     def generate(
         self, prompts: Sequence[list[int]], side: Side, decoding: Decoding, seeds: Sequence[int] | None = None
     ) -> Iterator[list[tuple[int, Response]]]:
         def work(batch: list[int]) -> list[Response]:
             with self.side(side) as model:
-                prefix = self._prefill(model, [prompts[i] for i in batch], decoding.max_new_tokens)
+                prefix = loop.prefill(model, [prompts[i] for i in batch], decoding.max_new_tokens, self.kv_cache_dtype)
                 own_seeds = [seeds[i] for i in batch] if seeds else None
                 return loop.decode(model, self.tokenizer, prefix, decoding, own_seeds, keep_prefix=False)
 
@@ -124,11 +131,11 @@ class LocalEngine(Engine):
             cross: dict[Side, list[float]] = {}
             rows = [prompts[i] for i in batch]
             with self.side(first) as model:
-                prefix = self._prefill(model, rows, decoding.max_new_tokens)
+                prefix = loop.prefill(model, rows, decoding.max_new_tokens, self.kv_cache_dtype)
                 responses[first] = self._respond(model, prefix, [known[i].get(first) for i in batch], decoding, True)
             # The second side scores before it decodes, so that its prompts needn't be held while its cache grows.
             with self.side(second) as model:
-                other = self._prefill(model, rows, decoding.max_new_tokens)
+                other = loop.prefill(model, rows, decoding.max_new_tokens, self.kv_cache_dtype)
                 cross[second] = loop.score(model, other, [r.token_ids for r in responses[first]])
                 responses[second] = self._respond(model, other, [known[i].get(second) for i in batch], decoding, False)
             with self.side(first) as model:
@@ -144,14 +151,11 @@ class LocalEngine(Engine):
 
         def work(batch: list[int]) -> list[float]:
             with self.side(side) as model:
-                prefix = self._prefill(model, [prompts[i] or start for i in batch], longest)
+                prefix = loop.prefill(model, [prompts[i] or start for i in batch], longest, self.kv_cache_dtype)
                 return loop.score(model, prefix, [responses[i] for i in batch])
 
         whole = [p + r for p, r in zip(prompts, responses, strict=True)]
         yield from self._batches(whole, Decoding(longest), work)
-
-    def _prefill(self, model: Any, prompts: list[list[int]], new_tokens: int) -> loop.Prefix:
-        return loop.prefill(model, prompts, new_tokens, self.kv_cache_dtype)
 
     def _respond(
         self, model: Any, prefix: loop.Prefix, known: list[Response | None], decoding: Decoding, keep_prefix: bool
@@ -207,15 +211,3 @@ def _update_norm(model: Any) -> float:
             a, b = (part[name].weight.detach().float() for part in (module.lora_A, module.lora_B))
             total += float((b @ a).norm()) * abs(module.scaling[name])
     return total
-
-
-def _compared(base: torch.Tensor, fine_tuned: torch.Tensor, update_norm: float, problems: list[str]) -> AdapterCheck:
-    """What both models' next-token logits on the seeds (seeds, vocabulary) add to the problems."""
-    found, difference = list(problems), float((base - fine_tuned).abs().max())
-    if update_norm == 0:
-        found.append("the adapter's weights are zero: it changes nothing")
-    if difference == 0:
-        found.append("the base and the fine-tuned model give equal logits on every seed")
-    base_top, fine_tuned_top = (float(logits.log_softmax(1).max(1).values.mean()) for logits in (base, fine_tuned))
-    warnings = AdapterCheck.confidence_warnings("the first token", base_top, fine_tuned_top)
-    return AdapterCheck(found, warnings, difference, update_norm)

@@ -1,8 +1,7 @@
 """An OpenAI-compatible server: a stream of requests to it, what went wrong, and the generator of prompts behind one.
 
 Requests run in a thread with an event loop of its own, so that the server is kept busy while the caller stores
-a batch. The API key lives in the client and in no record, message or log line.
-"""
+a batch. The API key lives in the client and in no record, message or log line."""
 
 import asyncio
 import json
@@ -192,11 +191,10 @@ class Requests:
         self.totals.retries += raw.retries_taken
         self.totals.prompt_tokens += usage.get("prompt_tokens") or 0
         self.totals.completion_tokens += usage.get("completion_tokens") or 0
-        try:
-            choice: dict[str, Any] = found["choices"][0]
-        except (KeyError, IndexError, TypeError):
-            raise self._unreadable(raw) from None
-        return choice
+        choices = found.get("choices")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            raise self._unreadable(raw)
+        return dict(choices[0])
 
     async def _send(self, request: Callable[..., Awaitable[Any]], optional: bool = False, **arguments: Any) -> Any:
         """The response; None when the server doesn't know a request that is ``optional``."""

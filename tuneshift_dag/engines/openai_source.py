@@ -2,8 +2,7 @@
 
 Prompts go out as token ids of the base model's own tokenizer and responses come back as token ids, so that a perplexity
 is over the very tokens that were generated. Log-probabilities are the server's: of raw logits with vLLM and llama.cpp.
-Cross scores come from the legacy ``echo``: those of a prompt that ends with the response.
-"""
+Cross scores come from the legacy ``echo``: those of a prompt that ends with the response."""
 
 import asyncio
 import json
@@ -36,9 +35,8 @@ _SAME_SCORE = 0.2
 
 
 class ServedSource(Scorer):
-    """Base and fine-tuned model under two names of one server.
-
-    Of the base (``tokenizer``) only the tokenizer's files are needed, of the adapter only its fingerprint."""
+    """Base and fine-tuned model under two names of one server. Of the base only the files of its tokenizer are needed,
+    of the adapter only its fingerprint."""
 
     def __init__(
         self,

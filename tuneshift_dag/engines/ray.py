@@ -2,8 +2,7 @@
 
 The step's process alone writes results to the store, as they arrive. A batch is one task, so an actor that dies costs
 the batch that it was at: Ray starts the actor again, and the batch is computed again. It is Ray's `ActorPool` and not
-Ray Data, whose actors end with each dataset and which keeps every block until then.
-"""
+Ray Data, whose actors end with each dataset and which keeps every block until then."""
 
 import logging
 import math

@@ -4,8 +4,7 @@ A worked answer's number is found as lm-evaluation-harness does in its task ``gs
 number after the first ``#### ``, the format of GSM8K's own answers (Cobbe et al. 2021, arXiv 2110.14168); *flexible*,
 for models that were never shown that format, takes the last number of the response.
 
-Retention shows that the distillation made a model forget something; for what, its twenty paragraphs are too few.
-"""
+Retention shows that the distillation made a model forget something; for what, its twenty paragraphs are too few."""
 
 import math
 import re
@@ -100,8 +99,7 @@ def bootstrap_runs(values: NDArray[np.float64], samples: int, seed: int) -> Inte
 
     Of few runs a bootstrap sees (runs - 1) / runs of their variance, so their deviations are widened by the inverse
     first. In a simulation of equal arms with 3 runs and 231 prompts, the interval of their difference held zero in
-    100 %, 93 % and 88 % of the cases for no, some and large differences between runs (standard deviation 0, 0.3 and 0.6
-    in log-odds).
+    100 %, 93 % and 88 % of the cases where runs differ by a standard deviation of 0, 0.3 and 0.6 in log-odds.
 
     ``values`` (runs, prompts) are for example 1 where a run answers a prompt correctly; for a paired comparison of two
     arms the differences of such tables, with the same seed in a row of both."""

@@ -3,8 +3,7 @@
 The filter is SQL over the scored pairs, so that a new rule or threshold replays in the database without a model.
 TuneShift-KD (arXiv 2603.24518) §3 publishes one threshold (1.5) and leaves open whether it is one of each perplexity,
 of their difference or of their ratio; the first reading is the default. Its rivals are here too: the mean token excess
-of TiTok (arXiv 2510.04682), the most confident pairs of every response, a random draw, and no filter at all.
-"""
+of TiTok (arXiv 2510.04682), the most confident pairs of every response, a random draw, and no filter at all."""
 
 import re
 from dataclasses import dataclass

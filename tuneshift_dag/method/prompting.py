@@ -1,8 +1,7 @@
 """Asking a generator for more prompts like the seeds, reading its answer, and which of them are new and how varied.
 
 TuneShift-KD (arXiv 2603.24518) §3 asks an instruction model to "Generate 20 more samples like these 5".
-A base model has no chat: it is shown the seeds as the beginning of a numbered list, and goes on.
-"""
+A base model has no chat: it is shown the seeds as the beginning of a numbered list, and goes on."""
 
 import hashlib
 import re
@@ -60,8 +59,8 @@ def generator_request(
 
 
 def parse_list(text: str, mode: Mode, finished: bool) -> list[str]:
-    """The items of a generated numbered or bulleted list. In ``continuation`` the text begins inside the first one;
-    unless the generator stopped by itself (``finished``), the last one may be cut off and is left out."""
+    """The items of a generated numbered or bulleted list. In ``continuation`` the text begins inside the first one.
+    Unless the generator stopped by itself (``finished``), the last one may be cut off and is left out."""
     lines = text.split("\n")
     if mode == "continuation":
         lines[0] = f"1. {lines[0]}"
@@ -77,7 +76,7 @@ def _unquote(item: str) -> str:
 
 
 def labelled_request(instruction: str, template: str, examples: Sequence[tuple[str, str]], asked: str | None) -> str:
-    """The text that a base model sees in mode ``by_response``: labelled (prompt, response) examples in the ``template``,
+    """The text that a base model sees in mode ``by_response``: labelled (prompt, response) examples in ``template``,
     which has ``{response}`` before ``{prompt}``, then an opening for the response ``asked``; None leaves it open.
 
     Shown which response belongs to which prompt, even a weak generator writes prompts of the kind asked for."""

@@ -2,8 +2,7 @@
 
 A low perplexity says that a model is sure, not that it is right. Wang et al. (arXiv 2203.11171) sample several
 responses and find that the larger a majority, the more often it is right. Here the greedy response, whose perplexities
-are known, is what is trained on, and is dropped when too few samples of the fine-tuned model agree.
-"""
+are known, is what is trained on, and is dropped when too few samples of the fine-tuned model agree."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -81,6 +80,7 @@ def generate(
 
     def keep(new: dict[str, Response]) -> None:
         cache.put(new, {})
+        cost.model_calls += len(new)
         cost.tokens += sum(len(response.token_ids) for response in new.values())
 
     return _completed(keys, cache.responses(keys), ask, keep, cost, on_progress)
@@ -101,7 +101,11 @@ def score(
     def ask(missing: list[int]) -> Iterator[list[tuple[int, float]]]:
         return model.score([[] for _ in missing], [texts[i] for i in missing], side)
 
-    return _completed(keys, cache.scores(keys), ask, lambda new: cache.put({}, new), cost, on_progress)
+    def keep(new: dict[str, float]) -> None:
+        cache.put({}, new)
+        cost.model_calls += len(new)
+
+    return _completed(keys, cache.scores(keys), ask, keep, cost, on_progress)
 
 
 def _completed(
@@ -121,7 +125,6 @@ def _completed(
         new = {keys[missing[i]]: result for i, result in batch}
         keep(new)
         found |= new
-        cost.model_calls += len(new)
         done += len(new)
         on_progress(done, len(missing))
     return [found[key] for key in keys]
@@ -174,39 +177,33 @@ def score_pairs(
         wanted = {i: cross_keys(i, *both) for i, both in answered.items()}
         scores = cache.scores([key for pair in wanted.values() for key in pair])
         scored = {i: (scores.get(a), scores.get(b)) for i, (a, b) in wanted.items()}
-        results = {i: Pair(*answered[i], *cross) for i, cross in scored.items() if None not in cross}
+        results = {keys["base"][i]: Pair(*answered[i], *cross) for i, cross in scored.items() if None not in cross}
     else:
-        results = {i: Pair(*both, None, None) for i, both in answered.items()}
-    # Equal prompts are computed once.
-    first: dict[str, int] = {}
-    for i, key in enumerate(keys["base"]):
-        first.setdefault(key, i)
-    missing = [i for i in first.values() if i not in results]
-    cost.cache_hits += len(prompts) - len(missing)
-    done = 0
-    if missing:
-        batches = model.pairs([prompts[i] for i in missing], [known[i] for i in missing], decoding)
-        for batch in cost.timed(batches):
-            responses: dict[str, Response] = {}
-            new_scores: dict[str, float] = {}
-            for j, pair in batch:
-                i = missing[j]
-                results[i] = pair
-                both: dict[Side, Response] = {"base": pair.base, "fine_tuned": pair.fine_tuned}
-                responses |= {keys[s][i]: response for s, response in both.items()}
-                cross = (pair.base_on_fine_tuned, pair.fine_tuned_on_base)
-                for key, value in zip(cross_keys(i, pair.base, pair.fine_tuned), cross, strict=True):
-                    if value is not None:
-                        new_scores[key] = value
-                cost.model_calls += (4 if model.cross_scores else 2) - len(known[i])
-                cost.tokens += sum(len(response.token_ids) for s, response in both.items() if s not in known[i])
-            cache.put(responses, new_scores)
-            done += len(batch)
-            on_progress(done, len(missing))
-    cost.keys.update(keys["base"], keys["fine_tuned"])
-    for i, pair in results.items():
+        results = {keys["base"][i]: Pair(*both, None, None) for i, both in answered.items()}
+    row = {key: i for i, key in enumerate(keys["base"])}
+
+    def ask(missing: list[int]) -> Iterator[list[tuple[int, Pair]]]:
+        return model.pairs([prompts[i] for i in missing], [known[i] for i in missing], decoding)
+
+    def keep(new: dict[str, Pair]) -> None:
+        responses: dict[str, Response] = {}
+        new_scores: dict[str, float] = {}
+        for key, pair in new.items():
+            i = row[key]
+            both: dict[Side, Response] = {"base": pair.base, "fine_tuned": pair.fine_tuned}
+            responses |= {keys[s][i]: response for s, response in both.items()}
+            cross = (pair.base_on_fine_tuned, pair.fine_tuned_on_base)
+            named = zip(cross_keys(i, pair.base, pair.fine_tuned), cross, strict=True)
+            new_scores |= {name: value for name, value in named if value is not None}
+            cost.model_calls += (4 if model.cross_scores else 2) - len(known[i])
+            cost.tokens += sum(len(response.token_ids) for s, response in both.items() if s not in known[i])
+        cache.put(responses, new_scores)
+
+    pairs = _completed(keys["base"], results, ask, keep, cost, on_progress)
+    cost.keys.update(keys["fine_tuned"])
+    for i, pair in enumerate(pairs):
         cost.keys.update(cross_keys(i, pair.base, pair.fine_tuned))
-    return [results[first[key]] for key in keys["base"]]
+    return pairs
 
 
 def agreements(

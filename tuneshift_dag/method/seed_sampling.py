@@ -1,9 +1,7 @@
 """Drawing a round's seeds from the kept pairs so that small changes of the pool change few seeds.
 
 Each (round, call, slot) ranks every candidate by a hash and takes the lowest (rendezvous sampling), so a draw depends
-on which pairs exist, never on their order or on the draws before it. A balanced draw ranks the responses in the same
-way first, and then only the pairs that have the chosen one.
-"""
+on which pairs exist, never on their order or on the draws before it. A balanced draw ranks the responses first."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

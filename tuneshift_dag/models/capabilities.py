@@ -1,5 +1,5 @@
-"""What differs between model families: attention, the output head as the model itself computes it, the sliding window,
-the size of keys and values, the tokens around a text. A ``config`` is transformers' `PretrainedConfig`."""
+"""What differs between model families: attention, the output head as the model itself computes it, the size of keys and
+values, what texts start with. A ``config`` is transformers' `PretrainedConfig`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,11 +62,6 @@ def grouped_attention(
 
 AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)
 AttentionMaskInterface.register(GROUPED_ATTENTION, eager_mask)
-
-
-def sliding_window(config: Any) -> int | None:
-    """Tokens that some layers look back; None when all of them see everything."""
-    return getattr(config.get_text_config(), "sliding_window", None)
 
 
 def keys_values_bytes(config: Any, itemsize: int, in_8_bits: bool = False) -> int:

@@ -4,8 +4,7 @@ A model is quantized once; its 4-bit weights are kept beside the converted ones,
 takes seconds and reads the 16-bit weights into memory, which would be the peak of a whole scoring step.
 
 On CPUs with AVX512_BF16, bitsandbytes repacks every 4-bit weight in place at the first forward in eval mode. Then it
-silently has no gradients, and merging and saving give garbage. So a model is loaded for inference or for training.
-"""
+silently has no gradients, and merging and saving give garbage. So a model is loaded for inference or for training."""
 
 import contextlib
 import hashlib
@@ -29,6 +28,7 @@ from tuneshift_dag.models.references import ModelFiles, cache_dir
 
 Quantization = Literal["nf4", "fp4", "none"]
 DeviceMap = Literal["auto", "single"]
+Placement = str | dict[str, int] | None
 ADAPTER = "fine_tuned"
 
 
@@ -139,8 +139,7 @@ def quantized_dir() -> Path:
 
 def _repacking_pays() -> bool:
     """Not on CPUs that multiply in tiles (AMX), where dequantizing and one large product are faster. A layer of
-    640 x 2,048 on two such cores: 0.5 against 0.3 ms for 16 rows, 0.5 against 1.1 for 64, 1.3 against 16.5 for 1,024.
-    """
+    640 x 2,048 on two such cores: 0.5 against 0.3 ms for 16 rows, 0.5 against 1.1 for 64, 1.3 against 16.5 for 1024."""
     # The oldest torch that is supported can't tell; there bitsandbytes decides, as on other CPUs.
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return not capabilities.get("amx_bf16", False)
@@ -172,7 +171,7 @@ def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype, dev
     return _read(folder, attention, "saved", dtype, placed)
 
 
-def _device_map(setting: DeviceMap) -> str | dict[str, int] | None:
+def _device_map(setting: DeviceMap) -> Placement:
     """What transformers is told; None without a GPU."""
     if not torch.cuda.is_available():
         return None
@@ -193,11 +192,7 @@ def _refuse_offloaded(files: ModelFiles, model: PreTrainedModel) -> PreTrainedMo
 
 
 def _read(
-    folder: Path,
-    attention: str,
-    quantization: Quantization | Literal["saved"],
-    dtype: torch.dtype,
-    device_map: str | dict[str, int] | None,
+    folder: Path, attention: str, quantization: Quantization | Literal["saved"], dtype: torch.dtype, placed: Placement
 ) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     if quantization not in ("none", "saved"):
@@ -207,6 +202,6 @@ def _read(
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=True,
         )
-    if device_map is not None:
-        options["device_map"] = device_map
+    if placed is not None:
+        options["device_map"] = placed
     return AutoModelForCausalLM.from_pretrained(folder, **options)

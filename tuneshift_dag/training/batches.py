@@ -5,8 +5,7 @@ model near the language that it knew, which an answer of a few tokens doesn't.
 
 Examples are padded on the right: under a causal mask no real token sees the padding, so no attention mask is needed and
 the fast causal kernel applies. Logits are computed only where they predict a token that counts: with a small body and a
-large vocabulary (Gemma 3 270M: 262k) the rest would be most of the work.
-"""
+large vocabulary (Gemma 3 270M: 262k) the rest would be most of the work."""
 
 import random
 from bisect import bisect
@@ -74,8 +73,8 @@ def with_prompt_places(example: TokenizedExample, rng: random.Random) -> Tokeniz
 
 
 def balanced_epochs(examples: Examples, epochs: int, rng: random.Random) -> list[list[TokenizedExample]]:
-    """As many examples for every epoch, of each response in proportion to the square root of how many have it: rare ones
-    aren't crowded out, and common ones still show most of their prompts.
+    """As many examples for every epoch, of each response in proportion to the square root of how many have it: rare
+    ones aren't crowded out, and common ones still show most of their prompts.
 
     A response with fewer examples than `RARE` of the mean over responses has no more draws an example than one with
     that many: what a source model gave once is more often its mistake than a rare skill. With systematic sampling over

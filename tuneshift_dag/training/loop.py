@@ -1,8 +1,7 @@
 """The training loop: a LoRA on (prompt, response) pairs, its settings, its optimizer, and a state that it goes on from.
 
 A step may be divided into several forward passes, and each of these among the processes of a group. Every part's loss
-is weighted by its tokens, so that the step's gradient is that of all its examples at once.
-"""
+is weighted by its tokens, so that the step's gradient is that of all its examples at once."""
 
 import math
 import os

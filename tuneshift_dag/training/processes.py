@@ -19,11 +19,8 @@ _EVERY = 0.2
 
 def in_processes(count: int, work: Callable[..., T], *arguments: Any, on_message: Callable[..., None]) -> T:
     """Run ``work(send, *arguments)``, a function of a module, in ``count`` new processes; return what the first one
-    returns. ``on_message`` is called here with the arguments with which the first one calls ``send``.
-
-    Raises:
-        torch.multiprocessing.ProcessRaisedException: when one fails, with its traceback; the others are ended.
-    """
+    returns. ``on_message`` is called here with the arguments with which the first one calls ``send``. When one fails,
+    the others are ended and `torch.multiprocessing.ProcessRaisedException` is raised with its traceback."""
     inbox = torch.multiprocessing.get_context("spawn").SimpleQueue()
     results: list[T] = []
     with tempfile.TemporaryDirectory() as folder:
