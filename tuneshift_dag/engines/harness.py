@@ -31,8 +31,8 @@ _CONTEXT = 1024
 
 
 class Harness:
-    """The tasks of one transfer's ``evaluation.tasks``, with their data. Raises `TuneshiftError` when a name is unknown,
-    its data can't be had, or it runs code that nobody has allowed."""
+    """The tasks of one transfer's ``evaluation.tasks``, with their data. Raises `TuneshiftError` when a name is
+    unknown, its data can't be had, or it runs code that nobody has allowed."""
 
     def __init__(self, transfer: Transfer) -> None:
         settings = transfer.config.evaluation

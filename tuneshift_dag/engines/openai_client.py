@@ -46,9 +46,9 @@ class Totals:
 
     def __str__(self) -> str:
         rate = (self.prompt_tokens + self.completion_tokens) / max(self.seconds, 1e-9)
+        tokens = f"{self.prompt_tokens} prompt and {self.completion_tokens} completion tokens"
         return (
-            f"{self.requests} requests ({self.retries} retries), {self.prompt_tokens} prompt and"
-            f" {self.completion_tokens} completion tokens in {self.seconds:.1f} s, {rate:.0f} tokens/s"
+            f"{self.requests} requests ({self.retries} retries), {tokens} in {self.seconds:.1f} s, {rate:.0f} tokens/s"
         )
 
 

@@ -63,7 +63,6 @@ def verdict_sql(
             guards, above 1 a number): a parameter, or a column when the SELECT is joined laterally.
         rounds: how many rounds share a number. Each then has an equal quota of its own, and a share is of the round's
             pairs: a round's verdicts never depend on another, which may not exist yet. None ranks all pairs at once.
-        seed: makes another draw of `random`.
         pairs: SQL of rows of the table ``scored_pairs``.
     """
     flawed = f"(SELECT *, CASE {_flaws(rule, guards)} END AS flaw FROM {pairs})"

@@ -77,10 +77,8 @@ def keys_values_bytes(config: Any, itemsize: int, in_8_bits: bool = False) -> in
 
 def start_ids(tokenizer: Any) -> list[int]:
     """What a model's texts start with. Without such a token (GPT-2, SmolLM2) it is what ends the text before."""
-    ids = list(tokenizer("").input_ids)
-    if ids:
-        return ids
-    return [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return list(tokenizer("").input_ids) or [start]
 
 
 def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Loading models: one load, one role.
 
-A model is quantized once; its 4-bit weights are kept beside the converted ones, because quantizing at every load
-takes seconds and reads the 16-bit weights into memory, which would be the peak of a whole scoring step.
+A model is quantized once, and its 4-bit weights are kept: quantizing at every load takes seconds and reads the 16-bit
+weights into memory, which would be the peak of a whole scoring step.
 
 On CPUs with AVX512_BF16, bitsandbytes repacks every 4-bit weight in place at the first forward in eval mode. Then it
 silently has no gradients, and merging and saving give garbage. So a model is loaded for inference or for training."""
@@ -111,12 +111,10 @@ def pack(model: torch.nn.Module) -> None:
     """Have bitsandbytes repack the 4-bit weights now, if it will. It takes eight times a layer's memory meanwhile: in
     the first forward the heap would be left full of holes."""
     for module in model.modules():
+        if not isinstance(module, bitsandbytes.nn.Linear4bit):
+            continue
         # The flag says what the CPU can do, wherever the weight is.
-        if (
-            isinstance(module, bitsandbytes.nn.Linear4bit)
-            and module.support_avx512bf16_for_cpu
-            and module.weight.device.type == "cpu"
-        ):
+        if module.support_avx512bf16_for_cpu and module.weight.device.type == "cpu":
             module(torch.zeros(1, module.in_features, dtype=module.compute_dtype))
             memory.trim()
 
