@@ -37,8 +37,8 @@ _TOKENS_AT_ONCE = {"cpu": 512}
 _TOKENS_AT_ONCE_ELSEWHERE = 16384
 # Tokens by which a decoding batch's cache grows.
 _GROW_BY = 32
-# Logits computed at once when a response is scored, in elements (8 MB in bfloat16); of fewer rows than a step decodes by
-# default it would wait for the head's weights.
+# Logits computed at once when a response is scored, in elements (8 MB in bfloat16), but of as many rows as a step
+# decodes by default: fewer would wait for the head's weights.
 _LOGITS_AT_ONCE = 1 << 22
 _LEAST_LOGIT_ROWS = 32
 # Logits turned into float32 at once, in elements: half a megabyte stays in a core's cache.

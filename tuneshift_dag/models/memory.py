@@ -117,9 +117,9 @@ def drop_file_pages(folder: Path) -> None:
 def in_batches(
     lengths: Sequence[int], most_rows: int, bytes_per_row: Callable[[int], int], work: Callable[[list[int]], T]
 ) -> Iterator[tuple[list[int], T]]:
-    """``work`` done on batches of indices of similar length, longest first: memory peaks at the start. A batch that runs
-    out of it is halved and done again, and the ones after it are no larger; a single row that doesn't fit raises what
-    it raised. A row of n tokens (``lengths``) needs ``bytes_per_row(n)`` beside the model."""
+    """``work`` done on batches of indices of similar length, longest first: memory peaks at the start. A batch that
+    runs out of it is halved and done again, and the ones after it are no larger; a single row that doesn't fit raises
+    what it raised. A row of n tokens (``lengths``) needs ``bytes_per_row(n)`` beside the model."""
     left = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     while left:
         fitting = int(free_bytes() * BATCH_SHARE / max(1, bytes_per_row(lengths[left[0]])))
