@@ -1,8 +1,5 @@
-"""Memory of this machine and of this process: what there is, the peak, and giving it back; and how many rows run at
-once with it: as many as asked for, fewer when memory is short.
-
-torch is imported only where it is needed: every Dagster process imports this module.
-"""
+"""Memory of this machine and of this process: what there is, the peak, giving it back, and how many rows run at once
+with it. torch is imported only where it is needed: every Dagster process imports this module."""
 
 import contextlib
 import ctypes
@@ -50,8 +47,7 @@ def gpu_count() -> int:
 
 def total_bytes(gpus: int | None = None) -> int:
     """Memory of the first ``gpus`` GPUs (None: all) together, or of this machine and this container."""
-    count = gpu_count()
-    if count:
+    if count := gpu_count():
         import torch
 
         return sum(int(torch.cuda.mem_get_info(number)[1]) for number in range(gpus or count))
@@ -106,10 +102,8 @@ def keep_few_kernels() -> None:
 
 
 def drop_file_pages(folder: Path) -> None:
-    """Drop what is resident of mapped files below ``folder``; what is still used is read again at its next use.
-
-    4-bit weights are repacked into memory of their own, and the pages they came from would stay beside them.
-    """
+    """Drop what is resident of mapped files below ``folder``; what is still used is read again. 4-bit weights are
+    repacked into memory of their own, and the pages they came from would stay beside them."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
@@ -123,11 +117,9 @@ def drop_file_pages(folder: Path) -> None:
 def in_batches(
     lengths: Sequence[int], most_rows: int, bytes_per_row: Callable[[int], int], work: Callable[[list[int]], T]
 ) -> Iterator[tuple[list[int], T]]:
-    """``work`` done on batches of indices of similar length, longest first: memory peaks at the start.
-
-    A batch that runs out of memory is halved and done again, and the ones after it are no larger; a single row that
-    doesn't fit raises what it raised. A row of n tokens (``lengths``) needs ``bytes_per_row(n)`` beside the model.
-    """
+    """``work`` done on batches of indices of similar length, longest first: memory peaks at the start. A batch that
+    runs out of it is halved and done again, and the ones after it are no larger; a single row that doesn't fit raises
+    what it raised. A row of n tokens (``lengths``) needs ``bytes_per_row(n)`` beside the model."""
     left = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     while left:
         fitting = int(free_bytes() * BATCH_SHARE / max(1, bytes_per_row(lengths[left[0]])))
