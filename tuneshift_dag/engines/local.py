@@ -51,6 +51,7 @@ class LocalEngine(Engine):
         batch_size: int = 32,
         device_map: DeviceMap = "auto",
         kv_cache_dtype: KVDtype = "auto",
+        workers: int = 1,
     ) -> None:
         self.base = base
         self.adapter = adapter
@@ -59,6 +60,7 @@ class LocalEngine(Engine):
         self.batch_size = batch_size
         self.device_map = device_map
         self.kv_cache_dtype = kv_cache_dtype
+        self.workers = 1 if torch.cuda.is_available() else workers
         self._model: Any = None
 
     @property
@@ -196,7 +198,8 @@ class LocalEngine(Engine):
             tokens = 3 * length + decoding.max_new_tokens
             return loop.bytes_per_row(self.model, tokens, logits=1, kv_dtype=self.kv_cache_dtype)
 
-        return memory.in_batches([len(p) for p in prompts], self.batch_size, row, work)
+        _ = self.model  # before a worker is forked, which then has it too
+        return memory.in_batches([len(p) for p in prompts], self.batch_size, row, work, self.workers)
 
 
 def unplaced_tensors(model: Any, saved: Sequence[str]) -> list[str]:
