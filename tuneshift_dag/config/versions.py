@@ -70,7 +70,7 @@ _HOW_TO_ASK = {"base_url", "api_key_env", "concurrency", "timeout_seconds", "max
 _WITHOUT_EFFECT: Any = {
     "engine": {"server": _HOW_TO_ASK, "ray": True},
     "generator": {"server": _HOW_TO_ASK},
-    "models": {"device_map"},
+    "models": {"device_map", "workers"},
     # Nor do samples change the greedy responses.
     "response": SAMPLES,
     "distill": {"processes"},

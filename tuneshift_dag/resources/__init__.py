@@ -147,6 +147,7 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
                 models.batch_size,
                 models.device_map,
                 models.kv_cache_dtype,
+                1 if on_ray else models.workers,
             )
             if on_ray:
                 needed = [files.path, *([adapter.path] if adapter else [])]
