@@ -44,7 +44,7 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
             for row in rows("SELECT * FROM accuracy")
         },
         "retention": {row.pop("model"): row for row in rows("SELECT * FROM retention")},
-        "tasks": tasks(store, transfer),
+        "tasks": rows(_TASKS),
         "comparison": comparison(store, transfer),
         # Relative to the store's folder; absolute in rows of older versions.
         "model": {**trained[0], "path": str(store.path.parent / trained[0]["path"])} if trained else None,
@@ -64,15 +64,6 @@ def escape_markdown(text: str) -> str:
     """A prompt or response as Markdown that shows it as it is, on one line: no links, pictures, HTML or lists."""
     line = re.sub(r"\s*\n\s*", " ⏎ ", text.strip())
     return re.sub(r"([\\`*_\[\]<>#|~&$]|!(?=\[)|^[-+=]|(?<=^\d)[.)]|(?<=^\d\d)[.)])", r"\\\1", line)
-
-
-def tasks(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
-    """Scores of the target on standard tasks; [] without ``evaluation.tasks``."""
-    return store.read(
-        "SELECT task, metric, filter, model, value, stderr, n FROM task_scores WHERE current"
-        " ORDER BY task, metric, filter, model",
-        schema=transfer.name,
-    ).to_dicts()
 
 
 def comparison(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
@@ -140,6 +131,10 @@ _COUNTS = """
         count(*) AS pairs_kept, count(DISTINCT trim(response)) AS distinct_responses_kept FROM {filtered_dataset}
 """
 _TRAINED = "SELECT model_id, dataset_version, pairs, filter, seconds, path FROM distilled_models WHERE current"
+_TASKS = """
+    SELECT task, metric, filter, model, value, stderr, n FROM task_scores WHERE current
+    ORDER BY task, metric, filter, model
+"""
 _BY_ROUND = """
     SELECT p.round, count(DISTINCT p.prompt_id) AS prompts, count(DISTINCT f.prompt_id) AS pairs_kept,
         count(DISTINCT trim(f.response)) AS distinct_responses

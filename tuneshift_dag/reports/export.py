@@ -32,13 +32,12 @@ def export(store: Store, transfer: Transfer, to: Path) -> list[Path]:
     figures = report(store, transfer)
     if figures["model"] is None or not Path(figures["model"]["path"]).is_dir():
         raise TuneshiftError(f"{transfer.name} has no distilled model yet: `tuneshift run {transfer.name}` first.")
-    model_id = figures["model"]["model_id"]
     # The dataset of the model that is exported, not that of a filter which changed since.
     pairs = store.read(
         "SELECT p.round, p.prompt_id, p.prompt, p.fine_tuned_response AS response, p.ppl_fine_tuned, p.ppl_base"
         " FROM training_examples t JOIN scored_pairs p USING (round, prompt_id)"
         " WHERE t.model_id = ? ORDER BY p.round, p.prompt_id",
-        [model_id],
+        [figures["model"]["model_id"]],
         transfer.name,
     )
     if content_version(pairs.select("prompt_id", "prompt", "response")) != figures["model"]["dataset_version"]:
