@@ -51,11 +51,8 @@ class Runner:
         on_step: Callable[[str, str | None], None] = lambda asset, round_: None,
         on_line: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """
-        Args:
-            on_step: called with the first asset and the round of what is materialized next.
-            on_line: called with every line that a step says of its progress (in a terminal it draws a bar instead).
-        """
+        """``on_step`` is called with the first asset and the round of what is materialized next; ``on_line`` with every
+        line that a step says of its progress (in a terminal it draws a bar instead)."""
         self.transfer = transfer
         self.instance = instance
         self.store = Store(database_file())

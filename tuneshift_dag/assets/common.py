@@ -45,6 +45,23 @@ def key(transfer: Transfer, asset: str) -> dg.AssetKey:
     return dg.AssetKey([transfer.name, asset])
 
 
+def shared(transfer: Transfer, asset: str, table: Table, *kinds: str) -> dict[str, Any]:
+    """What every asset is declared with, also one that is only observed."""
+    columns = [dg.TableColumn(c.name, c.type, description=c.description) for c in table.columns]
+    by_round = asset in (*records.ROUND_ASSETS, "round_seeds")
+    return {
+        "key": key(transfer, asset),
+        "partitions_def": dg.StaticPartitionsDefinition(transfer.round_keys) if by_round else None,
+        "group_name": transfer.name,
+        "owners": OWNERS,
+        "kinds": {"duckdb", *kinds},
+        "metadata": {
+            "dagster/column_schema": dg.TableSchema(columns),
+            "dagster/table_name": f"{transfer.name}.{table.name}",
+        },
+    }
+
+
 def definition(
     transfer: Transfer,
     asset: str,
@@ -59,22 +76,12 @@ def definition(
     """
     own = key(transfer, asset)
     return {
-        "key": own,
+        **shared(transfer, asset, table, *kinds),
         "deps": [key(transfer, source) for source, _ in INPUTS[asset] if source != asset],
-        "partitions_def": dg.StaticPartitionsDefinition(transfer.round_keys) if asset in records.ROUND_ASSETS else None,
-        "check_specs": [dg.AssetCheckSpec(name, asset=own, description=text) for name, text in (checks or {}).items()],
-        "group_name": transfer.name,
-        "owners": OWNERS,
-        "kinds": {"duckdb", *kinds},
+        "check_specs": [dg.AssetCheckSpec(name, asset=own, description=d) for name, d in (checks or {}).items()],
         "pool": MODEL_POOL if models else None,
         "code_version": code_version(transfer, asset),
-        "metadata": table_metadata(transfer, table),
     }
-
-
-def table_metadata(transfer: Transfer, table: Table) -> dict[str, Any]:
-    columns = [dg.TableColumn(c.name, c.type, description=c.description) for c in table.columns]
-    return {"dagster/column_schema": dg.TableSchema(columns), "dagster/table_name": f"{transfer.name}.{table.name}"}
 
 
 def warning_check(name: str, problem: str, **metadata: Any) -> dg.AssetCheckResult:
@@ -236,9 +243,13 @@ class Step:
         """What the asset returns of what was written: its ``rows`` and cost, its column lineage where that is declared,
         and the other metadata. What is None is left out.
         """
+        lineage = {
+            column: [dg.TableColumnDep(key(self.transfer, asset), name) for asset, name in sources]
+            for column, sources in COLUMN_SOURCES.get(self.asset, {}).items()
+        }
         shown = {
             "dagster/partition_row_count" if self.round else "dagster/row_count": rows,
-            "dagster/column_lineage": column_lineage(self.transfer, self.asset),
+            "dagster/column_lineage": dg.TableColumnLineage(lineage) if lineage else None,
             **metadata,
             **self._figures(),
             "peak_memory_mb": peak_bytes() / 1e6,
@@ -248,15 +259,6 @@ class Step:
             metadata={name: value for name, value in shown.items() if value is not None},
             check_results=checks,
         )
-
-
-def column_lineage(transfer: Transfer, table: str) -> dg.TableColumnLineage | None:
-    """What each column is made from; None where that isn't declared."""
-    deps = {
-        column: [dg.TableColumnDep(key(transfer, asset), name) for asset, name in sources]
-        for column, sources in COLUMN_SOURCES.get(table, {}).items()
-    }
-    return dg.TableColumnLineage(deps) if deps else None
 
 
 @contextmanager

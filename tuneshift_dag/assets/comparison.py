@@ -28,8 +28,6 @@ from tuneshift_dag.store.queries import of_its_rounds
 from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import COMPARISON, COMPARISON_ANSWERS, COMPARISON_TASKS
 
-# What each arm is measured against.
-REFERENCES = ("random", "unfiltered")
 DIVERSITY = ("distinct_responses", "distinct_bigrams", "repetition", "similarity")
 INTERVAL_COLUMNS = ["arm", "value", "low", "high", "vs_random", "vs_random_low", "vs_random_high"]
 Datasets = dict[str, list[pl.DataFrame]]
@@ -103,11 +101,8 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
 
 
 def _candidates(store: Store, transfer: Transfer) -> dict[str, pl.DataFrame]:
-    """What each arm can draw from: prompt_id, round, prompt, response and, where it is a rank, the margin.
-
-    Raises:
-        dg.Failure: when an arm has nothing.
-    """
+    """What each arm can draw from: prompt_id, round, prompt, response and, where it is a rank, the margin. An arm that
+    has nothing is a failure."""
     found: dict[str, pl.DataFrame] = {}
     for arm in transfer.config.arms:
         # Without a rank an arm is drawn from by hash.
@@ -129,7 +124,9 @@ def _candidates(store: Store, transfer: Transfer) -> dict[str, pl.DataFrame]:
                 allow_retries=False,
             )
     if transfer.labelled:
-        space = _leading_space(found["unfiltered"])
+        # What most responses start with before their first word: labelled ones, written by people, lack it.
+        starts = found["unfiltered"]["response"].str.extract(r"^(\s*)", 1).value_counts(sort=True)
+        space = str(starts.row(0)[0] or "")
         found["oracle"] = pl.DataFrame(
             [(prompt_id(p), "labelled", p, space + r, None) for p, r in transfer.labelled],
             schema=found["unfiltered"].schema,
@@ -146,18 +143,8 @@ def _verdict(transfer: Transfer, arm: Arm) -> str:
     return verdict_sql(arm.rule, transfer.guards, f"{threshold!r}::DOUBLE", seed=transfer.config.seed, pairs=pairs)
 
 
-def _leading_space(pairs: pl.DataFrame) -> str:
-    """What most responses start with before their first word: labelled ones, written by people, lack it."""
-    starts = pairs["response"].str.extract(r"^(\s*)", 1).value_counts(sort=True)
-    return str(starts.row(0)[0] or "")
-
-
 def _common_size(transfer: Transfer, wanted: int | None, candidates: dict[str, pl.DataFrame]) -> int:
-    """Pairs of every arm.
-
-    Raises:
-        dg.Failure: when an arm has fewer than ``compare.pairs``.
-    """
+    """Pairs of every arm. One that has fewer than are wanted is a failure."""
     arm, fewest = min(((name, len(pool)) for name, pool in candidates.items()), key=lambda each: each[1])
     if wanted is None or wanted <= fewest:
         return wanted or fewest
@@ -194,13 +181,9 @@ class _Measured:
         self.answers += [{**own, **row} for row in answer_heldout(self.current, engine, side, label or arm)]
         model = "target_base" if side == "base" else "target_distilled"
         keys = task_keys(self.current, harness, [(model, engine, side)])
-        self.tasks += [{**own, **row} for row in self.current.read(_TASK_SCORES, [keys]).to_dicts()]
-
-
-_TASK_SCORES = """
-    SELECT task, metric, filter, value, stderr, n FROM task_scores WHERE key IN (SELECT unnest(?))
-    ORDER BY task, metric, filter
-"""
+        columns = "task, metric, filter, value, stderr, n"
+        query = f"SELECT {columns} FROM task_scores WHERE key IN (SELECT unnest(?)) ORDER BY task, metric, filter"
+        self.tasks += [{**own, **row} for row in self.current.read(query, [keys]).to_dicts()]
 
 
 def _correct(transfer: Transfer, answers: Rows) -> dict[str, Correct]:
@@ -262,7 +245,7 @@ def _row(
         "pairs": len(datasets[name][0]),
         "shared_with_random": sum(shared) / len(shared),
     }
-    for reference in REFERENCES:
+    for reference in ("random", "unfiltered"):
         if name != reference:
             found = interval(correct[name] - correct[reference])
             against = f"vs_{reference}"

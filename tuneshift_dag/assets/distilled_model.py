@@ -72,14 +72,9 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
 
 
 def _kept_pairs(current: Step) -> pl.DataFrame:
-    """The pairs of all rounds.
-
-    Raises:
-        dg.Failure: when a round is missing (Dagster runs this asset also when partitions above it don't exist yet), or
-            there is no pair.
-    """
+    """The pairs of all rounds, at least one."""
     missing = current.records.missing_rounds("filtered_dataset")
-    if missing:
+    if missing:  # Dagster runs an unpartitioned asset also when partitions above it don't exist yet
         raise dg.Failure(
             f"filtered_dataset has no {', '.join(missing)}: materialize these rounds first, then distilled_model.",
             allow_retries=False,
@@ -100,10 +95,8 @@ _PAIRS = """
 def trained_adapter(current: Step, engines: EngineResource, transfer: Transfer, pairs: pl.DataFrame) -> dict[str, Any]:
     """The row of ``distilled_models`` for these pairs (prompt_id, round, prompt, response); trained if it must be.
 
-    The row is written as soon as the training ends, so that a killed step trains nothing twice.
-
-    Args:
-        transfer: that of the step, or one with other settings of the training.
+    The row is written as soon as the training ends, so that a killed step trains nothing twice. ``transfer`` is that of
+    the step, or one with other settings of the training.
     """
     dataset_version = content_version(pairs.select("prompt_id", "prompt", "response"))
     weights = engines.target_weights(transfer)

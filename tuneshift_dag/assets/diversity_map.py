@@ -5,16 +5,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from tuneshift_dag.assets.common import (
-    EVERY_ROUND,
-    LOG,
-    Context,
-    Step,
-    check_rounds,
-    definition,
-    example_rows,
-    step,
-)
+from tuneshift_dag.assets.common import EVERY_ROUND, LOG, Context, Step, check_rounds, definition, example_rows, step
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.method.prompting import mean_similarity
 from tuneshift_dag.models import encoder

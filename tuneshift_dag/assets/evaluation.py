@@ -78,11 +78,7 @@ _TASK_SCORES = """
 
 
 def _models(current: Step, engines: EngineResource) -> tuple[Models, Models]:
-    """Those of the source and those of the target.
-
-    Raises:
-        dg.Failure: when there is no distilled model.
-    """
+    """Those of the source and those of the target, which must have been distilled."""
     distilled = current.read("SELECT path FROM distilled_models WHERE current")
     if distilled.is_empty():
         raise dg.Failure("There is no distilled model: materialize distilled_model first.", allow_retries=False)
@@ -144,11 +140,8 @@ def _retention(current: Step, name: str, engine: Scorer, side: Side) -> dict[str
 def task_keys(current: Step, harness: Any, models: Models) -> list[str]:
     """Keys in ``task_scores`` of what each model scores on `evaluation.tasks`; known scores aren't computed again.
 
-    A task is written when it is done, so a killed run loses at most one.
-
-    Args:
-        harness: a `tuneshift_dag.engines.harness.Harness`; without one there are no keys.
-        models: `target_base` or, as every trained target is called, `target_distilled`.
+    A task is written when it is done, so a killed run loses at most one. Without a `Harness` there are no keys. The
+    models are called `target_base` or, every trained target, `target_distilled`.
     """
     keys = []
     for name, engine, side in models:

@@ -89,7 +89,8 @@ def _judge_round(
 
         def judge_and_draw(connection: Any) -> str:
             version = judge(connection, current)
-            pool.extend(Candidate(*row) for row in connection.execute(_POOL, [round_]).fetchall())
+            kept = "SELECT prompt_id, prompt, response FROM filtered_dataset WHERE round <= ? ORDER BY prompt_id"
+            pool.extend(Candidate(*row) for row in connection.execute(kept, [round_]).fetchall())
             drawn_from = [] if len(pool) >= transfer.config.target_pairs else pool
             observed.append(write_seeds(connection, current, round_number(round_) + 1, drawn_from, originals))
             return version
@@ -110,7 +111,6 @@ def _judge_round(
     return current.result(kept, figures, _check_seeds(store, transfer, round_))
 
 
-_POOL = "SELECT prompt_id, prompt, response FROM filtered_dataset WHERE round <= ? ORDER BY prompt_id"
 _COUNTS = """
     SELECT 'kept' AS reason, count(*) AS pairs FROM filtered_dataset WHERE round = $round
     UNION ALL SELECT reason, count(*) FROM rejected_pairs WHERE round = $round GROUP BY reason ORDER BY reason
@@ -125,11 +125,8 @@ def judge(connection: Any, current: Step) -> str:
     """Rewrite the kept and the rejected rows of the step's round from its scored pairs; return the data version.
 
     All of it happens inside DuckDB, and no text passes through Python. The version is a hash of the kept prompts and
-    responses, whatever the rule and threshold that kept them.
-
-    Raises:
-        dg.Failure: when no pair is kept up to this round, or pairs were scored without the samples that are wanted
-            now. The rows that were there stay.
+    responses, whatever the rule and threshold that kept them. The rows that were there stay when no pair is kept up to
+    this round, or pairs were scored without the samples that are wanted now: then it fails.
     """
     transfer, round_ = current.transfer, current.round
     connection.execute(
@@ -162,11 +159,8 @@ def judge(connection: Any, current: Step) -> str:
 
 
 def _nothing_kept(transfer: Transfer, round_: str, reasons: dict[str, int], dropped: dict[str, int]) -> str:
-    """What stopped the loop, and what to change: the repair goes by the commonest reason.
-
-    Args:
-        reasons: of scored pairs, and how many each dropped.
-        dropped: the same of list items that were dropped before scoring.
+    """What stopped the loop, and what to change: the repair goes by the commonest of the ``reasons`` that scored pairs
+    were dropped for (each with its number), or else of those that list items were ``dropped`` for before scoring.
     """
     config = transfer.config
     kind = "share" if config.filter.rule in KEEP_RULES else "threshold"
@@ -183,31 +177,24 @@ def _nothing_kept(transfer: Transfer, round_: str, reasons: dict[str, int], drop
         "seed": f"raise generator.temperature (now {config.generator.temperature:g}): it repeats the seeds",
         "held_out": "write seeds that are further from heldout.jsonl: it writes the held-out prompts",
     }
+    other = f"change the {kind} of filter.rule" if reasons else "change generator.mode or generator.instruction"
     counts = reasons or dropped
+    commonest = max(counts, key=lambda reason: counts[reason], default="")
     if reasons:
         said = f"No pair was kept up to {round_}, so nothing can seed the next round (dropped: {reasons})."
     elif dropped:
-        said = (
-            f"No prompt was left to score up to {round_}: all that the generator wrote was dropped before ({dropped})."
-        )
+        how = f"all that the generator wrote was dropped before ({dropped})"
+        said = f"No prompt was left to score up to {round_}: {how}."
     else:
         said = f"No prompt was written up to {round_}: no list was found in what the generator wrote."
-    commonest = max(counts, key=lambda reason: counts[reason], default="")
-    other = f"change the {kind} of filter.rule" if reasons else "change generator.mode or generator.instruction"
-    return (
-        f"{said} In {transfer.folder / 'transfer.yaml'}, {repairs.get(commonest, other)};"
-        " or write seeds that are closer to the task."
-    )
+    repair = repairs.get(commonest, other)
+    return f"{said} In {transfer.folder / 'transfer.yaml'}, {repair}; or write seeds that are closer to the task."
 
 
 def _check_seeds(store: Store, transfer: Transfer, round_: str) -> dg.AssetCheckResult:
     """Seeds of this round's generator calls that the current filter would not keep."""
-    gone = store.read(
-        "SELECT DISTINCT unnest(seed_ids) AS prompt_id FROM proposals WHERE round = ? EXCEPT"
-        " (SELECT prompt_id FROM filtered_dataset UNION ALL SELECT prompt_id FROM seed_set)"
-        " ORDER BY prompt_id",
-        [round_],
-        transfer.name,
-    )["prompt_id"].to_list()
+    kept = "SELECT prompt_id FROM filtered_dataset UNION ALL SELECT prompt_id FROM seed_set"
+    used = "SELECT DISTINCT unnest(seed_ids) AS prompt_id FROM proposals WHERE round = ?"
+    gone = store.read(f"{used} EXCEPT ({kept}) ORDER BY prompt_id", [round_], transfer.name)["prompt_id"].to_list()
     problem = f"{len(gone)} seeds of {round_} no longer pass the filter." if gone else ""
     return warning_check("seeds_still_kept", problem, prompt_ids=gone[:50])

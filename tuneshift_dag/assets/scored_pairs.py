@@ -42,12 +42,11 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
                 trim()
             current.write([(SCORED_PAIRS, rows)], content_version(rows))
             known = (value for chunk in rows for value in chunk["agreement"].drop_nulls())
+            truncated = sum(int((chunk["fine_tuned_finish"] == "length").sum()) for chunk in rows)
             figures = {
                 "examples": example_rows(next(iter(rows), SCORED_PAIRS.empty()), EXAMPLE_COLUMNS),
                 "mean_agreement": sum(known) / len(rows) if transfer.config.response.samples and rows else None,
-                "truncated_fine_tuned_responses": sum(
-                    chunk.filter(pl.col("fine_tuned_finish") == "length").height for chunk in rows
-                ),
+                "truncated_fine_tuned_responses": truncated,
             }
             return current.result(len(rows), figures, _check_finite(rows))
 
@@ -95,15 +94,13 @@ def _score_round(current: Step, engine: Scorer) -> Iterator[pl.DataFrame]:
 
 def _prompt_chunks(current: Step, size: int) -> Iterator[pl.DataFrame]:
     """The round's prompts (prompt_id, prompt) in the order of their ids, at most ``size`` at once."""
+    query = (
+        "SELECT prompt_id, prompt FROM synthetic_prompts WHERE round = ? AND prompt_id > ? ORDER BY prompt_id LIMIT ?"
+    )
     last = ""
-    while len(prompts := current.read(_PROMPTS, [current.round, last, size])):
+    while len(prompts := current.read(query, [current.round, last, size])):
         last = prompts["prompt_id"][-1]
         yield prompts
-
-
-_PROMPTS = """
-    SELECT prompt_id, prompt FROM synthetic_prompts WHERE round = ? AND prompt_id > ? ORDER BY prompt_id LIMIT ?
-"""
 
 
 def pair_row(pair: Pair) -> dict[str, Any]:

@@ -13,18 +13,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from tuneshift_dag.assets.common import (
-    LOG,
-    OWNERS,
-    Context,
-    Step,
-    definition,
-    example_rows,
-    key,
-    step,
-    table_metadata,
-    warning_check,
-)
+from tuneshift_dag.assets.common import LOG, Context, Step, definition, example_rows, key, shared, step, warning_check
 from tuneshift_dag.config import Transfer, round_key, round_number
 from tuneshift_dag.method import Decoding, scoring
 from tuneshift_dag.method.prompting import prompt_id
@@ -108,17 +97,12 @@ def _refusal(transfer: Transfer, problems: list[str]) -> str:
 
 def build_round_seeds(transfer: Transfer) -> dg.AssetSpec:
     return dg.AssetSpec(
-        key(transfer, "round_seeds"),
-        partitions_def=dg.StaticPartitionsDefinition(transfer.round_keys),
-        group_name=transfer.name,
-        owners=OWNERS,
-        kinds={"duckdb"},
+        **shared(transfer, "round_seeds", ROUND_SEEDS),
         description=(
             "The seeds of each round's generator calls. `seed_set` reports those of round_01 and"
             " `filtered_dataset` of a round those of the next: this is how the loop fits a graph without"
             " cycles. Nothing to materialize here; look at the observations."
         ),
-        metadata=table_metadata(transfer, ROUND_SEEDS),
     )
 
 

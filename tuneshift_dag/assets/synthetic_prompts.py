@@ -152,16 +152,11 @@ def _diversity(current: Step, prompts: pl.Series) -> dict[str, float | None]:
 
 
 def _check_duplicates(transfer: Transfer, database: Store, round_: str) -> dg.AssetCheckResult:
-    doubles = database.read(
-        "SELECT prompt FROM synthetic_prompts WHERE round = ? AND prompt_id IN ("
-        " SELECT prompt_id FROM seed_set UNION ALL"
-        " SELECT prompt_id FROM synthetic_prompts WHERE round < ?)",
-        [round_, round_],
-        transfer.name,
-    )["prompt"].to_list()
-    return dg.AssetCheckResult(
-        passed=not doubles, check_name="no_duplicate_prompts", metadata={"duplicates": doubles[:20]}
-    )
+    known = "SELECT prompt_id FROM seed_set UNION ALL SELECT prompt_id FROM synthetic_prompts WHERE round < $round"
+    query = f"SELECT prompt FROM synthetic_prompts WHERE round = $round AND prompt_id IN ({known})"
+    doubles = database.read(query, {"round": round_}, transfer.name)["prompt"].to_list()
+    found = {"duplicates": doubles[:20]}
+    return dg.AssetCheckResult(passed=not doubles, check_name="no_duplicate_prompts", metadata=found)
 
 
 def _check_held_out(transfer: Transfer, database: Store, round_: str) -> dg.AssetCheckResult:
