@@ -238,8 +238,8 @@ def _row(
     }
     if name not in datasets:
         return row
-    both = zip(datasets[name], datasets["random"], strict=True)
-    shared = [len(set(mine["prompt_id"]) & set(random["prompt_id"])) / len(mine) for mine, random in both]
+    drawn, random = ([set(pairs["prompt_id"]) for pairs in datasets[arm]] for arm in (name, "random"))
+    shared = [len(a & b) / len(a) for a, b in zip(drawn, random, strict=True)]
     row |= {
         "candidates": len(candidates[name]),
         "pairs": len(datasets[name][0]),
