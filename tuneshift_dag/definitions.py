@@ -21,10 +21,6 @@ from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import Records, next_step
 
 _RUNS_LOOKED_AT = 200
-_GOING_ON = (
-    dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.MANAGED,
-    dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING,
-)  # fmt: skip
 
 
 def build_definitions(
@@ -33,11 +29,8 @@ def build_definitions(
     engines: EngineResource | None = None,
     broken: Mapping[str, str] | None = None,
 ) -> dg.Definitions:
-    """Definitions for the given transfers; tests pass an `EngineResource` of their own.
-
-    Args:
-        broken: names of transfers that can't be read, and what to repair.
-    """
+    """Definitions for the given transfers; tests pass an `EngineResource` of their own. ``broken`` are the names of
+    transfers that can't be read, and what to repair."""
     return dg.Definitions(
         assets=[
             *(asset for transfer in transfers for asset in build_assets(transfer)),
@@ -103,7 +96,7 @@ def _reason_to_wait(transfer: Transfer, instance: dg.DagsterInstance) -> str | N
             return f"Backfill {backfill.backfill_id} is going on."
     runs = [run for run in instance.get_runs(limit=_RUNS_LOOKED_AT) if _touches(transfer, run.asset_selection)]
     for run in runs:
-        if run.status in _GOING_ON:
+        if not run.is_finished:
             return f"Run {run.run_id[:8]} is going on."
     if runs and runs[0].status != dg.DagsterRunStatus.SUCCESS:
         return (

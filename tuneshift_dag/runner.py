@@ -49,21 +49,18 @@ class Runner:
         instance: dg.DagsterInstance,
         engines: EngineResource | None = None,
         on_step: Callable[[str, str | None], None] = lambda asset, round_: None,
-        on_line: Callable[[str], None] | None = None,
+        on_line: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """
-        Args:
-            on_step: called with the first asset and the round of what is materialized next.
-            on_line: called with every line that a step says of its progress (in a terminal it draws a bar instead).
-        """
+        """``on_step`` is called with the first asset and the round of what is materialized next; ``on_line`` with every
+        line that a step says of its progress (in a terminal it draws a bar instead)."""
         self.transfer = transfer
         self.instance = instance
         self.store = Store(database_file())
         self.defs = build_definitions([transfer], database_file(), engines)
         self.job = self.defs.resolve_implicit_global_asset_job_def()
         self.on_step = on_step
-        self.lines = _Lines(on_line) if on_line else logging.NullHandler()
-        self.result = RunResult(batch_id=f"cli-{uuid.uuid4().hex[:12]}")
+        self.lines = _Lines(on_line)
+        self.result = RunResult(f"cli-{uuid.uuid4().hex[:12]}")
 
     def run(self, regrow: bool = False) -> RunResult:
         """Run every step that needs it.
@@ -85,11 +82,8 @@ class Runner:
                 raise RuntimeError(f"{due} is out of date right after it was made: please report this")
             last = due
             self._materialize(due.assets if due.round else due.assets[:1], due.round)
-        row = {
-            "batch_id": self.result.batch_id,
-            "finished_at": datetime.now(UTC).replace(tzinfo=None),
-            "seconds": time.monotonic() - started,
-        }
+        now = datetime.now(UTC).replace(tzinfo=None)
+        row = {"batch_id": self.result.batch_id, "finished_at": now, "seconds": time.monotonic() - started}
         self.store.append_all(self.transfer.name, [(RUNS, RUNS.frame([row]))])
         return self.result
 
@@ -173,26 +167,23 @@ def _is_alive(pid: int, own_id: str) -> bool:
         return own_id == _OWN_ID
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except (ProcessLookupError, PermissionError) as error:
+        return isinstance(error, PermissionError)  # another user's process
     return True
 
 
 def _explain(result: dg.ExecuteInProcessResult, round_: str | None) -> str:
     """One message from a failed run: the first failing step and the innermost cause."""
-    for event in result.all_events:
-        if event.is_step_failure:
-            data = event.step_failure_data
-            error, failure = data.error, data.user_failure_data
-            while error and error.cause:
-                error = error.cause
-            if error and error.cls_name == "DagsterExecutionInterruptedError":
-                raise KeyboardInterrupt  # Dagster makes a failed step of it
-            message = (failure and failure.description) or (error.message.strip() if error else "unknown error")
-            where = f"{(event.step_key or '').split('__')[-1]}{f' of {round_}' if round_ else ''}"
-            if not failure and error and error.cls_name != TuneshiftError.__name__:
-                message += f" (not a fault of your input; its traceback is in Dagster's UI, run {result.run_id[:8]})"
-            return f"{where} failed: {message.removeprefix(f'{__package__}.errors.TuneshiftError: ')}"
-    return f"run {result.run_id} failed"
+    failed = next((event for event in result.all_events if event.is_step_failure), None)
+    if failed is None:
+        return f"run {result.run_id} failed"
+    error, failure = failed.step_failure_data.error, failed.step_failure_data.user_failure_data
+    while error and error.cause:
+        error = error.cause
+    if error and error.cls_name == "DagsterExecutionInterruptedError":
+        raise KeyboardInterrupt  # Dagster makes a failed step of it
+    message = (failure and failure.description) or (error.message.strip() if error else "unknown error")
+    if not failure and error and error.cls_name != TuneshiftError.__name__:
+        message += f" (not a fault of your input; its traceback is in Dagster's UI, run {result.run_id[:8]})"
+    where = f"{(failed.step_key or '').split('__')[-1]}{f' of {round_}' if round_ else ''}"
+    return f"{where} failed: {message.removeprefix(f'{__package__}.TuneshiftError: ')}"

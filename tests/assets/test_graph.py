@@ -1,5 +1,6 @@
 """The asset graph, run with fake models through a real Dagster instance."""
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,16 @@ class TestWholeRun:
         assert metadata["model_calls"].value == 0
         (kept,) = finished.rows("SELECT count(*) FROM filtered_dataset WHERE round = 'round_01'")
         assert metadata["dagster/partition_row_count"].value == kept[0]
+
+
+def test_what_a_server_says_stands_in_the_runs_log(project: Project) -> None:
+    server = logging.getLogger("tuneshift_dag.server")
+    project.models.source = FakeEngine("source", on_batch=lambda number: server.info("seeds: 12 requests"))
+    result = project.materialize("seed_set")
+    said = [entry.user_message for entry in project.instance.all_logs(result.run_id)]
+    assert said.count("seeds: 12 requests") == 1
+    server.info("after the step")
+    assert said == [entry.user_message for entry in project.instance.all_logs(result.run_id)]
 
 
 class TestDefinitions:

@@ -1,8 +1,10 @@
 """The assets of one transfer: one file each, read as the method's steps."""
 
+import warnings
+from pathlib import Path
+
 import dagster as dg
 
-from tuneshift_dag.assets.common import with_code_references
 from tuneshift_dag.assets.comparison import build_comparison
 from tuneshift_dag.assets.distilled_model import build_distilled_model
 from tuneshift_dag.assets.diversity_map import build_diversity_map
@@ -14,10 +16,12 @@ from tuneshift_dag.assets.synthetic_prompts import build_synthetic_prompts
 from tuneshift_dag.assets.threshold_report import build_threshold_report
 from tuneshift_dag.config import Transfer
 
+Assets = list[dg.AssetsDefinition | dg.AssetSpec]
 
-def build_assets(transfer: Transfer) -> list[dg.AssetsDefinition | dg.AssetSpec]:
+
+def build_assets(transfer: Transfer) -> Assets:
     """All assets; ``evaluation`` needs a held-out file or tasks; two have a switch in ``transfer.yaml``."""
-    assets: list[dg.AssetsDefinition | dg.AssetSpec] = [
+    assets: Assets = [
         build_seed_set(transfer),
         build_round_seeds(transfer),
         build_synthetic_prompts(transfer),
@@ -32,4 +36,22 @@ def build_assets(transfer: Transfer) -> list[dg.AssetsDefinition | dg.AssetSpec]
         assets.append(build_diversity_map(transfer))
     if transfer.config.compare:
         assets.append(build_comparison(transfer))
-    return with_code_references(assets, transfer)
+    with warnings.catch_warnings():
+        # Code references are beta in Dagster 1.13, and would warn at every start.
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        return _with_code_references(assets, transfer)
+
+
+def _with_code_references(assets: Assets, transfer: Transfer) -> Assets:
+    """The assets, each with links to its code and to its ``transfer.yaml``."""
+    settings = dg.LocalFileCodeReference(file_path=str(transfer.folder / "transfer.yaml"), label="transfer.yaml")
+
+    def link(spec: dg.AssetSpec) -> dg.AssetSpec:
+        references = [settings]
+        if spec.key.path[-1] == "round_seeds":
+            # It is without a function of its own, so Dagster can't find the file.
+            references.append(dg.LocalFileCodeReference(file_path=str(Path(__file__).with_name("seed_set.py"))))
+        value = dg.CodeReferencesMetadataValue(code_references=references)
+        return spec.merge_attributes(metadata={"dagster/code_references": value})
+
+    return list(dg.with_source_code_references(dg.map_asset_specs(link, assets)))  # type: ignore[arg-type]

@@ -2,7 +2,8 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import dagster as dg
@@ -10,14 +11,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from tuneshift_dag.assets.common import LOG, Step, definition, example_rows, key, mean_repetition, step
+from tuneshift_dag.assets.common import LOG, Context, Step, definition, example_rows, mean_repetition, step
 from tuneshift_dag.assets.distilled_model import trained_adapter
-from tuneshift_dag.assets.evaluation import answer_heldout, task_keys
+from tuneshift_dag.assets.evaluation import Rows, answer_heldout, task_keys
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.config.schema import Arm, Compare
-from tuneshift_dag.home import output_dir
-from tuneshift_dag.method import scoring
-from tuneshift_dag.method.evaluation import Interval, bootstrap_runs, mark
+from tuneshift_dag.config.schema import Arm
+from tuneshift_dag.method import Scorer, Side
+from tuneshift_dag.method.evaluation import Interval, bootstrap_runs
 from tuneshift_dag.method.filters import KEEP_RULES, RANKING_RULES, verdict_sql
 from tuneshift_dag.method.prompting import distinct_bigrams, mean_similarity, prompt_id
 from tuneshift_dag.models import encoder
@@ -28,20 +28,16 @@ from tuneshift_dag.store.queries import of_its_rounds
 from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import COMPARISON, COMPARISON_ANSWERS, COMPARISON_TASKS
 
-# What each arm is measured against.
-REFERENCES = ("random", "unfiltered")
 DIVERSITY = ("distinct_responses", "distinct_bigrams", "repetition", "similarity")
+INTERVAL_COLUMNS = ["arm", "value", "low", "high", "vs_random", "vs_random_low", "vs_random_high"]
+Datasets = dict[str, list[pl.DataFrame]]
+"""The pairs of each training of an arm."""
 Correct = NDArray[np.float64]
 
 
 def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
-    @dg.asset(
-        **definition(transfer, COMPARISON, "comparison", "pytorch", models=True),
-        deps=[key(transfer, "scored_pairs")],
-    )
-    def comparison(
-        context: dg.AssetExecutionContext, store: StoreResource, engines: EngineResource
-    ) -> dg.MaterializeResult:
+    @dg.asset(**definition(transfer, "comparison", COMPARISON, "pytorch", models=True))
+    def comparison(context: Context, store: StoreResource, engines: EngineResource) -> dg.MaterializeResult:
         """Models trained on as many pairs of each filter, several times each, and measured on the held-out file.
 
         Every arm draws from the same scored pairs; `random` draws from all that pass the quality guards and
@@ -54,97 +50,83 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
         assert settings is not None
         with step(context, store.store(), transfer, "comparison") as current:
             candidates = _candidates(current.store, transfer)
-            size = _common_size(transfer, settings, candidates)
-            answers: list[dict[str, Any]] = []
-            datasets: dict[str, list[pl.DataFrame]] = {arm: [] for arm in candidates}
-            correct: dict[str, list[list[bool]]] = {arm: [] for arm in candidates}
+            size = _common_size(transfer, settings.pairs, candidates)
+            epochs = settings.epochs or transfer.config.distill.epochs
             # Before anything is trained: a misspelt task, or one whose data can't be had.
             harness = engines.harness(transfer) if transfer.config.evaluation.tasks else None
-            scored: list[tuple[str, int | None, list[str]]] = []
-            epochs = settings.epochs or transfer.config.distill.epochs
+            measured = _Measured(current)
+            datasets: Datasets = {arm: [] for arm in candidates}
             # Seed by seed, so that an early look at the log has every arm once.
-            for number in range(settings.seeds):
+            trainings = list(itertools.product(range(settings.seeds), candidates))
+            for done, (number, arm) in enumerate(trainings, start=1):
                 seed = transfer.config.seed + number
+                LOG.info(f"{arm}, seed {seed}: {done} of {len(trainings)}")
+                pairs = _draw(candidates[arm], size, seed)
+                datasets[arm].append(pairs)
                 variant = transfer.with_training(seed, epochs)
-                for place, (arm, pool) in enumerate(candidates.items()):
-                    done = number * len(candidates) + place + 1
-                    LOG.info(f"{arm}, seed {seed}: {done} of {settings.seeds * len(candidates)}")
-                    pairs = _draw(pool, size, seed)
-                    datasets[arm].append(pairs)
-                    responses, keys = _train_and_measure(current, store.cache(), engines, variant, harness, pairs)
-                    correct[arm].append(_mark(transfer, arm, seed, responses, answers))
-                    scored.append((arm, seed, keys))
-            for name, responses, keys in _reference_models(current, store.cache(), engines, harness):
-                correct[name] = [_mark(transfer, name, None, responses, answers)]
-                scored.append((name, None, keys))
-            tables = {name: np.array(runs, np.float64) for name, runs in correct.items()}
-            diversity, unlike = _diversity(current, datasets)
-            rows = [_row(transfer, name, tables, candidates, datasets, diversity) for name in tables]
-            summary = COMPARISON.frame(rows)
-            tasks = _tasks(current.store, transfer, scored)
-            version = current.write(
-                [
-                    (COMPARISON, summary),
-                    (COMPARISON_ANSWERS, COMPARISON_ANSWERS.frame(answers)),
-                    (COMPARISON_TASKS, tasks),
-                ],
-                content_version(summary, tasks),
-            )
-            picture = plots.comparison(rows)
-            picture.save(output_dir(transfer.name) / "comparison.png")
+                row = trained_adapter(current, engines, variant, pairs)
+                engine = engines.target(variant, current.store.absolute(row["path"]))
+                measured.add(arm, engine, "fine_tuned", harness, seed, f"model {row['model_id']}")
+                # One loaded model at a time, however many arms there are.
+                engines.release()
+            measured.add("target_base", engines.target(transfer), "base", harness)
+            measured.add("source_fine_tuned", engines.source(transfer), "fine_tuned", harness=None)
+
+            unlike = encoder.missing_packages()
+            vectors = None if unlike else _embed(current, datasets)
+            diversity = {arm: _diversity(current, runs, vectors) for arm, runs in datasets.items()}
+            correct = _correct(transfer, measured.answers)
+            rows = [_row(transfer, name, correct, candidates, datasets) | diversity.get(name, {}) for name in correct]
+            summary, tasks = COMPARISON.frame(rows), COMPARISON_TASKS.frame(measured.tasks)
+            answers = COMPARISON_ANSWERS.frame(measured.answers)
+            tables = [(COMPARISON, summary), (COMPARISON_ANSWERS, answers), (COMPARISON_TASKS, tasks)]
+            current.write(tables, content_version(summary, tasks))
+            chart = current.picture("comparison", plots.comparison(summary.to_dicts()))
         if unlike:
             LOG.warning(unlike)
-        return dg.MaterializeResult(
-            data_version=dg.DataVersion(version),
-            metadata={
-                "dagster/row_count": len(summary),
-                "pairs": size,
-                "seeds": settings.seeds,
-                "epochs": epochs,
-                "comparison": example_rows(
-                    summary, ["arm", "value", "low", "high", "vs_random", "vs_random_low", "vs_random_high"], len(rows)
-                ),
-                "diversity": example_rows(summary.filter(pl.col("pairs") > 0), ["arm", *DIVERSITY], len(datasets)),
-                **({"similarity_skipped": unlike} if unlike else {}),
-                **({"tasks": example_rows(tasks, tasks.columns, len(tasks))} if len(tasks) else {}),
-                "chart": dg.MetadataValue.md(picture.markdown()),
-                **current.metadata(),
-            },
-        )
+        arms = summary.filter(pl.col("pairs") > 0)
+        figures = {
+            "pairs": size,
+            "seeds": settings.seeds,
+            "epochs": epochs,
+            "comparison": example_rows(summary, INTERVAL_COLUMNS, len(rows)),
+            "diversity": example_rows(arms, ["arm", *DIVERSITY], len(arms)),
+            "similarity_skipped": unlike,
+            "tasks": example_rows(tasks, tasks.columns, len(tasks)) if len(tasks) else None,
+            "chart": chart,
+        }
+        return current.result(len(summary), figures)
 
     return comparison
 
 
-def _candidates(database: Store, transfer: Transfer) -> dict[str, pl.DataFrame]:
-    """What each arm can draw from: prompt_id, round, prompt, response and, where it is a rank, the margin.
-
-    Raises:
-        dg.Failure: when an arm has nothing.
-    """
+def _candidates(store: Store, transfer: Transfer) -> dict[str, pl.DataFrame]:
+    """What each arm can draw from: prompt_id, round, prompt, response and, where it is a rank, the margin. An arm that
+    has nothing is a failure."""
     found: dict[str, pl.DataFrame] = {}
     for arm in transfer.config.arms:
-        found[arm.name] = database.read(
+        # Without a rank an arm is drawn from by hash.
+        margin = "max(margin)" if arm.rule in RANKING_RULES else "NULL::DOUBLE"
+        verdict = _verdict(transfer, arm)
+        found[arm.name] = store.read(
             "SELECT prompt_id, min(round) AS round, any_value(prompt) AS prompt,"
-            " any_value(fine_tuned_response) AS response, max(margin) AS margin"
-            f" FROM ({_verdict(transfer, arm)}) WHERE reason IS NULL GROUP BY prompt_id"
-            " ORDER BY prompt_id",
+            f" any_value(fine_tuned_response) AS response, {margin} AS margin"
+            f" FROM ({verdict}) WHERE reason IS NULL GROUP BY prompt_id ORDER BY prompt_id",
             schema=transfer.name,
         )
         if found[arm.name].is_empty():
-            reasons = database.read(
-                f"SELECT reason, count(*) FROM ({_verdict(transfer, arm)}) GROUP BY reason", schema=transfer.name
-            )
+            query = f"SELECT reason, count(*) FROM ({verdict}) GROUP BY reason"
+            reasons = dict(store.read(query, schema=transfer.name).iter_rows())
             raise dg.Failure(
-                f"The arm {arm.name!r} has no pair to train on ({dict(reasons.iter_rows()) or 'no scored pairs'})."
+                f"The arm {arm.name!r} has no pair to train on ({reasons or 'no scored pairs'})."
                 f" Run `tuneshift run {transfer.name}` first, or change its threshold in compare.arms of"
                 f" {transfer.folder / 'transfer.yaml'}.",
                 allow_retries=False,
             )
-        if arm.rule not in RANKING_RULES:
-            # Drawn from by hash: the margin ranks nothing.
-            found[arm.name] = found[arm.name].with_columns(margin=pl.lit(None, pl.Float64))
     if transfer.labelled:
-        space = _leading_space(found["unfiltered"])
+        # What most responses start with before their first word: labelled ones, written by people, lack it.
+        starts = found["unfiltered"]["response"].str.extract(r"^(\s*)", 1).value_counts(sort=True)
+        space = str(starts.row(0)[0] or "")
         found["oracle"] = pl.DataFrame(
             [(prompt_id(p), "labelled", p, space + r, None) for p, r in transfer.labelled],
             schema=found["unfiltered"].schema,
@@ -161,24 +143,13 @@ def _verdict(transfer: Transfer, arm: Arm) -> str:
     return verdict_sql(arm.rule, transfer.guards, f"{threshold!r}::DOUBLE", seed=transfer.config.seed, pairs=pairs)
 
 
-def _leading_space(pairs: pl.DataFrame) -> str:
-    """What most responses start with before their first word: labelled ones, written by people, lack it."""
-    starts = pairs["response"].str.extract(r"^(\s*)", 1).value_counts(sort=True)
-    return str(starts.row(0)[0] or "")
-
-
-def _common_size(transfer: Transfer, settings: Compare, candidates: dict[str, pl.DataFrame]) -> int:
-    """Pairs of every arm.
-
-    Raises:
-        dg.Failure: when an arm has fewer than ``compare.pairs``.
-    """
-    arm = min(candidates, key=lambda name: len(candidates[name]))
-    fewest = len(candidates[arm])
-    if settings.pairs is None or settings.pairs <= fewest:
-        return settings.pairs or fewest
+def _common_size(transfer: Transfer, wanted: int | None, candidates: dict[str, pl.DataFrame]) -> int:
+    """Pairs of every arm. One that has fewer than are wanted is a failure."""
+    arm, fewest = min(((name, len(pool)) for name, pool in candidates.items()), key=lambda each: each[1])
+    if wanted is None or wanted <= fewest:
+        return wanted or fewest
     raise dg.Failure(
-        f"The arm {arm!r} has {fewest} pairs, fewer than compare.pairs {settings.pairs} in"
+        f"The arm {arm!r} has {fewest} pairs, fewer than compare.pairs {wanted} in"
         f" {transfer.folder / 'transfer.yaml'}: lower compare.pairs to at most {fewest}, or loosen the arm.",
         allow_retries=False,
     )
@@ -196,126 +167,89 @@ def _draw(pool: pl.DataFrame, size: int, seed: int) -> pl.DataFrame:
     return chosen.select("prompt_id", "round", "prompt", "response").sort("round", "prompt_id")
 
 
-def _train_and_measure(
-    current: Step, cache: scoring.Cache, engines: EngineResource, variant: Transfer, harness: Any, pairs: pl.DataFrame
-) -> tuple[list[str], list[str]]:
-    """A trained model's responses to the held-out file, and the keys of its task scores."""
-    row = trained_adapter(current, engines, variant, pairs)
-    engine = engines.target(variant, current.store.absolute(row["path"]))
-    responses = answer_heldout(current, cache, engine, "fine_tuned", f"model {row['model_id']}")
-    keys = task_keys(current, harness, [("target_distilled", engine, "fine_tuned")])
-    # One loaded model at a time, however many arms there are.
-    engines.release()
-    return responses, keys
+@dataclass
+class _Measured:
+    """What the models of a comparison answered and scored: rows of ``comparison_answers`` and ``comparison_tasks``."""
+
+    current: Step
+    answers: Rows = field(default_factory=list)
+    tasks: Rows = field(default_factory=list)
+
+    def add(self, arm: str, engine: Scorer, side: Side, harness: Any, seed: int | None = None, label: str = "") -> None:
+        """A model's answers to the held-out file and, with a harness, its scores on standard tasks."""
+        own = {"arm": arm, "seed": seed}
+        self.answers += [{**own, **row} for row in answer_heldout(self.current, engine, side, label or arm)]
+        model = "target_base" if side == "base" else "target_distilled"
+        keys = task_keys(self.current, harness, [(model, engine, side)])
+        columns = "task, metric, filter, value, stderr, n"
+        query = f"SELECT {columns} FROM task_scores WHERE key IN (SELECT unnest(?)) ORDER BY task, metric, filter"
+        self.tasks += [{**own, **row} for row in self.current.read(query, [keys]).to_dicts()]
 
 
-def _reference_models(
-    current: Step, cache: scoring.Cache, engines: EngineResource, harness: Any
-) -> Iterator[tuple[str, list[str], list[str]]]:
-    base = engines.target(current.transfer)
-    responses = answer_heldout(current, cache, base, "base", "target_base")
-    yield "target_base", responses, task_keys(current, harness, [("target_base", base, "base")])
-    source = engines.source(current.transfer)
-    yield "source_fine_tuned", answer_heldout(current, cache, source, "fine_tuned", "source_fine_tuned"), []
+def _correct(transfer: Transfer, answers: Rows) -> dict[str, Correct]:
+    """By model (runs, held-out prompts): 1 where a run's answer is right."""
+    marks: dict[str, list[bool]] = {}
+    for row in answers:
+        marks.setdefault(row["arm"], []).append(row["correct"])
+    return {arm: np.array(runs, np.float64).reshape(-1, len(transfer.heldout)) for arm, runs in marks.items()}
 
 
-def _tasks(database: Store, transfer: Transfer, scored: list[tuple[str, int | None, list[str]]]) -> pl.DataFrame:
-    """Rows of ``comparison_tasks``: what is known under the keys of each model."""
-    rows: list[dict[str, Any]] = []
-    for arm, seed, keys in scored:
-        found = database.read(
-            "SELECT task, metric, filter, value, stderr, n FROM task_scores WHERE key IN (SELECT unnest(?))"
-            " ORDER BY task, metric, filter",
-            [keys],
-            transfer.name,
-        )
-        rows += [{"arm": arm, "seed": seed, **row} for row in found.to_dicts()]
-    return COMPARISON_TASKS.frame(rows)
-
-
-def _mark(
-    transfer: Transfer, name: str, seed: int | None, responses: list[str], answers: list[dict[str, Any]]
-) -> list[bool]:
-    """Which responses are right; each is noted in ``answers``."""
-    correct = []
-    for (prompt, expected), response in zip(transfer.heldout, responses, strict=True):
-        correct.append(mark(transfer.config.evaluation.metric, response, expected)[0])
-        answers.append(
-            {
-                "arm": name,
-                "seed": seed,
-                "prompt_id": prompt_id(prompt),
-                "response": response.strip(),
-                "correct": correct[-1],
-            }
-        )
-    return correct
+def _embed(current: Step, datasets: Datasets) -> dict[str, NDArray[np.float32]]:
+    """The vector of every prompt. Each is embedded once: arms and runs share most of theirs."""
+    drawn = itertools.chain.from_iterable(datasets.values())
+    prompts = list(dict.fromkeys(prompt for pairs in drawn for prompt in pairs["prompt"]))
+    with current.cost.model_time():
+        return dict(zip(prompts, encoder.embed(prompts), strict=True))
 
 
 def _diversity(
-    current: Step, datasets: dict[str, list[pl.DataFrame]]
-) -> tuple[dict[str, dict[str, float | None]], str | None]:
-    """The columns `DIVERSITY` of every arm, and why there is no similarity, if the encoder is missing."""
-    missing = encoder.missing_packages()
-    places: dict[str, int] = {}
-    if not missing:
-        # Each prompt once: arms and runs share most of theirs.
-        for pairs in itertools.chain.from_iterable(datasets.values()):
-            for prompt in pairs["prompt"]:
-                places.setdefault(prompt, len(places))
-        with current.cost.model_time():
-            vectors = encoder.embed(list(places))
+    current: Step, runs: list[pl.DataFrame], vectors: dict[str, NDArray[np.float32]] | None
+) -> dict[str, float | None]:
+    """The columns `DIVERSITY` of an arm, means over its trainings; no similarity without vectors."""
 
     def similarity(prompts: pl.Series) -> float | None:
-        return None if missing else mean_similarity(vectors[[places[prompt] for prompt in prompts]])
+        return mean_similarity(np.array([vectors[prompt] for prompt in prompts])) if vectors else None
 
-    found = {
-        arm: {
-            "distinct_responses": _mean([pairs["response"].str.strip_chars().n_unique() for pairs in runs]),
-            "distinct_bigrams": _mean([distinct_bigrams(pairs["prompt"]) for pairs in runs]),
-            "repetition": _mean([mean_repetition(current.store, pairs["prompt"].to_list()) for pairs in runs]),
-            "similarity": _mean([similarity(pairs["prompt"]) for pairs in runs]),
-        }
-        for arm, runs in datasets.items()
+    return {
+        "distinct_responses": _mean([pairs["response"].str.strip_chars().n_unique() for pairs in runs]),
+        "distinct_bigrams": _mean([distinct_bigrams(pairs["prompt"]) for pairs in runs]),
+        "repetition": _mean([mean_repetition(current.store, pairs["prompt"]) for pairs in runs]),
+        "similarity": _mean([similarity(pairs["prompt"]) for pairs in runs]),
     }
-    return found, missing
 
 
 def _row(
     transfer: Transfer,
     name: str,
-    tables: dict[str, Correct],
+    correct: dict[str, Correct],
     candidates: dict[str, pl.DataFrame],
-    datasets: dict[str, list[pl.DataFrame]],
-    diversity: dict[str, dict[str, float | None]],
+    datasets: Datasets,
 ) -> dict[str, Any]:
-    samples, seed = transfer.config.evaluation.bootstrap_samples, transfer.config.seed
+    """A row of ``comparison``, without the columns `DIVERSITY`."""
 
     def interval(values: Correct) -> Interval:
-        return bootstrap_runs(values, samples, seed)
+        return bootstrap_runs(values, transfer.config.evaluation.bootstrap_samples, transfer.config.seed)
 
-    mine = datasets.get(name, [])
-    drawn = [set(pairs["prompt_id"]) for pairs in mine]
-    random = [set(pairs["prompt_id"]) for pairs in datasets["random"]]
-    shared = [len(a & b) / len(a) for a, b in zip(drawn, random, strict=False)]
-    row: dict[str, Any] = {
+    row = {
         "arm": name,
-        "runs": len(tables[name]),
-        "candidates": len(candidates[name]) if name in candidates else None,
-        "pairs": len(mine[0]) if mine else None,
-        "shared_with_random": sum(shared) / len(shared) if shared else None,
-        **diversity.get(name, dict.fromkeys(DIVERSITY)),
-        "by_run": [float(run.mean()) for run in tables[name]],
-        **vars(interval(tables[name])),
+        "runs": len(correct[name]),
+        "by_run": [float(run.mean()) for run in correct[name]],
+        **vars(interval(correct[name])),
     }
-    for reference in REFERENCES:
-        compared = mine and name != reference
-        found = interval(tables[name] - tables[reference]) if compared else None
-        row |= {
-            f"vs_{reference}": found.value if found else None,
-            f"vs_{reference}_low": found.low if found else None,
-            f"vs_{reference}_high": found.high if found else None,
-        }
+    if name not in datasets:
+        return row
+    drawn, random = ([set(pairs["prompt_id"]) for pairs in datasets[arm]] for arm in (name, "random"))
+    shared = [len(a & b) / len(a) for a, b in zip(drawn, random, strict=True)]
+    row |= {
+        "candidates": len(candidates[name]),
+        "pairs": len(datasets[name][0]),
+        "shared_with_random": sum(shared) / len(shared),
+    }
+    for reference in ("random", "unfiltered"):
+        if name != reference:
+            found = interval(correct[name] - correct[reference])
+            against = f"vs_{reference}"
+            row |= {against: found.value, f"{against}_low": found.low, f"{against}_high": found.high}
     return row
 
 

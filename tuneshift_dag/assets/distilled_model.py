@@ -12,15 +12,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from tuneshift_dag.assets.common import (
-    EVERY_ROUND_READ,
-    LOG,
-    Step,
-    definition,
-    every_round_read,
-    key,
-    step,
-)
+from tuneshift_dag.assets.common import EVERY_ROUND, LOG, Context, Step, check_rounds, definition, key, step
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.versions import training_version
 from tuneshift_dag.home import output_dir
@@ -32,37 +24,21 @@ from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import DISTILLED_MODELS, TRAINING_EXAMPLES
 from tuneshift_dag.training import check_training
 
+CHECKS = {"dataset_not_empty": "There are pairs to train on.", **EVERY_ROUND}
+
 
 def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
-    asset_key = key(transfer, "distilled_model")
+    kinds = ("pytorch", "huggingface")
 
-    @dg.asset(
-        **definition(transfer, DISTILLED_MODELS, "distilled_model", "pytorch", "huggingface", models=True),
-        deps=[key(transfer, "filtered_dataset")],
-        check_specs=[
-            dg.AssetCheckSpec("dataset_not_empty", asset=asset_key, description="There are pairs to train on."),
-            every_round_read(transfer, "distilled_model"),
-        ],
-    )
-    def distilled_model(
-        context: dg.AssetExecutionContext, store: StoreResource, engines: EngineResource
-    ) -> dg.MaterializeResult:
+    @dg.asset(**definition(transfer, "distilled_model", DISTILLED_MODELS, *kinds, models=True, checks=CHECKS))
+    def distilled_model(context: Context, store: StoreResource, engines: EngineResource) -> dg.MaterializeResult:
         """A LoRA adapter for the target model, trained on (prompt, fine-tuned response) of every kept pair.
 
         The loss is on the response tokens only. Adapters are kept by the hash of dataset, target and settings, so a
         dataset that was trained on before is not trained on again.
         """
         with step(context, store.store(), transfer, "distilled_model") as current:
-            missing = current.records.missing_rounds("filtered_dataset")
-            if missing:  # Dagster runs an unpartitioned asset also when partitions above it don't exist yet
-                raise dg.Failure(
-                    f"filtered_dataset has no {', '.join(missing)}: materialize these rounds first, then"
-                    " distilled_model.",
-                    allow_retries=False,
-                )
-            pairs = current.store.read(_PAIRS, [transfer.round_keys[-1]], transfer.name)
-            if pairs.is_empty():
-                raise dg.Failure("filtered_dataset is empty in every round: there is nothing to train on.")
+            pairs = _kept_pairs(current)
             row = trained_adapter(current, engines, transfer, pairs)
 
             def make_current(connection: Any) -> None:
@@ -70,37 +46,43 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
                 now = [describe_filter(transfer), row["model_id"]]
                 connection.execute("UPDATE distilled_models SET filter = ? WHERE model_id = ?", now)
 
-            version = current.write([], row["model_id"], make_current)
+            current.write([], row["model_id"], make_current)
             curve = json.loads(row["curve"])
-            picture = plots.training_curve(curve)
-            picture.save(output_dir(transfer.name) / "training_curve.png")
-        versions = [(r, current.records.version("filtered_dataset", r)) for r in transfer.round_keys]
-        return dg.MaterializeResult(
-            data_version=dg.DataVersion(version),
-            metadata={
-                "dataset": dg.MetadataValue.asset(key(transfer, "filtered_dataset")),
-                "dataset_version": row["dataset_version"],
-                "dataset_materializations": dg.MetadataValue.table(
-                    [dg.TableRecord({"round": round_, "data_version": version}) for round_, version in versions]
-                ),
-                "pairs": len(pairs),
-                "pairs_by_round": dict(pairs.group_by("round").len().sort("round").iter_rows()),
-                "distinct_responses": pairs["response"].n_unique(),
-                "path": dg.MetadataValue.path(str(current.store.absolute(row["path"]))),
-                "training_seconds": row["seconds"],
-                "final_losses": curve["epochs"][-1],
-                "training_curve": dg.MetadataValue.md(picture.markdown()),
-                **current.metadata(),
-            },
-            check_results=[
-                dg.AssetCheckResult(passed=True, check_name="dataset_not_empty", metadata={"pairs": len(pairs)}),
-                dg.AssetCheckResult(
-                    passed=True, check_name=EVERY_ROUND_READ, metadata={"rounds": transfer.config.rounds}
-                ),
-            ],
-        )
+            picture = current.picture("training_curve", plots.training_curve(curve))
+        trained_on = [
+            dg.TableRecord({"round": round_, "data_version": current.records.version("filtered_dataset", round_)})
+            for round_ in transfer.round_keys
+        ]
+        figures = {
+            "dataset": dg.MetadataValue.asset(key(transfer, "filtered_dataset")),
+            "dataset_version": row["dataset_version"],
+            "dataset_materializations": dg.MetadataValue.table(trained_on),
+            "pairs": len(pairs),
+            "pairs_by_round": dict(pairs.group_by("round").len().sort("round").iter_rows()),
+            "distinct_responses": pairs["response"].n_unique(),
+            "path": dg.MetadataValue.path(str(current.store.absolute(row["path"]))),
+            "training_seconds": row["seconds"],
+            "final_losses": curve["epochs"][-1],
+            "training_curve": picture,
+        }
+        not_empty = dg.AssetCheckResult(passed=True, check_name="dataset_not_empty", metadata={"pairs": len(pairs)})
+        return current.result(None, figures, not_empty, check_rounds(current, "filtered_dataset"))
 
     return distilled_model
+
+
+def _kept_pairs(current: Step) -> pl.DataFrame:
+    """The pairs of all rounds, at least one."""
+    missing = current.records.missing_rounds("filtered_dataset")
+    if missing:  # Dagster runs an unpartitioned asset also when partitions above it don't exist yet
+        raise dg.Failure(
+            f"filtered_dataset has no {', '.join(missing)}: materialize these rounds first, then distilled_model.",
+            allow_retries=False,
+        )
+    pairs = current.read(_PAIRS, [current.transfer.round_keys[-1]])
+    if pairs.is_empty():
+        raise dg.Failure("filtered_dataset is empty in every round: there is nothing to train on.")
+    return pairs
 
 
 # A round that was grown anew knows nothing of the ones after it, so a prompt may stand in two until they are, too.
@@ -113,23 +95,22 @@ _PAIRS = """
 def trained_adapter(current: Step, engines: EngineResource, transfer: Transfer, pairs: pl.DataFrame) -> dict[str, Any]:
     """The row of ``distilled_models`` for these pairs (prompt_id, round, prompt, response); trained if it must be.
 
-    The row is written as soon as the training ends, so that a killed step trains nothing twice.
-
-    Args:
-        transfer: that of the step, or one with other settings of the training.
+    The row is written as soon as the training ends, so that a killed step trains nothing twice. ``transfer`` is that of
+    the step, or one with other settings of the training.
     """
     dataset_version = content_version(pairs.select("prompt_id", "prompt", "response"))
-    model_id = _model_id(transfer, dataset_version)
     weights = engines.target_weights(transfer)
+    model_id = _model_id(transfer, dataset_version)
     row = _find(current, model_id)
     if row is not None and row["target_weights"] not in (weights, None):
         # The folder, or the hub's branch, that target.base names holds another model by now.
         model_id = _model_id(transfer, dataset_version, weights)
         row = _find(current, model_id)
-    if row is None:
-        row = _train(current, engines, transfer, pairs, dataset_version, model_id, weights)
-    else:
+    if row is not None:
         LOG.info(f"model {model_id} is already trained: nothing to do")
+    else:
+        trained = _train(current, engines, transfer, pairs, model_id)
+        row = {**trained, "dataset_version": dataset_version, "target_weights": weights}
     current.cost.keys.add(MODEL_REFERENCE + model_id)
     examples = pairs.select(pl.lit(model_id).alias("model_id"), "prompt_id", "round")
     with current.store.transaction(transfer.name) as connection:
@@ -145,23 +126,16 @@ def _model_id(transfer: Transfer, dataset_version: str, *more: str) -> str:
 
 
 def _find(current: Step, model_id: str) -> dict[str, Any] | None:
-    query = "SELECT * FROM distilled_models WHERE model_id = ?"
-    found = current.store.read(query, [model_id], current.transfer.name).to_dicts()
+    found = current.read("SELECT * FROM distilled_models WHERE model_id = ?", [model_id]).to_dicts()
     if found and (current.store.absolute(found[0]["path"]) / "adapter_model.safetensors").is_file():
         return found[0]
     return None
 
 
 def _train(
-    current: Step,
-    engines: EngineResource,
-    transfer: Transfer,
-    pairs: pl.DataFrame,
-    dataset_version: str,
-    model_id: str,
-    weights: str,
+    current: Step, engines: EngineResource, transfer: Transfer, pairs: pl.DataFrame, model_id: str
 ) -> dict[str, Any]:
-    """Train, and return the new row of ``distilled_models``."""
+    """Train, and return the new row of ``distilled_models``, without the versions of what it was trained on."""
     check_training(transfer)
     folder = output_dir(transfer.name) / "models" / model_id
     progress = current.progress("training steps")
@@ -175,12 +149,9 @@ def _train(
         curve = engines.distill(transfer, pairs.select("prompt", "response").rows(), folder, on_step)
     return {
         "model_id": model_id,
-        "dataset_version": dataset_version,
         "pairs": len(pairs),
         "target": transfer.config.target.base,
-        "target_weights": weights,
         "settings": transfer.config.distill.model_dump_json(),
-        "filter": None,
         "curve": json.dumps({"steps": curve.steps, "epochs": curve.epochs}),
         "seconds": curve.seconds,
         "path": current.store.relative(folder),

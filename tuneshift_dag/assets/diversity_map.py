@@ -3,22 +3,10 @@
 from typing import Any
 
 import dagster as dg
-import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
-from tuneshift_dag.assets.common import (
-    LOG,
-    Step,
-    check_rounds,
-    definition,
-    every_round_read,
-    example_rows,
-    key,
-    step,
-)
+from tuneshift_dag.assets.common import EVERY_ROUND, LOG, Context, Step, check_rounds, definition, example_rows, step
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.home import output_dir
 from tuneshift_dag.method.prompting import mean_similarity
 from tuneshift_dag.models import encoder
 from tuneshift_dag.reports import plots
@@ -31,12 +19,8 @@ _MOST_PROMPTS = 2000
 
 
 def build_diversity_map(transfer: Transfer) -> dg.AssetsDefinition:
-    @dg.asset(
-        **definition(transfer, DIVERSITY_MAP, "diversity_map", "pytorch"),
-        deps=[key(transfer, "synthetic_prompts"), key(transfer, "filtered_dataset")],
-        check_specs=[every_round_read(transfer, "diversity_map")],
-    )
-    def diversity_map(context: dg.AssetExecutionContext, store: StoreResource) -> dg.MaterializeResult:
+    @dg.asset(**definition(transfer, "diversity_map", DIVERSITY_MAP, "pytorch", checks=EVERY_ROUND))
+    def diversity_map(context: Context, store: StoreResource) -> dg.MaterializeResult:
         """Seeds and prompts on a map of meaning (MiniLM sentence embeddings, t-SNE), coloured by round.
 
         Positions depend on the prompts alone: after a change of the threshold the picture is redrawn from
@@ -44,30 +28,21 @@ def build_diversity_map(transfer: Transfer) -> dg.AssetsDefinition:
         Without the encoder's packages there is no picture, and nothing fails. Switch it off with
         `diversity_map: false` in `transfer.yaml`.
         """
-        metadata: dict[str, Any] = {}
+        shown: dict[str, Any] = {}
         with step(context, store.store(), transfer, "diversity_map") as current:
             rounds = check_rounds(current, "filtered_dataset")
             places, similarity, skipped = _place(current)
-            points: list[pl.DataFrame] = []
-
-            def read_points(connection: Any) -> str:
-                points.append(connection.sql(_POINTS).pl())
-                return content_version(points[-1])
-
-            version = current.write([(DIVERSITY_MAP, places), (ROUND_SIMILARITY, similarity)], statements=read_points)
+            current.write(
+                [(DIVERSITY_MAP, places), (ROUND_SIMILARITY, similarity)],
+                statements=lambda connection: content_version(connection.sql(_POINTS).pl()),
+            )
             if skipped:
                 LOG.warning(skipped)
-                metadata["skipped"] = skipped
+                shown["skipped"] = skipped
             else:
-                picture = plots.diversity_map(points[-1])
-                picture.save(output_dir(transfer.name) / "diversity_map.png")
-                metadata["diversity_map"] = dg.MetadataValue.md(picture.markdown())
-                metadata["similarity"] = example_rows(similarity, similarity.columns, len(similarity))
-        return dg.MaterializeResult(
-            data_version=dg.DataVersion(version),
-            metadata={"dagster/row_count": len(places), **metadata, **current.metadata()},
-            check_results=[rounds],
-        )
+                shown["diversity_map"] = current.picture("diversity_map", plots.diversity_map(current.read(_POINTS)))
+                shown["similarity"] = example_rows(similarity, similarity.columns, len(similarity))
+        return current.result(len(places), shown, rounds)
 
     return diversity_map
 
@@ -75,10 +50,9 @@ def build_diversity_map(transfer: Transfer) -> dg.AssetsDefinition:
 def _place(current: Step) -> tuple[pl.DataFrame, pl.DataFrame, str | None]:
     """Rows of both tables for the prompts that there are, known ones where they still hold; and why there are none, if
     the encoder is missing."""
-    name = current.transfer.name
-    prompts = current.store.read(_PROMPTS, {"limit": _MOST_PROMPTS}, name)
-    known = current.store.read("SELECT * FROM diversity_map ORDER BY prompt_id", schema=name)
-    compared = current.store.read("SELECT * FROM round_similarity ORDER BY round", schema=name)
+    prompts = current.read(_PROMPTS, {"limit": _MOST_PROMPTS})
+    known = current.read("SELECT * FROM diversity_map ORDER BY prompt_id")
+    compared = current.read("SELECT * FROM round_similarity ORDER BY round")
     rounds = prompts["round"].drop_nulls().unique()
     if set(known["prompt_id"]) == set(prompts["prompt_id"]) and set(compared["round"]) == set(rounds):
         current.cost.cache_hits += len(prompts)
@@ -91,13 +65,11 @@ def _place(current: Step) -> tuple[pl.DataFrame, pl.DataFrame, str | None]:
         embeddings = encoder.embed(prompts["prompt"].to_list())
     places = encoder.project(embeddings)
     points = prompts.select("prompt_id").with_columns(x=pl.Series(places[:, 0]), y=pl.Series(places[:, 1]))
-    similarity = [_similarity(prompts, embeddings, round_) for round_ in rounds.sort()]
+    similarity = []
+    for round_ in rounds.sort():
+        mine = embeddings[(prompts["round"] == round_).fill_null(False).to_numpy()]
+        similarity.append({"round": round_, "prompts": len(mine), "similarity": mean_similarity(mine)})
     return points, ROUND_SIMILARITY.frame(similarity), None
-
-
-def _similarity(prompts: pl.DataFrame, embeddings: NDArray[np.float32], round_: str) -> dict[str, Any]:
-    mine = embeddings[(prompts["round"] == round_).fill_null(False).to_numpy()]
-    return {"round": round_, "prompts": len(mine), "similarity": mean_similarity(mine)}
 
 
 # A prompt_id is a hash, so the first prompts by prompt_id are a fair sample, and a stable one.

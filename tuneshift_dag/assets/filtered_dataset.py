@@ -4,7 +4,7 @@ from typing import Any
 
 import dagster as dg
 
-from tuneshift_dag.assets.common import Step, column_lineage, definition, example_rows, key, partitions, step
+from tuneshift_dag.assets.common import Context, Step, definition, example_rows, key, step, warning_check
 from tuneshift_dag.assets.seed_set import seed_candidates, write_seeds
 from tuneshift_dag.config import Transfer, round_number
 from tuneshift_dag.config.versions import code_version
@@ -15,33 +15,19 @@ from tuneshift_dag.store import Store
 from tuneshift_dag.store.queries import verdicts
 from tuneshift_dag.store.tables import FILTERED_DATASET, REJECTED_PAIRS
 
+CHECKS = {"seeds_still_kept": "The seeds that this round's prompts came from pass the current filter."}
+
 
 def build_filtered_dataset(transfer: Transfer) -> dg.AssetsDefinition:
-    @dg.asset(
-        **definition(transfer, FILTERED_DATASET, "filtered_dataset"),
-        deps=[key(transfer, "scored_pairs")],
-        partitions_def=partitions(transfer),
-        check_specs=[
-            dg.AssetCheckSpec(
-                "seeds_still_kept",
-                asset=key(transfer, "filtered_dataset"),
-                description="The seeds that this round's prompts came from pass the current filter.",
-            )
-        ],
-    )
-    def filtered_dataset(context: dg.AssetExecutionContext, store: StoreResource) -> dg.MaterializeResult:
+    @dg.asset(**definition(transfer, "filtered_dataset", FILTERED_DATASET, checks=CHECKS))
+    def filtered_dataset(context: Context, store: StoreResource) -> dg.MaterializeResult:
         """Pairs whose fine-tuned response has low perplexity and whose base response has high perplexity.
 
         There the fine-tuned model knows something that the base doesn't. No model is needed: changing the
         rule or threshold reruns only this. Reports the next round's seeds, drawn from all pairs kept so far, or
         that the dataset has reached `target_pairs`.
         """
-        version, metadata = _judge(context, store.store(), transfer, context.partition_key)
-        return dg.MaterializeResult(
-            data_version=dg.DataVersion(version),
-            metadata=metadata,
-            check_results=[_check_seeds(store.store(), transfer, context.partition_key)],
-        )
+        return _judge_round(context, store.store(), transfer, context.partition_key)
 
     return filtered_dataset
 
@@ -57,25 +43,24 @@ def build_refilter_job(transfer: Transfer) -> dg.JobDefinition:
 
     @dg.op(name=f"{transfer.name}_refilter_rounds")
     def refilter_rounds(context: dg.OpExecutionContext, store: StoreResource) -> None:
-        code = code_version(transfer, "filtered_dataset")
         source = key(transfer, "scored_pairs")
         for round_ in transfer.round_keys:
-            scored = context.instance.fetch_materializations(
-                dg.AssetRecordsFilter(source, asset_partitions=[round_]), limit=1
-            ).records
+            latest = dg.AssetRecordsFilter(source, asset_partitions=[round_])
+            scored = context.instance.fetch_materializations(latest, limit=1).records
             if not scored:
                 break  # it has nothing to judge yet
             materialization = scored[0].asset_materialization
             tags = (materialization.tags if materialization else None) or {}
-            version, metadata = _judge(context, store.store(), transfer, round_)
+            result = _judge_round(context, store.store(), transfer, round_)
+            assert result.data_version
             context.log_event(
                 dg.AssetMaterialization(
                     key(transfer, "filtered_dataset"),
                     partition=round_,
-                    metadata=metadata,
+                    metadata=result.metadata,
                     tags={
-                        "dagster/code_version": code,
-                        "dagster/data_version": version,
+                        "dagster/code_version": code_version(transfer, "filtered_dataset"),
+                        "dagster/data_version": result.data_version.value,
                         "dagster/data_version_is_user_provided": "true",
                         f"dagster/input_data_version/{source.to_user_string()}": tags.get("dagster/data_version", ""),
                         f"dagster/input_event_pointer/{source.to_user_string()}": str(scored[0].storage_id),
@@ -93,44 +78,39 @@ def build_refilter_job(transfer: Transfer) -> dg.JobDefinition:
     return refilter
 
 
-def _judge(
-    context: dg.AssetExecutionContext | dg.OpExecutionContext, database: Store, transfer: Transfer, round_: str
-) -> tuple[str, dict[str, Any]]:
-    """Judge a round's pairs, draw the next round's seeds and report them; the data version and the metadata."""
-    with step(context, database, transfer, "filtered_dataset", round_) as current:
-        pool: list[Candidate] = []
-        originals = seed_candidates(database, transfer)
-        observed: list[dg.AssetObservation] = []
+def _judge_round(
+    context: Context | dg.OpExecutionContext, store: Store, transfer: Transfer, round_: str
+) -> dg.MaterializeResult:
+    """Judge a round's pairs, draw the next round's seeds and report them."""
+    pool: list[Candidate] = []
+    observed: list[dg.AssetObservation] = []
+    with step(context, store, transfer, "filtered_dataset", round_) as current:
+        originals = seed_candidates(current)
 
-        def statements(connection: Any) -> str:
-            found = judge(connection, current)
-            kept = connection.execute(_POOL, [round_]).fetchall()
-            pool.extend(Candidate(*row) for row in kept)
+        def judge_and_draw(connection: Any) -> str:
+            version = judge(connection, current)
+            kept = "SELECT prompt_id, prompt, response FROM filtered_dataset WHERE round <= ? ORDER BY prompt_id"
+            pool.extend(Candidate(*row) for row in connection.execute(kept, [round_]).fetchall())
             drawn_from = [] if len(pool) >= transfer.config.target_pairs else pool
             observed.append(write_seeds(connection, current, round_number(round_) + 1, drawn_from, originals))
-            return found
+            return version
 
-        version = current.write([], statements=statements)
+        current.write([], statements=judge_and_draw)
         context.log_event(observed[-1])
-    judged = dict(database.read(_COUNTS, {"round": round_}, transfer.name).select("reason", "pairs").iter_rows())
-    kept = judged.pop("kept", 0)
-    examples = database.read(
-        "SELECT * FROM filtered_dataset WHERE round = ? ORDER BY prompt_id LIMIT 5", [round_], transfer.name
-    )
-    return version, {
-        "dagster/partition_row_count": kept,
-        "dagster/column_lineage": column_lineage(transfer, FILTERED_DATASET),
-        "kept_share": kept / max(1, kept + sum(judged.values())),
+    dropped = dict(current.read(_COUNTS, {"round": round_}).iter_rows())
+    kept = dropped.pop("kept", 0)
+    examples = current.read("SELECT * FROM filtered_dataset WHERE round = ? ORDER BY prompt_id LIMIT 5", [round_])
+    figures = {
+        "kept_share": kept / max(1, kept + sum(dropped.values())),
         "kept_so_far": len(pool),
         "target_reached": len(pool) >= transfer.config.target_pairs,
         "distinct_responses_so_far": len({c.response for c in pool}),
-        "dropped": judged,
+        "dropped": dropped,
         "examples": example_rows(examples, ["prompt", "response", "ppl_fine_tuned", "ppl_base"]),
-        **current.metadata(),
     }
+    return current.result(kept, figures, _check_seeds(store, transfer, round_))
 
 
-_POOL = "SELECT prompt_id, prompt, response FROM filtered_dataset WHERE round <= ? ORDER BY prompt_id"
 _COUNTS = """
     SELECT 'kept' AS reason, count(*) AS pairs FROM filtered_dataset WHERE round = $round
     UNION ALL SELECT reason, count(*) FROM rejected_pairs WHERE round = $round GROUP BY reason ORDER BY reason
@@ -145,11 +125,8 @@ def judge(connection: Any, current: Step) -> str:
     """Rewrite the kept and the rejected rows of the step's round from its scored pairs; return the data version.
 
     All of it happens inside DuckDB, and no text passes through Python. The version is a hash of the kept prompts and
-    responses, whatever the rule and threshold that kept them.
-
-    Raises:
-        dg.Failure: when no pair is kept up to this round, or pairs were scored without the samples that are wanted
-            now. The rows that were there stay.
+    responses, whatever the rule and threshold that kept them. The rows that were there stay when no pair is kept up to
+    this round, or pairs were scored without the samples that are wanted now: then it fails.
     """
     transfer, round_ = current.transfer, current.round
     connection.execute(
@@ -175,21 +152,15 @@ def judge(connection: Any, current: Step) -> str:
             allow_retries=False,
         )
     if connection.execute("SELECT count(*) FROM filtered_dataset WHERE round <= ?", [round_]).fetchone() == (0,):
-        dropped = dict(
-            connection.execute(
-                "SELECT reason, count(*) FROM rejected_prompts GROUP BY reason ORDER BY 2 DESC"
-            ).fetchall()
-        )
+        before = "SELECT reason, count(*) FROM rejected_prompts GROUP BY reason ORDER BY 2 DESC"
+        dropped = dict(connection.execute(before).fetchall())
         raise dg.Failure(_nothing_kept(transfer, str(round_), reasons, dropped), allow_retries=False)
     return str(version)[:16]
 
 
 def _nothing_kept(transfer: Transfer, round_: str, reasons: dict[str, int], dropped: dict[str, int]) -> str:
-    """What stopped the loop, and what to change: the repair goes by the commonest reason.
-
-    Args:
-        reasons: of scored pairs, and how many each dropped.
-        dropped: the same of list items that were dropped before scoring.
+    """What stopped the loop, and what to change: the repair goes by the commonest of the ``reasons`` that scored pairs
+    were dropped for (each with its number), or else of those that list items were ``dropped`` for before scoring.
     """
     config = transfer.config
     kind = "share" if config.filter.rule in KEEP_RULES else "threshold"
@@ -206,36 +177,24 @@ def _nothing_kept(transfer: Transfer, round_: str, reasons: dict[str, int], drop
         "seed": f"raise generator.temperature (now {config.generator.temperature:g}): it repeats the seeds",
         "held_out": "write seeds that are further from heldout.jsonl: it writes the held-out prompts",
     }
+    other = f"change the {kind} of filter.rule" if reasons else "change generator.mode or generator.instruction"
     counts = reasons or dropped
+    commonest = max(counts, key=lambda reason: counts[reason], default="")
     if reasons:
         said = f"No pair was kept up to {round_}, so nothing can seed the next round (dropped: {reasons})."
     elif dropped:
-        said = (
-            f"No prompt was left to score up to {round_}: all that the generator wrote was dropped before ({dropped})."
-        )
+        how = f"all that the generator wrote was dropped before ({dropped})"
+        said = f"No prompt was left to score up to {round_}: {how}."
     else:
         said = f"No prompt was written up to {round_}: no list was found in what the generator wrote."
-    commonest = max(counts, key=lambda reason: counts[reason], default="")
-    other = f"change the {kind} of filter.rule" if reasons else "change generator.mode or generator.instruction"
-    return (
-        f"{said} In {transfer.folder / 'transfer.yaml'}, {repairs.get(commonest, other)};"
-        " or write seeds that are closer to the task."
-    )
+    repair = repairs.get(commonest, other)
+    return f"{said} In {transfer.folder / 'transfer.yaml'}, {repair}; or write seeds that are closer to the task."
 
 
-def _check_seeds(database: Store, transfer: Transfer, round_: str) -> dg.AssetCheckResult:
+def _check_seeds(store: Store, transfer: Transfer, round_: str) -> dg.AssetCheckResult:
     """Seeds of this round's generator calls that the current filter would not keep."""
-    gone = database.read(
-        "SELECT DISTINCT unnest(seed_ids) AS prompt_id FROM proposals WHERE round = ? EXCEPT"
-        " (SELECT prompt_id FROM filtered_dataset UNION ALL SELECT prompt_id FROM seed_set)"
-        " ORDER BY prompt_id",
-        [round_],
-        transfer.name,
-    )["prompt_id"].to_list()
-    return dg.AssetCheckResult(
-        passed=not gone,
-        severity=dg.AssetCheckSeverity.WARN,
-        check_name="seeds_still_kept",
-        description=f"{len(gone)} seeds of {round_} no longer pass the filter." if gone else None,
-        metadata={"prompt_ids": gone[:50]},
-    )
+    kept = "SELECT prompt_id FROM filtered_dataset UNION ALL SELECT prompt_id FROM seed_set"
+    used = "SELECT DISTINCT unnest(seed_ids) AS prompt_id FROM proposals WHERE round = ?"
+    gone = store.read(f"{used} EXCEPT ({kept}) ORDER BY prompt_id", [round_], transfer.name)["prompt_id"].to_list()
+    problem = f"{len(gone)} seeds of {round_} no longer pass the filter." if gone else ""
+    return warning_check("seeds_still_kept", problem, prompt_ids=gone[:50])

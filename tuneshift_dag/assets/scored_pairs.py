@@ -7,16 +7,7 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from tuneshift_dag.assets.common import (
-    Step,
-    column_lineage,
-    definition,
-    example_rows,
-    key,
-    partitions,
-    prompt_chunks,
-    step,
-)
+from tuneshift_dag.assets.common import Context, Step, definition, example_rows, step
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.method import Decoding, Pair, Response, Scorer, perplexity, scoring
 from tuneshift_dag.models.memory import trim
@@ -25,25 +16,13 @@ from tuneshift_dag.store import Spool, in_chunks
 from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import SCORED_PAIRS
 
+CHECKS = {"finite_perplexities": "Every response with tokens has finite perplexities of at least 1."}
+EXAMPLE_COLUMNS = ["prompt", "fine_tuned_response", "base_response", "ppl_fine_tuned", "ppl_base"]
+
 
 def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
-    asset_key = key(transfer, "scored_pairs")
-
-    @dg.asset(
-        **definition(transfer, SCORED_PAIRS, "scored_pairs", "pytorch", models=True),
-        deps=[key(transfer, "synthetic_prompts")],
-        partitions_def=partitions(transfer),
-        check_specs=[
-            dg.AssetCheckSpec(
-                "finite_perplexities",
-                asset=asset_key,
-                description="Every response with tokens has finite perplexities of at least 1.",
-            )
-        ],
-    )
-    def scored_pairs(
-        context: dg.AssetExecutionContext, store: StoreResource, engines: EngineResource
-    ) -> dg.MaterializeResult:
+    @dg.asset(**definition(transfer, "scored_pairs", SCORED_PAIRS, "pytorch", models=True, checks=CHECKS))
+    def scored_pairs(context: Context, store: StoreResource, engines: EngineResource) -> dg.MaterializeResult:
         """The source base model and the source fine-tuned model each answer every prompt of the round.
 
         Each pair gets four perplexities: each model on its own response and on the other's (unless
@@ -57,42 +36,29 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
             store.store().spool(SCORED_PAIRS) as rows,
             step(context, store.store(), transfer, "scored_pairs", context.partition_key) as current,
         ):
-            for chunk in _score_round(current, engines.source(transfer), store.cache()):
+            for chunk in _score_round(current, engines.source(transfer)):
                 rows.append(chunk)
                 current.spool_keys()
                 trim()
-            version = current.write([(SCORED_PAIRS, rows)], content_version(rows))
+            current.write([(SCORED_PAIRS, rows)], content_version(rows))
             known = (value for chunk in rows for value in chunk["agreement"].drop_nulls())
-            return dg.MaterializeResult(
-                data_version=dg.DataVersion(version),
-                metadata={
-                    "dagster/partition_row_count": len(rows),
-                    "dagster/column_lineage": column_lineage(transfer, SCORED_PAIRS),
-                    "examples": example_rows(
-                        next(iter(rows), SCORED_PAIRS.empty()),
-                        ["prompt", "fine_tuned_response", "base_response", "ppl_fine_tuned", "ppl_base"],
-                    ),
-                    **({"mean_agreement": sum(known) / len(rows)} if transfer.config.response.samples and rows else {}),
-                    "truncated_fine_tuned_responses": sum(
-                        chunk.filter(pl.col("fine_tuned_finish") == "length").height for chunk in rows
-                    ),
-                    **current.metadata(),
-                },
-                check_results=[_check_finite(rows)],
-            )
+            truncated = sum(int((chunk["fine_tuned_finish"] == "length").sum()) for chunk in rows)
+            figures = {
+                "examples": example_rows(next(iter(rows), SCORED_PAIRS.empty()), EXAMPLE_COLUMNS),
+                "mean_agreement": sum(known) / len(rows) if transfer.config.response.samples and rows else None,
+                "truncated_fine_tuned_responses": truncated,
+            }
+            return current.result(len(rows), figures, _check_finite(rows))
 
     return scored_pairs
 
 
-def _score_round(current: Step, engine: Scorer, cache: scoring.Cache) -> Iterator[pl.DataFrame]:
+def _score_round(current: Step, engine: Scorer) -> Iterator[pl.DataFrame]:
     """Rows of a round in order of their prompt_id, chunk by chunk: memory doesn't grow with the prompts."""
-    transfer, round_ = current.transfer, current.round
-    assert round_ is not None
-    counted = "SELECT count(*) FROM synthetic_prompts WHERE round = ?"
-    total = current.store.read(counted, [round_], transfer.name).item()
+    transfer, settings = current.transfer, current.transfer.config.response
+    total = current.read("SELECT count(*) FROM synthetic_prompts WHERE round = ?", [current.round]).item()
     if not total:
         return
-    settings = transfer.config.response
     pairs_progress = scoring.chunk_progress(current.progress("pairs scored"), total)
     if settings.samples:
         samples_progress = scoring.chunk_progress(current.progress("responses sampled"), total * settings.samples)
@@ -100,12 +66,12 @@ def _score_round(current: Step, engine: Scorer, cache: scoring.Cache) -> Iterato
     def score(prompts: pl.DataFrame) -> pl.DataFrame:
         ids = [engine.encode(transfer.config.prompt_template.replace("{prompt}", p)) for p in prompts["prompt"]]
         decoding = Decoding(settings.max_new_tokens)
-        pairs = scoring.score_pairs(engine, cache, ids, decoding, current.cost, pairs_progress(len(ids)))
+        pairs = scoring.score_pairs(engine, current.cache, ids, decoding, current.cost, pairs_progress(len(ids)))
         agreements: Sequence[float | None] = [None] * len(pairs)
         if settings.samples:
             agreements = scoring.agreements(
                 engine,
-                cache,
+                current.cache,
                 ids,
                 [pair.fine_tuned.text for pair in pairs],
                 settings.samples,
@@ -117,13 +83,24 @@ def _score_round(current: Step, engine: Scorer, cache: scoring.Cache) -> Iterato
             )
         return SCORED_PAIRS.frame(
             [
-                {**prompt, **pair_row(pair), "round": round_, "agreement": agreement}
+                {**prompt, **pair_row(pair), "round": current.round, "agreement": agreement}
                 for prompt, pair, agreement in zip(prompts.iter_rows(named=True), pairs, agreements, strict=True)
             ]
         )
 
     with engine.session():
-        yield from map(score, prompt_chunks(current.store, transfer, round_, engine.chunk_size))
+        yield from map(score, _prompt_chunks(current, engine.chunk_size))
+
+
+def _prompt_chunks(current: Step, size: int) -> Iterator[pl.DataFrame]:
+    """The round's prompts (prompt_id, prompt) in the order of their ids, at most ``size`` at once."""
+    query = (
+        "SELECT prompt_id, prompt FROM synthetic_prompts WHERE round = ? AND prompt_id > ? ORDER BY prompt_id LIMIT ?"
+    )
+    last = ""
+    while len(prompts := current.read(query, [current.round, last, size])):
+        last = prompts["prompt_id"][-1]
+        yield prompts
 
 
 def pair_row(pair: Pair) -> dict[str, Any]:

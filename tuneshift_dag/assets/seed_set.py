@@ -13,41 +13,22 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
-from tuneshift_dag.assets.common import (
-    LOG,
-    OWNERS,
-    Step,
-    definition,
-    example_rows,
-    key,
-    partitions,
-    step,
-    table_metadata,
-)
+from tuneshift_dag.assets.common import LOG, Context, Step, definition, example_rows, key, shared, step, warning_check
 from tuneshift_dag.config import Transfer, round_key, round_number
-from tuneshift_dag.method import AdapterCheck, Decoding, scoring
+from tuneshift_dag.method import Decoding, scoring
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.method.seed_sampling import Candidate, draw_seeds
 from tuneshift_dag.resources import EngineResource, StoreResource
-from tuneshift_dag.store import Store, insert, records
+from tuneshift_dag.store import insert, records
 from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import MODELS, ROUND_SEEDS, SEED_SET
 
+CHECKS = {"adapter_applied": "The adapter changes the base model's answers on the seeds."}
+
 
 def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
-    @dg.asset(
-        **definition(transfer, SEED_SET, "seed_set", "pytorch", models=True),
-        check_specs=[
-            dg.AssetCheckSpec(
-                "adapter_applied",
-                asset=key(transfer, "seed_set"),
-                description="The adapter changes the base model's answers on the seeds.",
-            )
-        ],
-    )
-    def seed_set(
-        context: dg.AssetExecutionContext, store: StoreResource, engines: EngineResource
-    ) -> dg.MaterializeResult:
+    @dg.asset(**definition(transfer, "seed_set", SEED_SET, "pytorch", models=True, checks=CHECKS))
+    def seed_set(context: Context, store: StoreResource, engines: EngineResource) -> dg.MaterializeResult:
         """The example prompts from `seeds.jsonl`: all that is known of the skill.
 
         Before anything is computed, the source adapter is checked on them: a silently unapplied adapter
@@ -68,106 +49,70 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
                 LOG.warning(warning)
             responses = scoring.generate(
                 source,
-                store.cache(),
+                current.cache,
                 [source.encode(prompt) for prompt in rendered],
                 "fine_tuned",
                 Decoding(transfer.config.response.max_new_tokens),
                 current.cost,
             )
-            seeds = [
-                Candidate(prompt_id(seed), seed, response.text)
-                for seed, response in zip(transfer.seeds, responses, strict=True)
-            ]
+            answered = zip(transfer.seeds, responses, strict=True)
+            seeds = [Candidate(prompt_id(seed), seed, response.text) for seed, response in answered]
             rows = SEED_SET.frame([vars(seed) for seed in seeds])
             observed: list[dg.AssetObservation] = []
-            version = current.write(
+            current.write(
                 [(SEED_SET, rows), (MODELS, _models(transfer))],
                 content_version(rows),
                 lambda connection: observed.append(write_seeds(connection, current, 1, seeds, seeds)),
             )
             context.log_event(observed[-1])
-        return dg.MaterializeResult(
-            data_version=dg.DataVersion(version),
-            metadata={
-                "dagster/row_count": len(rows),
-                "examples": example_rows(rows, ["prompt", "response"]),
-                **_figures(applied),
-                **current.metadata(),
-            },
-            check_results=[
-                dg.AssetCheckResult(
-                    passed=not applied.warnings,
-                    severity=dg.AssetCheckSeverity.WARN,
-                    check_name="adapter_applied",
-                    description="; ".join(applied.warnings) or None,
-                )
-            ],
-        )
+        figures = {
+            "examples": example_rows(rows, ["prompt", "response"]),
+            "largest_logit_difference": applied.largest_logit_difference,
+            "adapter_delta_norm": applied.delta_norm,
+        }
+        return current.result(len(rows), figures, warning_check("adapter_applied", "; ".join(applied.warnings)))
 
     return seed_set
 
 
 def _models(transfer: Transfer) -> pl.DataFrame:
     """Which weights the transfer's references meant in this run."""
-    config, now = transfer.config, datetime.now(UTC).replace(tzinfo=None)
-    references = {
-        "source.base": config.source.base,
-        "source.adapter": config.source.adapter,
-        "generator.model": config.generator.model,
-        "target.base": config.target.base,
-    }
-    return MODELS.frame(
-        [
-            {"role": role, "reference": references[role], "fingerprint": found.value, "commit": found.commit}
-            | {"resolved_at": now}
-            for role, found in transfer.fingerprints.items()
-        ]
-    )
+    now = datetime.now(UTC).replace(tzinfo=None)
+    rows: list[dict[str, object]] = []
+    for role, found in transfer.fingerprints.items():
+        section, name = role.split(".")
+        reference = getattr(getattr(transfer.config, section), name)
+        marks = {"fingerprint": found.value, "commit": found.commit, "resolved_at": now}
+        rows.append({"role": role, "reference": reference, **marks})
+    return MODELS.frame(rows)
 
 
 def _refusal(transfer: Transfer, problems: list[str]) -> str:
+    said = "; ".join(problems) + "."
     if transfer.config.engine.type == "openai":
-        return f"{transfer.folder / 'transfer.yaml'}: " + "; ".join(problems) + "."
-    return (
-        f"{transfer.folder / transfer.config.source.adapter}: " + "; ".join(problems) + "."
-        " Check that source.base is the very model that the adapter was trained on."
-    )
-
-
-def _figures(applied: AdapterCheck) -> dict[str, float]:
-    figures = {
-        "largest_logit_difference": applied.largest_logit_difference,
-        "adapter_delta_norm": applied.delta_norm,
-    }
-    return {name: value for name, value in figures.items() if value is not None}
+        return f"{transfer.folder / 'transfer.yaml'}: {said}"
+    check = "Check that source.base is the very model that the adapter was trained on."
+    return f"{transfer.folder / transfer.config.source.adapter}: {said} {check}"
 
 
 def build_round_seeds(transfer: Transfer) -> dg.AssetSpec:
     return dg.AssetSpec(
-        key(transfer, "round_seeds"),
-        partitions_def=partitions(transfer),
-        group_name=transfer.name,
-        owners=OWNERS,
-        kinds={"duckdb"},
+        **shared(transfer, "round_seeds", ROUND_SEEDS),
         description=(
             "The seeds of each round's generator calls. `seed_set` reports those of round_01 and"
             " `filtered_dataset` of a round those of the next: this is how the loop fits a graph without"
             " cycles. Nothing to materialize here; look at the observations."
         ),
-        metadata=table_metadata(transfer, ROUND_SEEDS),
     )
 
 
 def write_seeds(
     connection: Any, current: Step, number: int, pool: list[Candidate], originals: list[Candidate]
 ) -> dg.AssetObservation:
-    """Draw the seeds of round ``number`` from ``pool``, store them, and return what is to be reported to Dagster.
+    """Draw the seeds of round ``number`` from ``pool`` and the user's prompts, store them, and return what is to be
+    reported to Dagster; within the transaction that writes what they were drawn from.
 
     An empty pool says that the round has nothing to do: the dataset has reached its target size.
-
-    Args:
-        connection: of the transaction that writes what they were drawn from.
-        originals: the user's prompts.
     """
     transfer, generator = current.transfer, current.transfer.config.generator
     calls = draw_seeds(
@@ -181,13 +126,8 @@ def write_seeds(
         originals_per_call=generator.original_seeds_per_call,
     )
     round_ = round_key(number)
-    rows = ROUND_SEEDS.frame(
-        [
-            {"round": round_, "call": c, "slot": s, **vars(seed)}
-            for c, call in enumerate(calls if pool else [])
-            for s, seed in enumerate(call)
-        ]
-    )
+    drawn = [(c, s, seed) for c, call in enumerate(calls if pool else []) for s, seed in enumerate(call)]
+    rows = ROUND_SEEDS.frame([{"round": round_, "call": c, "slot": s, **vars(seed)} for c, s, seed in drawn])
     version = content_version(rows)
     connection.execute("DELETE FROM round_seeds WHERE round = ?", [round_])
     insert(connection, ROUND_SEEDS, rows)
@@ -205,11 +145,11 @@ def write_seeds(
     )
 
 
-def seed_candidates(store: Store, transfer: Transfer) -> list[Candidate]:
+def seed_candidates(current: Step) -> list[Candidate]:
     """The user's prompts, in the order of ``seeds.jsonl``, with the fine-tuned responses."""
-    rows = store.read("SELECT prompt_id, prompt, response FROM seed_set", schema=transfer.name).rows()
+    rows = current.read("SELECT prompt_id, prompt, response FROM seed_set").rows()
     known = {row[0]: Candidate(*row) for row in rows}
-    return [known[prompt_id(prompt)] for prompt in transfer.seeds if prompt_id(prompt) in known]
+    return [known[prompt_id(prompt)] for prompt in current.transfer.seeds if prompt_id(prompt) in known]
 
 
 def reporter(number: int) -> tuple[str, str | None]:
@@ -230,17 +170,17 @@ def read_seeds(current: Step) -> list[list[Candidate]]:
         number = round_number(round_)
         while number > 1 and not current.records.version("round_seeds", round_key(number - 1)):
             number -= 1
-        asset, previous = reporter(number)
-        unfinished = previous or asset
+        asset, before = reporter(number)
+        unfinished = before or asset
         raise dg.Failure(
             f"{round_} has no seeds yet, because {unfinished} isn't finished. Materialize {unfinished} first"
             f" (if it failed, its run says what to fix), then {round_} again. Nothing that was computed is lost.",
             allow_retries=False,
         )
-    rows = current.store.read(
-        "SELECT * FROM round_seeds WHERE round = ? ORDER BY call, slot", [round_], current.transfer.name
+    rows = current.read(
+        "SELECT call, prompt_id, prompt, response FROM round_seeds WHERE round = ? ORDER BY call, slot", [round_]
     )
     calls: dict[int, list[Candidate]] = {}
-    for row in rows.iter_rows(named=True):
-        calls.setdefault(row["call"], []).append(Candidate(row["prompt_id"], row["prompt"], row["response"]))
+    for call, *seed in rows.iter_rows():
+        calls.setdefault(call, []).append(Candidate(*seed))
     return list(calls.values())
