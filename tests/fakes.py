@@ -51,6 +51,7 @@ class FakeEngine(Engine):
         items: int = 5,
         fail_after: int | None = None,
         check: AdapterCheck | None = None,
+        base: str = "",
         on_batch: Callable[[int], None] = lambda number: None,
     ) -> None:
         """
@@ -58,9 +59,11 @@ class FakeEngine(Engine):
             items: prompts in one generated list; the second repeats the first.
             fail_after: raise instead of giving batch number ``fail_after`` (from 0).
             check: what `check_adapter` finds; by default nothing wrong.
+            base: another engine's name, if both have the same base model.
             on_batch: called with the number of a batch (from 0 in every call) before it is computed.
         """
         self.name = name
+        self.base = base or name
         self.batch_size = batch_size
         self.items = items
         self.fail_after = fail_after
@@ -70,7 +73,7 @@ class FakeEngine(Engine):
         self.scored: list[tuple[Side, str]] = []
 
     def fingerprint(self, side: Side) -> str:
-        return f"{self.name}|{side}"
+        return f"{self.base if side == 'base' else self.name}|{side}"
 
     def encode(self, text: str, templated: bool = False) -> list[int]:
         return [ord(character) for character in text]
@@ -200,7 +203,7 @@ class FakeModels:
 
             def target(self, transfer: Transfer, adapter: Path | None = None) -> FakeEngine:
                 name = f"target|{adapter.name if adapter else ''}"
-                return models.targets.setdefault(name, FakeEngine(name))
+                return models.targets.setdefault(name, FakeEngine(name, base="target|"))
 
             def harness(self, transfer: Transfer) -> Any:
                 return FakeHarness(transfer, models)

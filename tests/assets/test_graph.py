@@ -158,11 +158,22 @@ class TestDefinitions:
         }
         assert {pool for names in pools.values() for pool in names or ()} == {"models"}
 
-    def test_the_refilter_job_is_every_round_of_the_dataset(self, project: Project) -> None:
-        job = project.runner().defs.resolve_job_def("banking_refilter")
-        assert job.asset_layer.selected_asset_keys == {project.key("filtered_dataset")}
-        assert job.partitions_def
-        assert job.partitions_def.get_partition_keys() == list(project.transfer.round_keys)
+    def test_the_refilter_job_is_one_run_for_every_round_and_leaves_nothing_out_of_date(
+        self, project: Project, edit_config: Edit
+    ) -> None:
+        edit_config("seed", 2)
+        project.run()
+        edit_config("filter.threshold", LOOSER)
+        calls = project.models.calls()
+        result = project.runner().defs.resolve_job_def("banking_refilter").execute_in_process(instance=project.instance)
+        assert result.success
+        assert project.models.calls() == calls
+        for round_ in project.transfer.round_keys:
+            (record, *_) = materializations(project, "filtered_dataset", round_)
+            assert record.run_id == result.run_id
+            assert causes(project, "filtered_dataset", round_) == []
+        assert causes(project, "synthetic_prompts", "round_02") == ["input round_seeds/round_02"]
+        assert causes(project, "distilled_model") != []
 
     def test_two_transfers_live_in_one_deployment(self, project: Project, tmp_path: Path) -> None:
         other = conftest.make_transfer_folder(tmp_path, "cards")
@@ -323,14 +334,12 @@ class TestRetention:
 
     def test_the_base_is_scored_once_however_often_it_is_distilled(self, project: Project, edit_config: Edit) -> None:
         project.run()
-        base = project.models.targets["target|"]
-        scored = list(base.scored)
-        assert len(scored) == len(general_texts())
         edit_config("distill.epochs", 1)
         assert project.run().materialized == [("distilled_model", None), ("evaluation", None)]
-        assert base.scored == scored
-        distilled = [engine for name, engine in project.models.targets.items() if name != "target|"]
-        assert [len(engine.scored) for engine in distilled] == [len(scored)] * 2
+        by_side = [[side for side, _ in engine.scored] for engine in project.models.targets.values()]
+        texts = len(general_texts())
+        assert [sides.count("base") for sides in by_side] == [texts, 0]
+        assert [sides.count("fine_tuned") for sides in by_side] == [texts, texts]
 
 
 class TestTargetPairs:
@@ -466,7 +475,8 @@ class TestErrors:
         assert project.rows(current) != model
 
         edit_config("rounds", 3)
-        assert project.run().materialized == [("distilled_model", None), ("evaluation", None)]
+        made = project.run().materialized
+        assert made == [("threshold_report", None), ("distilled_model", None), ("evaluation", None)]
         assert project.rows(current) == model
         assert project.rows(PAIRS_BY_ROUND) == kept
         assert len(project.models.trained) == 2
@@ -489,7 +499,7 @@ class TestErrors:
             project.run()
         message = str(error.value)
         assert message.startswith("filtered_dataset of round_01 failed: No pair was kept up to round_01")
-        assert f"filter.threshold (now {IMPOSSIBLE}) in {project.folder / 'transfer.yaml'}" in message
+        assert f"In {project.folder / 'transfer.yaml'}, raise filter.threshold (now {IMPOSSIBLE})" in message
         prompts = project.rows("SELECT count(*) FROM synthetic_prompts")
         assert project.rows("SELECT count(*) FROM scored_pairs") == prompts != [(0,)]
         calls = project.models.calls()
@@ -514,7 +524,7 @@ class TestErrors:
         finished = {prompt for _, prompt in project.models.source.answered} - seeds
         assert len(finished) == 2 * project.models.source.batch_size
         project.models.source = FakeEngine("source")
-        assert project.runner()._causes("synthetic_prompts", "round_01") == []
+        assert causes(project, "synthetic_prompts", "round_01") == []
         assert project.materialize("scored_pairs", round="round_01").success
         assert finished.isdisjoint(prompt for _, prompt in project.models.source.answered)
 

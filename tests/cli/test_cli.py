@@ -73,7 +73,9 @@ class TestRun:
         status, out, err = tuneshift("run", "banking", "--json")
         assert status == 0
         assert json.loads(out)["rounds"] == 2
-        assert "1 rounds (round_02 to round_02); about" in err and "at recorded speeds" in err
+        assert (
+            "1 rounds (round_02 to round_02); at most" in err and "at recorded speeds, less what the cache has" in err
+        )
         assert "synthetic_prompts round_01" not in err and "Pictures:" not in err
 
     def test_interrupted_says_what_to_do_in_one_line(

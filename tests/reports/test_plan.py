@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -21,6 +22,7 @@ from tuneshift_dag.home import database_file
 from tuneshift_dag.reports import plan as plans
 from tuneshift_dag.reports.plan import ModelSize
 from tuneshift_dag.store import Store
+from tuneshift_dag.store.records import ROUND_ASSETS
 from tuneshift_dag.store.tables import DISTILLED_MODELS, STEPS
 
 Edit = Callable[[str, Any], None]
@@ -271,7 +273,7 @@ class TestRecordedSpeeds:
 class TestToDo:
     def test_of_a_new_transfer_is_everything(self, sized: Path) -> None:
         transfer = load_transfer(sized)
-        rounds = [(asset, round_) for round_ in transfer.round_keys for asset in plans.ROUND_ASSETS]
+        rounds = [(asset, round_) for round_ in transfer.round_keys for asset in ROUND_ASSETS]
         last = [("threshold_report", None), ("distilled_model", None), ("evaluation", None)]
         assert plans.to_do(Store(database_file()), transfer, False) == [("seed_set", None), *rounds, *last]
 
@@ -283,6 +285,27 @@ class TestToDo:
         edit_config("filter.threshold", 1.4)
         steps = plans.to_do(project.store, project.transfer, False)
         assert [asset for asset, _ in steps] == ["filtered_dataset"] * 2 + ["threshold_report", *AFTER_ROUNDS]
+
+    @pytest.mark.parametrize(
+        ("key", "value", "regrow", "rounds"),
+        [
+            ("generator.temperature", 0.5, False, {"round_01": 3, "round_02": 3}),
+            ("response.max_new_tokens", 32, False, {"round_01": 3, "round_02": 3}),
+            ("filter.threshold", 1.4, True, {"round_01": 1, "round_02": 3}),
+            ("distill.epochs", 2, False, {}),
+        ],
+    )
+    def test_is_the_most_that_the_run_then_does(
+        self, project: Any, edit_config: Edit, key: str, value: Any, regrow: bool, rounds: dict[str, int]
+    ) -> None:
+        project.run()
+        edit_config(key, value)
+        steps = plans.to_do(project.store, project.transfer, regrow)
+        assert Counter(round_ for _, round_ in steps if round_) == rounds
+        assert steps[-2:] == [("distilled_model", None), ("evaluation", None)]
+        made = project.run(regrow).materialized
+        # The seed set is made anew, and when it comes out as it was, prompts stay.
+        assert [step for step in steps if step in made] == made, "in this order, and nothing else"
 
 
 class TestSizes:

@@ -249,7 +249,6 @@ def test_quantized_copies_are_removed_that_no_transfer_uses(
         (cache_dir() / "quantized" / name).mkdir(parents=True)
     assert removable(claimed, folder) == {}
     assert set(removable(claimed, folder, {mine})) == {("quantized", unused)}
-    assert len(collect_plan(claimed, [], lambda: [mine])) == 1
     collect(claimed, collect_plan(claimed, [], {mine}))
     assert sorted(path.name for path in (cache_dir() / "quantized").iterdir()) == [mine, staging]
 

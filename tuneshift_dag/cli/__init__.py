@@ -46,25 +46,19 @@ app.add_typer(cache_app, name="cache")
 TransferName = Annotated[str, typer.Argument(help="Name of a folder under transfers/, or a path to one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 AsJsonList = Annotated[bool, typer.Option("--json", help="Print one JSON list and nothing else.")]
+_RULE_HELP = f"{', '.join(RULES)}; may be repeated. Without it, all; with a grid, those that can take it."
+_GRID_HELP = f"1.1,1.2,1.5 or start:stop:step, of {', '.join(KEEP_RULES)} what to keep; without it, chosen."
 
 
 @app.command("new")
 def make_transfer(
     name: Annotated[str, typer.Argument(help="Name of the folder to make under transfers/.")],
     adapter: Annotated[str, typer.Option(help="Your PEFT LoRA adapter: a folder, or a hub id.")] = "",
-    base: Annotated[
-        str, typer.Option(help="Base model of the adapter. Without it, the one that adapter_config.json names.")
-    ] = "",
+    base: Annotated[str, typer.Option(help="Its base model; else the one that adapter_config.json names.")] = "",
     target: Annotated[str, typer.Option(help="Base model that shall learn the skill.")] = "",
-    template: Annotated[
-        str, typer.Option(help="Text around a prompt in the adapter's training, with {prompt}; \\n is a new line.")
-    ] = "",
-    seeds: Annotated[
-        str, typer.Option(help="Example prompts: .jsonl, .csv with a column `prompt`, or .txt with one a line.")
-    ] = "",
-    heldout: Annotated[
-        str, typer.Option(help="Labelled examples to measure with: .jsonl, or .csv with `prompt` and `response`.")
-    ] = "",
+    template: Annotated[str, typer.Option(help="Text of its training, with {prompt}; \\n is a new line.")] = "",
+    seeds: Annotated[str, typer.Option(help="Prompts: .jsonl, .csv (column `prompt`) or .txt (one a line).")] = "",
+    heldout: Annotated[str, typer.Option(help="To measure with: .jsonl, or .csv (`prompt` and `response`).")] = "",
     generator: Annotated[str, typer.Option(help="Model that writes prompts. Without it, the target.")] = "",
     mode: Annotated[
         Literal["chat", "continuation", "by_response"],
@@ -92,11 +86,9 @@ def make_transfer(
     heldout_note = f"{len(made.heldout)} held-out pairs" if made.heldout else "no held-out file, so no evaluation"
     rendering.err.print(f"{len(made.seeds)} seeds, {heldout_note}. Next:", highlight=False)
     rendering.commands(
-        [
-            (f"tuneshift doctor {name}", "is the adapter applied?"),
-            (f"tuneshift run {name}", "prompts, pairs, the new adapter"),
-            ("make ui", "the same in Dagster's UI"),
-        ]
+        (f"tuneshift doctor {name}", "is the adapter applied?"),
+        (f"tuneshift run {name}", "prompts, pairs, the new adapter"),
+        ("make ui", "the same in Dagster's UI"),
     )
 
 
@@ -116,13 +108,8 @@ def plan(transfer: TransferName, as_json: AsJson = False) -> None:
 @app.command()
 def run(
     transfer: TransferName,
-    rounds: Annotated[
-        int | None,
-        typer.Option(min=1, help="Grow at most this many rounds this time, then train and evaluate on what there is."),
-    ] = None,
-    regrow: Annotated[
-        bool, typer.Option(help="Also grow rounds anew that are out of date only because their seeds changed.")
-    ] = False,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Grow at most so many rounds now, then train.")] = None,
+    regrow: Annotated[bool, typer.Option(help="Also grow rounds anew of which only the seeds changed.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Materialize what is missing or out of date, round by round, then train and evaluate.
@@ -146,7 +133,7 @@ def run(
     if pending:
         speeds = plans.chosen_speeds(plans.recorded_speeds(store, loaded), loaded)
         seconds = plans.work(store, loaded).seconds(speeds, pending)
-        rendering.outlook(loaded.name, pending, seconds, set(plans.STEPS))
+        rendering.outlook(loaded.name, pending, seconds, plans.STEPS)
     result = runner.run(regrow)
     if not result.materialized:
         rendering.err.print("Everything is up to date.")
@@ -156,11 +143,9 @@ def run(
             " run again with --regrow to grow them anew."
         )
     figures = make_report(store, loaded)
-    if as_json:
-        rendering.as_json(figures)
-        return
-    rendering.report(figures)
-    rendering.after_run(loaded.name, output_dir(loaded.name))
+    rendering.as_json(figures) if as_json else rendering.report(figures)
+    if not as_json:
+        rendering.after_run(loaded.name, output_dir(loaded.name))
 
 
 @app.command()
@@ -175,22 +160,8 @@ def report(transfer: TransferName, as_json: AsJson = False) -> None:
 @app.command()
 def sweep(
     transfer: TransferName,
-    rule: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--rule",
-            help=f"{', '.join(RULES[:-1])} or {RULES[-1]}; may be repeated."
-            " Without it, all; with a grid, those that can take it.",
-        ),
-    ] = None,
-    grid: Annotated[
-        str,
-        typer.Option(
-            "--grid",
-            help=f"1.1,1.2,1.5 or start:stop:step, of {', '.join(KEEP_RULES[:-1])} and {KEEP_RULES[-1]} what to keep;"
-            " without it, chosen.",
-        ),
-    ] = "",
+    rule: Annotated[list[str] | None, typer.Option(help=_RULE_HELP)] = None,
+    grid: Annotated[str, typer.Option(help=_GRID_HELP)] = "",
     as_json: AsJsonList = False,
 ) -> None:
     """Show what each filter rule would keep at each threshold; loads no model and changes nothing."""
@@ -198,11 +169,8 @@ def sweep(
 
     loaded = _load(transfer)
     cells = thresholds.sweep(_store(), loaded, rule or [], thresholds.parse_grid(grid) if grid else [])
-    if as_json:
-        rendering.as_json(cells)
-        return
-    rendering.sweep(cells)
-    if not any(cell["pairs_kept"] for cell in cells):
+    rendering.as_json(cells) if as_json else rendering.sweep(cells)
+    if not as_json and not any(cell["pairs_kept"] for cell in cells):
         rendering.err.print(f"Nothing is kept. If there are no scored pairs yet: tuneshift run {loaded.name}")
 
 
@@ -218,20 +186,16 @@ def compare(transfer: TransferName, as_json: AsJsonList = False) -> None:
     loaded = _load(transfer)
     _runner(loaded).compare()
     rows = summary.comparison(_store(), loaded)
-    if as_json:
-        rendering.as_json(rows)
-        return
-    rendering.comparison(rows)
-    rendering.err.print(f"Picture: {output_dir(loaded.name) / 'comparison.png'}", soft_wrap=True)
+    rendering.as_json(rows) if as_json else rendering.comparison(rows)
+    if not as_json:
+        rendering.err.print(f"Picture: {output_dir(loaded.name) / 'comparison.png'}", soft_wrap=True)
 
 
 @app.command()
 def lineage(
     transfer: TransferName,
     prompt_id: Annotated[str, typer.Argument(help="A prompt's id, the beginning of one, or the prompt's whole text.")],
-    up: Annotated[
-        bool, typer.Option("--up/--down", help="Back to the seeds it came from, or forward to all that it led to.")
-    ] = True,
+    up: Annotated[bool, typer.Option("--up/--down", help="Back to the seeds, or forward to what followed.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Show which generator calls and seeds a prompt came from, or which prompts it led to and their fate."""
@@ -241,11 +205,8 @@ def lineage(
 
     loaded = _load(transfer)
     root = (trees.up if up else trees.down)(_store(), loaded, prompt_id)
-    if as_json:
-        direction = "up" if up else "down"
-        rendering.as_json({"transfer": loaded.name, "direction": direction, "root": asdict(root)})
-        return
-    rendering.lineage(root)
+    found = {"transfer": loaded.name, "direction": "up" if up else "down", "root": asdict(root)}
+    rendering.as_json(found) if as_json else rendering.lineage(root)
 
 
 @app.command()
@@ -310,12 +271,11 @@ def doctor(
     from tuneshift_dag.cli.doctor import examine
 
     _quiet()
-    ok = True
+    problems = 0
     for finding in examine(transfer, models):
         rendering.finding(finding)
-        ok = ok and finding.ok is not False
-    if not ok:
-        raise typer.Exit(1)
+        problems += finding.ok is False
+    raise typer.Exit(1 if problems else 0)
 
 
 def main() -> None:
@@ -368,10 +328,10 @@ def _runner(transfer: "Transfer") -> Any:
             f"{folder / 'dagster.yaml'}: Dagster can't open its instance ({type(error).__name__}: {told}). Repair the"
             " file, or name another folder in DAGSTER_HOME."
         ) from error
-    rounds = len(transfer.round_keys)
 
     def announce(asset: str, round_: str | None) -> None:
-        rendering.err.print(f"[bold]{asset}[/bold]" + (f" {round_} of {rounds}" if round_ else ""), highlight=False)
+        place = f" {round_} of {transfer.config.rounds}" if round_ else ""
+        rendering.err.print(f"[bold]{asset}[/bold]{place}", highlight=False)
 
     def tell(line: str) -> None:
         rendering.err.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)

@@ -6,14 +6,16 @@ Nothing is downloaded: models of the hub that aren't on this machine are named, 
 import hashlib
 import importlib.metadata
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import find_transfers, load_transfer
 from tuneshift_dag.home import database_file, home_dir, transfers_dir
+from tuneshift_dag.models.references import hub_files_here
 from tuneshift_dag.reports.plan import run_warnings
 from tuneshift_dag.store import Store
 from tuneshift_dag.training import training_problem
@@ -34,7 +36,9 @@ class Finding:
 def examine(name: str | None, with_models: bool) -> Iterator[Finding]:
     """Findings about the environment and about one transfer, or every transfer."""
     yield from _environment()
-    folders = [_folder(name)] if name else find_transfers(transfers_dir())
+    folders = find_transfers(transfers_dir())
+    if name:
+        folders = [Path(name) if (Path(name) / "transfer.yaml").is_file() else transfers_dir() / name]
     if not folders:
         yield Finding("transfers", False, f"none in {transfers_dir()}. Make a folder with transfer.yaml there.")
     for folder in folders:
@@ -44,35 +48,19 @@ def examine(name: str | None, with_models: bool) -> Iterator[Finding]:
             yield Finding(folder.name, False, str(error))
             continue
         heldout = f"{len(transfer.heldout)} held-out pairs" if transfer.heldout else "no held-out file: no evaluation"
-        yield Finding(
-            folder.name, True, f"{len(transfer.seeds)} seeds, {heldout}, up to {transfer.config.rounds} rounds"
-        )
-        warnings = run_warnings(transfer)
-        if warnings:
+        rounds = f"up to {transfer.config.rounds} rounds"
+        yield Finding(folder.name, True, f"{len(transfer.seeds)} seeds, {heldout}, {rounds}")
+        if warnings := run_warnings(transfer):
             yield Finding(f"{folder.name} memory", False, " ".join(warnings))
-        problem = training_problem(transfer)
-        if problem is not None:
+        if problem := training_problem(transfer):
             yield Finding(f"{folder.name} training", None, problem)
         if transfer.config.evaluation.tasks:
             yield _tasks(transfer)
-        missing = _missing(transfer)
-        yield from _models(transfer, missing)
-        if with_models and "generator.model" not in missing:
-            yield from _generator(transfer)
-        if with_models and not missing & {"source.base", "source.adapter"}:
-            yield from _preflight(transfer)
+        names = {key: str(attrgetter(key)(transfer.config)) for key in transfer.fingerprints}
+        missing = {key: name for key, name in names.items() if not hub_files_here(name, folder)}
+        yield from _models(transfer, names, missing)
         if with_models:
-            _release()  # the next transfer's models need its memory
-
-
-def _release() -> None:
-    from tuneshift_dag.resources import EngineResource
-
-    EngineResource().release()
-
-
-def _folder(name: str) -> Path:
-    return Path(name) if (Path(name) / "transfer.yaml").is_file() else transfers_dir() / name
+            yield from _loaded(transfer, missing)
 
 
 def _environment() -> Iterator[Finding]:
@@ -102,45 +90,34 @@ def _tasks(transfer: Transfer) -> Finding:
     return Finding(what, True, ", ".join(transfer.config.evaluation.tasks))
 
 
-def _references(transfer: Transfer) -> dict[str, str]:
-    """What a run loads here, by key of ``transfer.yaml``."""
-    config = transfer.config
-    models = {"source.base": config.source.base, "source.adapter": config.source.adapter}
-    models["target.base"] = config.target.base
-    if config.generator.server is None:
-        models["generator.model"] = config.generator.model
-    return models
+def _models(transfer: Transfer, names: dict[str, str], missing: dict[str, str]) -> Iterator[Finding]:
+    """What the weights are known by (the fingerprint, and of the hub the commit), and those that a run would fetch.
 
-
-def _missing(transfer: Transfer) -> set[str]:
-    """Keys of the models that a run would fetch from the hub."""
-    from tuneshift_dag.models.references import hub_files_here
-
-    return {key for key, name in _references(transfer).items() if not hub_files_here(name, transfer.folder)}
-
-
-def _models(transfer: Transfer, missing: set[str]) -> Iterator[Finding]:
-    """What the weights are known by: the fingerprint, and of the hub the commit."""
-    models = _references(transfer)
+    Args:
+        names: the models' references by key of ``transfer.yaml``; ``missing``: those that aren't on this machine.
+    """
     shown = []
     for key, fingerprint in transfer.fingerprints.items():
-        if fingerprint.value and key in models:
+        if fingerprint.value:
             commit = f", commit {fingerprint.commit[:12]}" if fingerprint.commit else ""
-            shown.append(f"{key} {models[key]} ({fingerprint.value[:12]}{commit})")
+            shown.append(f"{key} {names[key]} ({fingerprint.value[:12]}{commit})")
     if shown:
         yield Finding(f"{transfer.name} weights", True, "; ".join(shown))
     if missing:
-        names = ", ".join(f"{models[key]} ({key})" for key in models if key in missing)
-        detail = (
-            f"not on this machine, and so not checked: {names}. A run fetches them from the hub; `hf download NAME`"
-        )
+        absent = ", ".join(f"{name} ({key})" for key, name in missing.items())
         yield Finding(
-            f"{transfer.name} models", None, f"{detail} does so now, after `hf auth login` for a gated model."
+            f"{transfer.name} models",
+            None,
+            f"not on this machine, and so not checked: {absent}. A run fetches them from the hub; `hf download NAME`"
+            " does so now, after `hf auth login` for a gated model.",
         )
 
 
 def quantized_in_use(transfers: Sequence[Transfer]) -> set[str]:
-    """Names of the folders with 4-bit copies of weights that these transfers load, as `models.loading` names them."""
+    """Names of the folders with 4-bit copies of weights that these transfers load.
+
+    `models.loading` names them when it makes them; the naming is here once more, since asking it would load PyTorch.
+    """
     version = importlib.metadata.version("bitsandbytes")
     used = set()
     for transfer in transfers:
@@ -160,39 +137,32 @@ def quantized_in_use(transfers: Sequence[Transfer]) -> set[str]:
     return used
 
 
-def _generator(transfer: Transfer) -> Iterator[Finding]:
-    """A base model has no chat template, and a run would notice only after the preflight."""
+def _loaded(transfer: Transfer, missing: Container[str]) -> Iterator[Finding]:
+    """What only loaded models can tell, of those that are here."""
     from tuneshift_dag.resources import EngineResource
 
-    config = transfer.config.generator
-    what = f"{transfer.name} generator"
-    if config.mode != "chat":
-        return
-    if config.server is not None:
-        yield Finding(
-            what,
-            None,
-            f"{config.model} on {config.server.base_url} wasn't asked: the server applies its own chat template",
-        )
-        return
-    try:
-        EngineResource().generator(transfer).render_chat("")
-        yield Finding(what, True, f"{config.model} has a chat template")
-    except TuneshiftError as error:
-        yield Finding(what, False, str(error))
-
-
-def _preflight(transfer: Transfer) -> Iterator[Finding]:
-    from tuneshift_dag.resources import EngineResource
-
-    template = transfer.config.prompt_template
-    try:
-        engine = EngineResource().source(transfer)
-        applied = engine.check_adapter([template.replace("{prompt}", seed) for seed in transfer.seeds])
-    except TuneshiftError as error:
-        yield Finding(f"{transfer.name} preflight", False, str(error))
-        return
-    detail = "; ".join([*applied.problems, *applied.warnings]) or "adapter applied"
-    if detail == "adapter applied" and applied.largest_logit_difference is not None:
-        detail += f" (largest logit difference on the seeds {applied.largest_logit_difference:.1f})"
-    yield Finding(f"{transfer.name} preflight", not applied.problems, detail)
+    engines, generator = EngineResource(), transfer.config.generator
+    # A base model has no chat template, and a run would notice only after the preflight.
+    if "generator.model" not in missing and generator.mode == "chat":
+        what = f"{transfer.name} generator"
+        if generator.server is not None:
+            asked = f"{generator.model} on {generator.server.base_url} wasn't asked"
+            yield Finding(what, None, f"{asked}: the server applies its own chat template")
+        else:
+            try:
+                engines.generator(transfer).render_chat("")
+                yield Finding(what, True, f"{generator.model} has a chat template")
+            except TuneshiftError as error:
+                yield Finding(what, False, str(error))
+    if "source.base" not in missing and "source.adapter" not in missing:
+        what, template = f"{transfer.name} preflight", transfer.config.prompt_template
+        try:
+            applied = engines.source(transfer).check_adapter([template.replace("{prompt}", s) for s in transfer.seeds])
+            difference = applied.largest_logit_difference
+            told = "adapter applied"
+            told += "" if difference is None else f" (largest logit difference on the seeds {difference:.1f})"
+            told = "; ".join([*applied.problems, *applied.warnings]) or told
+            yield Finding(what, not applied.problems, told)
+        except TuneshiftError as error:
+            yield Finding(what, False, str(error))
+    engines.release()  # the next transfer's models need its memory

@@ -26,7 +26,7 @@ from tuneshift_dag.models.references import check_adapter_folder, check_referenc
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answers:
     """What `tuneshift new` needs to know. Empty means: not said; paths are relative to the working folder."""
 
@@ -52,20 +52,29 @@ def create(root: Path, name: str, given: Answers) -> Transfer:
         TuneshiftError: naming the flag or the file, its value and the repair. Nothing is written then.
     """
     folder = check_name(root, name)
-    answers = _with_defaults(given)
-    base = check_base(answers.base, answers.adapter)
-    target = _model(answers.target, "--target")
-    generator = _model(answers.generator, "--generator")
-    template = check_template(answers.template)
-    seed_rows: Rows = [(f"prompt {n}", {"prompt": seed}) for n, seed in enumerate(answers.typed_seeds, 1)]
-    seed_rows = read_examples(Path(answers.seeds), "--seeds") if answers.seeds else seed_rows
-    heldout_rows = read_examples(Path(answers.heldout), "--heldout") if answers.heldout else []
+    if absent := missing(given):
+        raise TuneshiftError(f"{', '.join(absent)} missing: give them, or run this in a terminal to be asked.")
+    check_adapter(given.adapter)
+    named = named_base(given.adapter)
+    if not given.base and not _usable(named):
+        said = f"adapter_config.json names {named!r}, which is no model here" if named else "the adapter doesn't say it"
+        raise TuneshiftError(f"--base missing: {said}. Give the model that the adapter was trained on.")
+    adapter = _local_folder(given.adapter)
+    copied = adapter if given.copy_adapter else None
+    config = _config(
+        replace(
+            given,
+            adapter="adapter" if copied else str(adapter or given.adapter),
+            base=check_base(given.base or named, given.adapter),
+            target=_model(given.target, "--target"),
+            generator=_model(given.generator or given.target, "--generator"),
+            template=check_template(given.template),
+        )
+    )
+    seed_rows: Rows = [(f"prompt {n}", {"prompt": seed}) for n, seed in enumerate(given.typed_seeds, 1)]
+    seed_rows = read_examples(Path(given.seeds), "--seeds") if given.seeds else seed_rows
+    heldout_rows = read_examples(Path(given.heldout), "--heldout") if given.heldout else []
     seeds, heldout = files.check_examples(seed_rows, heldout_rows)
-    adapter = _local_folder(answers.adapter)
-    copied = adapter is not None and answers.copy_adapter
-    reference = "adapter" if copied else str(adapter or answers.adapter)
-    config = _config(answers, base, reference, target, generator, template)
-
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".new-") as staging:
@@ -77,8 +86,8 @@ def create(root: Path, name: str, given: Answers) -> Transfer:
                 _write_jsonl(made / "heldout.jsonl", [{"prompt": p, "response": r} for p, r in heldout])
             if copied:
                 (made / "adapter").mkdir()
-            for file in _ADAPTER_FILES if copied else ():
-                shutil.copyfile(Path(str(adapter)) / file, made / "adapter" / file)
+                for file in _ADAPTER_FILES:
+                    shutil.copyfile(copied / file, made / "adapter" / file)
             try:
                 files.load_transfer(made)
             except TuneshiftError as error:
@@ -97,28 +106,25 @@ def missing(given: Answers) -> list[str]:
 
 def ask_for_the_rest(given: Answers) -> Answers:
     """Ask in the terminal for what no flag said; a wrong answer is explained and asked for again."""
-    adapter = given.adapter or _ask("Adapter (PEFT folder or hub id)", check_adapter)
-    answers = replace(given, adapter=adapter)
-    if not answers.base:
-        named = named_base(adapter)
+    told = replace(given)
+    told.adapter = told.adapter or _ask("Adapter (PEFT folder or hub id)", check_adapter)
+    if not told.base:
+        named = named_base(told.adapter)
         question, default = "Its base model (hub id, folder or package://…)", named if _usable(named) else None
-        answers = replace(answers, base=_ask(question, lambda value: check_base(value, adapter), default))
-    if not answers.target:
-        answers = replace(answers, target=_ask("Target base", lambda value: _model(value, "--target")))
-    if not answers.generator:
-        asked = _ask("Model that writes prompts", lambda value: _model(value, "--generator"), answers.target)
+        told.base = _ask(question, lambda value: check_base(value, told.adapter), default)
+    told.target = told.target or _ask("Target base", lambda value: _model(value, "--target"))
+    if not told.generator:
+        told.generator = _ask("Model that writes prompts", lambda value: _model(value, "--generator"), told.target)
         modes = "chat (an instruct model), continuation (a base model), by_response (a fixed set of answers)"
-        mode = _ask(f"Its mode: {modes}", _check_mode, answers.mode)
-        answers = replace(answers, generator=asked, mode=cast(Mode, mode))
-    if not answers.template:
-        asked = _ask("Prompt template, as in the adapter's training, \\n for a new line", check_template)
-        answers = replace(answers, template=asked)
-    if not answers.seeds and not answers.typed_seeds:
-        asked = _ask("File of example prompts (.jsonl, .csv, .txt; empty to type them)", _examples("--seeds"), "")
-        answers = replace(answers, seeds=asked) if asked else replace(answers, typed_seeds=_type_seeds())
-    if not answers.heldout:
-        answers = replace(answers, heldout=_ask("Held-out file (empty for none)", _examples("--heldout"), ""))
-    return answers
+        told.mode = cast(Mode, _ask(f"Its mode: {modes}", _check_mode, told.mode))
+    question = "Prompt template, as in the adapter's training, \\n for a new line"
+    told.template = told.template or _ask(question, check_template)
+    if not told.seeds and not told.typed_seeds:
+        question = "File of example prompts (.jsonl, .csv, .txt; empty to type them)"
+        told.seeds = _ask(question, _examples("--seeds"), "")
+        told.typed_seeds = () if told.seeds else _type_seeds()
+    told.heldout = told.heldout or _ask("Held-out file (empty for none)", _examples("--heldout"), "")
+    return told
 
 
 def check_name(root: Path, name: str) -> Path:
@@ -136,11 +142,11 @@ def check_name(root: Path, name: str) -> Path:
     return root / name
 
 
-def check_adapter(value: str) -> str:
-    """An adapter folder that can be used, or a hub id (which is checked when it is first fetched)."""
+def check_adapter(value: str) -> None:
+    """`TuneshiftError` when a folder can't be used; a hub id is checked when it is first fetched."""
     folder = Path(value).expanduser()
     if not folder.exists() and is_hub_id(value):
-        return value
+        return
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
         inside = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
         if inside:
@@ -153,7 +159,6 @@ def check_adapter(value: str) -> str:
                 " without its fine-tune, so it needs the LoRA adapter alone, from before it was merged."
             )
     check_adapter_folder(folder, "--adapter")
-    return value
 
 
 def named_base(adapter: str) -> str:
@@ -217,18 +222,6 @@ def _read_csv(file: Path, columns: list[str]) -> Rows:
         ) from error
 
 
-def _with_defaults(given: Answers) -> Answers:
-    """Everything that can be known without asking; `TuneshiftError` names what can't."""
-    if absent := missing(given):
-        raise TuneshiftError(f"{', '.join(absent)} missing: give them, or run this in a terminal to be asked.")
-    check_adapter(given.adapter)
-    named = named_base(given.adapter)
-    if not given.base and not _usable(named):
-        said = f"adapter_config.json names {named!r}, which is no model here" if named else "the adapter doesn't say it"
-        raise TuneshiftError(f"--base missing: {said}. Give the model that the adapter was trained on.")
-    return replace(given, base=given.base or named, generator=given.generator or given.target)
-
-
 def _model(value: str, flag: str) -> str:
     """A model reference that means the same in the transfer's folder as it does here."""
     reference = value
@@ -285,23 +278,24 @@ def _write_jsonl(file: Path, rows: list[dict[str, str]]) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
-def _config(answers: Answers, base: str, adapter: str, target: str, generator: str, template: str) -> str:
+def _config(answers: Answers) -> str:
     """``transfer.yaml``. A JSON string is a YAML string, whatever is in it."""
     text = functools.partial(json.dumps, ensure_ascii=False)
     return f"""\
 # Every key and its default: docs/reference.md. A key that isn't here has its default.
-description: {text(answers.description or f"From {base} to {target}.")}
+description: {text(answers.description or f"From {answers.base} to {answers.target}.")}
 
 source:
-  base: {text(base)}
-  adapter: {text(adapter)}
+  base: {text(answers.base)}
+  adapter: {text(answers.adapter)}
 target:
-  base: {text(target)}
+  base: {text(answers.target)}
 # All that a model sees before its answer: the very text that the adapter was trained with.
-prompt_template: {text(template)}
+prompt_template: {text(answers.template)}
 
 generator:
-  model: {text(generator)}
+  model: {text(answers.generator)}
+  temperature: 1.0        # lower: more fluent, and more doubles
 {_GENERATOR[answers.mode].replace("INSTRUCTION", text(answers.instruction or _INSTRUCTION[answers.mode]))}
 response:
   max_new_tokens: 64      # longer answers are cut off and not used
@@ -330,7 +324,6 @@ _GENERATOR: dict[Mode, str] = {
   instruction: INSTRUCTION
   calls_per_round: 16     # each asks for prompts_per_call prompts; doubles are dropped
   prompts_per_call: 20
-  temperature: 1.0        # lower: more fluent, and more doubles
 """,
     "continuation": """\
   mode: continuation      # for a base model; `chat` for an instruct model
@@ -338,7 +331,6 @@ _GENERATOR: dict[Mode, str] = {
   calls_per_round: 40     # each asks for prompts_per_call prompts; doubles are dropped
   prompts_per_call: 8
   original_seeds_per_call: 2  # how many of the five shown are yours: more holds the subject, fewer explores
-  temperature: 1.0        # lower: more fluent, and more doubles
 """,
     "by_response": """\
   mode: by_response       # for a fixed set of answers; else `continuation`, or `chat` for an instruct model
@@ -348,7 +340,6 @@ _GENERATOR: dict[Mode, str] = {
   prompts_per_call: 1
   seeds_per_call: 6
   original_seeds_per_call: 5  # how many of those shown are yours; the last has the answer that is asked for
-  temperature: 1.0        # lower: more fluent, and more doubles
   max_new_tokens: 64
 """,
 }

@@ -43,13 +43,13 @@ def rows(title: str, found: Sequence[dict[str, Any]]) -> None:
     out.print(table)
 
 
-def commands(lines: Sequence[tuple[str, str]]) -> None:
+def commands(*lines: tuple[str, str]) -> None:
     """What to type next, and why."""
     for command, why in lines:
         err.print(f"  {command:40} {why}", highlight=False)
 
 
-def outlook(name: str, pending: Sequence[tuple[str, str | None]], seconds: dict[str, float], steps: set[str]) -> None:
+def outlook(name: str, pending: list[tuple[str, str | None]], seconds: dict[str, float], steps: Sequence[str]) -> None:
     """What a run will do, and how long it takes.
 
     Args:
@@ -60,42 +60,35 @@ def outlook(name: str, pending: Sequence[tuple[str, str | None]], seconds: dict[
     rounds = sorted({round_ for _, round_ in pending if round_})
     told = f"{len(pending)} steps to do"
     told += f", {len(rounds)} rounds ({rounds[0]} to {rounds[-1]})" if rounds else ""
-    unknown = [step for step in dict.fromkeys(asset for asset, _ in pending) if step in steps - seconds.keys()]
-    if not seconds:
-        speed = "no recorded speed yet" if unknown else "no model runs"
+    due = {asset for asset, _ in pending}
+    unknown = [step for step in steps if step in due and step not in seconds]
+    if seconds:
+        total = sum(seconds.values())
+        most = f"{total:.0f} s" if total < 90 else f"{total / 60:.0f} min" if total < 5400 else f"{total / 3600:.1f} h"
+        speed = f"at most {most} at recorded speeds, less what the cache has"
+        speed += f"; without {', '.join(unknown)}: no recorded speed yet" if unknown else ""
     else:
-        speed = f"about {duration(sum(seconds.values()))} at recorded speeds"
-        speed += f", without {', '.join(unknown)}: no recorded speed yet" if unknown else ""
+        speed = "no recorded speed yet" if unknown else "no model runs"
     err.print(f"[bold]{name}[/bold]: {told}; {speed}.", highlight=False, soft_wrap=True)
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def after_run(name: str, output: Path) -> None:
     """What to look at after a run: its pictures, and the commands that go on."""
-    pictures = [output / f"{picture}.png" for picture in _PICTURES if (output / f"{picture}.png").is_file()]
+    pictures = [f"  {file}" for file in (output / f"{name}.png" for name in _PICTURES) if file.is_file()]
     if pictures:
-        err.print("Pictures:")
-    for picture in pictures:
-        err.print(f"  {picture}", soft_wrap=True, highlight=False)
+        err.print("Pictures:", *pictures, sep="\n", soft_wrap=True, highlight=False)
     err.print("Next:")
     commands(
-        [
-            (f"tuneshift report {name}", "these figures again"),
-            (f"tuneshift sweep {name}", "what other rules and thresholds would keep"),
-            (f"tuneshift export {name} --to out/", "the adapter and the dataset, with their cards"),
-            ("make ui", "the graph in Dagster's UI"),
-        ]
+        (f"tuneshift report {name}", "these figures again"),
+        (f"tuneshift sweep {name}", "what other rules and thresholds would keep"),
+        (f"tuneshift export {name} --to out/", "the adapter and the dataset, with their cards"),
+        ("make ui", "the graph in Dagster's UI"),
     )
 
 
 def report(figures: dict[str, Any]) -> None:
     from tuneshift_dag.method.evaluation import TITLES
-    from tuneshift_dag.reports import by_way
+    from tuneshift_dag.reports import by_column, by_way
 
     out.print(
         f"[bold]{figures['transfer']}[/bold]: {figures['rounds']} rounds, {figures['prompts']} prompts,"
@@ -103,14 +96,14 @@ def report(figures: dict[str, Any]) -> None:
         f" {figures['distinct_responses_kept']} distinct responses"
     )
     rows("Rounds", figures["by_round"])
-    accuracy = by_way([{"model": name, **row} for name, row in figures["accuracy"].items()])
-    shown = [{column: row[column] for column in ("model", "value", "low", "high", "n")} for row in accuracy]
+    columns = ("model", "value", "low", "high", "n")
+    shown = [{column: row[column] for column in columns} for row in by_way(figures["accuracy"])]
     rows(f"Held-out {TITLES[figures['metric']]}, 95 % interval", shown)
     if figures["retention"]:
         retained = [{"model": name, **row} for name, row in figures["retention"].items()]
         rows("General text, before and after the distillation", retained)
     if figures["tasks"]:
-        rows("Standard tasks, ± standard error", _side_by_side(figures["tasks"]))
+        rows("Standard tasks, ± standard error", by_column(figures["tasks"], "model", _with_error))
     rows("Cost of the last run", [{"asset": asset, "seconds": value} for asset, value in figures["seconds"].items()])
     out.print(
         f"Last run: {figures['model_calls']} model calls for the dataset,"
@@ -118,14 +111,8 @@ def report(figures: dict[str, Any]) -> None:
     )
 
 
-def _side_by_side(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Scores of standard tasks with one column for each model."""
-    found: dict[tuple[str, ...], dict[str, Any]] = {}
-    for score in tasks:
-        names = {column: score[column] for column in ("task", "metric", "filter", "n")}
-        error = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"
-        found.setdefault(tuple(map(str, names.values())), names)[score["model"]] = f"{score['value']:.3f}{error}"
-    return list(found.values())
+def _with_error(score: dict[str, Any]) -> str:
+    return f"{score['value']:.3f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.3f}")
 
 
 def plan(made: dict[str, Any]) -> None:
@@ -148,12 +135,12 @@ def plan(made: dict[str, Any]) -> None:
     for name, step in made["steps"].items():
         memory = [number(step[column], "{:.1f} GB", 1e9) for column in ("memory_bytes", "recorded_peak_bytes")]
         seconds, speed = number(step["seconds"], "{:,.1f}"), step["speed"]
-        if speed is None:
-            table.add_row(name, *memory, seconds, "-", "-")
-            continue
-        models = ", ".join(model.rpartition("/")[2] for model in (speed["models"] or "unknown").split(", "))
-        ran = f"{models} ({speed['engine'] or 'unknown'}), {speed['recorded_at'][:10]}"
-        table.add_row(name, *memory, seconds, f"{1 / speed['seconds_per_row']:,.1f}", ran)
+        ran = ["-", "-"]
+        if speed is not None:
+            models = ", ".join(model.rpartition("/")[2] for model in (speed["models"] or "unknown").split(", "))
+            of = f"{models} ({speed['engine'] or 'unknown'}), {speed['recorded_at'][:10]}"
+            ran = [f"{1 / speed['seconds_per_row']:,.1f}", of]
+        table.add_row(name, *memory, seconds, *ran)
     table.add_section()
     table.add_row("total", "", "", number(made["total_seconds"], "{:,.1f}"))
     out.print(table)
@@ -218,19 +205,17 @@ def comparison(found: list[dict[str, Any]]) -> None:
 
 
 def lineage(root: "Prompt") -> None:
-    tree = Tree(prompt_line(root))
-    _add_calls(tree, root)
-    out.print(tree)
+    out.print(_branch(root))
 
 
-def _add_calls(tree: Tree, prompt: "Prompt") -> None:
-    """Hang a prompt's calls, and their prompts, on its branch."""
+def _branch(prompt: "Prompt") -> Tree:
+    """A prompt with its calls, and their prompts."""
+    tree = Tree(prompt_line(prompt))
     for call in prompt.calls:
         line = Text(f"generator call {call.number} of {call.round}", "bold")
         line.append(f" (new prompts: {call.written}, dropped: {call.dropped})", "not bold")
-        branch = tree.add(_and_elsewhere(line, call.repeated))
-        for child in call.prompts:
-            _add_calls(branch.add(prompt_line(child)), child)
+        tree.add(_and_elsewhere(line, call.repeated)).children += map(_branch, call.prompts)
+    return tree
 
 
 def prompt_line(prompt: "Prompt") -> Text:

@@ -20,7 +20,7 @@ from tuneshift_dag.config.schema import Evaluation, TransferConfig
 from tuneshift_dag.method.evaluation import expected_number
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.models import references
-from tuneshift_dag.models.references import Kind, check_adapter_folder, check_reference, is_hub_id
+from tuneshift_dag.models.references import Kind, check_adapter_folder, check_reference, is_on_hub
 
 Rows = list[tuple[str, dict[str, Any]]]
 """Examples as read from a file, each with its place there, for messages."""
@@ -29,8 +29,9 @@ HELD_OUT_SHAPE = '{"prompt": "...", "response": "..."}'
 
 # Schemas and catalogs that there are in every database of ours (its file is tuneshift.duckdb).
 _DUCKDBS_OWN = {"cache", "main", "temp", "system", "tuneshift", "information_schema", "pg_catalog"}
-# Keys that an old transfer.yaml may have, and why they are gone.
+# Keys and a rule that an old transfer.yaml may have, and why they are gone.
 _TAKEN_OUT = {
+    "ifd": "it kept no better pairs, for more scores",
     "filter.target": "it was never shown to help",
     "filter.target_share": "it was never shown to help",
     "filter.discriminator": "it learned hardly more than how the seeds are written",
@@ -45,8 +46,7 @@ def load_transfer(folder: Path) -> Transfer:
         TuneshiftError: naming the file, the key, the value and the repair.
     """
     config_file = folder / "transfer.yaml"
-    problem = name_problem(folder.resolve().name)
-    if problem:
+    if problem := name_problem(folder.resolve().name):
         raise TuneshiftError(f"{folder}: rename the folder: {problem}.")
     _refuse_twin(folder.resolve(), _folders(folder.resolve().parent))
     config = _read_config(config_file)
@@ -55,14 +55,17 @@ def load_transfer(folder: Path) -> Transfer:
     heldout_rows = read_jsonl(heldout_file, HELD_OUT_SHAPE) if heldout_file.exists() else []
     seeds, heldout = check_examples(seed_rows, heldout_rows)
     _check_tasks(config.evaluation, config_file, folder)
-    if config.evaluation.metric == "numeric":
-        _refuse_answers_without_number(heldout_file, heldout)
+    for prompt, response in heldout if config.evaluation.metric == "numeric" else ():
+        if expected_number(response) is None:
+            raise TuneshiftError(
+                f"{heldout_file}: the response to {prompt!r} gives no number (found {response!r}), which"
+                " evaluation.metric 'numeric' compares. End it with '#### ' and the number, or write the number alone."
+            )
     labelled = _read_labelled(config, config_file, folder, heldout)
     for key, (reference, kind) in _references(config).items():
-        if kind == "adapter":
-            _check_adapter(config, folder, f"{config_file}: {key}")
-        else:
-            check_reference(reference, folder, f"{config_file}: {key}", weights=kind == "model")
+        check_reference(reference, folder, f"{config_file}: {key}", kind)
+    if not is_on_hub(config.source.adapter, folder):  # one that is, is looked at when it is first needed
+        _check_base_of_adapter(config, folder, f"{config_file}: source.adapter")
     return _with_fingerprints(Transfer(folder.resolve(), config, seeds, heldout, labelled))
 
 
@@ -97,8 +100,7 @@ def refresh(transfer: Transfer, warn: Callable[[str], None]) -> Transfer:
         warn: told why, in one line, when the hub can't be asked; the transfer then stays with what is here.
     """
     for key, (reference, kind) in _references(transfer.config).items():
-        problem = references.refresh(reference, transfer.folder, key, kind)
-        if problem:
+        if problem := references.refresh(reference, transfer.folder, key, kind):
             warn(problem)
     return _with_fingerprints(transfer)
 
@@ -154,11 +156,8 @@ def read_jsonl(file: Path, shape: str) -> Rows:
 
 def is_same_base(reference: str, other: str) -> bool:
     """Whether two references end in the same name: a model may be named by hub id, folder or package."""
-    return _base_name(reference) == _base_name(other)
-
-
-def _base_name(reference: str) -> str:
-    return reference.split("@")[0].rstrip("/").rsplit("/", 1)[-1].lower()
+    one, two = (name.split("@")[0].rstrip("/").rsplit("/", 1)[-1].lower() for name in (reference, other))
+    return one == two
 
 
 def _folders(root: Path) -> list[Path]:
@@ -230,20 +229,18 @@ def _read_config(file: Path) -> TransferConfig:
 
 def _explain(file: Path, problem: Any) -> str:
     key = ".".join(map(str, problem["loc"]))
-    found = _short(problem["input"])
-    if "key" in key.rsplit(".", 1)[-1]:
-        # Somebody may have put an API key here.
-        found = "a value that isn't shown"
-    if key in _TAKEN_OUT:
-        return f"{file}: {key} was taken out, because {_TAKEN_OUT[key]} (docs/experiments.md); remove it."
+    last = key.rsplit(".", 1)[-1]
+    # Somebody may have put an API key here.
+    found = "a value that isn't shown" if "key" in last else _short(problem["input"])
+    what = f"{key} {found}" if last == "rule" else key
+    if why := _TAKEN_OUT.get("ifd" if what.endswith(" 'ifd'") else what):
+        return f"{file}: {what} was taken out, because {why} (docs/experiments.md); remove it."
     if problem["type"] == "extra_forbidden":
         return f"{file}: {key}: unknown key (value {found}). Remove it or correct its spelling."
     if problem["type"] == "missing":
         return f"{file}: {key}: missing. Add it."
     message = problem["msg"].removeprefix("Value error, ")
-    if not key:
-        return f"{file}: {message}."
-    return f"{file}: {key}: {message} (found {found})."
+    return f"{file}: {key}: {message} (found {found})." if key else f"{file}: {message}."
 
 
 def _short(value: Any) -> str:
@@ -302,15 +299,6 @@ def _check_tasks(settings: Evaluation, config_file: Path, folder: Path) -> None:
         )
 
 
-def _refuse_answers_without_number(file: Path, heldout: list[tuple[str, str]]) -> None:
-    for prompt, response in heldout:
-        if expected_number(response) is None:
-            raise TuneshiftError(
-                f"{file}: the response to {prompt!r} gives no number (found {response!r}), which evaluation.metric"
-                " 'numeric' compares. End it with '#### ' and the number, or write the number alone."
-            )
-
-
 def _read_labelled(
     config: TransferConfig, config_file: Path, folder: Path, heldout: list[tuple[str, str]]
 ) -> list[tuple[str, str]]:
@@ -328,12 +316,9 @@ def _read_labelled(
     return _pairs(rows, [prompt for prompt, _ in heldout], "also in heldout.jsonl, so its answer would be trained on")
 
 
-def _check_adapter(config: TransferConfig, folder: Path, key: str) -> None:
+def _check_base_of_adapter(config: TransferConfig, folder: Path, key: str) -> None:
     path = (folder / config.source.adapter).expanduser()
-    if not path.exists() and is_hub_id(config.source.adapter):
-        return  # a hub id: fetched, and then checked, when it is first needed
-    adapter = check_adapter_folder(path, key)
-    named = adapter.get("base_model_name_or_path")
+    named = check_adapter_folder(path, key).get("base_model_name_or_path")
     if named and not is_same_base(str(named), config.source.base):
         raise TuneshiftError(
             f"{key}: {path / 'adapter_config.json'} was trained on the base model {named!r}, but source.base is"

@@ -4,9 +4,9 @@ Nothing here reads a file; errors are plain ValueErrors, to which ``files.py`` a
 """
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tuneshift_dag.config.schema_models import EngineConfig, Generator, Models, Probability, Quantization, Section
 from tuneshift_dag.method.evaluation import Metric
@@ -14,15 +14,6 @@ from tuneshift_dag.method.filters import KEEP_RULES, Rule
 
 # Settings of `response.samples`, which don't change the greedy responses.
 SAMPLES = {"samples", "temperature", "top_p", "agreement"}
-
-
-def _still_there(rule: Any) -> Any:
-    if rule == "ifd":
-        raise ValueError("was taken out: it kept no better pairs, for more scores (docs/experiments.md); remove it")
-    return rule
-
-
-KnownRule = Annotated[Rule, BeforeValidator(_still_there)]
 
 
 class Source(Section):
@@ -64,7 +55,7 @@ class Response(Section):
 class Filter(Section):
     """Which scored pairs are kept. f is the fine-tuned model, b the base, y_f and y_b their responses."""
 
-    rule: KnownRule = "both"
+    rule: Rule = "both"
     """`both`: PPL_f(y_f) < threshold < PPL_b(y_b). `difference`: PPL_b(y_b) - PPL_f(y_f) > threshold. `ratio`:
     PPL_b(y_b) / PPL_f(y_f) > threshold. `cross_ratio`: PPL_b(y_f) / PPL_f(y_f) > threshold. `top_excess`: the pairs
     with the largest mean of log p_f - log p_b over the tokens of y_f (TiTok, arXiv 2510.04682). `balanced_confidence`:
@@ -95,23 +86,21 @@ class Filter(Section):
         rule, keep, given = data.get("rule", "both"), data.get("keep"), data.get("threshold")
         data = {key: value for key, value in data.items() if key != "keep"}
         if keep is not None and rule not in KEEP_RULES:
-            rules = " and ".join(KEEP_RULES)
-            raise ValueError(
-                f"keep {keep} has no meaning for rule {rule!r}; remove it, or use one of the rules {rules}"
-            )
+            repair = f"remove it, or use one of the rules {' and '.join(KEEP_RULES)}"
+            raise ValueError(f"keep {keep} has no meaning for rule {rule!r}; {repair}")
         if keep is not None and given is not None:
             raise ValueError(f"keep {keep} and threshold {given} are two spellings of one setting; remove one of them")
         if rule == "unfiltered" and given is not None:
             raise ValueError(f"threshold {given} has no meaning for rule 'unfiltered'; remove it")
         if rule in KEEP_RULES and keep is None and given is None:
             raise ValueError(f"rule {rule!r} needs filter.threshold: a share of the pairs, like 0.5, or a number, 1000")
-        if keep is not None or rule == "unfiltered":
-            data["threshold"] = keep if keep is not None else 1.0
-        return data
+        if rule == "unfiltered":
+            data["threshold"] = 1.0
+        return data if keep is None else {**data, "threshold": keep}
 
     @model_validator(mode="after")
     def _possible(self) -> "Filter":
-        if any(not phrase.strip() for phrase in self.refusals):
+        if not all(phrase.strip() for phrase in self.refusals):
             raise ValueError("refusals holds an empty phrase, which every response contains; remove it")
         check_threshold(self.rule, self.threshold)
         return self
@@ -170,7 +159,7 @@ class Distill(Section):
 class Arm(Section):
     """One filter in a comparison; written as a rule's name alone, or with its own threshold."""
 
-    rule: KnownRule = Field(description="A filter rule.")
+    rule: Rule = Field(description="A filter rule.")
     threshold: float | None = Field(None, description="Its cut; without one, that of `filter`.")
 
     @model_validator(mode="before")
@@ -297,6 +286,6 @@ class TransferConfig(Section):
         """The filters to compare, `random` and `unfiltered` last; the rule of ``filter`` when none is named."""
         if self.compare is None:
             return ()
-        own = self.filter.rule if self.filter.rule not in ("random", "unfiltered") else None
-        chosen = self.compare.arms or ((Arm(rule=own),) if own else ())
-        return (*chosen, Arm(rule="random"), Arm(rule="unfiltered"))
+        always = (Arm(rule="random"), Arm(rule="unfiltered"))
+        own = Arm(rule=self.filter.rule)
+        return (*(self.compare.arms or (() if own in always else (own,))), *always)

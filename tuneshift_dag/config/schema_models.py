@@ -35,6 +35,9 @@ class Models(Section):
     """What the keys and values of a batch are kept in: the compute dtype (`auto`), or 8 bits, which is half the memory
     a row (docs/concepts.md)."""
     batch_size: int = Field(32, ge=1, le=1024, description="Most prompts decoded at once; fewer when memory is short.")
+    workers: int = Field(1, ge=1, le=64, exclude_if=lambda value: value == 1)
+    """Processes on a CPU that answer and score batches side by side, with one thread each and the model's weights in
+    common; as many as there are cores are fastest for small models. On a GPU it has no effect."""
 
 
 class Server(Section):

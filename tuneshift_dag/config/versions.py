@@ -6,6 +6,9 @@ An asset is out of date when its code version, or that of an input's data, isn't
 import hashlib
 import json
 import re
+from collections.abc import Iterable
+from functools import reduce
+from operator import getitem
 from typing import Any, Literal, NamedTuple
 
 from tuneshift_dag.config import Transfer
@@ -33,7 +36,12 @@ INPUTS: dict[str, tuple[tuple[str, Rounds], ...]] = {
 }
 """What each asset is made from: assets, and of which rounds."""
 
+_SOURCE = ("source", "engine", "models", "prompt_template")
+_DRAWS = tuple(
+    f"generator.{key}" for key in ("calls_per_round", "seeds_per_call", "original_seeds_per_call", "balance")
+)
 _TRAINING = ("distill", "target", "prompt_template", "seed", "models.compute_dtype")
+_COMPARED = ("heldout", "labelled", "tasks", "encoder")
 
 
 class _Uses(NamedTuple):
@@ -46,30 +54,15 @@ class _Uses(NamedTuple):
 
 
 _USES = {
-    "seed_set": _Uses(
-        ("source", "generator", "engine", "models", "prompt_template", "response", "seed"), ("seeds",), code=3
-    ),
+    "seed_set": _Uses(("generator", "seed", "response", *_SOURCE), ("seeds",), code=3),
     "synthetic_prompts": _Uses(("generator", "models", "seed"), ("heldout",)),
-    "scored_pairs": _Uses(("source", "engine", "models", "prompt_template", "response", "samples")),
-    "filtered_dataset": _Uses(
-        (
-            *("filter", "target_pairs", "seed", "generator.calls_per_round", "generator.seeds_per_call"),
-            *("generator.original_seeds_per_call", "generator.balance"),
-        ),
-        code=3,
-    ),
+    "scored_pairs": _Uses(("response", "samples", *_SOURCE)),
+    "filtered_dataset": _Uses(("filter", "target_pairs", "seed", *_DRAWS), code=3),
     "threshold_report": _Uses(("filter",)),
     "distilled_model": _Uses(_TRAINING),
-    "evaluation": _Uses(
-        ("evaluation", "engine", "models", "source", "target", "prompt_template"),
-        ("heldout", "tasks", "general_text"),
-    ),
+    "evaluation": _Uses(("evaluation", "target", *_SOURCE), ("heldout", "tasks", "general_text")),
     "diversity_map": _Uses((), ("encoder",), code=2),
-    "comparison": _Uses(
-        ("compare", "filter", "evaluation", "models", "source", *_TRAINING),
-        ("heldout", "labelled", "tasks", "encoder"),
-        code=2,
-    ),
+    "comparison": _Uses(("compare", "filter", "evaluation", "models", "source", *_TRAINING), _COMPARED, code=2),
 }
 
 # Where a server is and how it is asked doesn't change what it answers, nor does where a model lies or who trains it.
@@ -77,7 +70,7 @@ _HOW_TO_ASK = {"base_url", "api_key_env", "concurrency", "timeout_seconds", "max
 _WITHOUT_EFFECT: Any = {
     "engine": {"server": _HOW_TO_ASK, "ray": True},
     "generator": {"server": _HOW_TO_ASK},
-    "models": {"device_map"},
+    "models": {"device_map", "workers"},
     # Nor do samples change the greedy responses.
     "response": SAMPLES,
     "distill": {"processes"},
@@ -96,7 +89,7 @@ def code_version(transfer: Transfer, asset: str) -> str:
     for key, fingerprint in transfer.fingerprints.items():
         section, name = key.split(".")
         settings[section][name] = fingerprint.value or settings[section][name]
-    used = {section: _dig(settings, section) for section in uses.sections}
+    used = _chosen(settings, uses.sections)
     code = (uses.code, _training_code(transfer.config) if "distill" in uses.sections else 0)
     rounds = transfer.config.rounds if any(of == "all" for _, of in INPUTS[asset]) else None
     return _hash([code, used, [_read(transfer, name) for name in uses.others], rounds])[:16]
@@ -108,17 +101,20 @@ def training_version(transfer: Transfer) -> str:
     It names a trained adapter in the store, so it is the same for the same settings in every release. Weights are
     compared apart, by the fingerprint that is stored with the adapter.
     """
-    return sections_version(transfer.config, *_TRAINING, code=_training_code(transfer.config))
+    return _hash([_training_code(transfer.config), _chosen(_settings(transfer.config), _TRAINING)])[:12]
 
 
-def sections_version(config: TransferConfig, *sections: str, code: int = 1) -> str:
-    """Hash of the named sections as they are written, and of ``code`` (12 characters)."""
-    settings = _settings(config)
-    return _hash([code, {section: _dig(settings, section) for section in sections}])[:12]
+def _read(transfer: Transfer, name: str) -> Any:
+    if name == "tasks":
+        return _tasks_hash(transfer)
+    if name == "general_text":
+        return general_texts()
+    if name == "encoder":
+        return encoder.missing_packages() is None  # installing it makes out of date what was made without
+    return list(getattr(transfer, name))
 
 
-def tasks_hash(transfer: Transfer) -> str:
-    """Hash of the files of ``evaluation.task_folder``; empty without one."""
+def _tasks_hash(transfer: Transfer) -> str:
     if not transfer.config.evaluation.task_folder:
         return ""
     folder = (transfer.folder / transfer.config.evaluation.task_folder).expanduser()
@@ -129,17 +125,6 @@ def tasks_hash(transfer: Transfer) -> str:
         if file.is_file() and not re.search(r"(^|/)(\.|__pycache__/)", name):
             digest.update(f"{name}\0{file_hash(file)}\n".encode())
     return digest.hexdigest()
-
-
-def _read(transfer: Transfer, name: str) -> Any:
-    if name == "tasks":
-        return tasks_hash(transfer)
-    if name == "general_text":
-        return general_texts()
-    if name == "encoder":
-        # Installing it makes out of date what was made without.
-        return encoder.missing_packages() is None
-    return list(getattr(transfer, name))
 
 
 def _training_code(config: TransferConfig) -> int:
@@ -168,10 +153,8 @@ def _settings(config: TransferConfig) -> dict[str, Any]:
     return dump
 
 
-def _dig(data: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        data = data[part]
-    return data
+def _chosen(settings: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: reduce(getitem, key.split("."), settings) for key in keys}
 
 
 def _hash(value: Any) -> str:

@@ -4,17 +4,15 @@ Own-response log-probabilities fall out of decoding: at each step the chosen tok
 log-sum-exp is added up, before temperature and top-p. A prompt's keys and values are kept (`Prefix`), so another
 model's response is scored by running only its tokens. Rows that finish leave the batch.
 
-Prompts are padded on the left, so that all rows write their next token at the same place; padding is
-masked out and position ids count real tokens only. An opening that all prompts share runs once. Many tokens
-at a time run in chunks of rows of similar length, so that little of the work is padding.
-"""
+Prompts are padded on the left, so that all rows write their next token at the same place; position ids count real
+tokens only. An opening that all prompts share runs once. Rows of similar length run together: little is padding."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
 from tuneshift_dag.engines.kv_cache import (
@@ -22,28 +20,24 @@ from tuneshift_dag.engines.kv_cache import (
     KVDtype,
     give_back,
     growing_cache,
-    handed_over,
     rows_of,
-    set_aside,
     stored,
     zeros,
 )
 from tuneshift_dag.method import Decoding, Response
 from tuneshift_dag.models import memory
-from tuneshift_dag.models.capabilities import end_ids, head_inputs, head_logits, keys_values_bytes, sliding_window
+from tuneshift_dag.models.capabilities import head_inputs, head_logits, keys_values_bytes
 
-# Rows are taken out of the batch when at least this share of it has finished: copying the cache
-# costs about as much as decoding one row in eight.
+# Share of a batch that has finished before it leaves: copying the cache costs as much as decoding a row in eight.
 _COMPACT_AT = 1 / 8
 SHARE_FROM = 16
 """Prompts that open with at least this many equal tokens share their computation."""
-# Tokens that run through the model at once, padding included. On a CPU more isn't faster, and smaller
-# chunks are less padded; a GPU needs many to be busy.
+# Tokens that run at once, padding included: on a CPU more isn't faster and is more padded; a GPU needs many.
 _TOKENS_AT_ONCE = {"cpu": 512}
 _TOKENS_AT_ONCE_ELSEWHERE = 16384
 # Tokens by which a decoding batch's cache grows.
 _GROW_BY = 32
-# Logits computed at once when a given response is scored, in elements (8 MB in bfloat16); but as many rows as a step
+# Logits computed at once when a response is scored, in elements (8 MB in bfloat16), but of as many rows as a step
 # decodes by default: fewer would wait for the head's weights.
 _LOGITS_AT_ONCE = 1 << 22
 _LEAST_LOGIT_ROWS = 32
@@ -61,8 +55,6 @@ class Prefix:
     hidden: torch.Tensor
 
     def select(self, rows: Sequence[int]) -> "Prefix":
-        if list(rows) == list(range(len(self.mask))):
-            return self
         # On the CPU: layers may be on several GPUs.
         index = torch.tensor(list(rows))
         kv = [rows_of(keys_values, index) for keys_values in self.keys_values]
@@ -106,7 +98,9 @@ def prefill(model: Any, prompts: Sequence[list[int]], new_tokens: int = 0, kv_dt
                 length = shared + max(own)
                 keys_values.append(tuple(zeros((len(prompts), n.shape[1], length, n.shape[3]), n) for n in new))
             for all_rows, some in zip(keys_values[number], new, strict=True):
-                _place(some, all_rows[rows[0] : rows[-1] + 1], shared)
+                target = all_rows[rows[0] : rows[-1] + 1]
+                target[:, :, :shared] = some[:, :, :shared]
+                target[:, :, target.shape[2] - width :] = some[:, :, shared:]
         del cache
     memory.trim()
     return Prefix(keys_values, _mask(shared, own, model.device), torch.cat(hidden))
@@ -118,21 +112,13 @@ def _mask(shared: int, own: Sequence[int], device: torch.device) -> torch.Tensor
     return torch.tensor([[1] * shared + [0] * (width - n) + [1] * n for n in own], device=device)
 
 
-def _place(source: torch.Tensor, target: torch.Tensor, shared: int) -> None:
-    """Copy rows into longer ones: padding stands after the shared opening."""
-    own = source.shape[2] - shared
-    target[:, :, :shared] = source[:, :, :shared]
-    target[:, :, target.shape[2] - own :] = source[:, :, shared:]
-
-
 def _shared_length(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> int:
     """How many opening tokens all prompts share, if computing them once pays and is exact."""
     first, last = min(prompts), max(prompts)
     most = min(map(len, prompts)) - 1  # every row keeps a token of its own, whose logits are wanted
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
-    shared = min(shared, most)
+    shared = min(most, next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most))
     # Padding between the opening and a row's own tokens would count in a sliding window.
-    window = sliding_window(model.config)
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
     if window and max(map(len, prompts)) + new_tokens > window:
         return 0
     return shared if len(prompts) > 1 and shared >= SHARE_FROM else 0
@@ -161,14 +147,11 @@ def decode(
     seeds: Sequence[int] | None = None,
     keep_prefix: bool = True,
 ) -> list[Response]:
-    """Generate one response per row of ``prefix``, whose keys and values the cache takes over meanwhile.
-
-    Args:
-        seeds: for sampling: one number per row, which makes its choices its own, whatever the batch around it.
-        keep_prefix: whether ``prefix`` gets its keys and values back, or they are let go.
-    """
+    """Generate one response per row of ``prefix``, whose keys and values the cache takes over; ``keep_prefix`` says
+    whether it gets them back. For sampling ``seeds`` has a number for each row, which makes its choices its own."""
     rows = _Rows(tokenizer, len(prefix.mask), decoding)
-    cache = growing_cache(handed_over(prefix.keys_values), min(decoding.max_new_tokens, _GROW_BY))
+    given = (prefix.keys_values.pop(0) for _ in range(len(prefix.keys_values)))  # each let go when the next is taken
+    cache = growing_cache(given, min(decoding.max_new_tokens, _GROW_BY))
     mask, logits = prefix.mask, head_logits(model, prefix.hidden)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or []]
     active = list(range(len(mask)))
@@ -183,7 +166,8 @@ def decode(
             keep = [i for i, go in enumerate(going_on) if go]
             if keep_prefix:
                 finished = [i for i, go in enumerate(going_on) if not go]
-                set_aside(cache, finished)
+                for layer in cache.layers:
+                    layer.set_aside(finished)
                 gone += [active[i] for i in finished]
             index = torch.tensor(keep, device=mask.device)
             cache.batch_select_indices(index)
@@ -209,10 +193,7 @@ def decode(
 
 @torch.inference_mode()
 def score(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> list[float]:
-    """Log-likelihoods (nats) of given response token ids, each after its prompt of ``prefix``; 0 without tokens.
-
-    Logits are computed for response positions only.
-    """
+    """Log-likelihoods (nats) of given response token ids, each after its prompt of ``prefix``; 0 without tokens."""
     first = [(r[0] if r else 0) for r in responses]
     first_logprob = _logprobs(head_logits(model, prefix.hidden), torch.tensor(first, device=model.device))
     found = [[value] if r else [] for value, r in zip(first_logprob.tolist(), responses, strict=True)]
@@ -262,14 +243,10 @@ def bytes_per_row(model: Any, tokens: int, logits: int, kv_dtype: KVDtype = "aut
     return int(tokens * kept + logits * model.config.get_text_config().vocab_size * each)
 
 
-@contextmanager
-def contiguous_head(model: Any) -> Iterator[None]:
-    """Give the head contiguous input: otherwise a frozen head is copied once per row of a batch."""
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda m, inputs: inputs[0].contiguous())
-    try:
-        yield
-    finally:
-        handle.remove()
+def contiguous_head(model: Any) -> RemovableHandle:
+    """Within it the head gets contiguous input: otherwise a frozen head is copied once per row of a batch."""
+    head: torch.nn.Module = model.get_output_embeddings()
+    return head.register_forward_pre_hook(lambda module, inputs: inputs[0].contiguous())
 
 
 class _Rows:
@@ -280,8 +257,8 @@ class _Rows:
         self.decoding = decoding
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         self.sums = [0.0] * count
-        self.end_ids = end_ids(tokenizer)
         self.eos: list[float | None] = [None] * count
+        self.end_id = tokenizer.eos_token_id
         self.done = [False] * count
 
     def add(self, rows: list[int], tokens: list[int], logprobs: list[float]) -> list[bool]:
@@ -291,7 +268,7 @@ class _Rows:
                 continue
             self.tokens[row].append(token)
             self.sums[row] += logprob
-            if token in self.end_ids:
+            if token == self.end_id:
                 self.eos[row] = logprob
                 self.done[row] = True
             elif self.decoding.stop and self.decoding.stop in self.tokenizer.decode(self.tokens[row][-8:]):
@@ -301,19 +278,14 @@ class _Rows:
     def responses(self) -> list[Response]:
         return [
             Response(
-                self.tokenizer.decode(tokens, skip_special_tokens=True),
-                tokens,
-                "stop" if done else "length",
-                total,
-                eos,
+                self.tokenizer.decode(ids, skip_special_tokens=True), ids, "stop" if done else "length", total, eos
             )
-            for tokens, done, total, eos in zip(self.tokens, self.done, self.sums, self.eos, strict=True)
+            for ids, done, total, eos in zip(self.tokens, self.done, self.sums, self.eos, strict=True)
         ]
 
 
 def _choose(logits: torch.Tensor, decoding: Decoding, generators: list[torch.Generator]) -> torch.Tensor:
-    """One token per row. Sampling looks at the ``top_k`` candidates only: sorting a whole vocabulary
-    for top-p would cost more than the model's forward pass."""
+    """One token per row; sampling looks at ``top_k`` candidates, since sorting a vocabulary costs more than a pass."""
     if decoding.temperature == 0:
         return logits.argmax(1)
     k = min(decoding.top_k or 1024, logits.shape[1])

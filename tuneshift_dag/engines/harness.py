@@ -1,8 +1,5 @@
-"""Standard tasks through lm-evaluation-harness (the extra ``lm-eval``): found and loaded, then run on a loaded model.
-
-Everything that can be wrong with a task is found in `Harness`, before a model is loaded. The model is the very one
-that answers the held-out file: 4-bit, its adapter on or off.
-"""
+"""Standard tasks through lm-evaluation-harness (the extra ``lm-eval``), on the very model that answers the held-out
+file: 4-bit, its adapter on or off. What can be wrong with a task is found in `Harness`, before a model is loaded."""
 
 import contextlib
 import difflib
@@ -34,19 +31,15 @@ _CONTEXT = 1024
 
 
 class Harness:
-    """The tasks of one transfer's ``evaluation.tasks``, with their data.
-
-    Raises:
-        TuneshiftError: when a name is unknown, its data can't be had, or it runs code that nobody has allowed.
-    """
+    """The tasks of one transfer's ``evaluation.tasks``, with their data. Raises `TuneshiftError` when a name is
+    unknown, its data can't be had, or it runs code that nobody has allowed."""
 
     def __init__(self, transfer: Transfer) -> None:
         settings = transfer.config.evaluation
         self.limit = settings.task_limit
         self.names = settings.tasks
         self._most_rows = transfer.config.models.batch_size
-        key = f"{transfer.folder / 'transfer.yaml'}: evaluation.tasks"
-        folder = task_folder(transfer)
+        key, folder = _key(transfer), _task_folder(transfer)
         # Data files of a local task are named from its folder, and the harness looks in the working folder.
         with _quiet(), contextlib.chdir(folder or "."):
             manager = _manager(folder, self.names)
@@ -66,6 +59,8 @@ class Harness:
 
     def run(self, name: str, engine: "LocalEngine", side: Side) -> list[dict[str, Any]]:
         """Scores of a task, or of a group and each of its tasks: task, version, metric, filter, value, stderr, n."""
+        from lm_eval.models.huggingface import HFLM
+
         from tuneshift_dag.engines.decoding import bytes_per_row
 
         # The harness keeps logits at every position, and their log-softmax in float32.
@@ -73,39 +68,36 @@ class Harness:
         rows = max(1, min(self._most_rows, int(memory.free_bytes() * memory.BATCH_SHARE / row)))
         while True:
             try:
-                return self._run(name, engine, side, rows)
+                with _quiet(), engine.side(side) as model:
+                    found: Any = lm_eval.simple_evaluate(
+                        HFLM(model, tokenizer=engine.tokenizer, batch_size=rows),
+                        tasks=self._loaded[name],
+                        task_manager=self._manager,
+                        limit=self.limit,
+                        log_samples=False,
+                        confirm_run_unsafe_code=os.environ.get(_CODE_ALLOWED) == "1",
+                    )
+                return list(_rows(found))
             except Exception as error:
                 if rows == 1 or not memory.is_out_of_memory(error):
                     raise
             rows //= 2
 
-    def _run(self, name: str, engine: "LocalEngine", side: Side, rows: int) -> list[dict[str, Any]]:
-        from lm_eval.models.huggingface import HFLM
 
-        with _quiet(), engine.side(side) as model:
-            found: Any = lm_eval.simple_evaluate(
-                HFLM(model, tokenizer=engine.tokenizer, batch_size=rows),
-                tasks=self._loaded[name],
-                task_manager=self._manager,
-                limit=self.limit,
-                log_samples=False,
-                confirm_run_unsafe_code=os.environ.get(_CODE_ALLOWED) == "1",
-            )
-        return list(_rows(found))
+def _key(transfer: Transfer) -> str:
+    return f"{transfer.folder / 'transfer.yaml'}: evaluation.tasks"
 
 
-def task_folder(transfer: Transfer) -> Path | None:
-    """The folder of ``evaluation.task_folder``."""
+def _task_folder(transfer: Transfer) -> Path | None:
     named = transfer.config.evaluation.task_folder
     return (transfer.folder / named).expanduser() if named else None
 
 
 def check_names(transfer: Transfer) -> None:
     """Raise `TuneshiftError` for a task that there isn't. Fetches nothing."""
-    key = f"{transfer.folder / 'transfer.yaml'}: evaluation.tasks"
+    names = transfer.config.evaluation.tasks
     with _quiet():
-        names = transfer.config.evaluation.tasks
-        _check_names(_manager(task_folder(transfer), names), names, key)
+        _check_names(_manager(_task_folder(transfer), names), names, _key(transfer))
 
 
 def _manager(folder: Path | None, names: tuple[str, ...]) -> TaskManager:

@@ -3,14 +3,13 @@
 Transformers' `DynamicCache` copies the whole cache at every step, an eighth of a decode step of SmolLM2 at batch 32;
 its `StaticCache` copies nothing but attends over its full length from the start.
 
-The cache is the most that a step holds beside the model, so there is never a second copy of it: it takes the prompts'
-keys and values over a layer at a time, and gives them back at the end. In 8 bits it takes half the memory; a layer's
-are turned back when the layer needs them.
+The cache is the most that a step holds beside the model, so there is never a second copy: it takes the prompts' keys
+and values over layer by layer, and gives them back at the end. In 8 bits, a layer's are turned back when it needs them.
 """
 
 import math
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -48,26 +47,11 @@ def growing_cache(keys_values: Iterable[KeysValues], block: int) -> Cache:
     return Cache(layers=[_Layer(stored_in, block) for stored_in in keys_values])
 
 
-def handed_over(keys_values: list[KeysValues]) -> Iterator[KeysValues]:
-    """These, each let go when the next one is asked for."""
-    while keys_values:
-        yield keys_values.pop(0)
-
-
-def set_aside(cache: Cache, rows: Sequence[int]) -> None:
-    """Keep what the cache started with of these rows, which are about to leave it."""
-    for layer in cache.layers:
-        layer.set_aside(torch.tensor(list(rows), device=layer.device))
-
-
 def give_back(cache: Cache, rows: Sequence[int]) -> list[KeysValues]:
     """What the cache started with; the cache is emptied. ``rows`` says which rows these are: those set aside, in that
     order, then those still in the cache."""
     place = torch.tensor(list(rows)).argsort()
-    keys_values = []
-    while cache.layers:
-        keys_values.append(cache.layers.pop(0).start(place))
-    return keys_values
+    return [cache.layers.pop(0).start(place) for _ in range(len(cache.layers))]
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]
@@ -100,8 +84,10 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
             tensor[:, :, start : self.length] = new
         return restored(self.stored)
 
-    def set_aside(self, rows: torch.Tensor) -> None:
-        self.aside.append(tuple(tensor[rows, :, : self.started] for tensor in self.stored))
+    def set_aside(self, rows: Sequence[int]) -> None:
+        """Keep what the cache started with of these rows, which are about to leave it."""
+        index = torch.tensor(list(rows), device=self.device)
+        self.aside.append(tuple(tensor[index, :, : self.started] for tensor in self.stored))
 
     def start(self, place: torch.Tensor) -> KeysValues:
         own = place.to(self.device)  # layers may be on several GPUs
@@ -138,9 +124,8 @@ def _longer(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 def zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Zeros; large ones on the CPU are mapped, so that nothing is resident that isn't written, and all of it is given
-    back at once. Freed memory of the C library's heap stays resident, and its holes never fit the next, longer tensor.
-    """
+    """Zeros; large ones on the CPU are mapped: nothing is resident that isn't written, and all is given back at once,
+    while freed memory of the C library's heap stays, in holes that never fit the next, longer tensor."""
     size = math.prod(shape) * like.dtype.itemsize
     if like.device.type != "cpu" or size < _OWN_PAGES_FROM:
         return like.new_zeros(shape)

@@ -1,11 +1,11 @@
 """The in-process engine: one resident base model, its adapter switched on or off per batch.
 
-Its preflight answers whether the adapter is really applied. Adapters have been dropped without a word by several
-libraries when their keys didn't match the model, and then both perplexities are equal.
-"""
+Its preflight answers whether the adapter is really applied: several libraries drop one without a word when its keys
+don't match the model, and then both perplexities are equal."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -34,32 +34,27 @@ T = TypeVar("T")
 _ENGINE_VERSION = "local-1"
 
 
+@dataclass(eq=False)
 class LocalEngine(Engine):
-    """A base model and its adapter with transformers, PEFT and bitsandbytes.
+    """A base model and its adapter with transformers, PEFT and bitsandbytes, loaded at first use: a step that finds
+    everything in the cache loads nothing."""
 
-    The model is loaded at first use, so a step that finds everything in the cache loads nothing.
-    """
-
+    base: ModelFiles
+    adapter: ModelFiles | None = None
+    quantization: Quantization = "nf4"
+    compute_dtype: str = "auto"
+    batch_size: int = 32
+    device_map: DeviceMap = "auto"
+    kv_cache_dtype: KVDtype = "auto"
+    workers: int = 1
+    """Processes on a CPU that do batches side by side; without effect on a GPU."""
+    _model: Any = field(default=None, init=False, repr=False)
     cross_scores = True
 
-    def __init__(
-        self,
-        base: ModelFiles,
-        adapter: ModelFiles | None = None,
-        quantization: Quantization = "nf4",
-        compute_dtype: str = "auto",
-        batch_size: int = 32,
-        device_map: DeviceMap = "auto",
-        kv_cache_dtype: KVDtype = "auto",
-    ) -> None:
-        self.base = base
-        self.adapter = adapter
-        self.quantization = quantization
-        self.compute_dtype = dtype_name(compute_dtype)
-        self.batch_size = batch_size
-        self.device_map = device_map
-        self.kv_cache_dtype = kv_cache_dtype
-        self._model: Any = None
+    def __post_init__(self) -> None:
+        self.compute_dtype = dtype_name(self.compute_dtype)
+        if torch.cuda.is_available():
+            self.workers = 1
 
     @property
     def tokenizer(self) -> Any:
@@ -108,19 +103,26 @@ class LocalEngine(Engine):
         for side in SIDES:
             with self.side(side) as model:
                 logits[side] = head_logits(model, loop.prefill(model, ids).hidden)
-        return _compared(logits["base"], logits["fine_tuned"], _update_norm(self.model), problems)
+        update_norm = _update_norm(self.model)
+        if update_norm == 0:
+            problems.append("the adapter's weights are zero: it changes nothing")
+        difference = float((logits["base"] - logits["fine_tuned"]).abs().max())
+        if difference == 0:
+            problems.append("the base and the fine-tuned model give equal logits on every seed")
+        surest = (float(logits[side].log_softmax(1).max(1).values.mean()) for side in SIDES)
+        warnings = AdapterCheck.confidence_warnings("the first token", *surest)
+        return AdapterCheck(problems, warnings, difference, update_norm)
 
     def generate(
         self, prompts: Sequence[list[int]], side: Side, decoding: Decoding, seeds: Sequence[int] | None = None
     ) -> Iterator[list[tuple[int, Response]]]:
         def work(batch: list[int]) -> list[Response]:
             with self.side(side) as model:
-                prefix = self._prefill(model, [prompts[i] for i in batch], decoding.max_new_tokens)
+                prefix = loop.prefill(model, [prompts[i] for i in batch], decoding.max_new_tokens, self.kv_cache_dtype)
                 own_seeds = [seeds[i] for i in batch] if seeds else None
                 return loop.decode(model, self.tokenizer, prefix, decoding, own_seeds, keep_prefix=False)
 
-        for batch, responses in self._batches(prompts, decoding, work):
-            yield list(zip(batch, responses, strict=True))
+        yield from self._batches(prompts, decoding, work)
 
     def pairs(
         self, prompts: Sequence[list[int]], known: Sequence[dict[Side, Response]], decoding: Decoding
@@ -133,20 +135,18 @@ class LocalEngine(Engine):
             cross: dict[Side, list[float]] = {}
             rows = [prompts[i] for i in batch]
             with self.side(first) as model:
-                prefix = self._prefill(model, rows, decoding.max_new_tokens)
+                prefix = loop.prefill(model, rows, decoding.max_new_tokens, self.kv_cache_dtype)
                 responses[first] = self._respond(model, prefix, [known[i].get(first) for i in batch], decoding, True)
             # The second side scores before it decodes, so that its prompts needn't be held while its cache grows.
             with self.side(second) as model:
-                other = self._prefill(model, rows, decoding.max_new_tokens)
+                other = loop.prefill(model, rows, decoding.max_new_tokens, self.kv_cache_dtype)
                 cross[second] = loop.score(model, other, [r.token_ids for r in responses[first]])
                 responses[second] = self._respond(model, other, [known[i].get(second) for i in batch], decoding, False)
             with self.side(first) as model:
                 cross[first] = loop.score(model, prefix, [r.token_ids for r in responses[second]])
-            columns = (responses["base"], responses["fine_tuned"], cross["base"], cross["fine_tuned"])
-            return list(map(Pair, *columns))
+            return list(map(Pair, responses["base"], responses["fine_tuned"], cross["base"], cross["fine_tuned"]))
 
-        for batch, pairs in self._batches(prompts, decoding, work):
-            yield list(zip(batch, pairs, strict=True))
+        yield from self._batches(prompts, decoding, work)
 
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
@@ -155,15 +155,11 @@ class LocalEngine(Engine):
 
         def work(batch: list[int]) -> list[float]:
             with self.side(side) as model:
-                prefix = self._prefill(model, [prompts[i] or start for i in batch], longest)
+                prefix = loop.prefill(model, [prompts[i] or start for i in batch], longest, self.kv_cache_dtype)
                 return loop.score(model, prefix, [responses[i] for i in batch])
 
         whole = [p + r for p, r in zip(prompts, responses, strict=True)]
-        for batch, values in self._batches(whole, Decoding(longest), work):
-            yield list(zip(batch, values, strict=True))
-
-    def _prefill(self, model: Any, prompts: list[list[int]], new_tokens: int) -> loop.Prefix:
-        return loop.prefill(model, prompts, new_tokens, self.kv_cache_dtype)
+        yield from self._batches(whole, Decoding(longest), work)
 
     def _respond(
         self, model: Any, prefix: loop.Prefix, known: list[Response | None], decoding: Decoding, keep_prefix: bool
@@ -189,21 +185,22 @@ class LocalEngine(Engine):
 
     def _batches(
         self, prompts: Sequence[list[int]], decoding: Decoding, work: Callable[[list[int]], list[T]]
-    ) -> Iterator[tuple[list[int], list[T]]]:
+    ) -> Iterator[list[tuple[int, T]]]:
         def row(length: int) -> int:
-            # The keys and values of two prefills, and of the tokens that follow one; a copy of a prefill where some
-            # responses are known.
+            # Two prefills, the tokens that follow one, and a copy of a prefill where some responses are known.
             tokens = 3 * length + decoding.max_new_tokens
             return loop.bytes_per_row(self.model, tokens, logits=1, kv_dtype=self.kv_cache_dtype)
 
-        return memory.in_batches([len(p) for p in prompts], self.batch_size, row, work)
+        lengths = [len(p) for p in prompts]
+        _ = self.model  # before a worker is forked, which then has it too
+        for batch, results in memory.in_batches(lengths, self.batch_size, row, work, self.workers):
+            yield list(zip(batch, results, strict=True))
 
 
 def unplaced_tensors(model: Any, saved: Sequence[str]) -> list[str]:
     """Problems with the names of an adapter's saved tensors: each must have a place in the loaded model."""
     places = {name.replace(f".{ADAPTER}.", ".") for name, _ in model.named_parameters() if "lora_" in name}
-    unknown = sorted(set(saved) - places)
-    unfilled = sorted(places - set(saved))
+    unknown, unfilled = sorted(set(saved) - places), sorted(places - set(saved))
     problems = []
     if unknown:
         problems.append(f"{len(unknown)} adapter tensors have no place in the base model, first {unknown[0]!r}")
@@ -220,25 +217,3 @@ def _update_norm(model: Any) -> float:
             a, b = (part[name].weight.detach().float() for part in (module.lora_A, module.lora_B))
             total += float((b @ a).norm()) * abs(module.scaling[name])
     return total
-
-
-def _compared(base: torch.Tensor, fine_tuned: torch.Tensor, update_norm: float, problems: list[str]) -> AdapterCheck:
-    """What both models' next-token logits on the seeds (seeds, vocabulary) add to the problems.
-
-    A fine-tuned model that is not more confident than its base is worth a warning: the method looks for prompts where
-    it is.
-    """
-    found, warnings = list(problems), []
-    difference = float((base - fine_tuned).abs().max())
-    if update_norm == 0:
-        found.append("the adapter's weights are zero: it changes nothing")
-    if difference == 0:
-        found.append("the base and the fine-tuned model give equal logits on every seed")
-    base_top, fine_tuned_top = (float(logits.log_softmax(1).max(1).values.mean()) for logits in (base, fine_tuned))
-    if fine_tuned_top <= base_top:
-        warnings.append(
-            "the fine-tuned model isn't more confident than the base on the seeds"
-            f" (mean log-probability of the first token {fine_tuned_top:.2f} against {base_top:.2f}):"
-            " are these seeds of the task it was tuned for?"
-        )
-    return AdapterCheck(found, warnings, difference, update_norm)

@@ -1,9 +1,7 @@
-"""An OpenAI-compatible server: how it is reached, a stream of requests to it, and what went wrong, in one message;
-and the generator of prompts behind one.
+"""An OpenAI-compatible server: a stream of requests to it, what went wrong, and the generator of prompts behind one.
 
 Requests run in a thread with an event loop of its own, so that the server is kept busy while the caller stores
-a batch. The API key lives in the client and in no record, message or log line.
-"""
+a batch. The API key lives in the client and in no record, message or log line."""
 
 import asyncio
 import json
@@ -48,9 +46,9 @@ class Totals:
 
     def __str__(self) -> str:
         rate = (self.prompt_tokens + self.completion_tokens) / max(self.seconds, 1e-9)
+        tokens = f"{self.prompt_tokens} prompt and {self.completion_tokens} completion tokens"
         return (
-            f"{self.requests} requests ({self.retries} retries), {self.prompt_tokens} prompt and"
-            f" {self.completion_tokens} completion tokens in {self.seconds:.1f} s, {rate:.0f} tokens/s"
+            f"{self.requests} requests ({self.retries} retries), {tokens} in {self.seconds:.1f} s, {rate:.0f} tokens/s"
         )
 
 
@@ -58,11 +56,8 @@ class OpenAIServer:
     """One server: how it is reached and how much is asked of it at once."""
 
     def __init__(self, settings: Server, key: str, log: Callable[[str], None] = _LOGGER.info) -> None:
-        """
-        Args:
-            key: where the settings stand in ``transfer.yaml``, for messages.
-            log: takes a line about what a stream of requests cost, and what the server says of its models.
-        """
+        """``key``: where the settings stand in ``transfer.yaml``, for messages; ``log``: takes a line about what a
+        stream of requests cost, and what the server says of its models."""
         self.settings = settings
         self.key = key
         self.log = log
@@ -79,9 +74,8 @@ class OpenAIServer:
     def stream(self, what: str, count: int, work: Work[T]) -> Iterator[list[tuple[int, T]]]:
         """Results of ``work(requests, i)`` for i below ``count``, in batches as they finish.
 
-        Closing the iterator cancels what is in flight. After an error, what had finished comes first. In the
-        end, totals are logged under the name ``what``.
-        """
+        Closing the iterator cancels what is in flight. After an error, what had finished comes first. ``what`` names
+        the totals that are logged."""
         results: Results[T] = queue.SimpleQueue()
         totals = Totals()
         loop = asyncio.new_event_loop()
@@ -178,50 +172,41 @@ class Requests:
         self.totals = totals
         self._slots = asyncio.Semaphore(server.settings.concurrency)
 
-    async def complete(self, body: Mapping[str, Any], extra_body: Mapping[str, Any]) -> dict[str, Any]:
-        """The first choice of a completion."""
-        return await self._post(self.client.completions.with_raw_response.create, body, extra_body)
-
-    async def chat(self, body: Mapping[str, Any], extra_body: Mapping[str, Any]) -> dict[str, Any]:
-        """The first choice of a chat completion."""
-        return await self._post(self.client.chat.completions.with_raw_response.create, body, extra_body)
-
     async def models(self) -> list[dict[str, Any]] | None:
         """What the server says of its models; None when it doesn't list any."""
-        problem = None
-        async with self._slots:
-            try:
-                raw = await self.client.models.with_raw_response.list()
-            except openai.NotFoundError:
-                return None
-            except openai.APIError as error:
-                problem = self.server.explain(error)
-        if problem:
-            raise problem
-        listed = self._json(raw).get("data")
+        raw = await self._send(self.client.models.with_raw_response.list, optional=True)
+        listed = self._json(raw).get("data") if raw else None
         return listed if isinstance(listed, list) else None
 
-    async def _post(self, create: Any, body: Mapping[str, Any], extra_body: Mapping[str, Any]) -> dict[str, Any]:
-        problem = None
-        async with self._slots:
-            try:
-                raw = await create(**body, extra_body={**self.server.settings.extra_body, **extra_body})
-            except openai.APIError as error:
-                # Raised below, outside of this block: the client's own exception holds the request and its headers.
-                problem = self.server.explain(error)
-        if problem:
-            raise problem
+    async def complete(
+        self, body: Mapping[str, Any], extra_body: Mapping[str, Any], chat: bool = False
+    ) -> dict[str, Any]:
+        """The first choice of a completion, or of a chat completion."""
+        completions: Any = self.client.chat.completions if chat else self.client.completions
+        extra = {**self.server.settings.extra_body, **extra_body}
+        raw = await self._send(completions.with_raw_response.create, **body, extra_body=extra)
         found = self._json(raw)
         usage = found.get("usage") or {}
         self.totals.requests += 1
         self.totals.retries += raw.retries_taken
         self.totals.prompt_tokens += usage.get("prompt_tokens") or 0
         self.totals.completion_tokens += usage.get("completion_tokens") or 0
-        try:
-            choice: dict[str, Any] = found["choices"][0]
-        except (KeyError, IndexError, TypeError):
-            raise self._unreadable(raw) from None
-        return choice
+        choices = found.get("choices")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            raise self._unreadable(raw)
+        return dict(choices[0])
+
+    async def _send(self, request: Callable[..., Awaitable[Any]], optional: bool = False, **arguments: Any) -> Any:
+        """The response; None when the server doesn't know a request that is ``optional``."""
+        async with self._slots:
+            try:
+                return await request(**arguments)
+            except openai.APIError as error:
+                if optional and isinstance(error, openai.NotFoundError):
+                    return None
+                problem = self.server.explain(error)
+        # Outside of the handler: the client's own exception holds the request and its headers.
+        raise problem
 
     def _json(self, raw: Any) -> dict[str, Any]:
         # Read as it is: fields beyond OpenAI's matter here, and a model of every token costs time.
@@ -241,17 +226,13 @@ class Requests:
 
 
 class ServedGenerator(PromptWriter):
-    """The generator of prompts, a model of a server.
+    """The generator of prompts, a model of a server. With ``chat`` prompts are messages, which the server puts into
+    the model's chat template.
 
     It deals in text: a prompt's "token ids" are its Unicode code points, and a response has none. Its
-    log-probability isn't asked for and is NaN.
-    """
+    log-probability isn't asked for and is NaN."""
 
     def __init__(self, server: OpenAIServer, model: str, chat: bool) -> None:
-        """
-        Args:
-            chat: whether prompts are messages of a chat, which the server puts into the model's chat template.
-        """
         self.server = server
         self.model = ServedModel(model=model)
         self.is_chat = chat
@@ -275,7 +256,7 @@ class ServedGenerator(PromptWriter):
             if self.is_chat:
                 # The name that OpenAI's newer models insist on.
                 body["max_completion_tokens"] = body.pop("max_tokens")
-                choice = await requests.chat({"messages": [{"role": "user", "content": text}], **body}, extra)
+                choice = await requests.complete({"messages": [{"role": "user", "content": text}], **body}, extra, True)
                 answer = (choice.get("message") or {}).get("content")
             else:
                 choice = await requests.complete({"prompt": text, **body}, extra)
@@ -306,11 +287,8 @@ def sampling_fields(decoding: Decoding, seed: int) -> tuple[dict[str, Any], dict
 
 
 def token_logprobs(choice: dict[str, Any]) -> list[tuple[int, float]] | None:
-    """Id and log-probability of each token of a choice; None when the server didn't give them.
-
-    vLLM writes a token as "token_id:42" when asked to; llama.cpp gives an object with its id. The first token of
-    an echoed prompt has no log-probability (here: 0).
-    """
+    """Id and log-probability of each token of a choice, 0 of an echoed prompt's first; None when the server didn't
+    give them. vLLM writes a token as "token_id:42" when asked to; llama.cpp gives an object with its id."""
     logprobs = choice.get("logprobs") or {}
     if logprobs.get("content") is not None:
         found = [(token.get("id"), token.get("logprob")) for token in logprobs["content"]]

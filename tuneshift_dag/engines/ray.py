@@ -1,11 +1,8 @@
 """The local engine on a Ray cluster: batches go to a pool of actors, each with a model of its own.
 
-Actors compute and hand results back; the step's process alone writes them to the store, as they arrive. A batch is
-one task, so an actor that dies costs the batch that it was at: Ray starts the actor again, and the batch is computed
-again.
-
-Ray's `ActorPool` and not Ray Data, whose actors end with each dataset and which keeps every block until then.
-"""
+The step's process alone writes results to the store, as they arrive. A batch is one task, so an actor that dies costs
+the batch that it was at: Ray starts the actor again, and the batch is computed again. It is Ray's `ActorPool` and not
+Ray Data, whose actors end with each dataset and which keeps every block until then."""
 
 import logging
 import math
@@ -41,11 +38,10 @@ _OBJECT_STORE = 256 * 2**20
 
 
 class RayEngine(Engine):
-    """The actors of a cluster that do what ``engine`` does.
+    """The actors of a cluster that do what ``engine`` does: each gets a copy of it, which loads its model there alone.
 
-    An actor gets a copy of ``engine``, which loads its model there and never in this process. Actors live as long as
-    a `session`, or else one call of `generate`, `pairs` or `score`, so that the next model finds their memory free.
-    """
+    Actors live as long as a `session`, or else one call of `generate`, `pairs` or `score`, so that the next model
+    finds their memory free."""
 
     def __init__(self, engine: Engine, batch_size: int, settings: RayCluster, files: Sequence[Path] = ()) -> None:
         """``batch_size``: most prompts that an actor works on at once; ``files``: what every node must have."""
@@ -115,10 +111,8 @@ class RayEngine(Engine):
             yield [(batches[number][i], result) for i, result in results]
 
     def _run(self, calls: Iterable[methodcaller], count: int) -> Iterator[tuple[int, Any]]:
-        """Results of ``count`` calls on the actors' engines as they finish, each with its place in ``calls``.
-
-        After a failure no more calls are made; what had begun is still handed over before it is raised.
-        """
+        """Results of ``count`` calls on the actors' engines as they finish, each with its place in ``calls``. After a
+        failure no more calls are made; what had begun is still handed over before it is raised."""
         if not count:
             return
         waiting = enumerate(calls)
@@ -171,8 +165,7 @@ class _Actor:
     def __init__(self, engine: Engine, threads: int, files: Sequence[Path]) -> None:
         self.engine = engine
         self.files = files
-        torch = sys.modules.get("torch")  # there when the engine needs it
-        if torch is not None:
+        if torch := sys.modules.get("torch"):  # there when the engine needs it
             torch.set_num_threads(threads)
 
     def work(self, number: int, call: methodcaller) -> tuple[int, bytes]:
@@ -205,26 +198,16 @@ def balanced_batches(lengths: Sequence[int], batch_size: int, actors: int) -> li
 
 
 def connect(settings: RayCluster) -> None:
-    """Connect this process to the cluster, or start one of this machine that ends with this process.
-
-    Raises:
-        TuneshiftError: when there is no cluster, or it hasn't the CPUs and GPUs that ``settings`` ask for.
-    """
+    """Connect this process to the cluster, or start one of this machine that ends with this process. Raises
+    `TuneshiftError` when there is none, or it hasn't the CPUs and GPUs that ``settings`` ask for."""
     if not ray.is_initialized():
-        own = {
-            "num_cpus": settings.actors * settings.cpus_per_actor,
-            "object_store_memory": _OBJECT_STORE,
-            "include_dashboard": False,
-        }
+        cpus = settings.actors * settings.cpus_per_actor
+        own = {"num_cpus": cpus, "object_store_memory": _OBJECT_STORE, "include_dashboard": False}
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(
-                settings.address or "local",
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **({} if settings.address else own),
-            )
+            options = {} if settings.address else own
+            ray.init(settings.address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             if not settings.address:
                 raise
@@ -265,4 +248,5 @@ def _given_up(error: ray.exceptions.RayError) -> TuneshiftError:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0]}"

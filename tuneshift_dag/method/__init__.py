@@ -63,6 +63,15 @@ class AdapterCheck:
     largest_logit_difference: float | None
     delta_norm: float | None
 
+    @staticmethod
+    def confidence_warnings(what: str, base: float, fine_tuned: float) -> list[str]:
+        """Of the mean log-probabilities of ``what`` on the seeds: the fine-tuned model should be the surer one."""
+        warning = (
+            f"the fine-tuned model isn't more confident than the base on the seeds (mean log-probability of {what}"
+            f" {fine_tuned:.2f} against {base:.2f}): are these seeds of the task it was tuned for?"
+        )
+        return [warning] if fine_tuned <= base else []
+
 
 class TextModel(Protocol):
     """One base model, with its adapter (if any) on (``fine_tuned``) or off (``base``)."""

@@ -1,13 +1,10 @@
 """What a model can do and has forgotten: right answers with bootstrap intervals, and how it predicts general text.
 
-A worked answer's number is found as lm-evaluation-harness finds it for GSM8K, both ways of its task ``gsm8k``, version
-3: *strict* takes the number after the first ``#### ``, the format of GSM8K's own answers (Cobbe et al. 2021, arXiv
-2110.14168); *flexible* takes the last number of the response. A model that was never shown the format can only score
-by the second.
+A worked answer's number is found as lm-evaluation-harness does in its task ``gsm8k``, version 3: *strict* takes the
+number after the first ``#### ``, the format of GSM8K's own answers (Cobbe et al. 2021, arXiv 2110.14168); *flexible*,
+for models that were never shown that format, takes the last number of the response.
 
-Retention shows what the distillation made a model forget. Its text is small (`tuneshift_dag/general_text.yaml`, twenty
-paragraphs): it shows that something was lost, not what.
-"""
+Retention shows that the distillation made a model forget something; for what, its twenty paragraphs are too few."""
 
 import math
 import re
@@ -57,9 +54,7 @@ def expected_number(answer: str) -> str | None:
 
 def next_question(template: str) -> str:
     """Where a response is over because the model asks itself the next question: a line that opens as the template does.
-
-    The harness stops at ``Question:`` for the same reason: else the last number would be that of another question.
-    """
+    Else the last number would be that of another question; the harness stops at ``Question:``."""
     opening = template.split("{prompt}")[0].rstrip().rsplit("\n", 1)[-1]
     return f"\n{opening}" if opening else ""
 
@@ -78,10 +73,6 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
 
 @dataclass(frozen=True)
 class Accuracy(Interval):
@@ -91,10 +82,8 @@ class Accuracy(Interval):
 
 
 def bootstrap_accuracy(correct: Sequence[bool], samples: int, seed: int) -> Accuracy:
-    """Accuracy with the 2.5 and 97.5 percentiles over resamples of the held-out prompts.
-
-    The resampled counts of correct answers are binomial, so they are drawn directly.
-    """
+    """Accuracy with the 2.5 and 97.5 percentiles over resamples of the held-out prompts, whose counts of correct
+    answers are binomial, so they are drawn directly."""
     n = len(correct)
     if n == 0:
         raise ValueError("no held-out prompts")
@@ -105,18 +94,15 @@ def bootstrap_accuracy(correct: Sequence[bool], samples: int, seed: int) -> Accu
 
 
 def bootstrap_runs(values: NDArray[np.float64], samples: int, seed: int) -> Interval:
-    """Mean over training runs and prompts, for new runs *and* new prompts.
+    """Mean over training runs and prompts, for new runs *and* new prompts: both are resampled independently (the
+    pigeonhole bootstrap of Owen, Annals of Applied Statistics 1, 2007, for crossed factors).
 
-    Runs and prompts are resampled independently of each other (the pigeonhole bootstrap of Owen, Annals of Applied
-    Statistics 1, 2007, for crossed factors). Of few runs a bootstrap sees too little of their variance, (runs - 1) /
-    runs of it, so their deviations are widened by the inverse first. In a simulation of equal arms with 3 runs and 231
-    prompts, the interval of their difference held zero in 100 %, 93 % and 88 % of the cases for no, some and large
-    differences between runs (standard deviation 0, 0.3 and 0.6 in log-odds): more runs where they differ a lot.
+    Of few runs a bootstrap sees (runs - 1) / runs of their variance, so their deviations are widened by the inverse
+    first. In a simulation of equal arms with 3 runs and 231 prompts, the interval of their difference held zero in
+    100 %, 93 % and 88 % of the cases where runs differ by a standard deviation of 0, 0.3 and 0.6 in log-odds.
 
-    Args:
-        values: (runs, prompts), for example 1 where a run answers a prompt correctly; for a paired comparison of two
-            arms the differences of such tables, with the same seed in a row of both.
-    """
+    ``values`` (runs, prompts) are for example 1 where a run answers a prompt correctly; for a paired comparison of two
+    arms the differences of such tables, with the same seed in a row of both."""
     runs, prompts = values.shape
     mean = values.mean(axis=0)
     spread = (runs / (runs - 1)) ** 0.5 if runs > 1 else 0.0
@@ -131,10 +117,8 @@ def bootstrap_runs(values: NDArray[np.float64], samples: int, seed: int) -> Inte
 
 @dataclass(frozen=True)
 class Retention:
-    """How well a model predicts a text of ``tokens`` tokens (of its own) and ``bytes`` bytes (UTF-8).
-
-    ``perplexity`` is per token, and so compares models with one tokenizer only; ``bits_per_byte`` compares any two.
-    """
+    """How well a model predicts a text of ``tokens`` tokens (of its own) and ``bytes`` bytes (UTF-8). ``perplexity`` is
+    per token, and so compares models with one tokenizer only; ``bits_per_byte`` compares any two."""
 
     perplexity: float
     bits_per_byte: float

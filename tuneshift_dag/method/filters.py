@@ -1,11 +1,9 @@
 """Which scored pairs are kept, and why the others are not.
 
-The filter is SQL over the scored pairs, so that a new rule or threshold replays in the database without a model. f is
-the fine-tuned model, b the base; y_f and y_b are their responses. TuneShift-KD (arXiv 2603.24518) §3 publishes one
-threshold (1.5) and leaves open whether it is one of each perplexity, of their difference or of their ratio; the first
-reading is the default. Its rivals are here too: the mean token excess of TiTok (arXiv 2510.04682), the most confident
-pairs of every response, a random draw, and no filter at all.
-"""
+The filter is SQL over the scored pairs, so that a new rule or threshold replays in the database without a model.
+TuneShift-KD (arXiv 2603.24518) §3 publishes one threshold (1.5) and leaves open whether it is one of each perplexity,
+of their difference or of their ratio; the first reading is the default. Its rivals are here too: the mean token excess
+of TiTok (arXiv 2510.04682), the most confident pairs of every response, a random draw, and no filter at all."""
 
 import re
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ MARGIN: dict[Rule, str] = {
     "difference": "ppl_base - ppl_fine_tuned - {t}",
     "ratio": "ppl_base / ppl_fine_tuned - {t}",
     "cross_ratio": "ppl_base_cross / ppl_fine_tuned - {t}",
-    # log p_f(y_f) - log p_b(y_f), per token: the mean token excess in nats.
+    # The mean token excess in nats: how much more likely the fine-tuned model finds its response than the base does.
     "top_excess": "ln(ppl_base_cross / ppl_fine_tuned)",
     # The most confident pair of every response comes first, then the second of each; 1 / PPL orders those between.
     "balanced_confidence": "1 / ppl_fine_tuned - place_in_response",
@@ -65,19 +63,21 @@ def verdict_sql(
             guards, above 1 a number): a parameter, or a column when the SELECT is joined laterally.
         rounds: how many rounds share a number. Each then has an equal quota of its own, and a share is of the round's
             pairs: a round's verdicts never depend on another, which may not exist yet. None ranks all pairs at once.
-        seed: makes another draw of `random`.
         pairs: SQL of rows of the table ``scored_pairs``.
     """
     flawed = f"(SELECT *, CASE {_flaws(rule, guards)} END AS flaw FROM {pairs})"
     if rule not in KEEP_RULES:
+        failed = "" if rule == "unfiltered" else "WHEN margin <= 0 THEN 'below_threshold'"
+        if rule == "both":
+            failed = f"""WHEN ppl_fine_tuned >= {threshold} THEN 'fine_tuned_not_confident'
+                WHEN ppl_base <= {threshold} THEN 'base_already_confident'"""
         return f"""
             SELECT * EXCLUDE (flaw), {MARGIN[rule].format(t=threshold)} AS margin,
-                CASE WHEN flaw IS NOT NULL THEN flaw {_reasons(rule, threshold)} END AS reason FROM {flawed}
+                CASE WHEN flaw IS NOT NULL THEN flaw {failed} END AS reason FROM {flawed}
         """
-    # Hashes order the pairs for a draw: the same ones each time, and a few new pairs displace few others.
-    if rule in RANKING_RULES:
-        order, beyond = "margin DESC", "below_the_top"
-    else:
+    order, beyond = "margin DESC", "below_the_top"
+    if rule == "random":
+        # Hashes order the pairs: the same ones each time, and a few new pairs displace few others.
         order, beyond = f"sha256('{seed}|' || prompt_id)", "not_drawn"
     together, quota = "flaw IS NULL", threshold
     if rounds is not None:
@@ -99,13 +99,6 @@ def verdict_sql(
                         ORDER BY ppl_fine_tuned, prompt_id, round) AS place_in_response
                     FROM {flawed})))
     """
-
-
-def _reasons(rule: Rule, threshold: str) -> str:
-    if rule == "both":
-        return f"""WHEN ppl_fine_tuned >= {threshold} THEN 'fine_tuned_not_confident'
-                WHEN ppl_base <= {threshold} THEN 'base_already_confident'"""
-    return "" if rule == "unfiltered" else "WHEN margin <= 0 THEN 'below_threshold'"
 
 
 def _flaws(rule: Rule, guards: Guards) -> str:
@@ -136,11 +129,8 @@ def _flaws(rule: Rule, guards: Guards) -> str:
 
 
 def repetition_sql(text: str, least: float = 0.0) -> str:
-    """SQL of the share of a text's word 4-grams that were there before: 1 - distinct / all (0 for under 5 words).
-
-    "seq-rep-4" of Welleck et al., arXiv 1908.04319, over words. Values up to ``least`` may come out as 0: a
-    text of many different words can't repeat much, and counting words is cheaper than counting 4-grams.
-    """
+    """SQL of the share of a text's word 4-grams that were there before ("seq-rep-4" of Welleck et al., arXiv
+    1908.04319), 0 for under 5 words. Values up to ``least`` may come out as 0: words are cheaper to count."""
     grams = "list_distinct(list_zip(w, w[2:], w[3:], w[4:])[:len(w) - 3])"
     return (
         f"list_transform([string_split({text}, ' ')], lambda w:"

@@ -1,8 +1,7 @@
 """Asking a generator for more prompts like the seeds, reading its answer, and which of them are new and how varied.
 
 TuneShift-KD (arXiv 2603.24518) §3 asks an instruction model to "Generate 20 more samples like these 5".
-A base model has no chat: it is shown the seeds as the beginning of a numbered list, and goes on.
-"""
+A base model has no chat: it is shown the seeds as the beginning of a numbered list, and goes on."""
 
 import hashlib
 import re
@@ -37,10 +36,8 @@ class Accepted:
 
 
 def normalize(prompt: str) -> str:
-    """Lower case, no punctuation marks, single spaces: what makes two prompts the same.
-
-    Other symbols stay: "3+4" and "3-4" are different questions.
-    """
+    """Lower case, no punctuation marks, single spaces: what makes two prompts the same. Other symbols stay: "3+4" and
+    "3-4" are different questions."""
     text = re.sub(r"['’]", "", unicodedata.normalize("NFKC", prompt).lower())
     return " ".join(re.sub(r"[.,;:!?\"“”‘…()\[\]]", " ", text).split())
 
@@ -62,12 +59,8 @@ def generator_request(
 
 
 def parse_list(text: str, mode: Mode, finished: bool) -> list[str]:
-    """The items of a generated numbered or bulleted list, in order.
-
-    Args:
-        mode: in ``continuation`` the text begins inside the first item, whose number was in the request.
-        finished: whether the generator stopped by itself; if not, the last item may be cut off and is left out.
-    """
+    """The items of a generated numbered or bulleted list. In ``continuation`` the text begins inside the first one.
+    Unless the generator stopped by itself (``finished``), the last one may be cut off and is left out."""
     lines = text.split("\n")
     if mode == "continuation":
         lines[0] = f"1. {lines[0]}"
@@ -78,24 +71,18 @@ def parse_list(text: str, mode: Mode, finished: bool) -> list[str]:
 
 
 def _unquote(item: str) -> str:
-    """An item without the quotation marks around the whole of it."""
     match = re.fullmatch(r'"([^"]*)"|“([^”]*)”', item)
     return (match.group(1) or match.group(2) or "").strip() if match else item
 
 
 def labelled_request(instruction: str, template: str, examples: Sequence[tuple[str, str]], asked: str | None) -> str:
-    """The text that a base model sees in mode ``by_response``: labelled (prompt, response) examples, then an opening.
+    """The text that a base model sees in mode ``by_response``: labelled (prompt, response) examples in ``template``,
+    which has ``{response}`` before ``{prompt}``, then an opening for the response ``asked``; None leaves it open.
 
-    Shown which response belongs to which prompt, even a weak generator writes prompts of the kind asked for.
-
-    Args:
-        template: one example, with ``{response}`` before ``{prompt}``.
-        asked: the response whose prompt is wanted; None lets the generator name one itself.
-    """
+    Shown which response belongs to which prompt, even a weak generator writes prompts of the kind asked for."""
     shown = [template.replace("{response}", _readable(r)).replace("{prompt}", p) for p, r in examples]
-    if asked is None:
-        opening = template.split("{response}")[0]
-    else:
+    opening = template.split("{response}")[0]
+    if asked is not None:
         opening = template.split("{prompt}")[0].replace("{response}", _readable(asked))
     return "\n\n".join([instruction, *shown, opening.rstrip()])
 
@@ -116,11 +103,9 @@ def _readable(response: str) -> str:
 
 
 class PromptPool:
-    """Decides which generated prompts are new.
-
-    Two prompts are the same when they are equal after `normalize`; nearly the same when the F-measure of their longest
-    common word subsequence (ROUGE-L, as in Stanford Alpaca's pipeline) exceeds ``near_duplicate``.
-    """
+    """Decides which generated prompts are new: two are the same when they are equal after `normalize`, nearly so when
+    the F-measure of their longest common word subsequence (ROUGE-L, as in Stanford Alpaca's pipeline) exceeds
+    ``near_duplicate``."""
 
     def __init__(self, near_duplicate: float, max_characters: int) -> None:
         self.near_duplicate = near_duplicate
@@ -171,10 +156,7 @@ class PromptPool:
 
 
 def distinct_bigrams(prompts: Iterable[str]) -> float | None:
-    """Different bigrams over all bigrams (distinct-2 of Li et al., arXiv 1510.03055); None without any.
-
-    1 when no two words ever stand beside each other twice. It falls as a set grows.
-    """
+    """Different bigrams over all (distinct-2 of Li et al., arXiv 1510.03055), less as a set grows; None without any."""
     found = list(_bigrams(prompts))
     return len(set(found)) / len(found) if found else None
 
@@ -186,10 +168,8 @@ def novel_bigrams(prompts: Iterable[str], known: Iterable[str]) -> float | None:
 
 
 def mean_similarity(vectors: NDArray[np.float32]) -> float | None:
-    """Mean cosine similarity of all pairs of rows (unit vectors, (n, d)); None for fewer than two.
-
-    Lower is more varied. A set of any size is measured alike, unlike by bigrams.
-    """
+    """Mean cosine similarity of all pairs of rows (unit vectors, (n, d)); None for fewer than two. A set of any size is
+    measured alike, unlike by bigrams."""
     count = len(vectors)
     if count < 2:
         return None

@@ -1,16 +1,14 @@
 """Step 2 of the method: both source models answer every prompt, and each scores the other's answer.
 
-Self-consistency belongs to it: does the fine-tuned model give the same answer when it is sampled? A low perplexity
-says that a model is sure, not that it is right. Wang et al. (arXiv 2203.11171) sample several responses, take the
-answer of the majority, and find that the larger it is, the more often it is right. Here the greedy response stays what
-is trained on, since its perplexities are known, and is dropped when too few samples agree.
-"""
+A low perplexity says that a model is sure, not that it is right. Wang et al. (arXiv 2203.11171) sample several
+responses and find that the larger a majority, the more often it is right. Here the greedy response, whose perplexities
+are known, is what is trained on, and is dropped when too few samples of the fine-tuned model agree."""
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Protocol, TypeVar
 
 from tuneshift_dag.method import SIDES, Decoding, Pair, Response, Scorer, Side, TextModel
@@ -68,10 +66,8 @@ def generate(
     seeds: Sequence[int] | None = None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[Response]:
-    """A response to every prompt (token ids), from the cache where it is known.
-
-    New responses are put into the cache batch by batch, so a killed run loses at most one batch.
-    """
+    """A response to every prompt (token ids), from the cache where it is known. New ones are put there batch by batch,
+    so a killed run loses at most one batch."""
     if decoding.temperature and seeds is None:
         raise ValueError("sampling needs one seed per prompt: without it a response can't be cached honestly")
     fingerprint = model.fingerprint(side)
@@ -84,6 +80,7 @@ def generate(
 
     def keep(new: dict[str, Response]) -> None:
         cache.put(new, {})
+        cost.model_calls += len(new)
         cost.tokens += sum(len(response.token_ids) for response in new.values())
 
     return _completed(keys, cache.responses(keys), ask, keep, cost, on_progress)
@@ -104,7 +101,11 @@ def score(
     def ask(missing: list[int]) -> Iterator[list[tuple[int, float]]]:
         return model.score([[] for _ in missing], [texts[i] for i in missing], side)
 
-    return _completed(keys, cache.scores(keys), ask, lambda new: cache.put({}, new), cost, on_progress)
+    def keep(new: dict[str, float]) -> None:
+        cache.put({}, new)
+        cost.model_calls += len(new)
+
+    return _completed(keys, cache.scores(keys), ask, keep, cost, on_progress)
 
 
 def _completed(
@@ -124,7 +125,6 @@ def _completed(
         new = {keys[missing[i]]: result for i, result in batch}
         keep(new)
         found |= new
-        cost.model_calls += len(new)
         done += len(new)
         on_progress(done, len(missing))
     return [found[key] for key in keys]
@@ -132,9 +132,7 @@ def _completed(
 
 def chunk_progress(on_progress: OnProgress, total: int) -> Callable[[int], OnProgress]:
     """Progress over ``total`` prompts that are worked on in chunks: called with a chunk's size, it gives the chunk's.
-
-    What the cache has of later chunks isn't known yet, so all of it counts as still to do.
-    """
+    What the cache has of later chunks isn't known yet, so all of it counts as still to do."""
     done, later = 0, total
 
     def chunk(size: int) -> OnProgress:
@@ -159,11 +157,8 @@ def score_pairs(
     cost: Cost,
     on_progress: OnProgress = lambda done, total: None,
 ) -> list[Pair]:
-    """Both sides' responses to every prompt (token ids) and the two cross scores.
-
-    What is in the cache is used; the rest is computed and cached batch by batch. A model call is one
-    response or one cross score, so a new prompt costs four, or two with an engine without cross scores.
-    """
+    """Both sides' responses to every prompt (token ids) and the two cross scores, from the cache where they are known,
+    else cached batch by batch. A model call is one response or one cross score: up to four for a new prompt."""
     fingerprints = {side: model.fingerprint(side) for side in SIDES}
     keys = {s: [cache.response_key(fingerprints[s], p, decoding) for p in prompts] for s in SIDES}
     found = cache.responses([*keys["base"], *keys["fine_tuned"]])
@@ -177,47 +172,38 @@ def score_pairs(
     known: list[dict[Side, Response]] = [
         {s: found[keys[s][i]] for s in SIDES if keys[s][i] in found} for i in range(len(prompts))
     ]
-    answered = [i for i, k in enumerate(known) if len(k) == 2]
-    results: dict[int, Pair] = {}
-    wanted: dict[int, tuple[str, str]] = {}
+    answered = {i: (k["base"], k["fine_tuned"]) for i, k in enumerate(known) if len(k) == 2}
     if model.cross_scores:
-        wanted = {i: cross_keys(i, known[i]["base"], known[i]["fine_tuned"]) for i in answered}
+        wanted = {i: cross_keys(i, *both) for i, both in answered.items()}
+        scores = cache.scores([key for pair in wanted.values() for key in pair])
+        scored = {i: (scores.get(a), scores.get(b)) for i, (a, b) in wanted.items()}
+        results = {keys["base"][i]: Pair(*answered[i], *cross) for i, cross in scored.items() if None not in cross}
     else:
-        results = {i: Pair(known[i]["base"], known[i]["fine_tuned"], None, None) for i in answered}
-    scores = cache.scores([key for pair in wanted.values() for key in pair])
-    for i, (base_key, fine_tuned_key) in wanted.items():
-        if base_key in scores and fine_tuned_key in scores:
-            results[i] = Pair(known[i]["base"], known[i]["fine_tuned"], scores[base_key], scores[fine_tuned_key])
-    # Equal prompts are computed once.
-    first: dict[str, int] = {}
-    for i, key in enumerate(keys["base"]):
-        first.setdefault(key, i)
-    missing = [i for i in first.values() if i not in results]
-    cost.cache_hits += len(prompts) - len(missing)
-    done = 0
-    if missing:
-        batches = model.pairs([prompts[i] for i in missing], [known[i] for i in missing], decoding)
-        for batch in cost.timed(batches):
-            responses: dict[str, Response] = {}
-            new_scores: dict[str, float] = {}
-            for j, pair in batch:
-                i = missing[j]
-                results[i] = pair
-                both: dict[Side, Response] = {"base": pair.base, "fine_tuned": pair.fine_tuned}
-                responses |= {keys[s][i]: response for s, response in both.items()}
-                cross = (pair.base_on_fine_tuned, pair.fine_tuned_on_base)
-                for key, value in zip(cross_keys(i, pair.base, pair.fine_tuned), cross, strict=True):
-                    if value is not None:
-                        new_scores[key] = value
-                cost.model_calls += (4 if model.cross_scores else 2) - len(known[i])
-                cost.tokens += sum(len(response.token_ids) for s, response in both.items() if s not in known[i])
-            cache.put(responses, new_scores)
-            done += len(batch)
-            on_progress(done, len(missing))
-    cost.keys.update(keys["base"], keys["fine_tuned"])
-    for i, pair in results.items():
+        results = {keys["base"][i]: Pair(*both, None, None) for i, both in answered.items()}
+    row = {key: i for i, key in enumerate(keys["base"])}
+
+    def ask(missing: list[int]) -> Iterator[list[tuple[int, Pair]]]:
+        return model.pairs([prompts[i] for i in missing], [known[i] for i in missing], decoding)
+
+    def keep(new: dict[str, Pair]) -> None:
+        responses: dict[str, Response] = {}
+        new_scores: dict[str, float] = {}
+        for key, pair in new.items():
+            i = row[key]
+            both: dict[Side, Response] = {"base": pair.base, "fine_tuned": pair.fine_tuned}
+            responses |= {keys[s][i]: response for s, response in both.items()}
+            cross = (pair.base_on_fine_tuned, pair.fine_tuned_on_base)
+            named = zip(cross_keys(i, pair.base, pair.fine_tuned), cross, strict=True)
+            new_scores |= {name: value for name, value in named if value is not None}
+            cost.model_calls += (4 if model.cross_scores else 2) - len(known[i])
+            cost.tokens += sum(len(response.token_ids) for s, response in both.items() if s not in known[i])
+        cache.put(responses, new_scores)
+
+    pairs = _completed(keys["base"], results, ask, keep, cost, on_progress)
+    cost.keys.update(keys["fine_tuned"])
+    for i, pair in enumerate(pairs):
         cost.keys.update(cross_keys(i, pair.base, pair.fine_tuned))
-    return [results[first[key]] for key in keys["base"]]
+    return pairs
 
 
 def agreements(
@@ -235,10 +221,10 @@ def agreements(
     """For every prompt (token ids), the share of ``count`` sampled fine-tuned responses that agree with ``greedy``.
 
     Each sample is a cached response with a sampling seed of its own, which follows from ``seed`` and doesn't depend on
-    ``count``: more samples cost only the new ones. ``decoding`` has a temperature.
-    """
+    ``count``: more samples cost only the new ones."""
     asked = [prompt for prompt in prompts for _ in range(count)]
-    seeds = [_sampling_seed(seed, number, prompt) for prompt in prompts for number in range(count)]
+    digests = [sha256(f"{seed}|{number}|{prompt}".encode()) for prompt in prompts for number in range(count)]
+    seeds = [int.from_bytes(found.digest()[:6], "big") for found in digests]
     responses = generate(model, cache, asked, "fine_tuned", decoding, cost, seeds, on_progress)
     return [
         agreement(metric, text, [response.text for response in responses[i * count : (i + 1) * count]])
@@ -257,7 +243,3 @@ def _answer(metric: Metric, response: str) -> str | None:
     if metric == "exact_match":
         return response.strip()
     return strict_number(response) or flexible_number(response)
-
-
-def _sampling_seed(seed: int, number: int, prompt: list[int]) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}|{number}|{prompt}".encode()).digest()[:6], "big")

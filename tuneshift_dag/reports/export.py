@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,7 @@ import polars as pl
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.method.evaluation import TITLES
-from tuneshift_dag.reports import (
-    arm_tasks,
-    by_way,
-    conclusion,
-    describe_filter,
-    diversity,
-    escape_markdown,
-    report,
-)
+from tuneshift_dag.reports import arm_tasks, by_way, conclusion, describe_filter, diversity, escape_markdown, report
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import content_version
 
@@ -39,13 +32,12 @@ def export(store: Store, transfer: Transfer, to: Path) -> list[Path]:
     figures = report(store, transfer)
     if figures["model"] is None or not Path(figures["model"]["path"]).is_dir():
         raise TuneshiftError(f"{transfer.name} has no distilled model yet: `tuneshift run {transfer.name}` first.")
-    model_id = figures["model"]["model_id"]
     # The dataset of the model that is exported, not that of a filter which changed since.
     pairs = store.read(
         "SELECT p.round, p.prompt_id, p.prompt, p.fine_tuned_response AS response, p.ppl_fine_tuned, p.ppl_base"
         " FROM training_examples t JOIN scored_pairs p USING (round, prompt_id)"
         " WHERE t.model_id = ? ORDER BY p.round, p.prompt_id",
-        [model_id],
+        [figures["model"]["model_id"]],
         transfer.name,
     )
     if content_version(pairs.select("prompt_id", "prompt", "response")) != figures["model"]["dataset_version"]:
@@ -84,10 +76,11 @@ def _put(made: Path, to: Path, replaced: Path) -> None:
 def model_card(transfer: Transfer, figures: dict[str, Any]) -> str:
     """A Hugging Face model card: source, seeds, thresholds, dataset version and accuracy."""
     config = transfer.config
-    rows = "\n".join(
-        f"| {a['model'].replace('_', ' ')} | {a['value']:.3f} | {a['low']:.3f} to {a['high']:.3f} | {a['n']} |"
-        for a in by_way([{"model": name, **row} for name, row in figures["accuracy"].items()])
-    )
+    accuracy = [
+        {"model": _words(row["model"]), "accuracy": f"{row['value']:.3f}"}
+        | {"interval": f"{row['low']:.3f} to {row['high']:.3f}", "n": row["n"]}
+        for row in by_way(figures["accuracy"])
+    ]
     seeds = "\n".join(f"- {escape_markdown(seed)}" for seed in transfer.seeds)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", config.prompt_template)), default=0))
     front = f"---\nlibrary_name: peft\nbase_model: {json.dumps(config.target.base)}\ntags: [lora, tuneshift-kd]\n---\n"
@@ -123,9 +116,7 @@ The model sees exactly this before its response, tokenized with the tokenizer's 
 
 Greedy responses, 95 % bootstrap intervals, `heldout.jsonl`.
 
-| model | accuracy | interval | n |
-| --- | --- | --- | --- |
-{rows}
+{_table(accuracy)}
 {_retention(figures)}{_comparison(figures)}"""
 
 
@@ -133,20 +124,22 @@ def _retention(figures: dict[str, Any]) -> str:
     """The card's section on what the model forgot; nothing before an evaluation."""
     if not figures["retention"]:
         return ""
-    rows = "\n".join(
-        f"| {name.replace('_', ' ')} | {row['perplexity']:.2f} | {row['bits_per_byte']:.3f} |"
-        for name, row in figures["retention"].items()
-    )
     tokens = next(iter(figures["retention"].values()))["tokens"]
+    rows = [
+        {
+            "model": _words(name),
+            "perplexity": f"{row['perplexity']:.2f}",
+            "bits per byte": f"{row['bits_per_byte']:.3f}",
+        }
+        for name, row in figures["retention"].items()
+    ]
     return f"""
 ## What was forgotten
 
 Perplexity of a small general text ({tokens} tokens of prose, code, dialogue and lists), before and after. A rise shows
 that the adapter changed more than its task; equal figures don't show that nothing was lost.
 
-| model | perplexity | bits per byte |
-| --- | --- | --- |
-{rows}
+{_table(rows)}
 """
 
 
@@ -156,46 +149,50 @@ def _comparison(figures: dict[str, Any]) -> str:
     if not rows:
         return ""
 
-    def cell(row: dict[str, Any], name: str) -> str:
-        if row[name] is None:
-            return "-"
-        return f"{row[name]:+.3f} ({row[f'{name}_low']:+.3f} to {row[f'{name}_high']:+.3f})"
+    def difference(row: dict[str, Any], name: str) -> str:
+        return "-" if row[name] is None else _interval(row[name], row[f"{name}_low"], row[f"{name}_high"], "+")
 
-    lines = "\n".join(
-        f"| {row['arm'].replace('_', ' ')} | {row['pairs'] or '-'} | {row['runs']} | {row['value']:.3f}"
-        f" ({row['low']:.3f} to {row['high']:.3f}) | {cell(row, 'vs_random')} | {cell(row, 'vs_unfiltered')} |"
+    arms = [
+        {"filter": _words(row["arm"]), "pairs": row["pairs"] or "-", "trainings": row["runs"]}
+        | {"accuracy": _interval(row["value"], row["low"], row["high"])}
+        | {"minus random": difference(row, "vs_random"), "minus unfiltered": difference(row, "vs_unfiltered")}
         for row in rows
-    )
+    ]
     card = f"""
 ## Is the filter worth it?
 
 Other models, trained on equally many pairs of each filter, several times each; held-out accuracy with 95 %
 bootstrap intervals over trainings and prompts, differences paired. {conclusion(rows)}
 
-| filter | pairs | trainings | accuracy | minus random | minus unfiltered |
-| --- | --- | --- | --- | --- | --- |
-{lines}
+{_table(arms)}
 """
     if diversity(rows):
         card += f"""
 How varied the pairs were: distinct bigrams are a share of all, repetition is that of word 4-grams within a prompt, and
 similarity the mean cosine of all pairs of prompts (MiniLM). Means over the trainings.
 
-{_markdown(diversity(rows))}
+{_table(diversity(rows))}
 """
     if arm_tasks(rows):
         card += f"""
 Standard tasks through lm-evaluation-harness: the mean over the trainings, with the lowest and the highest.
 
-{_markdown(arm_tasks(rows))}
+{_table(arm_tasks(rows))}
 """
     return card
 
 
-def _markdown(rows: list[dict[str, str]]) -> str:
-    """A table with the columns of the first row."""
-    names = list(rows[0])
-    lines = [[name.replace("_", " ") for name in names], ["---"] * len(names), *(list(row.values()) for row in rows)]
+def _interval(value: float, low: float, high: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _table(rows: Sequence[Mapping[str, object]]) -> str:
+    """A Markdown table with the columns of the first row; without rows nothing."""
+    lines = [map(_words, rows[0]), ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)] if rows else []
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -4,7 +4,7 @@ The view ``lineage`` answers the same for every prompt at once, in SQL; see docs
 prompt is followed, call by call, so the cost is that of its own tree.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -73,11 +73,10 @@ def down(store: Store, transfer: Transfer, prompt_id: str) -> Prompt:
 def find(store: Store, transfer: Transfer, given: str) -> str:
     """The full id of the prompt that is meant; arguments and errors as in `up`."""
     given = given.strip()
-    parameters = {"given": given, "text_id": id_of_text(given)}
-    found = store.read(_IDS, parameters, transfer.name)["prompt_id"].to_list() if given else []
-    exact = [known for known in found if known in (given, parameters["text_id"])]
-    if exact:
-        return str(exact[0])
+    names = {"given": given, "text_id": id_of_text(given)}
+    found: list[str] = store.read(_IDS, names, transfer.name)["prompt_id"].to_list() if given else []
+    if exact := [known for known in found if known in names.values()]:
+        return exact[0]
     if len(found) > 1:
         some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         raise TuneshiftError(f"{given!r} begins {len(found)} prompt ids of {transfer.name} ({some}). Give more digits.")
@@ -86,7 +85,7 @@ def find(store: Store, transfer: Transfer, given: str) -> str:
             f"{transfer.name} has no prompt {given!r}. Ids are the column prompt_id of seed_set, synthetic_prompts and"
             f" filtered_dataset in {store.path}; the whole text of a prompt does as well."
         )
-    return str(found[0])
+    return found[0]
 
 
 def _grow(store: Store, schema: str, root_id: str, calls_of: str, prompts_of: str) -> Prompt:
@@ -95,46 +94,40 @@ def _grow(store: Store, schema: str, root_id: str, calls_of: str, prompts_of: st
     An id is expanded where it is met first, nearest to the root. So the tree is as large as the graph and
     not as the number of ways through it, and a cycle ends.
     """
-    root = Prompt(**_details(store, schema, _PROMPTS, [root_id])[root_id])
+    root = Prompt(**store.read(_PROMPTS, {"ids": [root_id]}, schema).row(0, named=True))
     prompts, calls = {root_id: root}, dict[str, Call]()
     again: list[Prompt] = []
     level = [root_id]
     while level:
-        edges = _edges(store, schema, calls_of, level)
-        details = _details(store, schema, _CALLS, [target for _, target in edges])
         met = []
-        for origin, target in edges:
-            call = Call(**details[target], repeated=target in calls)
+        for origin, details in _follow(store, schema, calls_of, _CALLS, level):
+            call = Call(**details, repeated=details["proposal_id"] in calls)
             prompts[origin].calls.append(call)
             if not call.repeated:
-                calls[target] = call
-                met.append(target)
-        edges = _edges(store, schema, prompts_of, met)
-        details = _details(store, schema, _PROMPTS, [target for _, target in edges])
+                calls[call.proposal_id] = call
+                met.append(call.proposal_id)
         level = []
-        for origin, target in edges:
-            prompt = Prompt(**details[target])
+        for origin, details in _follow(store, schema, prompts_of, _PROMPTS, met):
+            prompt = Prompt(**details)
             calls[origin].prompts.append(prompt)
-            if target in prompts:
+            if prompt.prompt_id in prompts:
                 again.append(prompt)
             else:
-                prompts[target] = prompt
-                level.append(target)
+                prompts[prompt.prompt_id] = prompt
+                level.append(prompt.prompt_id)
     for prompt in again:
         # A second mention of a prompt without calls leaves nothing out.
         prompt.repeated = bool(prompts[prompt.prompt_id].calls)
     return root
 
 
-def _edges(store: Store, schema: str, query: str, ids: Sequence[str]) -> list[tuple[str, str]]:
-    """(origin, target) of every edge from the given ids."""
-    return list(store.read(query, {"ids": list(ids)}, schema).iter_rows()) if ids else []
-
-
-def _details(store: Store, schema: str, query: str, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By id, what a node says besides its edges."""
-    rows = store.read(query, {"ids": sorted(set(ids))}, schema).rows(named=True) if ids else []
-    return {row.get("proposal_id") or row["prompt_id"]: row for row in rows}
+def _follow(store: Store, schema: str, edges: str, nodes: str, ids: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(origin, what its target says besides its edges) of every edge from the given ids."""
+    met = store.read(edges, {"ids": ids}, schema).rows() if ids else []
+    if met:
+        found = store.read(nodes, {"ids": sorted({target for _, target in met})}, schema)
+        details = dict(zip(found.to_series(), found.iter_rows(named=True), strict=True))
+        yield from ((origin, details[target]) for origin, target in met)
 
 
 _IDS = """

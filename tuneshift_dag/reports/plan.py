@@ -9,16 +9,17 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from tuneshift_dag import TuneshiftError
-from tuneshift_dag.config import Transfer
+from tuneshift_dag.config import Transfer, round_key, round_number
 from tuneshift_dag.config.schema import Distill
 from tuneshift_dag.home import database_file
 from tuneshift_dag.models.memory import BATCH_SHARE, gpu_count, total_bytes
 from tuneshift_dag.models.references import known_config
 from tuneshift_dag.store import Store
-from tuneshift_dag.store.records import ROUND_ASSETS, Records
+from tuneshift_dag.store.records import Cause, Records, next_step
 
 STEPS = ("synthetic_prompts", "scored_pairs", "distilled_model", "evaluation")
 # English text and these models' tokenizers: 3.9 over the packaged transfer's prompts.
@@ -52,11 +53,9 @@ def models_of(transfer: Transfer, asset: str) -> str | None:
 def engine_of(transfer: Transfer, asset: str) -> str | None:
     """What runs `models_of` the step, as far as speed depends on it."""
     engine = transfer.config.engine
+    if asset not in STEPS or asset == "distilled_model":
+        return "local" if asset in STEPS else None
     server = transfer.config.generator.server if asset == "synthetic_prompts" else engine.server
-    if asset not in STEPS:
-        return None
-    if asset == "distilled_model":
-        return "local"
     if server is not None:
         return f"openai, {server.concurrency} requests at once, {server.base_url}"
     return f"ray, {engine.ray}" if engine.type == "ray" else "local"
@@ -115,19 +114,19 @@ class ModelSize:
 def model_sizes(transfer: Transfer) -> dict[str, ModelSize]:
     """Of the source, generator and target those that this machine loads; TuneshiftError when one's isn't known."""
     config = transfer.config
-    elsewhere = {"source": config.engine.server or config.engine.ray.address}
-    elsewhere["generator"] = config.generator.server or config.engine.ray.address
-    references = {"source": config.source.base, "generator": config.generator.model, "target": config.target.base}
+    elsewhere = {
+        "source.base": config.engine.server or config.engine.ray.address,
+        "generator.model": config.generator.server or config.engine.ray.address,
+        "target.base": None,
+    }
     sizes: dict[str, ModelSize] = {}
-    for name, reference in references.items():
-        if elsewhere.get(name):
-            continue
-        where = f"{transfer.folder / 'transfer.yaml'}: {name}.{'model' if name == 'generator' else 'base'}"
+    for key in (key for key, server in elsewhere.items() if not server):
+        reference, where = attrgetter(key)(config), f"{transfer.folder / 'transfer.yaml'}: {key}"
         file = known_config(reference, transfer.folder, where)
         try:
             if file is None:
                 raise ValueError(f"{reference!r} isn't on this machine yet (`hf download {reference}` gets it)")
-            sizes[name] = ModelSize.from_config(json.loads(file.read_text("utf-8")))
+            sizes[key.partition(".")[0]] = ModelSize.from_config(json.loads(file.read_text("utf-8")))
         except (KeyError, ValueError) as error:
             problem = f"{file} has no {error}" if isinstance(error, KeyError) else error
             raise TuneshiftError(f"{where}: {problem}, so the memory that a run needs isn't known.") from error
@@ -181,54 +180,53 @@ def work(store: Store, transfer: Transfer) -> Work:
 def memory(transfer: Transfer, needed: Work, total: float, usable: float) -> tuple[dict[str, float], list[str]]:
     """Bytes of each step that loads models here, and a line with its repair for each that doesn't fit in ``usable``, or
     only with smaller batches; TuneshiftError when a model's size isn't known."""
-    config, sizes = transfer.config, model_sizes(transfer)
+    config, generator, sizes = transfer.config, transfer.config.generator, model_sizes(transfer)
     quantized, kv_bytes = config.models.quantization != "none", 1 if config.models.kv_cache_dtype == "int8" else 2
-    weights = {name: size.weight_bytes(quantized) for name, size in sizes.items()}
-    if "generator" in sizes:
-        weights["generator"] = sizes["generator"].weight_bytes(config.generator_quantization != "none")
+    weights = {
+        name: size.weight_bytes(config.generator_quantization != "none" if name == "generator" else quantized)
+        for name, size in sizes.items()
+    }
     # A process keeps what it has loaded until it trains, and loads the target once without and once with the adapter.
     answering = weights.get("source", 0.0) + weights.get("generator", 0.0)
     evaluating = weights.get("source", 0.0) + 2 * weights["target"]
-    example = 1 + (needed.response if config.generator.mode == "by_response" else 0)
-    call = len(config.generator.instruction) / _CHARACTERS_PER_TOKEN
-    call += config.generator.seeds_per_call * (needed.prompt + example)
+    example = 1 + (needed.response if generator.mode == "by_response" else 0)
+    call = len(generator.instruction) / _CHARACTERS_PER_TOKEN + generator.seeds_per_call * (needed.prompt + example)
     template = (len(config.prompt_template) - len("{prompt}")) / _CHARACTERS_PER_TOKEN
-    prompt_tokens = template + needed.prompt
+    asked = template + needed.prompt
     calls, pairs = (needed.rows[step] // needed.rounds for step in STEPS[:2])
+    measured = (evaluating, asked, config.evaluation.max_new_tokens, len(transfer.heldout))
     answered = [
-        ("synthetic_prompts", "generator", answering, call, config.generator.max_new_tokens, calls),
-        ("scored_pairs", "source", answering, prompt_tokens, config.response.max_new_tokens, pairs),
-        ("evaluation", "source", evaluating, prompt_tokens, config.evaluation.max_new_tokens, len(transfer.heldout)),
-        ("evaluation", "target", evaluating, prompt_tokens, config.evaluation.max_new_tokens, len(transfer.heldout)),
+        ("synthetic_prompts", "generator", answering, call, generator.max_new_tokens, calls),
+        ("scored_pairs", "source", answering, asked, config.response.max_new_tokens, pairs),
+        ("evaluation", "source", *measured),
+        ("evaluation", "target", *measured),
     ]
     found: dict[str, float] = {}
+    repairs: dict[str, str] = {}
     lines: dict[str, str] = {}
-
-    def refuse(step: str, repair: str) -> None:
-        lines[step] = (
-            f"{step} needs about {found[step] / 1e9:.1f} GB, and of this machine's memory a run can plan with"
-            f" {usable / 1e9:.1f} GB: {repair}, or use more memory."
-        )
-
     for step, model, resident, prompt, new, rows in answered:
         if model not in sizes or not rows:
             continue
         row, wanted = sizes[model].row_bytes(prompt, new, kv_bytes), min(config.models.batch_size, rows)
         batch = max(1, min(wanted, int(BATCH_SHARE * (total - resident) / row)))
         found[step] = max(found.get(step, 0.0), _PROCESS_BYTES + resident + batch * row)
-        if found[step] > usable:
-            refuse(step, _smaller_models(transfer, step))
-        elif batch < wanted and step != "evaluation":
+        repairs[step] = _smaller_models(transfer, step)
+        if batch < wanted and step != "evaluation":
             more = "; models.kv_cache_dtype: int8 makes room for more" if kv_bytes == 2 else ""
             lines[step] = f"{step} has memory for batches of {batch}, not {wanted}: it runs, slower{more}."
-    longest = template + config.generator.max_prompt_characters / _CHARACTERS_PER_TOKEN + config.response.max_new_tokens
+    longest = template + generator.max_prompt_characters / _CHARACTERS_PER_TOKEN + config.response.max_new_tokens
 
     def training(distill: Distill) -> float:
         return sizes["target"].training_bytes(distill, longest, needed.response)
 
     found["distilled_model"] = training(config.distill)
-    if training(config.distill) > usable:
-        refuse("distilled_model", _smaller_training(config.distill, lambda distill: training(distill) <= usable))
+    repairs["distilled_model"] = _smaller_training(config.distill, lambda distill: training(distill) <= usable)
+    for step, bytes_ in found.items():
+        if bytes_ > usable:
+            lines[step] = (
+                f"{step} needs about {bytes_ / 1e9:.1f} GB, and of this machine's memory a run can plan with"
+                f" {usable / 1e9:.1f} GB: {repairs[step]}, or use more memory."
+            )
     return found, [lines[step] for step in STEPS if step in lines]
 
 
@@ -286,42 +284,35 @@ def recorded_speeds(store: Store, transfer: Transfer) -> list[Speed]:
     """Of each step with each engine and models the last run in which all was computed, by step, latest first."""
     config = transfer.config
     calls = (4 if config.engine.cross_scores else 2) + config.response.samples
-    speeds = []
-    for row in store.read(_SPEEDS, schema=transfer.name).iter_rows(named=True):
-        per_row = row["seconds"] / row["model_calls"] * (calls if row["asset"] == "scored_pairs" else 1)
-        speeds.append(Speed(row["asset"], per_row, f"{row['finished']:%Y-%m-%d %H:%M}", row["models"], row["engine"]))
-    for row in store.read(_TRAININGS, schema=transfer.name).iter_rows(named=True):
-        settings = json.loads(row["settings"])
-        examples = round(row["pairs"] * (1 - settings["validation_fraction"])) * settings["epochs"]
-        ran = (f"{row['created_at']:%Y-%m-%d %H:%M}", row["target"], row["target"] and "local")
-        speeds.append(Speed("distilled_model", row["seconds"] / examples, *ran))
-    return sorted(speeds, key=lambda speed: STEPS.index(speed.step))
+    found = store.read(_SPEEDS, {"calls": calls}, transfer.name).iter_rows(named=True)
+    return sorted((Speed(**row) for row in found), key=lambda speed: STEPS.index(speed.step))
 
 
 _SPEEDS = """
-    SELECT asset, models, engine, sum(seconds) AS seconds, sum(model_calls)::DOUBLE AS model_calls,
-        max(finished_at) AS finished
-    FROM steps
-    WHERE model_calls > 0 AND cache_hits = 0 AND asset IN ('synthetic_prompts', 'scored_pairs', 'evaluation')
-    GROUP BY asset, models, engine, batch_id
-    QUALIFY row_number() OVER (PARTITION BY asset, models, engine ORDER BY finished DESC) = 1
+    WITH ran AS (
+        SELECT asset AS step, sum(seconds) AS seconds, sum(model_calls) / if(asset = 'scored_pairs', $calls, 1) AS done,
+            max(finished_at) AS finished, models, engine
+        FROM steps
+        WHERE model_calls > 0 AND cache_hits = 0 AND asset IN ('synthetic_prompts', 'scored_pairs', 'evaluation')
+        GROUP BY asset, models, engine, batch_id
+        UNION ALL
+        SELECT 'distilled_model', seconds, (settings ->> 'epochs')::INTEGER
+            * round_even(pairs * (1 - (settings ->> 'validation_fraction')::DOUBLE), 0),
+            created_at, target, if(target IS NULL, NULL, 'local')
+        FROM distilled_models
+    )
+    SELECT step, seconds / done AS seconds_per_row, strftime(finished, '%Y-%m-%d %H:%M') AS recorded_at, models, engine
+    FROM ran QUALIFY row_number() OVER (PARTITION BY step, models, engine ORDER BY finished DESC) = 1
     ORDER BY finished DESC
-"""
-_TRAININGS = """
-    SELECT pairs, seconds, target, settings, created_at FROM distilled_models
-    QUALIFY row_number() OVER (PARTITION BY target ORDER BY created_at DESC) = 1
-    ORDER BY created_at DESC
 """
 
 
 def chosen_speeds(recorded: Sequence[Speed], transfer: Transfer) -> dict[str, Speed]:
     """Of each step the speed of the transfer's own models and engine; else one of unknown ones, else the last."""
-    by_step = {step: [speed for speed in recorded if speed.step == step] for step in STEPS}
-    return {
-        step: min(speeds, key=lambda speed: 0 if speed.is_of(transfer) else 1 if speed.engine is None else 2)
-        for step, speeds in by_step.items()
-        if speeds
-    }
+    chosen: dict[str, Speed] = {}
+    for speed in sorted(recorded, key=lambda speed: 0 if speed.is_of(transfer) else 1 if speed.engine is None else 2):
+        chosen.setdefault(speed.step, speed)
+    return chosen
 
 
 def plan(store: Store, transfer: Transfer) -> dict[str, Any]:
@@ -334,7 +325,7 @@ def plan(store: Store, transfer: Transfer) -> dict[str, Any]:
     except TuneshiftError as error:
         bytes_, warnings = {}, [str(error)]
     speeds = chosen_speeds(recorded, transfer)
-    seconds = {step: rows * speeds[step].seconds_per_row for step, rows in needed.rows.items() if step in speeds}
+    seconds = needed.seconds(speeds, [(step, None) for step in STEPS])
     missing = [step for step in needed.rows if step not in seconds]
     records = f"`tuneshift run {transfer.name}` records"
     if missing:
@@ -364,19 +355,27 @@ def plan(store: Store, transfer: Transfer) -> dict[str, Any]:
     }
 
 
+class _Ahead(Records):
+    """The record as a run leaves it that has made the steps in ``made``, each with another result than before."""
+
+    def __init__(self, store: Store, transfer: Transfer) -> None:
+        super().__init__(store, transfer)
+        self.made: list[tuple[str, str | None]] = []
+
+    def causes(self, asset: str, round_: str | None = None) -> list[Cause]:
+        return [] if (asset, round_) in self.made else super().causes(asset, round_)
+
+    def version(self, asset: str, round_: str | None = None) -> str:
+        maker = (asset, round_)
+        if asset == "round_seeds" and round_:  # drawn by another step: see `config.versions.INPUTS`
+            number = round_number(round_)
+            maker = ("filtered_dataset", round_key(number - 1)) if number > 1 else ("seed_set", None)
+        return "another" if maker in self.made else super().version(asset, round_)
+
+
 def to_do(store: Store, transfer: Transfer, regrow: bool) -> list[tuple[str, str | None]]:
-    """(asset, round) of what `tuneshift run` would make now, as far as it is known before it begins."""
-    records = Records(store, transfer)
-
-    def due(asset: str, round_: str) -> bool:
-        causes = records.causes(asset, round_)
-        if regrow or asset != "synthetic_prompts" or not records.grown(round_):
-            return bool(causes)
-        return any(cause.kind != "input" for cause in causes)  # else its prompts are kept
-
-    steps: list[tuple[str, str | None]] = [("seed_set", None)] if records.causes("seed_set") else []
-    steps += [(asset, round_) for round_ in transfer.round_keys for asset in ROUND_ASSETS if due(asset, round_)]
-    measured = bool(transfer.heldout or transfer.config.evaluation.tasks)
-    last = ["threshold_report", "distilled_model", *(["evaluation"] if measured else [])]
-    last += ["diversity_map"] if transfer.config.diversity_map else []
-    return steps + [(asset, None) for asset in last if steps or records.causes(asset)]
+    """(asset, round) of the most that `tuneshift run` would make now: a step may turn out to change nothing."""
+    records = _Ahead(store, transfer)
+    while due := next_step(records, regrow):
+        records.made += [(asset, due.round) for asset in (due.assets if due.round else due.assets[:1])]
+    return records.made

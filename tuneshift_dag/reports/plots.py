@@ -11,13 +11,13 @@ import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
-from numpy.typing import NDArray
 
 from tuneshift_dag.reports import by_way
 
 _TEXT = "#7d8590"
 _COLORS = ["#4493f8", "#e0823d", "#3fb950", "#ab7df8", "#db61a2", "#c69026"]
 _KEPT, _DROPPED = "#3fb950", "#e0823d"
+_SIDES = ("left", "bottom")
 # One colour for a reason in every picture; reasons that no rule has yet come last.
 _VERDICTS = {
     "kept": _KEPT,
@@ -74,7 +74,7 @@ def accuracy_bars(rows: Sequence[dict[str, Any]]) -> Picture:
         rows: of the table ``accuracy``.
     """
     figure, axes = _axes("Held-out accuracy", "")
-    rows = by_way(rows)
+    rows = by_way({row["model"]: row for row in rows})
     names = [row["model"].replace("_", " ") for row in rows]
     values = [row["value"] for row in rows]
     errors = [[r["value"] - r["low"] for r in rows], [r["high"] - r["value"] for r in rows]]
@@ -99,9 +99,8 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Picture:
         axes.plot(row["value"], place, "D", color=color, markersize=7)
         if row["runs"] > 1:
             axes.plot(row["by_run"], [place] * row["runs"], "o", color=_COLORS[1], markersize=4, alpha=0.8)
-        axes.annotate(
-            f"{row['value']:.3f}", (row["high"], place), (6, 0), textcoords="offset points", va="center", color=_TEXT
-        )
+        end = (row["high"], place)
+        axes.annotate(f"{row['value']:.3f}", end, (6, 0), textcoords="offset points", va="center", color=_TEXT)
     axes.set_yticks(range(len(rows)), [row["arm"].replace("_", " ") for row in rows])
     axes.set_xlim(0, 1.1)
     axes.invert_yaxis()
@@ -120,7 +119,7 @@ def perplexity_histograms(pairs: pl.DataFrame, rule: str, threshold: float) -> P
         return _nothing(figure, axes)
     values = np.concatenate([pairs[column].to_numpy() for column in columns.values()])
     # The last percent would stretch the axis over bars that nobody can see; it goes into the last bar.
-    low, high = _span(np.array([values.min(), np.quantile(values, 0.99), *([threshold] if rule == "both" else [])]))
+    low, high = _span(values.min(), np.quantile(values, 0.99), *([threshold] if rule == "both" else []))
     bins = np.geomspace(low, high, min(40, 6 + int(2 * len(pairs) ** 0.5)) + 1)
     for (name, column), color in zip(columns.items(), _COLORS, strict=False):
         shown = np.clip(pairs[column].to_numpy(), low, high)
@@ -140,22 +139,20 @@ def perplexity_scatter(pairs: pl.DataFrame, rule: str, threshold: float) -> Pict
         pairs: columns ppl_fine_tuned, ppl_base, ppl_base_cross (finite) and kept.
     """
     cross = rule in ("cross_ratio", "top_excess")
-    figure, axes = _axes(
-        "PPL of the fine-tuned model", f"PPL of the base model,\n{'fine-tuned' if cross else 'own'} response", (7, 4.2)
-    )
+    whose = "fine-tuned" if cross else "own"
+    figure, axes = _axes("PPL of the fine-tuned model", f"PPL of the base model,\n{whose} response", (7, 4.2))
     if pairs.is_empty():
         return _nothing(figure, axes)
     x, y = pairs["ppl_fine_tuned"].to_numpy(), pairs["ppl_base_cross" if cross else "ppl_base"].to_numpy()
     kept = pairs["kept"].to_numpy()
     # Two shapes as well as two colours, for eyes that don't tell green from orange.
     size = 22 if len(x) < 500 else 10
-    axes.scatter(
-        x[~kept], y[~kept], size, _DROPPED, "x", alpha=0.8, linewidths=1, label=f"dropped ({(~kept).mean():.0%})"
-    )
-    axes.scatter(x[kept], y[kept], size, _KEPT, "o", alpha=0.8, linewidths=0, label=f"kept ({kept.mean():.0%})")
+    for name, of, color, shape, width in (("dropped", ~kept, _DROPPED, "x", 1), ("kept", kept, _KEPT, "o", 0)):
+        label = f"{name} ({of.mean():.0%})"
+        axes.scatter(x[of], y[of], size, color, shape, alpha=0.8, linewidths=width, label=label)
     both = [threshold] if rule == "both" else []
-    x_low, x_high = _span(np.array([*x, *both]))
-    y_low, y_high = _span(np.array([*y, *both]))
+    x_low, x_high = _span(*x, *both)
+    y_low, y_high = _span(*y, *both)
     if rule == "both":
         axes.axvline(threshold, color=_TEXT, linestyle="--", label=f"cut at {threshold:g}")
         axes.axhline(threshold, color=_TEXT, linestyle="--")
@@ -189,8 +186,7 @@ def kept_by_threshold(cells: Sequence[dict[str, Any]]) -> Picture:
         thresholds = [cell["threshold"] for cell in mine]
         _dress(left, _RULE_AXIS[rule], "Pairs kept")
         left.set_title(rule.replace("_", " "), color=_TEXT, loc="left", fontsize=11)
-        right = left.twinx()
-        _dress(right, "", "Distinct responses", sides=("right",))
+        right = _dress(left.twinx(), "", "Distinct responses", sides=("right",))
         (handles["pairs kept"],) = left.plot(thresholds, [c["pairs_kept"] for c in mine], "o-", color=_KEPT, ms=4)
         distinct = [c["distinct_responses"] for c in mine]
         (handles["distinct responses"],) = right.plot(thresholds, distinct, "s:", color=_COLORS[0], ms=3)
@@ -198,7 +194,7 @@ def kept_by_threshold(cells: Sequence[dict[str, Any]]) -> Picture:
             if cell["current"]:
                 left.axvline(cell["threshold"], color=_TEXT, linestyle="--", zorder=1)
                 (handles["current"],) = left.plot(cell["threshold"], cell["pairs_kept"], "*", color=_DROPPED, ms=14)
-        _log_axis(left.xaxis, *_span(np.array(thresholds)))
+        _log_axis(left.xaxis, *_span(*thresholds))
         for axes, color, top in zip((left, right), (_KEPT, _COLORS[0]), tops, strict=True):
             axes.set_ylim(0, top)
             axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -206,9 +202,8 @@ def kept_by_threshold(cells: Sequence[dict[str, Any]]) -> Picture:
             axes.yaxis.label.set_color(color)
     for panel in panels.flat[len(rules) :]:
         panel.set_visible(False)
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=3, frameon=False, labelcolor=_TEXT
-    )
+    look: dict[str, Any] = {"loc": "outside upper center", "ncols": 3, "frameon": False, "labelcolor": _TEXT}
+    figure.legend(handles.values(), handles.keys(), **look)
     return Picture(figure)
 
 
@@ -223,18 +218,12 @@ def acceptance_by_round(verdicts: Sequence[dict[str, Any]]) -> Picture:
         return _nothing(figure, axes)
     rounds = sorted({row["round"] for row in verdicts})
     pairs = {(row["round"], row["reason"]): row["pairs"] for row in verdicts}
-    totals = [sum(row["pairs"] for row in verdicts if row["round"] == round_) for round_ in rounds]
-    floor = np.zeros(len(rounds))
+    layers: dict[str, tuple[str, Sequence[int]]] = {}
     for reason in [*_VERDICTS, *sorted({row["reason"] for row in verdicts} - set(_VERDICTS))]:
-        heights = np.array([pairs.get((round_, reason), 0) for round_ in rounds])
-        if heights.any():
-            axes.bar(
-                range(len(rounds)), heights, 0.7, floor, color=_VERDICTS.get(reason, _TEXT), alpha=0.85,
-                label=reason.replace("fine_tuned", "fine-tuned").replace("_", " "),
-            )  # fmt: skip
-            floor += heights
-    shares = [pairs.get((round_, "kept"), 0) / max(1, total) for round_, total in zip(rounds, totals, strict=True)]
-    _label_bars(axes, totals, [f"{share:.0%}\nkept" if len(rounds) <= 10 else f"{share:.0%}" for share in shares])
+        label = reason.replace("fine_tuned", "fine-tuned").replace("_", " ")
+        layers[label] = (_VERDICTS.get(reason, _TEXT), [pairs.get((round_, reason), 0) for round_ in rounds])
+    word = "\nkept" if len(rounds) <= 10 else ""
+    _stack(axes, 0.7, layers, word)
     axes.set_xticks(range(len(rounds)), [round_.replace("_", " ") for round_ in rounds])
     if len(rounds) > 5:
         axes.set_xticks(range(len(rounds)), [round_.removeprefix("round_") for round_ in rounds])
@@ -252,15 +241,11 @@ def response_lengths(buckets: Sequence[dict[str, Any]]) -> Picture:
     figure, axes = _axes("Fine-tuned response (tokens)", "Scored pairs")
     if not buckets:
         return _nothing(figure, axes)
-    kept, dropped = [row["kept"] for row in buckets], [row["dropped"] for row in buckets]
-    places = range(len(buckets))
-    axes.bar(places, kept, 0.8, color=_KEPT, alpha=0.85, label="kept")
-    axes.bar(places, dropped, 0.8, kept, color=_DROPPED, alpha=0.85, label="dropped")
-    totals = [k + d for k, d in zip(kept, dropped, strict=True)]
-    _label_bars(axes, totals, [f"{k / max(1, n):.0%}" for k, n in zip(kept, totals, strict=True)])
+    colors = {"kept": _KEPT, "dropped": _DROPPED}
+    _stack(axes, 0.8, {name: (color, [row[name] for row in buckets]) for name, color in colors.items()})
     names = [f"{row['low']}" if row["low"] == row["high"] else f"{row['low']}–{row['high']}" for row in buckets]
     crowded = sum(map(len, names)) > 40
-    axes.set_xticks(places, names, rotation=45 if crowded else 0, ha="right" if crowded else "center")
+    axes.set_xticks(range(len(buckets)), names, rotation=45 if crowded else 0, ha="right" if crowded else "center")
     _legend_beside(axes, "share kept\nabove the bar")
     return Picture(figure)
 
@@ -271,11 +256,8 @@ def diversity_map(points: pl.DataFrame) -> Picture:
     Args:
         points: columns x, y, round (NULL for a seed) and kept.
     """
-    figure, axes = _axes("", "", (7.5, 5))
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    figure, axes = _axes("", "", (7.5, 5), sides=())
+    axes.set(xticks=[], yticks=[])
     if points.is_empty():
         return _nothing(figure, axes)
     rounds = points["round"].drop_nulls().unique().sort().to_list()
@@ -283,13 +265,9 @@ def diversity_map(points: pl.DataFrame) -> Picture:
     for number, round_ in enumerate(rounds):
         color = _round_color(number, len(rounds))
         mine = points.filter(pl.col("round") == round_)
-        for kept in (False, True):
-            part = mine.filter(pl.col("kept") == kept)
-            face = color if kept else "none"
-            axes.scatter(
-                part["x"], part["y"], size, facecolors=face, edgecolors=color, linewidths=0.8,
-                alpha=0.9 if kept else 0.8, zorder=3 if kept else 2,
-            )  # fmt: skip
+        for kept, face, alpha, order in ((False, "none", 0.8, 2), (True, color, 0.9, 3)):
+            part, look = mine.filter(pl.col("kept") == kept), {"facecolors": face, "edgecolors": color}
+            axes.scatter(part["x"], part["y"], size, **look, linewidths=0.8, alpha=alpha, zorder=order)
         # With many rounds the legend names some of them: the colours run in order.
         if number % -(-len(rounds) // 10) == 0 or number == len(rounds) - 1:
             axes.scatter([], [], 40, color=color, label=round_.replace("_", " "))
@@ -309,20 +287,27 @@ def _round_color(number: int, count: int) -> Any:
     return colorsys.hls_to_rgb(0.62 - 0.55 * number / (count - 1), 0.48, 0.7)
 
 
-def _label_bars(axes: Any, tops: Sequence[int], labels: Sequence[str]) -> None:
-    """A text above each bar, with room for it."""
-    for place, (top, label) in enumerate(zip(tops, labels, strict=True)):
-        axes.annotate(
-            label, (place, top), (0, 3), textcoords="offset points", ha="center", va="bottom", color=_TEXT, fontsize=9
-        )
+def _stack(axes: Any, width: float, layers: dict[str, tuple[str, Sequence[int]]], word: str = "") -> None:
+    """Bars of layers on one another, with the share of the layer ``kept`` above each bar.
+
+    Args:
+        layers: colour and heights by label.
+    """
+    heights = np.array([layer for _, layer in layers.values()])
+    for (label, (color, layer)), floor in zip(layers.items(), heights.cumsum(axis=0) - heights, strict=True):
+        if any(layer):
+            axes.bar(range(len(layer)), layer, width, floor, color=color, alpha=0.85, label=label)
+    tops, style = heights.sum(axis=0), {"ha": "center", "va": "bottom", "color": _TEXT, "fontsize": 9}
+    for place, (kept, top) in enumerate(zip(layers["kept"][1], tops, strict=True)):
+        axes.annotate(f"{kept / max(1, top):.0%}{word}", (place, top), (0, 3), textcoords="offset points", **style)
     axes.set_ylim(0, max(tops) * 1.2)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.grid(axis="x", visible=False)
 
 
-def _span(values: NDArray[np.float64]) -> tuple[float, float]:
+def _span(*values: float) -> tuple[float, float]:
     """The ends of a logarithmic axis, a little beyond the values."""
-    low, high = float(values.min()), float(values.max())
+    low, high = float(min(values)), float(max(values))
     margin = max((high / low) ** 0.04, 1.002)
     return low / margin, high * margin
 
@@ -330,12 +315,8 @@ def _span(values: NDArray[np.float64]) -> tuple[float, float]:
 def _log_axis(axis: Any, low: float, high: float) -> None:
     """A logarithmic axis with plain numbers at readable places: Matplotlib's own write 2 × 10⁰ below 10."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
-    if high / low > 1000:
-        leading: Sequence[float] = (1,)
-    elif high / low > 20:
-        leading = (1, 2, 5)
-    else:
-        leading = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)
+    few, some = high / low > 1000, high / low > 20
+    leading = (1,) if few else (1, 2, 5) if some else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     ticks = [round(lead * 10.0**decade, 12) for decade in decades for lead in leading]
     ticks = [tick for tick in ticks if low <= tick <= high]
@@ -348,20 +329,17 @@ def _log_axis(axis: Any, low: float, high: float) -> None:
 
 def _nothing(figure: Figure, axes: Any) -> Picture:
     """A picture that says that there are no rows, rather than an empty frame."""
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     axes.text(0.5, 0.5, "No scored pairs yet", transform=axes.transAxes, ha="center", va="center", color=_TEXT)
     return Picture(figure)
 
 
-def _axes(x: str, y: str, size: tuple[float, float] = (6.4, 3.2)) -> tuple[Figure, Any]:
+def _axes(x: str, y: str, size: tuple[float, float] = (6.4, 3.2), sides: Sequence[str] = _SIDES) -> tuple[Figure, Any]:
     figure = Figure(figsize=size)
-    axes = figure.add_subplot()
-    _dress(axes, x, y)
-    return figure, axes
+    return figure, _dress(figure.add_subplot(), x, y, sides)
 
 
-def _dress(axes: Any, x: str, y: str, sides: Sequence[str] = ("left", "bottom")) -> None:
+def _dress(axes: Any, x: str, y: str, sides: Sequence[str] = _SIDES) -> Any:
     axes.set_xlabel(x, color=_TEXT)
     axes.set_ylabel(y, color=_TEXT)
     axes.tick_params(colors=_TEXT, which="both")
@@ -371,6 +349,7 @@ def _dress(axes: Any, x: str, y: str, sides: Sequence[str] = ("left", "bottom"))
     axes.set_axisbelow(True)
     if "bottom" in sides:
         axes.grid(alpha=0.25, color=_TEXT)
+    return axes
 
 
 def _legend_beside(axes: Any, title: str | None = None) -> None:

@@ -5,6 +5,7 @@ cell is what the dataset becomes when ``filter`` is set to it. What is kept also
 the prompts that there are get judged. `tuneshift sweep` prints the cells, `threshold_report` stores and draws them.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -57,16 +58,11 @@ def sweep(
             raise TuneshiftError(f"There is no rule {rule!r}: use {', '.join(RULES)}.")
     wanted = [rule for rule in RULES if rule in rules] or _rules_for(grid)
     for rule in wanted:
-        for threshold in grid:
-            problem = _problem(rule, threshold)
-            if problem:
-                raise TuneshiftError(f"{problem}.")
+        _check(rule, grid)
     rounds = f"SELECT round, count(*) FROM {of_its_rounds(transfer, 'scored_pairs')} GROUP BY round ORDER BY round"
     scored = dict(store.read(rounds, schema=transfer.name).iter_rows())
-    cells = []
-    for rule in wanted:
-        cells += _cells(store, transfer, rule, sorted(set(grid)) or default_grid(store, transfer, rule), scored)
-    return cells
+    grids = {rule: sorted(set(grid)) or default_grid(store, transfer, rule) for rule in wanted}
+    return [cell for rule in wanted for cell in _cells(store, transfer, rule, grids[rule], scored)]
 
 
 def _cells(
@@ -88,22 +84,21 @@ def _cells(
         transfer.name,
     )
     found = {(threshold, round_): counts for threshold, round_, *counts in rows.iter_rows()}
-    cells = []
-    for threshold in thresholds:
+
+    def cell(threshold: float) -> dict[str, Any]:
         kept, distinct, margin = found.get((threshold, None), (0, 0, None))
-        cells.append(
-            {
-                "rule": rule,
-                "threshold": threshold,
-                "pairs_kept": kept,
-                "kept_share": kept / max(1, sum(scored.values())),
-                "distinct_responses": distinct,
-                "mean_margin": margin,
-                "by_round": {round_: found.get((threshold, round_), (0,))[0] for round_ in scored},
-                "current": (rule, threshold) == (settings.rule, settings.threshold),
-            }
-        )
-    return cells
+        return {
+            "rule": rule,
+            "threshold": threshold,
+            "pairs_kept": kept,
+            "kept_share": kept / max(1, sum(scored.values())),
+            "distinct_responses": distinct,
+            "mean_margin": margin,
+            "by_round": {round_: found.get((threshold, round_), (0,))[0] for round_ in scored},
+            "current": (rule, threshold) == (settings.rule, settings.threshold),
+        }
+
+    return [cell(threshold) for threshold in thresholds]
 
 
 def default_grid(store: Store, transfer: Transfer, rule: Rule) -> list[float]:
@@ -152,37 +147,31 @@ def parse_grid(text: str) -> list[float]:
         raise TuneshiftError(
             f"--grid {text!r} can't be read: write thresholds as 1.1,1.2,1.5 or as start:stop:step, like 1.1:2:0.1."
         ) from None
-    if not (math.isfinite(start) and math.isfinite(stop) and math.isfinite(step) and step > 0 and stop >= start):
-        raise TuneshiftError(
-            f"--grid {text!r} has no thresholds: the step must be above 0 and the stop not below start."
-        )
+    if not (math.isfinite(start + stop + step) and step > 0 and stop >= start):
+        raise TuneshiftError(f"--grid {text!r} has no thresholds: the step must be above 0 and stop not below start.")
     count = math.floor((stop - start) / step + 1e-9) + 1
     if count > _MOST_THRESHOLDS:
-        raise TuneshiftError(
-            f"--grid {text!r} has {count} thresholds, more than {_MOST_THRESHOLDS}: use a larger step."
-        )
+        raise TuneshiftError(f"--grid {text!r} has {count} thresholds, over {_MOST_THRESHOLDS}: use a larger step.")
     # Rounded, so that 1.1:2:0.1 hits the 1.3 of transfer.yaml and not 1.3000000000000003.
     return [round(start + place * step, 10) for place in range(count)]
 
 
-def _problem(rule: Rule, threshold: float) -> str:
-    """Why a rule can't take a threshold; empty if it can."""
+def _check(rule: Rule, grid: Sequence[float]) -> None:
+    """Raise `TuneshiftError` when a rule can't take one of the thresholds."""
     try:
-        check_threshold(rule, threshold)
+        for threshold in grid:
+            check_threshold(rule, threshold)
     except ValueError as error:
-        return str(error)
-    return ""
+        raise TuneshiftError(f"{error}.") from error
 
 
 def _rules_for(grid: Sequence[float]) -> list[Rule]:
-    """The rules that can take every threshold of a grid; without one, all.
-
-    Raises:
-        TuneshiftError: when no rule can.
-    """
-    if not grid:
-        return list(RULES)
-    able: list[Rule] = [rule for rule in RULES if rule != "unfiltered" and not any(_problem(rule, t) for t in grid)]
+    """The rules that can take every threshold of a grid (without one, all); `TuneshiftError` when no rule can."""
+    able: list[Rule] = []
+    for rule in RULES if not grid else [rule for rule in RULES if rule != "unfiltered"]:
+        with contextlib.suppress(TuneshiftError):
+            _check(rule, grid)
+            able.append(rule)
     if not able:
         raise TuneshiftError(
             f"No rule takes all of the thresholds {', '.join(f'{t:g}' for t in grid)}: name one with --rule to see why."

@@ -109,7 +109,7 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             name += f"|{settings.ray.model_dump_json()}"
         if name not in _ENGINES:
             how = (models.quantization, models.compute_dtype, models.batch_size, models.device_map)
-            local = LocalEngine(files, adapter, *how, models.kv_cache_dtype)
+            local = LocalEngine(files, adapter, *how, models.kv_cache_dtype, 1 if ray else models.workers)
             needed = [files.path, *([adapter.path] if adapter else [])]
             _ENGINES[name] = ray.RayEngine(local, models.batch_size, settings.ray, needed) if ray else local
         engine: Engine = _ENGINES[name]

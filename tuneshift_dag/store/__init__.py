@@ -8,12 +8,12 @@ for one transaction or one read, and never while a model runs; a held lock is wa
 # process, and DuckDB then prints pages of "nanobind: leaked … instances".
 from __future__ import annotations
 
-import io
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,21 @@ from tuneshift_dag.store.queries import TRANSFER_VIEWS
 from tuneshift_dag.store.tables import CACHE, CACHE_TABLES, MAIN_TABLES, SCHEMA_VERSION, TRANSFER_TABLES, Table
 
 _LOCK_WAIT_SECONDS = 60.0
-_CHECKPOINT_EVERY = "4 MB"
-"""A checkpoint overwrites DuckDB's first block (256 KiB) in place: a process killed within those microseconds leaves a
-file that can't be opened (seen once in 1,200 kills while every close made one). What is committed is safe in the
-``.wal`` beside the file before; a larger one is slower to open (4 MB: about 10 ms)."""
-_MERGES_PER_CHECKPOINT = 0
-"""A checkpoint merges a table's small row groups into one of up to 122,880 rows, and holds all of it in memory: 80 MB
-for responses. Without merges it writes what was added since the last one, some 2,500 rows, and drops row groups whose
-rows are all deleted; look-ups in 27 groups of 400,000 responses were as fast as in 5."""
+# A checkpoint overwrites DuckDB's first block (256 KiB) in place: a process killed within those microseconds leaves a
+# file that can't be opened (seen once in 1,200 kills while every close made one). What is committed is safe in the
+# `.wal` beside the file before; a larger one is slower to open (4 MB: about 10 ms).
+# A checkpoint also merges a table's small row groups into one of up to 122,880 rows, and holds all of it in memory:
+# 80 MB for responses. Without merges it writes what was added since the last one, some 2,500 rows, and drops row groups
+# whose rows are all deleted; look-ups in 27 groups of 400,000 responses were as fast as in 5.
+_WRITER = "PRAGMA disable_checkpoint_on_shutdown; SET wal_autocheckpoint = '4 MB'; SET max_vacuum_tasks = 0"
 _LITTLE_MEMORY = 24
 """MB that DuckDB gets for a look-up or an append in a large table, or for rows that come in parts, beside those rows
 that it must hold at once. Without a limit it keeps what it has read and, until the commit, what it writes: 180 MB for
 100,000 scored pairs. With 16 an append and the commit of those pairs fail."""
 _TOO_LITTLE_MEMORY = (duckdb.OutOfMemoryException, duckdb.TransactionException, duckdb.FatalException)
 """As a statement, a commit and the checkpoint that a commit makes say it."""
+_READY: dict[tuple[Path, int], set[str]] = {}
+"""Schemas that were prepared in this process, which takes some statements each, by the very file (path and inode)."""
 
 
 class Spool:
@@ -50,41 +51,30 @@ class Spool:
 
     def __init__(self, table: Table, folder: Path) -> None:
         self.table = table
-        self.row_bytes = 0.0
-        """Size of a row, in the chunk with the largest."""
+        self.at_once = 0.0
+        """Bytes of the rows that DuckDB takes from `reader` at a time, in the chunk with the largest."""
+        self._rows = 0
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
-        self._chunks = self._rows = 0
+        self._stream = pa.ipc.new_stream(self._file, table.empty().to_arrow().schema)
 
     def append(self, rows: pl.DataFrame) -> None:
-        table = rows.to_arrow()
-        self._file.seek(0, io.SEEK_END)
-        with pa.ipc.new_stream(self._file, table.schema) as stream:
-            stream.write_table(table)
-        self._chunks += 1
+        table = rows.rechunk().to_arrow()
+        self._file.seek(0, os.SEEK_END)
+        self._stream.write_table(table)
         self._rows += len(rows)
-        self.row_bytes = max(self.row_bytes, table.nbytes / max(1, len(rows)))
+        self.at_once = max(self.at_once, int(duckdb.__standard_vector_size__) * table.nbytes / max(1, len(rows)))
 
     def __len__(self) -> int:
         return self._rows
 
-    @property
-    def at_once(self) -> float:
-        """Bytes of the rows that DuckDB takes from `reader` at a time."""
-        return int(duckdb.__standard_vector_size__) * self.row_bytes
-
     def reader(self) -> pa.RecordBatchReader:
-        """The rows as a stream that DuckDB reads as it goes."""
-        batches = (batch for rows in self for batch in rows.to_arrow().to_batches())
-        return pa.RecordBatchReader.from_batches(self.table.empty().to_arrow().schema, batches)
+        """The rows as a stream that DuckDB reads as it goes; one at a time."""
+        self._file.seek(0)
+        return pa.ipc.open_stream(self._file)
 
     def __iter__(self) -> Iterator[pl.DataFrame]:
-        """The chunks, in the order in which they came."""
-        end = 0
-        for _ in range(self._chunks):
-            self._file.seek(end)
-            rows = pl.DataFrame(pa.ipc.open_stream(self._file).read_all())
-            end = self._file.tell()
-            yield rows
+        """The chunks that hold rows, in the order in which they came."""
+        return (pl.DataFrame(batch) for batch in self.reader())
 
     def __enter__(self) -> Spool:
         return self
@@ -93,11 +83,13 @@ class Spool:
         self._file.close()
 
 
+def now() -> datetime:
+    """The time in UTC, as a TIMESTAMP of a table holds it."""
+    return datetime.now(UTC).replace(tzinfo=None)
+
+
 def in_chunks(rows: pl.DataFrame | Spool) -> Iterable[pl.DataFrame]:
     return rows if isinstance(rows, Spool) else [rows]
-
-
-_READY: dict[tuple[Path, int], set[str]] = {}
 
 
 class Store:
@@ -110,7 +102,6 @@ class Store:
 
     @property
     def _ready(self) -> set[str]:
-        """Schemas of this very file that were prepared in this process: each takes some statements."""
         return _READY.setdefault((self.path, self.path.stat().st_ino), set()) if self.path.exists() else set()
 
     def relative(self, path: Path) -> str:
@@ -158,24 +149,21 @@ class Store:
     ) -> pl.DataFrame:
         """Rows of a query; unqualified table names are those of ``schema`` (a transfer's name).
 
-        Args:
-            little_memory: don't keep what was read of a large table, as long as the rows of the result allow it.
+        With ``little_memory`` what was read of a large table isn't kept, as long as the rows of the result allow it.
         """
         self.prepare(schema)
-        with self._connection(read_only=True) as connection:
+        with self._connect(read_only=True) as connection:
             if schema:
                 connection.execute(f"SET schema = '{schema}'")
-
-            def rows() -> pl.DataFrame:
-                found: pl.DataFrame = connection.sql(query, params=parameters or None).pl()
-                return found
-
+            rows: pl.DataFrame
             if little_memory:
                 with suppress(duckdb.OutOfMemoryException):
                     _limit_memory(connection)
-                    return rows()
+                    rows = connection.sql(query, params=parameters or None).pl()
+                    return rows
                 connection.execute("RESET memory_limit")
-            return rows()
+            rows = connection.sql(query, params=parameters or None).pl()
+            return rows
 
     def spool(self, table: Table) -> Spool:
         """A place on this file's disk for more rows than memory should hold."""
@@ -183,23 +171,14 @@ class Store:
         return Spool(table, self.path.parent)
 
     def replace(self, schema: str, table: Table, rows: pl.DataFrame | Spool, **where: str) -> None:
-        """Replace a table's rows, or those where the given columns have the given values.
-
-        One transaction: either the old rows or the new ones are there, whatever happens.
-        """
-        self.replace_all(schema, [(table, rows)], **where)
-
-    def replace_all(self, schema: str, frames: Sequence[tuple[Table, pl.DataFrame | Spool]], **where: str) -> None:
-        """`replace` for several tables in the same transaction."""
+        """Replace a table's rows, or those where the given columns have the given values, in one transaction."""
         condition = " AND ".join(f"{column} = ?" for column in where) or "TRUE"
 
         def statements(connection: duckdb.DuckDBPyConnection) -> None:
-            for table, rows in frames:
-                connection.execute(f"DELETE FROM {table.name} WHERE {condition}", list(where.values()))
-                insert(connection, table, rows)
+            connection.execute(f"DELETE FROM {table.name} WHERE {condition}", list(where.values()))
+            insert(connection, table, rows)
 
-        spools = [rows for _, rows in frames if isinstance(rows, Spool)]
-        self.write(schema, statements, max((spool.at_once for spool in spools), default=None))
+        self.write(schema, statements, rows.at_once if isinstance(rows, Spool) else None)
 
     def append_all(self, schema: str, frames: Sequence[tuple[Table, pl.DataFrame]]) -> None:
         """Add rows in one transaction; a row whose key is there already is left out."""
@@ -214,12 +193,9 @@ class Store:
     def write(
         self, schema: str, statements: Callable[[duckdb.DuckDBPyConnection], None], at_once: float | None = None
     ) -> None:
-        """One transaction, which with ``at_once`` holds little in memory.
+        """One transaction, which with ``at_once`` (bytes that a statement has to hold) takes little memory beside that.
 
-        Args:
-            statements: are run a second time, without a limit, when that was too little. (Nothing of the first is in
-                the file then.)
-            at_once: bytes of the rows that a statement has to hold at once.
+        When it was too little, the statements are run again without a limit; nothing of the first time is in the file.
         """
         if at_once is not None:
             with suppress(*_TOO_LITTLE_MEMORY), self.transaction(schema) as connection:
@@ -234,12 +210,11 @@ class Store:
     def transaction(self, schema: str, compact: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
         """A read-write connection inside one transaction, for a few statements and no model call.
 
-        Args:
-            compact: afterwards merge the row groups of the tables that changed, without what was deleted from them,
-                whatever memory it takes.
+        With ``compact`` the row groups of the tables that changed are merged afterwards, without what was deleted from
+        them, whatever memory it takes.
         """
         self.prepare(schema)
-        with self._connection(read_only=False) as connection:
+        with self._connect(read_only=False) as connection:
             connection.execute(f"SET schema = '{schema}'")
             if compact:
                 connection.execute("RESET max_vacuum_tasks")
@@ -256,15 +231,14 @@ class Store:
         if name in self._ready:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._connection(read_only=False) as connection:
+        with self._connect(read_only=False) as connection:
             connection.execute("BEGIN")
             self._check_version(connection)
-            for known, tables in (("main", MAIN_TABLES), (CACHE, CACHE_TABLES), (name, TRANSFER_TABLES)):
-                if (known == CACHE) == (tables is CACHE_TABLES):
-                    connection.execute(f'CREATE SCHEMA IF NOT EXISTS "{known}"')
-                    for table in tables:
-                        connection.execute(table.ddl(known))
-                    _add_columns(connection, known, tables)
+            for known, tables in {name: TRANSFER_TABLES, "main": MAIN_TABLES, CACHE: CACHE_TABLES}.items():
+                connection.execute(f'CREATE SCHEMA IF NOT EXISTS "{known}"')
+                for table in tables:
+                    connection.execute(table.ddl(known))
+                _add_columns(connection, known, tables)
             if name != CACHE:
                 _replace_views(connection, name)
             connection.execute("COMMIT")
@@ -280,32 +254,23 @@ class Store:
                 f"{self.path} was written by a newer tuneshift_dag (schema version {version}; this one knows"
                 f" {SCHEMA_VERSION}). Upgrade tuneshift_dag, or set TUNESHIFT_HOME to another folder."
             )
-        try:
-            if version is not None:
+        if version is not None:
+            try:
                 _migrate(connection)
-        except duckdb.Error as error:
-            problem = f"can't be brought from schema version {version} to {SCHEMA_VERSION}, and stays as it was"
-            raise TuneshiftError(f"{self.path} {problem}: {error}") from error
+            except duckdb.Error as error:
+                problem = f"can't be brought from schema version {version} to {SCHEMA_VERSION}, and stays as it was"
+                raise TuneshiftError(f"{self.path} {problem}: {error}") from error
         connection.execute("INSERT INTO main.tuneshift_schema VALUES (?)", [SCHEMA_VERSION])
-
-    @contextmanager
-    def _connection(self, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
-        connection = self._connect(read_only)
-        try:
-            if not read_only:
-                connection.execute("PRAGMA disable_checkpoint_on_shutdown")
-                connection.execute(f"SET wal_autocheckpoint = '{_CHECKPOINT_EVERY}'")
-                connection.execute(f"SET max_vacuum_tasks = {_MERGES_PER_CHECKPOINT}")
-            yield connection
-        finally:
-            connection.close()
 
     def _connect(self, read_only: bool) -> duckdb.DuckDBPyConnection:
         give_up = time.monotonic() + _LOCK_WAIT_SECONDS
         pause = 0.01
         while True:
             try:
-                return duckdb.connect(str(self.path), read_only=read_only)
+                connection = duckdb.connect(str(self.path), read_only=read_only)
+                if not read_only:
+                    connection.execute(_WRITER)
+                return connection
             except duckdb.Error as error:
                 # Another thread of this process may hold a connection of the other kind for a moment.
                 if not isinstance(error, duckdb.ConnectionException) and "Could not set lock" not in str(error):
@@ -320,18 +285,13 @@ class Store:
 
 
 def _limit_memory(connection: duckdb.DuckDBPyConnection, at_once: float = 0) -> None:
-    """Let DuckDB drop what it has read, and write to disk what it would hold until the commit.
-
-    Args:
-        at_once: bytes that the statement has to hold at once; DuckDB has them twice while it writes them.
-    """
-    # Each thread has buffers of its own.
+    """Let DuckDB drop what it has read, and write to disk what it would hold until the commit, beside ``at_once``."""
+    # It has those bytes twice while it writes them, and each thread has buffers of its own.
     connection.execute(f"SET memory_limit = '{_LITTLE_MEMORY + 2 * at_once / 1e6:.0f} MB'; SET threads = 1")
 
 
 def _migrate(connection: duckdb.DuckDBPyConnection) -> None:
-    """From schema version 1, 2 or 3 to 4: indexes, tables and columns go that are no longer declared, and the paths of
-    adapters become relative."""
+    """To schema version 4: what is no longer declared goes, and the paths of adapters become relative."""
     # Tables and views of a transfer were made in the cache's schema too, by mistake.
     for view in TRANSFER_VIEWS:
         connection.execute(f"DROP VIEW IF EXISTS {CACHE}.{view.name}")
@@ -340,7 +300,7 @@ def _migrate(connection: duckdb.DuckDBPyConnection) -> None:
     indexed = connection.execute("SELECT schema_name, table_name FROM duckdb_tables() WHERE has_primary_key").fetchall()
     without = {table.name for table in (*CACHE_TABLES, *TRANSFER_TABLES) if not (table.key and table.indexed)}
     for schema, table in indexed:
-        if table in without:
+        if table in without:  # DuckDB drops no primary key
             connection.execute(f'CREATE TABLE "{schema}".copied AS SELECT * FROM "{schema}".{table}')
             connection.execute(f'DROP TABLE "{schema}".{table}')
             connection.execute(f'ALTER TABLE "{schema}".copied RENAME TO {table}')
@@ -376,11 +336,7 @@ def _replace_views(connection: duckdb.DuckDBPyConnection, schema: str) -> None:
 def insert(
     connection: duckdb.DuckDBPyConnection, table: Table, rows: pl.DataFrame | Spool, new_only: bool = False
 ) -> None:
-    """Add rows to a table, by column name.
-
-    Args:
-        new_only: leave out a row whose key is there already.
-    """
+    """Add rows to a table, by column name; with ``new_only`` but those whose key is there already."""
     if not len(rows):
         return
     arrow = rows.reader() if isinstance(rows, Spool) else rows.to_arrow()

@@ -8,7 +8,7 @@ bfloat16 the batch around a prompt can flip a near-tie, and whichever result cam
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.method import Decoding, Response
 from tuneshift_dag.models.references import cache_dir
-from tuneshift_dag.store import Store
+from tuneshift_dag.store import Store, now
 from tuneshift_dag.store.tables import CACHE, CACHED_RESPONSES, CACHED_SCORES
 
 MODEL_REFERENCE = "model:"
@@ -36,10 +36,10 @@ class ResponseCache:
         self.store = store
 
     def response_key(self, fingerprint: str, prompt_ids: Sequence[int], decoding: Decoding) -> str:
-        return _hash(fingerprint, _ids(prompt_ids), decoding.key())
+        return _key(fingerprint, prompt_ids, decoding.key())
 
     def score_key(self, fingerprint: str, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
-        return _hash(fingerprint, _ids(prompt_ids), _ids(response_ids))
+        return _key(fingerprint, prompt_ids, ",".join(map(str, response_ids)))
 
     def responses(self, keys: Sequence[str]) -> dict[str, Response]:
         return {row.pop("key"): Response(**row) for row in self._read(CACHED_RESPONSES.name, keys)}
@@ -48,9 +48,9 @@ class ResponseCache:
         return {row["key"]: row["sum_logprob"] for row in self._read(CACHED_SCORES.name, keys)}
 
     def put(self, responses: dict[str, Response], scores: dict[str, float]) -> None:
-        now = _now()
-        rows = CACHED_RESPONSES.frame([{"key": key, **vars(r), "added_at": now} for key, r in responses.items()])
-        values = CACHED_SCORES.frame([{"key": k, "sum_logprob": v, "added_at": now} for k, v in scores.items()])
+        added = now()
+        rows = CACHED_RESPONSES.frame([{"key": key, **vars(r), "added_at": added} for key, r in responses.items()])
+        values = CACHED_SCORES.frame([{"key": k, "sum_logprob": v, "added_at": added} for k, v in scores.items()])
         self.store.append_all(CACHE, [(CACHED_RESPONSES, rows), (CACHED_SCORES, values)])
 
     def _read(self, table: str, keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -81,7 +81,7 @@ class Removable:
 def collect_plan(
     store: Store,
     transfers: Iterable[tuple[str, Path | None]],
-    quantized_in_use: Collection[str] | Callable[[], Collection[str]] | None = None,
+    quantized_in_use: Collection[str] | None = None,
 ) -> list[Removable]:
     """What `collect` can remove. Whatever a step that runs, or has failed, may have computed isn't among it.
 
@@ -96,9 +96,14 @@ def collect_plan(
     schemas = _schemas(store)
     gone = _gone(store, schemas, {name.lower() for name, folder in transfers if folder})
     staying = [schema for schema in schemas if schema not in gone]
+    recorded = "SELECT round FROM cache_references WHERE asset = 'scored_pairs'"
     for schema in staying:
-        _refuse_unrecorded(store, schema)
-    before = min(_first_attempt(store, schemas), _now())
+        if store.read(f"SELECT 1 FROM scored_pairs WHERE round NOT IN ({recorded}) LIMIT 1", schema=schema).height:
+            raise TuneshiftError(
+                f"{schema}: its pairs were scored by an older tuneshift_dag, which didn't record what they use."
+                " Materialize its synthetic_prompts and scored_pairs once more (all from the cache), then try again."
+            )
+    before = min(_first_attempt(store, schemas), now())
     plan = []
     for table in _SIZES:
         found = _count(store, table, _unused(staying), before)
@@ -113,7 +118,7 @@ def collect_plan(
         if output.is_dir():
             plan.append(Removable("output", schema, _bytes(output), reason, output))
     if quantized_in_use is not None:
-        plan += _copies_but(quantized_in_use() if callable(quantized_in_use) else quantized_in_use, before)
+        plan += _copies_but(quantized_in_use, before)
     return plan
 
 
@@ -163,15 +168,6 @@ def _first_attempt(store: Store, schemas: Sequence[str]) -> datetime:
     return first or datetime.max
 
 
-def _refuse_unrecorded(store: Store, schema: str) -> None:
-    recorded = "SELECT round FROM cache_references WHERE asset = 'scored_pairs'"
-    if store.read(f"SELECT 1 FROM scored_pairs WHERE round NOT IN ({recorded}) LIMIT 1", schema=schema).height:
-        raise TuneshiftError(
-            f"{schema}: its pairs were scored by an older tuneshift_dag, which didn't record what they use."
-            " Materialize its synthetic_prompts and scored_pairs once more (all from the cache), then try again."
-        )
-
-
 def _unused(schemas: Sequence[str]) -> str:
     """SQL condition of the cache's entries that no materialization used and that were added before a parameter."""
     keys = " UNION ".join(f'SELECT key FROM "{schema}".cache_references' for schema in schemas)
@@ -199,9 +195,8 @@ def _left_over(store: Store, schema: str) -> Iterator[Removable]:
     for path in sorted((folder / "models").glob("*")):
         name = f"{schema}/{path.name}"
         if path.name.startswith("."):
-            yield Removable(
-                "training", name, _bytes(path), "of a training that was ended; no step goes on with it", path
-            )
+            reason = "of a training that was ended; no step goes on with it"
+            yield Removable("training", name, _bytes(path), reason, path)
         elif used is not None and path.name not in used:
             yield Removable("adapter", name, _bytes(path), "neither the current one nor one of the comparison", path)
 
@@ -236,13 +231,5 @@ def _bytes(path: Path) -> int:
     return sum(file.lstat().st_size for file in (path, *path.rglob("*")) if file.is_symlink() or file.is_file())
 
 
-def _now() -> datetime:
-    return datetime.now(UTC).replace(tzinfo=None)
-
-
-def _ids(ids: Sequence[int]) -> str:
-    return ",".join(map(str, ids))
-
-
-def _hash(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+def _key(fingerprint: str, prompt_ids: Sequence[int], result: str) -> str:
+    return hashlib.sha256("\0".join([fingerprint, ",".join(map(str, prompt_ids)), result]).encode()).hexdigest()

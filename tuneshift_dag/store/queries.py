@@ -34,9 +34,8 @@ class View:
 
 
 def _view(text: str, query: str) -> View:
-    """``text`` as for `declare`."""
-    said = declare(text)
-    return View(said.name, said.description, said.columns, query)
+    table = declare(text)
+    return View(table.name, table.description, table.columns, query)
 
 
 def of_its_rounds(transfer: Transfer, table: str) -> str:
@@ -216,10 +215,8 @@ TRANSFER_VIEWS = (LINEAGE, ROUND_SUMMARY, REJECTIONS)
 COLUMN_SOURCES: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
     SYNTHETIC_PROMPTS.name: {
         "round": (("round_seeds", "round"),),
-        "prompt_id": (("round_seeds", "prompt"),),
-        "prompt": (("round_seeds", "prompt"),),
         "proposal_id": (("round_seeds", "call"), ("round_seeds", "prompt_id"), ("round_seeds", "prompt")),
-        "position": (("round_seeds", "prompt"),),
+        **dict.fromkeys(("prompt_id", "prompt", "position"), (("round_seeds", "prompt"),)),
     },
     SCORED_PAIRS.name: {
         column.name: (("synthetic_prompts", column.name if column.name in ("round", "prompt_id") else "prompt"),)

@@ -9,15 +9,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from types import MappingProxyType
 from typing import Any, Literal
 
 import polars as pl
 
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.versions import INPUTS, Rounds, code_version
-from tuneshift_dag.store import Spool, Store, in_chunks, insert
+from tuneshift_dag.store import Spool, Store, in_chunks, insert, now
 from tuneshift_dag.store.tables import ATTEMPTS, MATERIALIZATIONS
 
 ROUND_ASSETS = ("synthetic_prompts", "scored_pairs", "filtered_dataset")
@@ -26,13 +24,11 @@ ROUND_ASSETS = ("synthetic_prompts", "scored_pairs", "filtered_dataset")
 
 @dataclass(frozen=True)
 class Cause:
-    """Why something must be made (again).
-
-    ``missing``: it never was. ``code``: its settings, files, weights or code changed. ``input``: what it was made from
-    has another version, or is gone. ``attempt``: the last attempt failed or was killed, or is going on.
-    """
+    """Why something must be made (again)."""
 
     kind: Literal["missing", "code", "input", "attempt"]
+    """``missing``: it never was. ``code``: its settings, files, weights or code changed. ``input``: what it was made
+    from has another version, or is gone. ``attempt``: the last attempt failed or was killed, or is going on."""
     input: str = ""
     """Of kind ``input`` the `place` that changed."""
 
@@ -42,19 +38,15 @@ def place(asset: str, round_: str | None = None) -> str:
     return f"{asset}/{round_}" if round_ else asset
 
 
-_NOTED = """
-    SELECT asset, round, code_version, inputs, version, a.run_id IS NOT NULL AS attempted
-    FROM materializations FULL JOIN attempts a USING (asset, round)
-"""
-
-
 class Records:
     """The record of one transfer at one moment: read it again after every change."""
 
     def __init__(self, store: Store, transfer: Transfer) -> None:
         self.store = store
         self.transfer = transfer
-        noted = store.read(_NOTED, schema=transfer.name).rows(named=True)
+        columns = "asset, round, code_version, inputs, version, a.run_id IS NOT NULL AS attempted"
+        query = f"SELECT {columns} FROM materializations FULL JOIN attempts a USING (asset, round)"
+        noted = store.read(query, schema=transfer.name).rows(named=True)
         self._made = {place(row["asset"], row["round"]): row for row in noted if row["version"] is not None}
         self.attempts = {place(row["asset"], row["round"]) for row in noted if row["attempted"]}
 
@@ -65,8 +57,8 @@ class Records:
         if made is None:
             return [Cause("missing")]
         causes = [Cause("code")] if made["code_version"] != code_version(self.transfer, asset) else []
-        before, now = json.loads(made["inputs"]), self.inputs(asset, round_)
-        causes += [Cause("input", name) for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+        then, present = json.loads(made["inputs"]), self.inputs(asset, round_)
+        causes += [Cause("input", name) for name in sorted({*then, *present}) if then.get(name) != present.get(name)]
         return [*causes, Cause("attempt")] if here in self.attempts else causes
 
     def inputs(self, asset: str, round_: str | None = None) -> dict[str, str]:
@@ -142,7 +134,7 @@ def begin(store: Store, transfer: Transfer, asset: str, round_: str | None, run_
 
     The note of an earlier attempt that never ended stays: what was computed since then is not to be collected.
     """
-    row = {"asset": asset, "round": round_ or "", "run_id": run_id, "started_at": _now()}
+    row = {"asset": asset, "round": round_ or "", "run_id": run_id, "started_at": now()}
     store.append_all(transfer.name, [(ATTEMPTS, ATTEMPTS.frame([row]))])
 
 
@@ -158,7 +150,7 @@ def note(
     version: str,
     run_id: str,
     code: str = "",
-    inputs: Mapping[str, str] = MappingProxyType({}),
+    inputs: Mapping[str, str] | None = None,
 ) -> None:
     """Write what was made, within the transaction that writes its rows.
 
@@ -170,10 +162,10 @@ def note(
         "asset": asset,
         "round": round_ or "",
         "code_version": code,
-        "inputs": json.dumps(dict(inputs), sort_keys=True),
+        "inputs": json.dumps(dict(inputs or {}), sort_keys=True),
         "version": version,
         "run_id": run_id,
-        "finished_at": _now(),
+        "finished_at": now(),
     }
     connection.execute("DELETE FROM materializations WHERE asset = ? AND round = ?", [asset, round_ or ""])
     insert(connection, MATERIALIZATIONS, MATERIALIZATIONS.frame([row]))
@@ -185,12 +177,7 @@ def content_version(*frames: pl.DataFrame | Spool) -> str:
     A spool's chunks come in the order of their rows, and so give the version of one frame.
     """
     digest = hashlib.sha256()
-    for frame in frames:
-        for chunk in in_chunks(frame):
-            for row in sorted(json.dumps(list(row)) for row in chunk.iter_rows()):
-                digest.update(row.encode() + b"\n")
+    for chunk in (chunk for frame in frames for chunk in in_chunks(frame)):
+        for row in sorted(json.dumps(list(row)) for row in chunk.iter_rows()):
+            digest.update(row.encode() + b"\n")
     return digest.hexdigest()[:16]
-
-
-def _now() -> datetime:
-    return datetime.now(UTC).replace(tzinfo=None)

@@ -53,7 +53,8 @@ _POLARS: dict[str, pl.DataType | type[pl.DataType]] = {
     "TIMESTAMP": pl.Datetime("us"),
 }
 _WITHOUT_INDEX = ("scored_pairs", "responses", "scores")
-"""Large tables with a key: whoever writes them keeps it unique."""
+"""Large tables with a key: whoever writes them keeps it unique. (filtered_dataset and rejected_pairs have no key: a
+million rows are rewritten four times as fast without its index.)"""
 
 
 def _column(line: str) -> Column:
@@ -75,6 +76,11 @@ def declare(text: str) -> Table:
     return Table(name, description, tuple(columns), tuple(key.split(", ")) if key else (), name not in _WITHOUT_INDEX)
 
 
+def _tables(text: str) -> tuple[Table, ...]:
+    """From the texts of several tables, columns indented; the constants' names stand in the same order."""
+    return tuple(declare(table) for table in re.split(r"\n(?=\w)", text.strip()))
+
+
 _SHARED = {
     line.split(" ", 1)[0]: _column(line)
     for line in (
@@ -87,43 +93,38 @@ _SHARED = {
     )
 }
 
-SEED_SET = declare("""
-    seed_set (prompt_id): The example prompts that the user wrote.
+(
+    SEED_SET, ROUND_SEEDS, PROPOSALS, SYNTHETIC_PROMPTS, REJECTED_PROMPTS, SCORED_PAIRS, FILTERED_DATASET,
+    REJECTED_PAIRS, THRESHOLD_REPORT, DIVERSITY_MAP, ROUND_SIMILARITY, DISTILLED_MODELS, TRAINING_EXAMPLES,
+    EVALUATIONS, ACCURACY, RETENTION, TASK_SCORES, COMPARISON, COMPARISON_ANSWERS, COMPARISON_TASKS, STEPS, RUNS,
+    CACHE_REFERENCES, MATERIALIZATIONS, ATTEMPTS, MODELS,
+) = TRANSFER_TABLES = _tables("""
+seed_set (prompt_id): The example prompts that the user wrote.
     prompt_id, prompt
     response VARCHAR: The fine-tuned model's greedy response.
-""")
-ROUND_SEEDS = declare("""
-    round_seeds (round, call, slot): Which prompts seed each generator call of a round: the loop's feedback edge.
+round_seeds (round, call, slot): Which prompts seed each generator call of a round: the loop's feedback edge.
     round
     call INTEGER: Generator call of the round, from 0.
     slot INTEGER: Place of the seed in the call, from 0.
     prompt_id, prompt
     response VARCHAR: The fine-tuned model's response to it.
-""")
-PROPOSALS = declare("""
-    proposals (round, call): Generator calls of a round.
+proposals (round, call): Generator calls of a round.
     round
     proposal_id VARCHAR: Hash of generator, instruction, seeds and sampling settings.
     call INTEGER: Generator call of the round, from 0.
     seed_ids VARCHAR[]: prompt_id of the seeds shown, in order.
     text VARCHAR: What the generator wrote.
-""")
-SYNTHETIC_PROMPTS = declare("""
-    synthetic_prompts (round, prompt_id): New prompts written by the generator.
+synthetic_prompts (round, prompt_id): New prompts written by the generator.
     round, prompt_id, prompt
     proposal_id VARCHAR: The generator call that wrote the prompt.
     position INTEGER: Place in that call's list, from 0.
-""")
-REJECTED_PROMPTS = declare("""
-    rejected_prompts: List items that the generator wrote and that were dropped before scoring.
+rejected_prompts: List items that the generator wrote and that were dropped before scoring.
     round
     proposal_id VARCHAR: The generator call that wrote the item.
     position INTEGER: Place in that call's list, from 0.
     prompt
     reason VARCHAR: empty, overlong, duplicate, near_duplicate, seed or held_out.
-""")
-SCORED_PAIRS = declare("""
-    scored_pairs (round, prompt_id): Both source models' responses to each prompt, log-likelihoods and perplexities.
+scored_pairs (round, prompt_id): Both source models' responses to each prompt, log-likelihoods and perplexities.
     round, prompt_id, prompt
     fine_tuned_response VARCHAR: y_f: the fine-tuned model's response.
     base_response VARCHAR: y_b: the base model's response.
@@ -142,23 +143,16 @@ SCORED_PAIRS = declare("""
     ppl_base_cross DOUBLE: PPL_b(y_f).
     ppl_fine_tuned_cross DOUBLE: PPL_f(y_b).
     agreement DOUBLE: Share of `response.samples` whose answer is that of y_f; NULL without samples.
-""")
-# No key here and in rejected_pairs: a million rows are rewritten four times as fast without its index.
-FILTERED_DATASET = declare("""
-    filtered_dataset: Pairs that the filter keeps: the distillation dataset.
+filtered_dataset: Pairs that the filter keeps: the distillation dataset.
     round, prompt_id, prompt
     response VARCHAR: The fine-tuned response, as generated (leading space included).
     ppl_fine_tuned DOUBLE: PPL_f(y_f).
     ppl_base DOUBLE: PPL_b(y_b).
     margin DOUBLE: By how much the pair passes the rule; of top_excess the mean token excess in nats; NULL for a draw.
-""")
-REJECTED_PAIRS = declare("""
-    rejected_pairs: Scored pairs that the filter drops, each with its reason.
+rejected_pairs: Scored pairs that the filter drops, each with its reason.
     round, prompt_id
     reason VARCHAR: Why the filter drops the pair.
-""")
-THRESHOLD_REPORT = declare("""
-    threshold_report (rule, threshold): How many pairs each rule would keep at each threshold of a grid.
+threshold_report (rule, threshold): How many pairs each rule would keep at each threshold of a grid.
     rule VARCHAR: Filter rule.
     threshold DOUBLE: `filter.threshold`: for rules that rank or draw, how much is kept; of unfiltered 1.
     pairs_kept BIGINT: Scored pairs that pass.
@@ -167,21 +161,15 @@ THRESHOLD_REPORT = declare("""
     mean_margin DOUBLE: Mean of `filtered_dataset.margin`; NULL when there is none.
     by_round VARCHAR: Pairs kept in each round, as JSON.
     current BOOLEAN: Whether these are the rule and threshold of transfer.yaml.
-""")
-DIVERSITY_MAP = declare("""
-    diversity_map (prompt_id): Seeds and prompts as points: near each other when they mean nearly the same.
+diversity_map (prompt_id): Seeds and prompts as points: near each other when they mean nearly the same.
     prompt_id
     x DOUBLE: Place on the map; only distances within one map mean anything.
     y DOUBLE: Place on the map.
-""")
-ROUND_SIMILARITY = declare("""
-    round_similarity (round): How alike the prompts of a round are, by meaning.
+round_similarity (round): How alike the prompts of a round are, by meaning.
     round
     prompts INTEGER: Prompts that were compared, all or a sample of them.
     similarity DOUBLE: Mean cosine similarity of all their pairs (MiniLM); NULL for one prompt.
-""")
-DISTILLED_MODELS = declare("""
-    distilled_models (model_id): Trained target adapters, each identified by its dataset, base model and settings.
+distilled_models (model_id): Trained target adapters, each identified by its dataset, base model and settings.
     model_id VARCHAR: Hash of dataset version, target and distillation settings.
     dataset_version VARCHAR: Hash of the training pairs.
     pairs INTEGER: Training pairs, the validation slice included.
@@ -194,23 +182,17 @@ DISTILLED_MODELS = declare("""
     path VARCHAR: Folder of the PEFT adapter, relative to the database file's.
     created_at TIMESTAMP: When it was trained (UTC).
     current BOOLEAN: Whether distilled_model points at it.
-""")
-TRAINING_EXAMPLES = declare("""
-    training_examples (model_id, prompt_id): Which pairs each model was trained on.
+training_examples (model_id, prompt_id): Which pairs each model was trained on.
     model_id VARCHAR: The model.
     prompt_id, round
-""")
-EVALUATIONS = declare("""
-    evaluations (model, prompt_id): Each model's response to each held-out prompt, and whether it is right.
+evaluations (model, prompt_id): Each model's response to each held-out prompt, and whether it is right.
     model VARCHAR: source_base, source_fine_tuned, target_base or target_distilled.
     prompt_id, prompt
     expected VARCHAR: The held-out response.
     response VARCHAR: The model's greedy response, stripped.
     correct BOOLEAN: Whether they are equal; with the metric numeric, their numbers after ####.
     correct_flexible BOOLEAN: Whether the response's last number is right; NULL for exact_match.
-""")
-ACCURACY = declare("""
-    accuracy (model): Held-out accuracy by model with a 95 % bootstrap interval.
+accuracy (model): Held-out accuracy by model with a 95 % bootstrap interval.
     model VARCHAR: source_base, source_fine_tuned, target_base or target_distilled.
     value DOUBLE: Share of held-out prompts answered right (`evaluations.correct`).
     low DOUBLE: Lower end of the 95 % interval.
@@ -219,17 +201,13 @@ ACCURACY = declare("""
     flexible DOUBLE: Share by `evaluations.correct_flexible`; NULL for exact_match.
     flexible_low DOUBLE: Lower end of its 95 % interval.
     flexible_high DOUBLE: Upper end.
-""")
-RETENTION = declare("""
-    retention (model): How well the target predicts general text, before and after: what it forgot.
+retention (model): How well the target predicts general text, before and after: what it forgot.
     model VARCHAR: target_base or target_distilled.
     perplexity DOUBLE: Per token of the packaged text.
     bits_per_byte DOUBLE: The same per byte, which compares models with different tokenizers.
     tokens INTEGER: Tokens of the text.
     bytes INTEGER: Its bytes (UTF-8).
-""")
-TASK_SCORES = declare("""
-    task_scores (key, task, metric, filter): What lm-evaluation-harness measured, for the target before and after.
+task_scores (key, task, metric, filter): What lm-evaluation-harness measured, for the target before and after.
     key VARCHAR: SHA-256 of model fingerprint, task, examples, settings, limit, harness version.
     model VARCHAR: target_base or target_distilled.
     task VARCHAR: Task, or group of tasks.
@@ -241,9 +219,7 @@ TASK_SCORES = declare("""
     n INTEGER: Examples.
     example_limit INTEGER: `evaluation.task_limit`, or NULL.
     current BOOLEAN: Whether the last evaluation used it.
-""")
-COMPARISON = declare("""
-    comparison (arm): Rival filters: held-out accuracy of models trained on equally many pairs of each.
+comparison (arm): Rival filters: held-out accuracy of models trained on equally many pairs of each.
     arm VARCHAR: A filter, random, unfiltered or oracle; or target_base, source_fine_tuned.
     runs INTEGER: Trainings, each with its own seed and draw of pairs; 1 for a model.
     candidates INTEGER: Pairs that the arm could draw from.
@@ -263,17 +239,13 @@ COMPARISON = declare("""
     vs_unfiltered DOUBLE: Accuracy minus that of unfiltered, paired by run and prompt.
     vs_unfiltered_low DOUBLE: Lower end of its 95 % interval.
     vs_unfiltered_high DOUBLE: Upper end.
-""")
-COMPARISON_ANSWERS = declare("""
-    comparison_answers: What every model of the comparison answered to every held-out prompt.
+comparison_answers: What every model of the comparison answered to every held-out prompt.
     arm VARCHAR: As in comparison.
     seed INTEGER: Seed of the training; NULL for a model that wasn't trained here.
     prompt_id
     response VARCHAR: The model's greedy response, stripped.
     correct BOOLEAN: As in evaluations.
-""")
-COMPARISON_TASKS = declare("""
-    comparison_tasks: What lm-evaluation-harness measured for every target of the comparison.
+comparison_tasks: What lm-evaluation-harness measured for every target of the comparison.
     arm VARCHAR: As in comparison; none of the source.
     seed INTEGER: Seed of the training; NULL for target_base.
     task VARCHAR: Task, or group of tasks.
@@ -282,9 +254,7 @@ COMPARISON_TASKS = declare("""
     value DOUBLE: The score.
     stderr DOUBLE: Its standard error, as the harness gives it; NULL where it gives none.
     n INTEGER: Examples.
-""")
-STEPS = declare("""
-    steps: What each materialization cost.
+steps: What each materialization cost.
     run_id
     batch_id VARCHAR: The `tuneshift run` call, backfill or single run it belongs to.
     asset
@@ -298,21 +268,15 @@ STEPS = declare("""
     models VARCHAR: Models that ran, where `tuneshift plan` takes the step's speed from here.
     engine VARCHAR: What ran them: engine.type and how much at once.
     peak_bytes BIGINT: Peak memory of the process during the step; of all GPUs where there are any.
-""")
-RUNS = declare("""
-    runs (batch_id): Every `tuneshift run`, also one that found nothing to do.
+runs (batch_id): Every `tuneshift run`, also one that found nothing to do.
     batch_id VARCHAR: Names the run's rows in `steps`.
     finished_at TIMESTAMP: When it finished (UTC).
     seconds DOUBLE: Wall time, without starting the process.
-""")
-CACHE_REFERENCES = declare("""
-    cache_references: Which cached results and adapters each materialization used: what `tuneshift cache gc` keeps.
+cache_references: Which cached results and adapters each materialization used: what `tuneshift cache gc` keeps.
     asset
     round VARCHAR: Round, or empty.
     key VARCHAR: Key in a table of the cache, or `model:` and the id of a trained adapter.
-""")
-MATERIALIZATIONS = declare("""
-    materializations (asset, round): What each (asset, round) was last made from: what `tuneshift run` decides by.
+materializations (asset, round): What each (asset, round) was last made from: what `tuneshift run` decides by.
     asset
     round VARCHAR: Round, or empty.
     code_version VARCHAR: Its code version then: a hash of the settings and files that it depends on.
@@ -320,33 +284,22 @@ MATERIALIZATIONS = declare("""
     version VARCHAR: Version of what it wrote.
     run_id
     finished_at TIMESTAMP: When it finished (UTC).
-""")
-ATTEMPTS = declare("""
-    attempts (asset, round): Materializations that have begun and not succeeded (yet).
+attempts (asset, round): Materializations that have begun and not succeeded (yet).
     asset
     round VARCHAR: Round, or empty.
     run_id
     started_at TIMESTAMP: When it began (UTC): cached results since then stay (`tuneshift cache gc`).
-""")
-MODELS = declare("""
-    models (role): What each model reference of transfer.yaml stood for when it was last resolved.
+models (role): What each model reference of transfer.yaml stood for when it was last resolved.
     role VARCHAR: source.base, source.adapter, generator.model or target.base.
     reference VARCHAR: As in transfer.yaml.
     fingerprint VARCHAR: Of the files: weights, tokenizer and settings.
     commit VARCHAR: Commit of a hub model; NULL for another one.
     resolved_at TIMESTAMP: When (UTC).
-""")
-
-TRANSFER_TABLES = (
-    SEED_SET, ROUND_SEEDS, PROPOSALS, SYNTHETIC_PROMPTS, REJECTED_PROMPTS, SCORED_PAIRS, FILTERED_DATASET,
-    REJECTED_PAIRS, THRESHOLD_REPORT, DIVERSITY_MAP, ROUND_SIMILARITY, DISTILLED_MODELS, TRAINING_EXAMPLES,
-    EVALUATIONS, ACCURACY, RETENTION, TASK_SCORES, COMPARISON, COMPARISON_ANSWERS, COMPARISON_TASKS, STEPS, RUNS,
-    CACHE_REFERENCES, MATERIALIZATIONS, ATTEMPTS, MODELS,
-)  # fmt: skip
+""")  # fmt: skip
 
 CACHE = "cache"
-CACHED_RESPONSES = declare("""
-    responses (key): Every response a model gave, by content: shared by transfers, rounds and runs.
+CACHED_RESPONSES, CACHED_SCORES = CACHE_TABLES = _tables("""
+responses (key): Every response a model gave, by content: shared by transfers, rounds and runs.
     key VARCHAR: SHA-256 of model fingerprint, prompt token ids and decoding settings.
     text VARCHAR: The response.
     token_ids INTEGER[]: Generated token ids, the end token included when produced.
@@ -354,18 +307,14 @@ CACHED_RESPONSES = declare("""
     sum_logprob DOUBLE: Sum of the tokens' log-probabilities in nats.
     eos_logprob DOUBLE: The end token's part of it; NULL if truncated.
     added_at
-""")
-CACHED_SCORES = declare("""
-    scores (key): Log-likelihoods of given responses under a model, by content.
+scores (key): Log-likelihoods of given responses under a model, by content.
     key VARCHAR: SHA-256 of model fingerprint, prompt token ids and response token ids.
     sum_logprob DOUBLE: log p(y | x) in nats, summed over tokens.
     added_at
 """)
-CACHE_TABLES = (CACHED_RESPONSES, CACHED_SCORES)
 
-TRANSFERS = declare("""
-    transfers (name): Which folder the schema of each transfer belongs to.
+MAIN_TABLES = _tables("""
+transfers (name): Which folder the schema of each transfer belongs to.
     name VARCHAR: Name of the transfer and of its schema.
     folder VARCHAR: Its folder; relative to the database file's where both are in one project.
 """)
-MAIN_TABLES = (TRANSFERS,)

@@ -1,5 +1,4 @@
-"""LoRA training end to end: load a base for training, train its LoRA, save it in PEFT format. Nothing here knows
-Dagster, and importing this package imports no torch."""
+"""LoRA training end to end: load a base, train its LoRA, save it in PEFT format. Importing this imports no torch."""
 
 import gc
 import hashlib
@@ -43,16 +42,13 @@ def training_problem(transfer: "Transfer", gpus: int | None = None) -> str | Non
 
 def check_training(transfer: "Transfer") -> None:
     """Raise TuneshiftError with `training_problem`, if there is one."""
-    problem = training_problem(transfer)
-    if problem is not None:
+    if problem := training_problem(transfer):
         raise TuneshiftError(problem)
 
 
 def distill(transfer: "Transfer", pairs: list[tuple[str, str]], folder: Path, on_step: OnStep) -> "TrainingCurve":
-    """Train the target on (prompt, response) pairs; ``folder`` appears only when the training is done.
-
-    One that was ended before goes on where it was, at most a minute back, or 50 times what it takes to write its state.
-    """
+    """Train the target on (prompt, response) pairs; ``folder`` appears only when the training is done. One that was
+    ended before goes on where it was, at most a minute back, or 50 times what it takes to write its state."""
     import torch
 
     from tuneshift_dag.models.loading import load_tokenizer

@@ -1,25 +1,23 @@
-"""Pairs as token ids, what an epoch and a step hold of them, and the loss of a batch; no optimizer here.
+"""Pairs as token ids, what an epoch and a step hold of them, and the loss of a batch.
 
 The loss is on the response tokens, and in part on a few tokens of each prompt (`with_prompt_places`): these keep the
 model near the language that it knew, which an answer of a few tokens doesn't.
 
-A batch holds examples of similar length, padded on the right. Under a causal mask no real token sees the padding after
-it, so no attention mask is needed and the fast causal kernel applies. Logits are computed only at positions that
-predict a token that counts: for a model with a small body and a large vocabulary (Gemma 3 270M: 262k) the rest would
-be most of the work.
-"""
+Examples are padded on the right: under a causal mask no real token sees the padding, so no attention mask is needed and
+the fast causal kernel applies. Logits are computed only where they predict a token that counts: with a small body and a
+large vocabulary (Gemma 3 270M: 262k) the rest would be most of the work."""
 
 import random
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 RARE = 0.25
 PROMPT_TOKENS = 4
@@ -30,10 +28,8 @@ _FLOAT_AT_ONCE = 1 << 19
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """Prompt and response as token ids; the response ends with the end-of-sequence token.
-
-    ``prompt_places`` are the places in the prompt of tokens that are predicted too.
-    """
+    """Prompt and response as token ids, the response with its end-of-sequence token; ``prompt_places`` are those of the
+    prompt's tokens that are predicted too."""
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -51,8 +47,7 @@ class Batch:
     """Right-padded examples. Shapes: ids (B, L); predicts and targets (N,).
 
     ``predicts[i]`` is the position, in the flattened ids, whose logits predict ``targets[i]``. The first
-    ``response_tokens`` of the N are all those of the responses, the others are tokens of prompts.
-    """
+    ``response_tokens`` of the N are all those of the responses, the others are tokens of prompts."""
 
     ids: torch.Tensor
     predicts: torch.Tensor
@@ -65,10 +60,7 @@ class Batch:
 
 
 def tokenize_example(tokenizer: Any, template: str, prompt: str, response: str) -> TokenizedExample:
-    """Token ids of a rendered prompt and of its response plus the end-of-sequence token.
-
-    The prompt is tokenized alone, as for generation, so that the response begins at the same token boundary in both.
-    """
+    """The prompt is tokenized alone, as for generation, so that the response begins at the same token boundary."""
     prompt_ids = tokenizer(template.replace("{prompt}", prompt)).input_ids
     response_ids = tokenizer(response, add_special_tokens=False).input_ids
     return TokenizedExample(prompt_ids, [*response_ids, tokenizer.eos_token_id])
@@ -81,15 +73,13 @@ def with_prompt_places(example: TokenizedExample, rng: random.Random) -> Tokeniz
 
 
 def balanced_epochs(examples: Examples, epochs: int, rng: random.Random) -> list[list[TokenizedExample]]:
-    """As many examples for every epoch, of each response in proportion to the square root of how many have it.
+    """As many examples for every epoch, of each response in proportion to the square root of how many have it: rare
+    ones aren't crowded out, and common ones still show most of their prompts.
 
-    So rare responses aren't crowded out, and common ones still show most of their prompts. A response with fewer
-    examples than `RARE` of the mean over responses has no more draws an example than one with that many: what a source
-    model gave once is more often its mistake than a rare skill.
-
-    Systematic sampling over all epochs: an example whose share of the draws is 2.3 is drawn two or three times. With
-    independent draws a fifth to a third of the examples would never be seen.
-    """
+    A response with fewer examples than `RARE` of the mean over responses has no more draws an example than one with
+    that many: what a source model gave once is more often its mistake than a rare skill. With systematic sampling over
+    all epochs an example whose share of the draws is 2.3 is drawn two or three times; with independent draws a fifth to
+    a third of the examples would never be seen."""
     counts = Counter(tuple(e.response_ids) for e in examples)
     least = RARE * len(examples) / len(counts)
     # Response by response, so that each gets its share exactly.
@@ -138,32 +128,24 @@ def losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return response, prompt
 
 
-@contextmanager
-def head_only_at(model: Any, positions: torch.Tensor) -> Iterator[None]:
-    """Let the model's head see only ``positions`` of the flattened (batch × length) hidden states.
-
-    Inside the block the model's logits have shape (1, len(positions), vocabulary).
-    """
+def head_only_at(model: Any, positions: torch.Tensor) -> RemovableHandle:
+    """Within it the head sees only ``positions`` of the flattened (batch × length) hidden states; the model's logits
+    have shape (1, len(positions), vocabulary)."""
 
     def select(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         # The head may be on another GPU than the embeddings.
         return inputs[0].flatten(0, 1)[positions.to(inputs[0].device)].unsqueeze(0)
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
+    head: torch.nn.Module = model.get_output_embeddings()
+    return head.register_forward_pre_hook(select)
 
 
 def mean_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood (nats) of ``targets`` (N,) under the softmax of ``logits`` (N, V), in float32.
+    """Mean negative log-likelihood (nats) of ``targets`` (N,) under the softmax of ``logits`` (N, V), in float32; the
+    gradient is returned in the dtype of the logits.
 
-    The softmax and its gradient are computed in float32; the gradient is returned in the dtype of the logits.
-    `torch.nn.functional.cross_entropy` on ``logits.float()`` writes the logits, their log-softmax and its gradient in
-    float32, and copies the last to the logits' dtype: much of a training step of Gemma 3 270M. Here a few rows at a
-    time are turned into float32 and stay in the processor's cache.
-    """
+    `torch.nn.functional.cross_entropy` on ``logits.float()`` writes three float32 tensors of their size, much of a
+    training step of Gemma 3 270M. Here a few rows at a time are turned into float32, in the processor's cache."""
     loss: torch.Tensor = _MeanCrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
     return loss
 

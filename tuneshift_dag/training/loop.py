@@ -1,9 +1,7 @@
 """The training loop: a LoRA on (prompt, response) pairs, its settings, its optimizer, and a state that it goes on from.
 
-A step may be divided into several forward passes (`LoraTraining.gradient_accumulation`), and each of these among the
-processes of a group (`tuneshift_dag.training.processes`). Every part's loss is weighted by its tokens, so that the
-step's gradient is that of all its examples at once.
-"""
+A step may be divided into several forward passes, and each of these among the processes of a group. Every part's loss
+is weighted by its tokens, so that the step's gradient is that of all its examples at once."""
 
 import math
 import os
@@ -42,12 +40,11 @@ _SHARE = 0.02
 
 @dataclass(frozen=True)
 class LoraTraining:
-    """Hyper-parameters of one LoRA training. The paper doesn't publish its own values.
+    """Hyper-parameters of one LoRA training; the paper doesn't publish its own values.
 
-    An optimizer step is on ``batch_size`` times ``gradient_accumulation`` examples. ``gradient_checkpointing`` keeps
-    only each layer's input for the backward pass, and computes the rest again (arXiv 1604.06174). ``prompt_weight`` is
-    that of the prompts' tokens (`tuneshift_dag.training.batches`) beside the responses'.
-    """
+    An optimizer step is on ``batch_size`` times ``gradient_accumulation`` examples. ``gradient_checkpointing`` computes
+    all but each layer's input again for the backward pass (arXiv 1604.06174). ``prompt_weight`` is that of the prompts'
+    tokens beside the responses'."""
 
     rank: int = 16
     alpha: int = 32
@@ -79,9 +76,7 @@ class TrainingCurve:
 
 class TrainingCheckpoint:
     """A file with the state of one training, written every ``every`` seconds, or less often when writing takes long.
-
-    Which training it is says the file's name alone, so it must follow from all examples and settings.
-    """
+    Its name alone says which training it is, so it must follow from all examples and settings."""
 
     def __init__(self, file: Path, every: float = 60) -> None:
         self.file = file
@@ -118,14 +113,8 @@ def add_lora(model: Any, settings: LoraTraining) -> PeftModel:
             # It was renamed in a later transformers than the oldest that is supported.
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable({"use_reentrant": False})
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    adapted = get_peft_model(model, config)
+    sizes = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **sizes))
     shorten(adapted)
     return adapted
 
@@ -145,8 +134,8 @@ def train(
         model: a PEFT model in train mode whose base was loaded for training.
         examples: all pairs; a slice of ``validation_fraction`` is held back for the epoch losses.
         on_step: called after each optimizer step with (step, total steps, loss in nats per token).
-        checkpoint: where the training goes on that an earlier call began, and is kept for a later one; the result is
-            that of one call, but for the draws of dropout.
+        checkpoint: what an earlier call began and a later one goes on with; the result is that of one call, but for the
+            draws of dropout.
 
     Raises:
         RuntimeError: when a trainable parameter gets no gradient in the first step, or its loss isn't finite.
@@ -187,23 +176,19 @@ def train(
             on_step(step, total, loss)
             if checkpoint and is_first_process():
                 checkpoint.save(lambda: {**optimizer.state(), "curve": vars(curve)})
-        if len(curve.epochs) > epoch:
-            continue
-        train_loss = sum(row["loss"] for row in curve.steps[first:step]) / (step - first)
-        validation_loss = evaluate_loss(model, validation, settings.batch_size)
-        curve.epochs.append({"epoch": epoch + 1, "train_loss": train_loss, "validation_loss": validation_loss})
+        if len(curve.epochs) <= epoch:
+            train_loss = sum(row["loss"] for row in curve.steps[first:step]) / (step - first)
+            validation_loss = evaluate_loss(model, validation, settings.batch_size)
+            curve.epochs.append({"epoch": epoch + 1, "train_loss": train_loss, "validation_loss": validation_loss})
     curve.seconds = time.monotonic() - started
     return curve
 
 
 def evaluate_loss(model: PeftModel, examples: Sequence[TokenizedExample], batch_size: int) -> float:
-    """Mean response-token loss (nats) without gradients; NaN for no examples.
-
-    Dropout is switched off layer by layer instead of with ``model.eval()``, which would let
-    bitsandbytes repack the weights in the middle of a training.
-    """
+    """Mean response-token loss (nats) without gradients; NaN for no examples."""
     if not examples:
         return math.nan
+    # Not `model.eval()`, which would let bitsandbytes repack the weights in the middle of a training.
     dropouts = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     shares = own_share(list(chunks(sorted(examples, key=len), batch_size)))
     total, tokens = 0.0, 0
@@ -221,11 +206,8 @@ def evaluate_loss(model: PeftModel, examples: Sequence[TokenizedExample], batch_
 
 
 class _Optimizer:
-    """AdamW on the adapter's parameters and its schedule, with gradient clipping and, in float16, a scaled loss.
-
-    Gradients too small for float16 would be zero; `torch.amp.GradScaler` multiplies the loss before the backward pass,
-    divides the gradients after it, and leaves a step out when one has overflowed.
-    """
+    """AdamW on the adapter's parameters and its schedule, with gradient clipping and, in float16, a scaled loss: else
+    small gradients would be zero. `torch.amp.GradScaler` leaves a step out when a gradient has overflowed."""
 
     def __init__(self, model: PeftModel, settings: LoraTraining, steps: int) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -241,6 +223,7 @@ class _Optimizer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.adamw, lambda step: cosine_with_warmup(step, steps, settings.warmup_ratio)
         )
+        self._parts: dict[str, Any] = {"optimizer": self.adamw, "scaler": self.scaler, "schedule": self.schedule}
 
     def step(self) -> None:
         self.scaler.unscale_(self.adamw)
@@ -252,30 +235,22 @@ class _Optimizer:
 
     def state(self) -> dict[str, Any]:
         """What a training needs to go on; its examples and their order follow from its arguments."""
-        return {
-            "parameters": [parameter.detach() for parameter in self.parameters],
-            "optimizer": self.adamw.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "schedule": self.schedule.state_dict(),
-        }
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        return {"parameters": [parameter.detach() for parameter in self.parameters], **parts}
 
     def load_state(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(saved)
-        self.adamw.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.schedule.load_state_dict(state["schedule"])
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
 
 
 def _backward(
     model: PeftModel, chosen: list[TokenizedExample], settings: LoraTraining, optimizer: _Optimizer, first: bool
 ) -> float:
-    """Gradients of the mean loss over all tokens that count of ``chosen``, in passes of ``batch_size``; that loss.
-
-    Means of passes with unequal tokens must not be averaged: each pass is weighted by its share of the tokens. The loss
-    of the prompts has its part in the gradients and none in what is returned.
-    """
+    """Gradients of the mean loss over all tokens that count of ``chosen``, in passes of ``batch_size``; the responses'
+    part of that loss. Passes have unequal tokens, so each is weighted by its share of them."""
     tokens = sum(len(e.response_ids) for e in chosen)
     prompt_tokens = sum(len(e.prompt_places) for e in chosen)
     loss = torch.zeros((), device=next(model.parameters()).device)
@@ -325,13 +300,12 @@ def cosine_with_warmup(step: int, total: int, warmup_ratio: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-# LoRA layers with fewer operations. PEFT turns the layer's input into float32, autocast turns it back, and scaling,
-# product and sum are operations of their own, each with a gradient. Here result + scaling * (x A^T) B^T is one, with
-# its gradients written out. The adapter's weights stay in float32, and are used in the dtype of the layer's output.
-
-
 def shorten(model: torch.nn.Module) -> None:
-    """Give every plain LoRA layer with one adapter the shorter forward; with dropout, DoRA and the like none."""
+    """Give every plain LoRA layer without dropout a forward pass with fewer operations.
+
+    PEFT casts the layer's input to float32 and autocast casts it back; scaling, product and sum each have a gradient.
+    Here result + scaling * (x A^T) B^T is one operation, in the dtype of the layer's output, and the weights float32.
+    """
     for module in model.modules():
         if not isinstance(module, Linear | Linear4bit) or not is_plain(module):
             continue

@@ -1,8 +1,5 @@
-"""A function in several processes of this machine that form one group, through accelerate: a process for each GPU, or
-processes on the CPU where there is none.
-
-The processes find each other through a file, so nothing listens on a port that others could know.
-"""
+"""A function in several processes of this machine that form one group, through accelerate, one for each GPU or all on
+the CPU. They find each other through a file, so nothing listens on a port that others could know."""
 
 import os
 import tempfile
@@ -21,15 +18,9 @@ _EVERY = 0.2
 
 
 def in_processes(count: int, work: Callable[..., T], *arguments: Any, on_message: Callable[..., None]) -> T:
-    """Run ``work(send, *arguments)`` in ``count`` new processes; return what the first one returns.
-
-    Args:
-        work: a function of a module, since it is sent to the processes; so are its arguments and its result.
-        on_message: called here with the arguments with which the first process calls ``send``.
-
-    Raises:
-        torch.multiprocessing.ProcessRaisedException: when one fails, with its traceback; the others are ended.
-    """
+    """Run ``work(send, *arguments)``, a function of a module, in ``count`` new processes; return what the first one
+    returns. ``on_message`` is called here with the arguments with which the first one calls ``send``. When one fails,
+    the others are ended and `torch.multiprocessing.ProcessRaisedException` is raised with its traceback."""
     inbox = torch.multiprocessing.get_context("spawn").SimpleQueue()
     results: list[T] = []
     with tempfile.TemporaryDirectory() as folder:
