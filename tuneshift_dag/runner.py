@@ -11,7 +11,6 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 import dagster as dg
 
@@ -20,7 +19,7 @@ from tuneshift_dag.config import Transfer
 from tuneshift_dag.definitions import build_definitions
 from tuneshift_dag.home import database_file
 from tuneshift_dag.resources import BATCH_TAG, EngineResource
-from tuneshift_dag.store import Store
+from tuneshift_dag.store import Store, now
 from tuneshift_dag.store.records import Due, Records, next_step
 from tuneshift_dag.store.tables import RUNS
 from tuneshift_dag.training import check_training
@@ -82,8 +81,7 @@ class Runner:
                 raise RuntimeError(f"{due} is out of date right after it was made: please report this")
             last = due
             self._materialize(due.assets if due.round else due.assets[:1], due.round)
-        now = datetime.now(UTC).replace(tzinfo=None)
-        row = {"batch_id": self.result.batch_id, "finished_at": now, "seconds": time.monotonic() - started}
+        row = {"batch_id": self.result.batch_id, "finished_at": now(), "seconds": time.monotonic() - started}
         self.store.append_all(self.transfer.name, [(RUNS, RUNS.frame([row]))])
         return self.result
 

@@ -3,7 +3,8 @@
 import pytest
 
 from tests.conftest import Project, write_jsonl
-from tuneshift_dag import TuneshiftError, cli
+from tuneshift_dag import TuneshiftError
+from tuneshift_dag.cli import rendering
 from tuneshift_dag.models import encoder
 from tuneshift_dag.reports import arm_tasks, conclusion, diversity, report
 from tuneshift_dag.reports.export import model_card
@@ -55,7 +56,7 @@ def test_trains_every_arm_on_as_many_pairs_and_goes_on_after_a_failure(compared:
         assert 0 < varied["distinct_bigrams"] <= 1 and varied["repetition"] == 0 and 0 < varied["similarity"] < 1
     assert rows["target_base"]["similarity"] is None
     assert f"| unfiltered | {rows['unfiltered']['distinct_responses']:.0f} |" in model_card(compared.transfer, figures)
-    cli._print_comparison(figures["comparison"])
+    rendering.comparison(figures["comparison"])
     printed = capsys.readouterr().out
     assert "Held-out accuracy by filter" in printed and conclusion(figures["comparison"]) in printed
     assert "Diversity of the training pairs" in printed and "Standard tasks" not in printed
@@ -90,7 +91,7 @@ def test_each_prompt_is_embedded_once_and_installing_the_encoder_adds_similariti
         assert "similarity" not in diversity(rows)[0] and "distinct_bigrams" in diversity(rows)[0]
         assert metadata(compared)["similarity_skipped"].value == "Run `pip install it`."
         assert "similarity |" not in model_card(compared.transfer, report(compared.store, compared.transfer))
-        cli._print_comparison(rows)
+        rendering.comparison(rows)
         assert "Without similarity" in capsys.readouterr().err
         assert compared.runner().compare().materialized == []
     trained = len(compared.models.trained)
@@ -130,7 +131,7 @@ def test_every_target_is_measured_on_standard_tasks_and_none_twice(asked, compar
     assert arm_tasks(list(rows.values()))[0]["both"] == "0.500 (0.500 to 0.500)"
     figures = report(compared.store, compared.transfer)
     assert "| sums | acc | none | 3 | 0.500 (0.500 to 0.500) |" in model_card(compared.transfer, figures)
-    cli._print_comparison(figures["comparison"])
+    rendering.comparison(figures["comparison"])
     assert "Standard tasks, mean over trainings" in capsys.readouterr().out
     assert {row["model"] for row in figures["tasks"]} == {"target_base", "target_distilled"}
     assert compared.run().materialized == [], "the evaluation's own scores are as they were"

@@ -66,8 +66,8 @@ class TestStandardTasks:
         project.run()
         distilled = project.rows("SELECT path FROM distilled_models WHERE current")[0][0].rsplit("/", 1)[1]
         first = [
-            ("sums", "target|", "base"),
-            ("words", "target|", "base"),
+            ("sums", f"target|{distilled}", "base"),
+            ("words", f"target|{distilled}", "base"),
             ("sums", f"target|{distilled}", "fine_tuned"),
             ("words", f"target|{distilled}", "fine_tuned"),
         ]

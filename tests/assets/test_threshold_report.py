@@ -8,6 +8,7 @@ import pytest
 from tests.conftest import Project
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.models import encoder
+from tuneshift_dag.reports import escape_markdown
 from tuneshift_dag.reports.thresholds import sweep
 
 PICTURES = {
@@ -85,7 +86,7 @@ class TestDiversityMap:
         rounds = project.rows("SELECT round, similarity FROM round_summary ORDER BY round")
         assert [round_ for round_, _ in rounds] == ["round_01", "round_02"]
         assert all(0 < similarity < 1 for _, similarity in rounds)
-        assert all(f"| {round_} | " in found["similarity"].value for round_, _ in rounds)
+        assert all(f"| {escape_markdown(round_)} | " in found["similarity"].value for round_, _ in rounds)
 
     def test_is_redrawn_after_a_threshold_change_without_the_encoder(
         self, project: Project, edit_config, quick_encoder

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
@@ -24,7 +23,7 @@ from tuneshift_dag.reports import escape_markdown
 from tuneshift_dag.reports.plan import engine_of, models_of
 from tuneshift_dag.reports.plots import Picture
 from tuneshift_dag.resources import BATCH_TAG
-from tuneshift_dag.store import Spool, Store, insert, records
+from tuneshift_dag.store import Spool, Store, insert, now, records
 from tuneshift_dag.store.cache import ResponseCache
 from tuneshift_dag.store.queries import COLUMN_SOURCES
 from tuneshift_dag.store.tables import CACHE_REFERENCES, STEPS, Table
@@ -157,11 +156,11 @@ class Step:
             bar.set_postfix(cached=self.cost.cache_hits)
             if done == total:
                 bar.close()
-            now = time.monotonic()
-            if done < total and now - self._last_line < 10:
+            clock = time.monotonic()
+            if done < total and clock - self._last_line < 10:
                 return
-            self._last_line = now
-            seconds = max(now - started, 1e-9)
+            self._last_line = clock
+            seconds = max(clock - started, 1e-9)
             left = (total - done) * seconds / done if done else 0
             LOG.info(
                 f"{what}: {done}/{total}, {done / seconds:.1f}/s, {(self.cost.tokens - tokens_before) / seconds:.0f}"
@@ -216,7 +215,7 @@ class Step:
             "batch_id": tags.get(BATCH_TAG) or tags.get("dagster/backfill") or self.run.run_id,
             "asset": self.asset,
             "round": self.round,
-            "finished_at": datetime.now(UTC).replace(tzinfo=None),
+            "finished_at": now(),
             **self._figures(),
             "model_seconds": self.cost.model_seconds,
             "models": models_of(self.transfer, self.asset),
@@ -269,8 +268,7 @@ def step(
     reset_peak()
     with store.spool(CACHE_REFERENCES) as references, _heard_by(context.log):
         records.begin(store, transfer, asset, round_, context.run.run_id)
-        now = records.Records(store, transfer)
-        yield Step(transfer, store, asset, round_, context.run, references, now)
+        yield Step(transfer, store, asset, round_, context.run, references, records.Records(store, transfer))
         records.end(store, transfer, asset, round_)
 
 

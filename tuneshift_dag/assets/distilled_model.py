@@ -6,7 +6,6 @@ Trained adapters are kept by the hash of their dataset and settings: what was tr
 
 import hashlib
 import json
-from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
@@ -18,7 +17,7 @@ from tuneshift_dag.config.versions import training_version
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.reports import describe_filter, plots
 from tuneshift_dag.resources import EngineResource, StoreResource
-from tuneshift_dag.store import insert
+from tuneshift_dag.store import insert, now
 from tuneshift_dag.store.cache import MODEL_REFERENCE
 from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import DISTILLED_MODELS, TRAINING_EXAMPLES
@@ -43,8 +42,8 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
 
             def make_current(connection: Any) -> None:
                 connection.execute("UPDATE distilled_models SET current = (model_id = ?)", [row["model_id"]])
-                now = [describe_filter(transfer), row["model_id"]]
-                connection.execute("UPDATE distilled_models SET filter = ? WHERE model_id = ?", now)
+                described = [describe_filter(transfer), row["model_id"]]
+                connection.execute("UPDATE distilled_models SET filter = ? WHERE model_id = ?", described)
 
             current.write([], row["model_id"], make_current)
             curve = json.loads(row["curve"])
@@ -155,6 +154,6 @@ def _train(
         "curve": json.dumps({"steps": curve.steps, "epochs": curve.epochs}),
         "seconds": curve.seconds,
         "path": current.store.relative(folder),
-        "created_at": datetime.now(UTC).replace(tzinfo=None),
+        "created_at": now(),
         "current": False,
     }

@@ -41,11 +41,11 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
                 current.spool_keys()
                 trim()
             current.write([(SCORED_PAIRS, rows)], content_version(rows))
-            known = (value for chunk in rows for value in chunk["agreement"].drop_nulls())
+            agreements = [value for chunk in rows for value in chunk["agreement"].drop_nulls()]
             truncated = sum(int((chunk["fine_tuned_finish"] == "length").sum()) for chunk in rows)
             figures = {
                 "examples": example_rows(next(iter(rows), SCORED_PAIRS.empty()), EXAMPLE_COLUMNS),
-                "mean_agreement": sum(known) / len(rows) if transfer.config.response.samples and rows else None,
+                "mean_agreement": sum(agreements) / len(rows) if agreements else None,
                 "truncated_fine_tuned_responses": truncated,
             }
             return current.result(len(rows), figures, _check_finite(rows))

@@ -7,7 +7,6 @@ version is their hash; `synthetic_prompts` depends on it, and becomes stale exac
 event would not do: Dagster doesn't detect staleness behind an external asset then.)
 """
 
-from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
@@ -19,7 +18,7 @@ from tuneshift_dag.method import Decoding, scoring
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.method.seed_sampling import Candidate, draw_seeds
 from tuneshift_dag.resources import EngineResource, StoreResource
-from tuneshift_dag.store import insert, records
+from tuneshift_dag.store import insert, now, records
 from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import MODELS, ROUND_SEEDS, SEED_SET
 
@@ -77,12 +76,12 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
 
 def _models(transfer: Transfer) -> pl.DataFrame:
     """Which weights the transfer's references meant in this run."""
-    now = datetime.now(UTC).replace(tzinfo=None)
+    resolved_at = now()
     rows: list[dict[str, object]] = []
     for role, found in transfer.fingerprints.items():
         section, name = role.split(".")
         reference = getattr(getattr(transfer.config, section), name)
-        marks = {"fingerprint": found.value, "commit": found.commit, "resolved_at": now}
+        marks = {"fingerprint": found.value, "commit": found.commit, "resolved_at": resolved_at}
         rows.append({"role": role, "reference": reference, **marks})
     return MODELS.frame(rows)
 
