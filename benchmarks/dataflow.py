@@ -4,13 +4,15 @@ import os
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from benchmarks.common import REPETITIONS, TRANSFER, spread
-from tuneshift_dag.assets.filtered_dataset import refilter
+from tuneshift_dag.assets.filtered_dataset import judge
+from tuneshift_dag.config import Transfer
 from tuneshift_dag.store import Store
 
 
@@ -24,7 +26,8 @@ def filter_rows() -> dict[str, Any]:
             seconds[rows] = []
             for repetition in range(REPETITIONS if rows < 10_000_000 else 3):
                 started = time.perf_counter()
-                refilter(store, TRANSFER, "round_01", threshold=1.3 + 0.02 * repetition)
+                with store.transaction(TRANSFER.name) as connection:
+                    judge(connection, _with_threshold(1.3 + 0.02 * repetition), "round_01")
                 seconds[rows].append(time.perf_counter() - started)
     result = {f"{rows:.0e}": spread(values) for rows, values in seconds.items()}
     return {
@@ -33,6 +36,12 @@ def filter_rows() -> dict[str, Any]:
         "by_rows": result,
         "seconds_per_million": {f"{r:.0e}": spread(v)["median"] / r * 1e6 for r, v in seconds.items()},
     }
+
+
+def _with_threshold(threshold: float) -> Transfer:
+    config = TRANSFER.config
+    rule = config.filter.model_copy(update={"threshold": threshold})
+    return replace(TRANSFER, config=config.model_copy(update={"filter": rule}))
 
 
 def _fill(store: Store, rows: int) -> None:

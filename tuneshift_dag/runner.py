@@ -181,7 +181,14 @@ def _explain(result: dg.ExecuteInProcessResult, round_: str | None) -> str:
     if error and error.cls_name == "DagsterExecutionInterruptedError":
         raise KeyboardInterrupt  # Dagster makes a failed step of it
     message = (failure and failure.description) or (error.message.strip() if error else "unknown error")
-    if not failure and error and error.cls_name != TuneshiftError.__name__:
+    if not failure and error and error.cls_name not in {kind.__name__ for kind in _told()}:
         message += f" (not a fault of your input; its traceback is in Dagster's UI, run {result.run_id[:8]})"
     where = f"{(failed.step_key or '').split('__')[-1]}{f' of {round_}' if round_ else ''}"
-    return f"{where} failed: {message.removeprefix(f'{__package__}.TuneshiftError: ')}"
+    for kind in _told():
+        message = message.removeprefix(f"{kind.__module__}.{kind.__name__}: ")
+    return f"{where} failed: {message}"
+
+
+def _told() -> list[type[TuneshiftError]]:
+    """Errors that tell a user what to repair."""
+    return [TuneshiftError, *TuneshiftError.__subclasses__()]

@@ -15,8 +15,8 @@ from playwright.sync_api import Page, sync_playwright
 from tests.ui import browser
 from tests.ui.server import Server, wait_for
 from tests.ui.transfers import edit, make_transfer
-from tuneshift_dag.assets.common import ROUND_ASSETS
 from tuneshift_dag.store import Store
+from tuneshift_dag.store.records import ROUND_ASSETS
 
 pytestmark = pytest.mark.ui
 

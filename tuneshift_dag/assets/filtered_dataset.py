@@ -4,7 +4,7 @@ from typing import Any
 
 import dagster as dg
 
-from tuneshift_dag.assets.common import Context, Step, definition, example_rows, key, step, warning_check
+from tuneshift_dag.assets.common import Context, definition, example_rows, key, step, warning_check
 from tuneshift_dag.assets.seed_set import seed_candidates, write_seeds
 from tuneshift_dag.config import Transfer, round_number
 from tuneshift_dag.config.versions import code_version
@@ -88,7 +88,7 @@ def _judge_round(
         originals = seed_candidates(current)
 
         def judge_and_draw(connection: Any) -> str:
-            version = judge(connection, current)
+            version = judge(connection, transfer, round_)
             kept = "SELECT prompt_id, prompt, response FROM filtered_dataset WHERE round <= ? ORDER BY prompt_id"
             pool.extend(Candidate(*row) for row in connection.execute(kept, [round_]).fetchall())
             drawn_from = [] if len(pool) >= transfer.config.target_pairs else pool
@@ -121,14 +121,13 @@ _KEPT_COLUMNS = ", ".join(
 )
 
 
-def judge(connection: Any, current: Step) -> str:
-    """Rewrite the kept and the rejected rows of the step's round from its scored pairs; return the data version.
+def judge(connection: Any, transfer: Transfer, round_: str) -> str:
+    """Rewrite the kept and the rejected rows of a round from its scored pairs; return the data version.
 
     All of it happens inside DuckDB, and no text passes through Python. The version is a hash of the kept prompts and
     responses, whatever the rule and threshold that kept them. The rows that were there stay when no pair is kept up to
     this round, or pairs were scored without the samples that are wanted now: then it fails.
     """
-    transfer, round_ = current.transfer, current.round
     connection.execute(
         f"CREATE OR REPLACE TEMP TABLE judged AS SELECT * FROM ({verdicts(transfer)}) WHERE round = $round",
         {"round": round_},
@@ -154,7 +153,7 @@ def judge(connection: Any, current: Step) -> str:
     if connection.execute("SELECT count(*) FROM filtered_dataset WHERE round <= ?", [round_]).fetchone() == (0,):
         before = "SELECT reason, count(*) FROM rejected_prompts GROUP BY reason ORDER BY 2 DESC"
         dropped = dict(connection.execute(before).fetchall())
-        raise dg.Failure(_nothing_kept(transfer, str(round_), reasons, dropped), allow_retries=False)
+        raise dg.Failure(_nothing_kept(transfer, round_, reasons, dropped), allow_retries=False)
     return str(version)[:16]
 
 
