@@ -1,5 +1,8 @@
 """Batches: similar lengths together, fewer rows when memory is short, halved when it runs out."""
 
+import os
+import time
+
 import pytest
 import torch
 
@@ -66,3 +69,43 @@ def test_an_allocation_that_fails_on_this_cpu_is_recognized() -> None:
     with pytest.raises(RuntimeError) as failed:
         torch.empty(1 << 55, dtype=torch.uint8)
     assert memory.is_out_of_memory(failed.value)
+
+
+class TestWorkers:
+    LENGTHS = (3, 9, 1, 4, 7, 2, 8)
+
+    def test_do_what_one_process_does(self) -> None:
+        done = {
+            workers: sorted(
+                (batch, result)
+                for batch, (result, _) in in_batches(self.LENGTHS, 2, lambda n: 1, with_process, workers)
+            )
+            for workers in (1, 2)
+        }
+        assert done[1] == done[2]
+        processes = {process for _, (_, process) in in_batches(self.LENGTHS, 2, lambda n: 1, with_process, 2)}
+        assert os.getpid() not in processes and len(processes) == 2
+
+    def test_one_that_dies_costs_its_batch_which_is_done_here(self) -> None:
+        here = os.getpid()
+
+        def dies_elsewhere(batch: list[int]) -> int:
+            if 1 in batch and os.getpid() != here:
+                os._exit(1)
+            return os.getpid()
+
+        done = list(in_batches(self.LENGTHS, 2, lambda n: 1, dies_elsewhere, 2))
+        assert sorted(row for batch, _ in done for row in batch) == list(range(len(self.LENGTHS)))
+        assert [process for batch, process in done if 1 in batch] == [here]
+
+    def test_an_error_is_raised_here(self) -> None:
+        def fails(batch: list[int]) -> None:
+            raise ValueError("not a number")
+
+        with pytest.raises(ValueError, match="not a number"):
+            list(in_batches(self.LENGTHS, 2, lambda n: 1, fails, 2))
+
+
+def with_process(batch: list[int]) -> tuple[list[int], int]:
+    time.sleep(0.05)  # so that both have some to do
+    return [row * 10 for row in batch], os.getpid()
