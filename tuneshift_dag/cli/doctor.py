@@ -132,7 +132,8 @@ def quantized_in_use(transfers: Sequence[Transfer]) -> set[str]:
             # `auto` is one or the other, as the machine has bfloat16. A generator on a server has no fingerprint.
             for name in ("bfloat16", "float16") if dtype == "auto" else (dtype,):
                 if key in transfer.fingerprints and quantization != "none":
-                    parts = [transfer.fingerprints[key].value, quantization, f"torch.{name}", version]
+                    weights = transfer.fingerprints[key]
+                    parts = [weights.cached_as or weights.value, quantization, f"torch.{name}", version]
                     used.add(hashlib.sha256("|".join(parts).encode()).hexdigest()[:16])
     return used
 

@@ -137,7 +137,8 @@ def in_batches(
         fitting = int(free_bytes() * BATCH_SHARE / workers / max(1, bytes_per_row(lengths[left[0]])))
         size = max(1, min(most_rows, fitting))
         done: set[int] = set()
-        for batch, result in in_workers([left[i : i + size] for i in range(0, len(left), size)], work, workers):
+        batches = [left[i : i + size] for i in range(0, len(left), size)]
+        for batch, result in in_workers(batches, work, workers) if len(batches) > 1 else ():
             done.update(batch)
             yield batch, result
         left = [row for row in left if row not in done]

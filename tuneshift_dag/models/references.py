@@ -58,6 +58,8 @@ class Fingerprint(NamedTuple):
     value: str
     """Hash of the content, or ``repo@commit``; empty for a hub model that was never fetched."""
     commit: str | None = None  # of a hub model
+    cached_as: str = ""
+    """What caches of responses and of 4-bit copies know the weights by, where that isn't ``value``."""
 
 
 def cache_dir() -> Path:
@@ -137,8 +139,10 @@ def known_fingerprint(reference: str, folder: Path, key: str, kind: Kind = "mode
     if gguf := _gguf_file(reference, path, key):
         return Fingerprint(file_hash(gguf))
     if path.is_dir():
-        ends = path / "generation_config.json"
-        return Fingerprint(fingerprint_of(_files(path, kind) + [ends] * (kind == "model" and ends.is_file())))
+        files, ends = _files(path, kind), path / "generation_config.json"
+        if kind == "model" and ends.is_file():
+            return Fingerprint(fingerprint_of([*files, ends]), cached_as=fingerprint_of(files))
+        return Fingerprint(fingerprint_of(files))
     repo, _, revision = reference.partition("@")
     here = _snapshot(reference)
     commit = here.name if here else revision if _COMMIT.fullmatch(revision) else None
