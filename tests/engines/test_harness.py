@@ -9,6 +9,7 @@ import yaml
 from tests.conftest import write_jsonl
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.files import load_transfer
+from tuneshift_dag.config.versions import tasks_hash
 from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.models.references import resolve_adapter, resolve_model
 
@@ -88,15 +89,15 @@ def test_the_version_follows_settings_and_data(tasks: Path, edit_config) -> None
     def version() -> str:
         return Harness(load_transfer(tasks.parent)).version("write_intent")
 
-    before, code = version(), load_transfer(tasks.parent).tasks_version()
+    before, code = version(), tasks_hash(load_transfer(tasks.parent))
     assert version() == before
     (tasks / "__pycache__").mkdir(exist_ok=True)
     for left_behind in ("__pycache__/metric.cpython-311.pyc", ".DS_Store"):
         (tasks / left_behind).write_bytes(b"written by Python or an editor")
-    assert load_transfer(tasks.parent).tasks_version() == code
+    assert tasks_hash(load_transfer(tasks.parent)) == code
     write_jsonl(tasks / "intents.jsonl", [*EXAMPLES[:3], {"prompt": "Another?", "response": "other"}])
     assert version() != before
-    assert load_transfer(tasks.parent).tasks_version() != code
+    assert tasks_hash(load_transfer(tasks.parent)) != code
     write_jsonl(tasks / "intents.jsonl", EXAMPLES)
     edit_config("evaluation.task_limit", 3)
     assert version() != before

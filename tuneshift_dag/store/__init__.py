@@ -69,6 +69,8 @@ class Spool:
 
     def reader(self) -> pa.RecordBatchReader:
         """The rows as a stream that DuckDB reads as it goes; one at a time."""
+        if not self._rows:  # not even the schema is written yet
+            return pa.RecordBatchReader.from_batches(self.table.empty().to_arrow().schema, [])
         self._file.seek(0)
         return pa.ipc.open_stream(self._file)
 
