@@ -28,9 +28,9 @@ $(DAGSTER_HOME)/dagster.yaml: tuneshift_dag/dagster_template.yaml
 	mkdir -p $(DAGSTER_HOME)
 	cp $< $@
 
-# A first look: five rounds instead of twelve. Every round that it has run is there for `make demo-full`.
+# A first look: three rounds instead of twelve. Every round that it has run is there for `make demo-full`.
 demo: setup $(DAGSTER_HOME)/dagster.yaml
-	$(BIN)/tuneshift run banking_intents --rounds 5
+	$(BIN)/tuneshift run banking_intents --rounds 3
 
 demo-full: setup $(DAGSTER_HOME)/dagster.yaml
 	$(BIN)/tuneshift run banking_intents
