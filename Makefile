@@ -42,11 +42,11 @@ test: setup
 test-ui: setup
 	$(BIN)/pytest -m ui tests/ui
 
-# `make test` has llama.cpp's server; this adds vLLM, which is large and wants a torch of its own, and hosts that share
-# a Postgres server (skipped without one: `apt-get install postgresql`).
+# llama.cpp's server, vLLM, which is large and wants a torch of its own, and hosts that share a Postgres server (skipped
+# without one: `apt-get install postgresql`). `make test` has a fake server in their place.
 test-servers: setup $(SERVERS)/.installed
 	$(BIN)/pip install -q -c constraints.txt -e '.[postgres,k8s]'
-	TUNESHIFT_VLLM_PYTHON=$(SERVERS)/bin/python $(BIN)/pytest -m 'postgres or not postgres' tests/servers
+	TUNESHIFT_VLLM_PYTHON=$(SERVERS)/bin/python $(BIN)/pytest -m servers tests/servers
 
 $(SERVERS)/.installed:
 	test -d $(SERVERS) || $(PYTHON) -m venv $(SERVERS)

@@ -64,7 +64,7 @@ class TestCloseDeadRuns:
         assert status(instance, run) == DagsterRunStatus.SUCCESS
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_killed_run_is_finished_by_the_next_one(
     seed: int, finished: Project, transfer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,44 +98,48 @@ def other_weights(project: Project) -> None:
     weights.write_bytes(weights.read_bytes() + b"\0")
 
 
-# Change, what is then out of date by the command line, and what the UI says beside it or doesn't say.
-CHANGES: list[tuple[str, Change, set[str]]] = [
-    ("nothing", lambda project: None, set()),
-    ("threshold, the same pairs", lambda p: edit(p, "filter.threshold", 1.6), {*FILTERS, "threshold_report"}),
-    ("threshold, other pairs", lambda p: edit(p, "filter.threshold", 1.08), {*FILTERS, "threshold_report"}),
-    ("threshold, back", lambda p: edit(p, "filter.threshold", 1.5), {*FILTERS, "threshold_report"}),
-    (
-        "seeds",
-        lambda p: write_jsonl(p.folder / "seeds.jsonl", [{"prompt": "Where is it?"}, {"prompt": "Why twice?"}]),
-        {"seed_set"},
-    ),
-    ("template", another_template, {"seed_set", *SCORES, "distilled_model", "evaluation"}),
-    ("adapter", another_adapter, {"seed_set", *SCORES, "evaluation"}),
+# What is changed, what is then out of date beside what was already, and whether a run follows.
+CHANGES: list[tuple[str, Change, set[str], bool]] = [
+    ("threshold, the same pairs", lambda p: edit(p, "filter.threshold", 1.6), {*FILTERS, "threshold_report"}, True),
+    ("threshold, other pairs", lambda p: edit(p, "filter.threshold", 1.08), {*FILTERS, "threshold_report"}, True),
     (
         "held-out file",
         lambda p: write_jsonl(p.folder / "heldout.jsonl", [{"prompt": "Is it late?", "response": "intent_2"}]),
         {*PROMPTS, "evaluation"},
+        False,
     ),
-    ("training", lambda p: edit(p, "distill.rank", 8), {"distilled_model"}),
-    ("weights", other_weights, {"seed_set", *PROMPTS, *SCORES, "distilled_model", "evaluation"}),
+    ("training", lambda p: edit(p, "distill.rank", 8), {"distilled_model"}, True),
+    ("adapter", another_adapter, {"seed_set", *SCORES, "evaluation"}, False),
+    ("template", another_template, {"distilled_model"}, True),
+    ("weights", other_weights, {"seed_set", *PROMPTS, *SCORES, "distilled_model", "evaluation"}, True),
+    (
+        "seeds",
+        lambda p: write_jsonl(p.folder / "seeds.jsonl", [{"prompt": "Where is it?"}, {"prompt": "Why twice?"}]),
+        {"seed_set"},
+        False,
+    ),
     (
         "a round more",
         lambda p: edit(p, "rounds", 3),
         {"synthetic_prompts/round_03", "scored_pairs/round_03", "filtered_dataset/round_03", *REPORTS},
+        True,
     ),
-    ("a round less", lambda p: edit(p, "rounds", 2), REPORTS),
+    ("a round less", lambda p: edit(p, "rounds", 2), REPORTS, True),
 ]
 
 
 def test_after_each_change_both_call_the_same_out_of_date_and_after_a_run_nothing(ui: tuple[Project, Server]) -> None:
     project, server = ui
-    for name, change, expected in CHANGES:
+    expected: set[str] = set()
+    for name, change, more, run in CHANGES:
         change(project)
+        expected |= more
         assert by_command_line(project) == expected, name
         assert by_ui(project, server) == expected, name
-        project.run(regrow=True)
-        assert by_command_line(project) == set(), name
-        assert by_ui(project, server) == set(), name
+        if run:
+            project.run(regrow=True)
+            expected = set()
+            assert by_command_line(project) == by_ui(project, server) == expected, name
 
 
 def test_where_they_differ_the_command_line_goes_by_the_database(ui: tuple[Project, Server], tmp_path: Path) -> None:
@@ -166,7 +170,7 @@ def test_where_they_differ_the_command_line_goes_by_the_database(ui: tuple[Proje
 
     # A restored one is as good as it was: its record came with it.
     edit(project, "filter.threshold", 1.08)
-    project.run()
+    project.run(regrow=True)
     shutil.copy(earlier, database)
     if (tmp_path / "earlier.duckdb.wal").exists():
         shutil.copy(tmp_path / "earlier.duckdb.wal", wal)

@@ -290,9 +290,7 @@ class TestToDo:
         ("key", "value", "regrow", "rounds"),
         [
             ("generator.temperature", 0.5, False, {"round_01": 3, "round_02": 3}),
-            ("response.max_new_tokens", 32, False, {"round_01": 3, "round_02": 3}),
             ("filter.threshold", 1.4, True, {"round_01": 1, "round_02": 3}),
-            ("distill.epochs", 2, False, {}),
         ],
     )
     def test_is_the_most_that_the_run_then_does(

@@ -31,7 +31,7 @@ from tuneshift_dag.store import Store
 pytest.importorskip("dagster_postgres", reason="dagster-postgres isn't installed")
 psycopg2 = pytest.importorskip("psycopg2")
 
-pytestmark = pytest.mark.postgres
+pytestmark = pytest.mark.servers
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 PASSWORD = "only for this test"

@@ -31,6 +31,7 @@ from tuneshift_dag.method import Decoding
 from tuneshift_dag.models.references import _package_file, resolve_adapter, resolve_model
 from tuneshift_dag.resources import EngineResource
 
+pytestmark = pytest.mark.servers
 TRANSFER = load_transfer(Path(__file__).parents[2] / "transfers" / "banking_intents")
 ROOT = Path(__file__).parents[2]
 LLAMA_CPP_PYTHON = os.environ.get("TUNESHIFT_LLAMA_CPP_PYTHON") or (
