@@ -11,13 +11,14 @@ import polars as pl
 import pytest
 
 from tests import conftest
-from tests.conftest import Project
+from tests.conftest import Project, make_transfer_folder
 from tests.fakes import FakeEngine
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.assets.comparison import _candidates
 from tuneshift_dag.assets.filtered_dataset import _check_seeds
 from tuneshift_dag.assets.scored_pairs import _check_finite
 from tuneshift_dag.assets.synthetic_prompts import _check_duplicates, _check_held_out
+from tuneshift_dag.config.files import load_all
 from tuneshift_dag.definitions import build_definitions
 from tuneshift_dag.method import AdapterCheck
 from tuneshift_dag.method.evaluation import general_texts
@@ -175,8 +176,20 @@ class TestDefinitions:
         assert causes(project, "synthetic_prompts", "round_02") == ["input round_seeds/round_02"]
         assert causes(project, "distilled_model") != []
 
+    def test_a_broken_transfer_costs_its_own_group_and_says_what_to_repair(
+        self, project: Project, tmp_path: Path
+    ) -> None:
+        broken = make_transfer_folder(tmp_path, "broken")
+        (broken / "transfer.yaml").write_text("rounds: three")
+        transfers, problems = load_all(tmp_path / "transfers")
+        graph = build_definitions(transfers, project.store.path, broken=problems).resolve_asset_graph()
+        (spec,) = [graph.get(key) for key in graph.get_all_asset_keys() if key.path[0] == "broken"]
+        assert spec.key.path[-1] == "transfer_yaml" and spec.group_name == "broken"
+        assert str(broken / "transfer.yaml") in spec.description and "rounds" in spec.description
+        assert {key.path[-1] for key in graph.get_all_asset_keys() if key.path[0] == "banking"} >= set(ROUND_ASSETS)
+
     def test_two_transfers_live_in_one_deployment(self, project: Project, tmp_path: Path) -> None:
-        other = conftest.make_transfer_folder(tmp_path, "cards")
+        other = make_transfer_folder(tmp_path, "cards")
         definitions = build_definitions([project.transfer, conftest.load_transfer(other)], project.store.path)
         assert len(definitions.resolve_asset_graph().get_all_asset_keys()) == 16
 
