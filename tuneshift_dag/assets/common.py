@@ -162,9 +162,10 @@ class Step:
             self._last_line = clock
             seconds = max(clock - started, 1e-9)
             left = (total - done) * seconds / done if done else 0
+            tokens = (self.cost.tokens - tokens_before) / seconds
             LOG.info(
-                f"{what}: {done}/{total}, {done / seconds:.1f}/s, {(self.cost.tokens - tokens_before) / seconds:.0f}"
-                f" tokens/s, {left:.0f} s left, {self.cost.cache_hits} from the cache",
+                f"{what}: {done}/{total}, {done / seconds:.1f}/s{f', {tokens:.0f} tokens/s' if tokens else ''},"
+                f" {left:.0f} s left, {self.cost.cache_hits} from the cache",
                 extra={"progress": True},
             )
 
