@@ -15,7 +15,7 @@ from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import find_transfers, load_transfer
 from tuneshift_dag.home import database_file, home_dir, transfers_dir
-from tuneshift_dag.models.references import hub_files_here
+from tuneshift_dag.models.references import cached_as, hub_files_here
 from tuneshift_dag.reports.plan import run_warnings
 from tuneshift_dag.store import Store
 from tuneshift_dag.training import training_problem
@@ -132,8 +132,8 @@ def quantized_in_use(transfers: Sequence[Transfer]) -> set[str]:
             # `auto` is one or the other, as the machine has bfloat16. A generator on a server has no fingerprint.
             for name in ("bfloat16", "float16") if dtype == "auto" else (dtype,):
                 if key in transfer.fingerprints and quantization != "none":
-                    weights = transfer.fingerprints[key]
-                    parts = [weights.cached_as or weights.value, quantization, f"torch.{name}", version]
+                    weights = cached_as(transfer.reference(key), transfer.folder, key)
+                    parts = [weights, quantization, f"torch.{name}", version]
                     used.add(hashlib.sha256("|".join(parts).encode()).hexdigest()[:16])
     return used
 

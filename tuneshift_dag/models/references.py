@@ -58,8 +58,6 @@ class Fingerprint(NamedTuple):
     value: str
     """Hash of the content, or ``repo@commit``; empty for a hub model that was never fetched."""
     commit: str | None = None  # of a hub model
-    cached_as: str = ""
-    """What caches of responses and of 4-bit copies know the weights by, where that isn't ``value``."""
 
 
 def cache_dir() -> Path:
@@ -139,14 +137,18 @@ def known_fingerprint(reference: str, folder: Path, key: str, kind: Kind = "mode
     if gguf := _gguf_file(reference, path, key):
         return Fingerprint(file_hash(gguf))
     if path.is_dir():
-        files, ends = _files(path, kind), path / "generation_config.json"
-        if kind == "model" and ends.is_file():
-            return Fingerprint(fingerprint_of([*files, ends]), cached_as=fingerprint_of(files))
-        return Fingerprint(fingerprint_of(files))
+        ends = path / "generation_config.json"
+        return Fingerprint(fingerprint_of(_files(path, kind) + [ends] * (kind == "model" and ends.is_file())))
     repo, _, revision = reference.partition("@")
     here = _snapshot(reference)
     commit = here.name if here else revision if _COMMIT.fullmatch(revision) else None
     return Fingerprint(f"{repo}@{commit}" if commit else "", commit)
+
+
+def cached_as(reference: str, folder: Path, key: str) -> str:
+    """What caches of responses and 4-bit copies know a model by (`ModelFiles.fingerprint`); fetches nothing."""
+    path = (folder / reference).expanduser()
+    return fingerprint_of(_files(path, "model")) if path.is_dir() else known_fingerprint(reference, folder, key).value
 
 
 def refresh(reference: str, folder: Path, key: str, kind: Kind = "model") -> str:
