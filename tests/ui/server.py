@@ -84,18 +84,20 @@ class Server:
         answer = self.query(query, l=REPOSITORY["repositoryLocationName"])
         assert answer["reloadRepositoryLocation"]["__typename"] == "WorkspaceLocationEntry"
 
-    def launch_backfill(self, transfer: str, assets: Sequence[str], rounds: Sequence[str], job: str = "") -> None:
-        """What "Launch backfill" does, on the page of a group or of a ``job``."""
+    def launch_backfill(self, transfer: str, assets: Sequence[str], rounds: Sequence[str]) -> None:
+        """What "Launch backfill" does on the page of a group."""
         params: dict[str, Any] = {
             "assetSelection": [{"path": [transfer, asset]} for asset in assets],
             "partitionNames": list(rounds),
             "fromFailure": False,
         }
-        if job:
-            params["selector"] = {"partitionSetName": f"{job}_partition_set", "repositorySelector": REPOSITORY}
         query = "mutation($p: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $p) { __typename } }"
         answer = self.query(query, p=params)["launchPartitionBackfill"]
         assert answer["__typename"] == "LaunchBackfillSuccess", answer
+
+    def launch(self, job: str) -> str:
+        """What "Launch run" does on the page of a job; the run's id."""
+        return self._launch({**REPOSITORY, "jobName": job}, [])
 
     def materialize(
         self,
@@ -105,16 +107,16 @@ class Server:
         location: str = REPOSITORY["repositoryLocationName"],
     ) -> str:
         """Launch one run, as "Materialize" does for one round or an unpartitioned asset; its id."""
-        params = {
-            "selector": {
-                **REPOSITORY,
-                "repositoryLocationName": location,
-                "jobName": "__ASSET_JOB",
-                "assetSelection": [{"path": [transfer, asset]} for asset in assets],
-            },
-            "mode": "default",
-            "executionMetadata": {"tags": [{"key": "dagster/partition", "value": round_}] if round_ else []},
+        selector = {
+            **REPOSITORY,
+            "repositoryLocationName": location,
+            "jobName": "__ASSET_JOB",
+            "assetSelection": [{"path": [transfer, asset]} for asset in assets],
         }
+        return self._launch(selector, [{"key": "dagster/partition", "value": round_}] if round_ else [])
+
+    def _launch(self, selector: dict[str, Any], tags: list[dict[str, str]]) -> str:
+        params = {"selector": selector, "mode": "default", "executionMetadata": {"tags": tags}}
         query = """
             mutation($p: ExecutionParams!) { launchPipelineExecution(executionParams: $p) {
                 __typename ... on LaunchRunSuccess { run { runId } } ... on Error { message } } }"""

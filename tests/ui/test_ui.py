@@ -185,14 +185,8 @@ def test_a_threshold_makes_the_dataset_stale_in_every_round(here: Deployment, lo
     }
 
 
-@browser.needs_chromium
-def test_the_refilter_job_can_be_clicked(here: Deployment, page: Page) -> None:
-    browser.materialize_all(page, here.server.url, "jobs/moved_refilter")
-    assert len(here.instance.get_backfills()) == 2
-
-
 def test_refiltering_asks_no_model_and_names_what_it_changed(here: Deployment) -> None:
-    refilter(here, 2)
+    refilter(here)
     changed = [round_ for round_, seeds in here.seeds().items() if seeds != here.first_seeds[round_]]
     assert changed == ["round_02"]
     assert here.unsynced() == {
@@ -205,11 +199,11 @@ def test_refiltering_asks_no_model_and_names_what_it_changed(here: Deployment) -
     }
 
 
-def refilter(here: Deployment, number: int) -> None:
-    """Run the refilter job, the deployment's ``number``th backfill, if it wasn't clicked before."""
-    if len(here.instance.get_backfills()) < number:
-        here.server.launch_backfill("moved", ["filtered_dataset"], ROUNDS, job="moved_refilter")
-    assert here.cost(here.finished_backfill(number)) == {"filtered_dataset": (2, 0, 0, 0.0)}
+def refilter(here: Deployment) -> None:
+    """The refilter job: one run judges every round."""
+    run = here.server.launch("moved_refilter")
+    assert here.finished_run(run) == "SUCCESS"
+    assert here.cost(run) == {"filtered_dataset": (2, 0, 0, 0.0)}
 
 
 def test_a_threshold_moved_back_trains_nothing(here: Deployment) -> None:
@@ -220,7 +214,7 @@ def test_a_threshold_moved_back_trains_nothing(here: Deployment) -> None:
 
     edit(here.folder, **{"filter.threshold": THRESHOLD})
     here.server.reload()
-    refilter(here, 3)
+    refilter(here)
     assert here.versions()["dataset"] == here.first_versions["dataset"]
     assert here.unsynced() == {
         ("distilled_model", None): {"filtered_dataset has a new data version"},
