@@ -58,7 +58,7 @@ def test_memory_holds_a_chunk_however_many_prompts_there_are(project: Project, m
         assert len(engine.given) == 6 * count, "the fake encodes its responses too"
         most.append(engine.most_alive)
     assert most[0] == most[1] <= 5 * CHUNK
-    assert keys == [0] * 12, "a chunk starts without the cache keys of the one before"
+    assert keys == [CHUNK] * 12, "a chunk has its own cache keys, and none of the one before"
 
 
 def test_chunks_give_what_the_whole_round_gives(project: Project) -> None:

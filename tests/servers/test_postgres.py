@@ -25,8 +25,9 @@ from dagster._config import process_config
 
 from tests.conftest import Project, make_transfer_folder
 from tests.ui.server import Server, end_group, free_port, wait_for
-from tuneshift_dag.assets.common import MODEL_POOL, ROUND_ASSETS
+from tuneshift_dag.assets.common import MODEL_POOL
 from tuneshift_dag.store import Store
+from tuneshift_dag.store.records import ROUND_ASSETS
 
 pytest.importorskip("dagster_postgres", reason="dagster-postgres isn't installed")
 psycopg2 = pytest.importorskip("psycopg2")

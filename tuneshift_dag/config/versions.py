@@ -106,7 +106,7 @@ def training_version(transfer: Transfer) -> str:
 
 def _read(transfer: Transfer, name: str) -> Any:
     if name == "tasks":
-        return _tasks_hash(transfer)
+        return tasks_hash(transfer)
     if name == "general_text":
         return general_texts()
     if name == "encoder":
@@ -114,7 +114,7 @@ def _read(transfer: Transfer, name: str) -> Any:
     return list(getattr(transfer, name))
 
 
-def _tasks_hash(transfer: Transfer) -> str:
+def tasks_hash(transfer: Transfer) -> str:
     if not transfer.config.evaluation.task_folder:
         return ""
     folder = (transfer.folder / transfer.config.evaluation.task_folder).expanduser()
