@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -79,21 +79,23 @@ def make_transfer_folder(root: Path, name: str = "banking") -> Path:
     return folder
 
 
-@pytest.fixture
-def edit_config(transfer_folder: Path) -> Callable[[str, Any], None]:
-    """Set one dotted key of the transfer folder's ``transfer.yaml``."""
-
-    def edit(key: str, value: Any) -> None:
-        file = transfer_folder / "transfer.yaml"
-        config = yaml.safe_load(file.read_text())
+def edit(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Set keys of a folder's ``transfer.yaml``, written with dots: ``edit(folder, {"filter.threshold": 1.2})``."""
+    file = folder / "transfer.yaml"
+    config = yaml.safe_load(file.read_text())
+    for key, value in settings.items():
         section = config
         *path, last = key.split(".")
         for part in path:
             section = section.setdefault(part, {})
         section[last] = value
-        file.write_text(yaml.safe_dump(config))
+    file.write_text(yaml.safe_dump(config))
 
-    return edit
+
+@pytest.fixture
+def edit_config(transfer_folder: Path) -> Callable[[str, Any], None]:
+    """Set one dotted key of the transfer folder's ``transfer.yaml``."""
+    return lambda key, value: edit(transfer_folder, {key: value})
 
 
 class Project:

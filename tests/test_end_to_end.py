@@ -8,10 +8,10 @@ import dagster as dg
 import polars as pl
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.conftest import edit
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.home import database_file
 from tuneshift_dag.models.references import resolve_model
@@ -23,14 +23,6 @@ from tuneshift_dag.store import Store
 PACKAGED = Path(__file__).parents[1] / "transfers" / "banking_intents"
 
 
-def edit(folder: Path, **sections: dict) -> None:
-    file = folder / "transfer.yaml"
-    config = yaml.safe_load(file.read_text())
-    for name, value in sections.items():
-        config[name] = {**config.get(name, {}), **value} if isinstance(value, dict) else value
-    file.write_text(yaml.safe_dump(config))
-
-
 @pytest.mark.e2e
 def test_a_small_transfer_of_the_packaged_models(tmp_path: Path) -> None:
     folder = tmp_path / "transfers" / "banking_intents"
@@ -39,12 +31,14 @@ def test_a_small_transfer_of_the_packaged_models(tmp_path: Path) -> None:
     (folder / "heldout.jsonl").write_text("\n".join(heldout[::24]) + "\n")
     edit(
         folder,
-        generator={"calls_per_round": 12},
-        response={"samples": 2},
-        distill={"epochs": 1},
-        models={"workers": 1},  # the other core has tests of its own to run
-        rounds=2,
-        diversity_map=False,
+        {
+            "generator.calls_per_round": 12,
+            "response.samples": 2,
+            "distill.epochs": 1,
+            "models.workers": 1,  # the other core has tests of its own to run
+            "rounds": 2,
+            "diversity_map": False,
+        },
     )
     (tmp_path / "dagster").mkdir()
     instance = dg.DagsterInstance.local_temp(str(tmp_path / "dagster"))
@@ -68,7 +62,7 @@ def test_a_small_transfer_of_the_packaged_models(tmp_path: Path) -> None:
 
     # A threshold that keeps fewer pairs: no model but the new target is asked.
     margins = store.read("SELECT ppl_fine_tuned FROM filtered_dataset ORDER BY 1", schema="banking_intents")
-    edit(folder, filter={"threshold": max(1.001, float(margins["ppl_fine_tuned"].max()) - 1e-6)})
+    edit(folder, {"filter.threshold": max(1.001, float(margins["ppl_fine_tuned"].max()) - 1e-6)})
     changed = Runner(load_transfer(folder), instance).run()
     assert {asset for asset, _ in changed.materialized} <= {
         "filtered_dataset",

@@ -12,9 +12,8 @@ from typing import Any
 
 import dagster as dg
 import pytest
-import yaml
 
-from tests.conftest import Project, make_transfer_folder, write_jsonl
+from tests.conftest import Project, edit, make_transfer_folder, write_jsonl
 from tests.ui.server import Server
 from tuneshift_dag.home import use_dagster_home
 from tuneshift_dag.store.records import ROUND_ASSETS, Records, place
@@ -37,7 +36,7 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, Serv
         use_dagster_home()
         with dg.DagsterInstance.get() as instance:
             project = Project(make_transfer_folder(root), instance)
-            edit(project, "seed", 2)  # few seeds change with the threshold; with this one round_02's do
+            edit(project.folder, {"seed": 2})  # few seeds change with the threshold; with this one round_02's do
             project.run()
             server.start()
             yield project, server
@@ -49,17 +48,6 @@ def own_folders(ui: tuple[Project, Server], monkeypatch: pytest.MonkeyPatch) -> 
     """Every test goes on with the one project."""
     for name, value in ui[1].environment.items():
         monkeypatch.setenv(name, value)
-
-
-def edit(project: Project, key: str, value: Any) -> None:
-    file = project.folder / "transfer.yaml"
-    config = yaml.safe_load(file.read_text())
-    section = config
-    *path, last = key.split(".")
-    for part in path:
-        section = section.setdefault(part, {})
-    section[last] = value
-    file.write_text(yaml.safe_dump(config))
 
 
 def by_command_line(project: Project) -> set[str]:
@@ -83,8 +71,12 @@ def by_ui(project: Project, server: Server) -> set[str]:
 Change = Callable[[Project], None]
 
 
+def setting(key: str, value: Any) -> Change:
+    return lambda project: edit(project.folder, {key: value})
+
+
 def another_template(project: Project) -> None:
-    edit(project, "prompt_template", "Q: {prompt}\nA:")
+    edit(project.folder, {"prompt_template": "Q: {prompt}\nA:"})
 
 
 def another_adapter(project: Project) -> None:
@@ -100,15 +92,15 @@ def other_weights(project: Project) -> None:
 
 # What is changed, what is then out of date beside what was already, and whether a run follows.
 CHANGES: list[tuple[str, Change, set[str], bool]] = [
-    ("threshold, the same pairs", lambda p: edit(p, "filter.threshold", 1.6), {*FILTERS, "threshold_report"}, True),
-    ("threshold, other pairs", lambda p: edit(p, "filter.threshold", 1.08), {*FILTERS, "threshold_report"}, True),
+    ("threshold, the same pairs", setting("filter.threshold", 1.6), {*FILTERS, "threshold_report"}, True),
+    ("threshold, other pairs", setting("filter.threshold", 1.08), {*FILTERS, "threshold_report"}, True),
     (
         "held-out file",
         lambda p: write_jsonl(p.folder / "heldout.jsonl", [{"prompt": "Is it late?", "response": "intent_2"}]),
         {*PROMPTS, "evaluation"},
         False,
     ),
-    ("training", lambda p: edit(p, "distill.rank", 8), {"distilled_model"}, True),
+    ("training", setting("distill.rank", 8), {"distilled_model"}, True),
     ("adapter", another_adapter, {"seed_set", *SCORES, "evaluation"}, False),
     ("template", another_template, {"distilled_model"}, True),
     ("weights", other_weights, {"seed_set", *PROMPTS, *SCORES, "distilled_model", "evaluation"}, True),
@@ -120,11 +112,11 @@ CHANGES: list[tuple[str, Change, set[str], bool]] = [
     ),
     (
         "a round more",
-        lambda p: edit(p, "rounds", 3),
+        setting("rounds", 3),
         {"synthetic_prompts/round_03", "scored_pairs/round_03", "filtered_dataset/round_03", *REPORTS},
         True,
     ),
-    ("a round less", lambda p: edit(p, "rounds", 2), REPORTS, True),
+    ("a round less", setting("rounds", 2), REPORTS, True),
 ]
 
 
@@ -152,10 +144,10 @@ def test_where_they_differ_the_command_line_goes_by_the_database(ui: tuple[Proje
         shutil.copy(wal, tmp_path / "earlier.duckdb.wal")
 
     # A step whose last attempt failed is taken up again, also when its data is fresh.
-    edit(project, "filter.threshold", 1.01)
+    edit(project.folder, {"filter.threshold": 1.01})
     with pytest.raises(Exception, match=r"filter\.threshold"):
         project.run()
-    edit(project, "filter.threshold", 1.08)
+    edit(project.folder, {"filter.threshold": 1.08})
     assert by_command_line(project) == {"filtered_dataset/round_01"}
     assert by_ui(project, server) == set()
     assert project.run().materialized == [(asset, "round_01") for asset in ROUND_ASSETS[2:]]
@@ -169,7 +161,7 @@ def test_where_they_differ_the_command_line_goes_by_the_database(ui: tuple[Proje
     assert by_command_line(project) == set()
 
     # A restored one is as good as it was: its record came with it.
-    edit(project, "filter.threshold", 1.5)
+    edit(project.folder, {"filter.threshold": 1.5})
     project.run(regrow=True)
     shutil.copy(earlier, database)
     if (tmp_path / "earlier.duckdb.wal").exists():

@@ -12,9 +12,10 @@ import dagster as dg
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
+from tests.conftest import edit
 from tests.ui import browser
 from tests.ui.server import Server, wait_for
-from tests.ui.transfers import edit, make_transfer
+from tests.ui.transfers import make_transfer
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import ROUND_ASSETS
 
@@ -170,13 +171,13 @@ def lower(here: Deployment) -> float:
 
 @browser.needs_chromium
 def test_definitions_can_be_reloaded_by_a_click(here: Deployment, page: Page, lower: float) -> None:
-    edit(here.folder, **{"filter.threshold": lower})
+    edit(here.folder, {"filter.threshold": lower})
     browser.reload_definitions(page, here.server.url, "moved")
     wait_for(here.unsynced, 30, "the new definitions don't show")
 
 
 def test_a_threshold_makes_the_dataset_stale_in_every_round(here: Deployment, lower: float) -> None:
-    edit(here.folder, **{"filter.threshold": lower})
+    edit(here.folder, {"filter.threshold": lower})
     here.server.reload()
     assert here.unsynced() == {
         ("filtered_dataset", "round_01"): {"filtered_dataset has a new code version"},
@@ -212,7 +213,7 @@ def test_a_threshold_moved_back_trains_nothing(here: Deployment) -> None:
     assert here.cost(run)["distilled_model"][-1] > 0
     assert here.versions()["model"] != here.first_versions["model"]
 
-    edit(here.folder, **{"filter.threshold": THRESHOLD})
+    edit(here.folder, {"filter.threshold": THRESHOLD})
     here.server.reload()
     refilter(here)
     assert here.versions()["dataset"] == here.first_versions["dataset"]

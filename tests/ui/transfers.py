@@ -4,8 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from tests.conftest import edit
 from tests.ui.server import ROOT
 
 PACKAGED = ROOT / "transfers" / "banking_intents"
@@ -31,18 +30,5 @@ def make_transfer(root: Path, name: str, **settings: Any) -> Path:
         "rounds": 2,
         "diversity_map": False,
     }
-    edit(folder, **(small | settings))
+    edit(folder, small | settings)
     return folder
-
-
-def edit(folder: Path, **settings: Any) -> None:
-    """Set keys of ``transfer.yaml``, written with dots: ``edit(folder, **{"filter.threshold": 1.2})``."""
-    file = folder / "transfer.yaml"
-    config = yaml.safe_load(file.read_text())
-    for key, value in settings.items():
-        section = config
-        *path, last = key.split(".")
-        for part in path:
-            section = section.setdefault(part, {})
-        section[last] = value
-    file.write_text(yaml.safe_dump(config))
