@@ -3,7 +3,6 @@
 Nothing is downloaded: models of the hub that aren't on this machine are named, and what needs them isn't checked.
 """
 
-import hashlib
 import importlib.metadata
 import shutil
 from collections.abc import Container, Iterator, Sequence
@@ -15,7 +14,7 @@ from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import find_transfers, load_transfer
 from tuneshift_dag.home import database_file, home_dir, transfers_dir
-from tuneshift_dag.models.references import cached_as, hub_files_here
+from tuneshift_dag.models.references import cached_as, hub_files_here, quantized_copy
 from tuneshift_dag.reports.plan import run_warnings
 from tuneshift_dag.store import Store
 from tuneshift_dag.training import training_problem
@@ -114,11 +113,7 @@ def _models(transfer: Transfer, names: dict[str, str], missing: dict[str, str]) 
 
 
 def quantized_in_use(transfers: Sequence[Transfer]) -> set[str]:
-    """Names of the folders with 4-bit copies of weights that these transfers load.
-
-    `models.loading` names them when it makes them; the naming is here once more, since asking it would load PyTorch.
-    """
-    version = importlib.metadata.version("bitsandbytes")
+    """Names of the folders with 4-bit copies of weights that these transfers load."""
     used = set()
     for transfer in transfers:
         models, dtype = transfer.config.models, transfer.config.models.compute_dtype
@@ -133,8 +128,7 @@ def quantized_in_use(transfers: Sequence[Transfer]) -> set[str]:
             for name in ("bfloat16", "float16") if dtype == "auto" else (dtype,):
                 if key in transfer.fingerprints and quantization != "none":
                     weights = cached_as(transfer.reference(key), transfer.folder, key)
-                    parts = [weights, quantization, f"torch.{name}", version]
-                    used.add(hashlib.sha256("|".join(parts).encode()).hexdigest()[:16])
+                    used.add(quantized_copy(weights, quantization, f"torch.{name}").name)
     return used
 
 

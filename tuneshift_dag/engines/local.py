@@ -25,9 +25,8 @@ from tuneshift_dag.models.loading import (
     load_for_inference,
     load_tokenizer,
     pack,
-    quantized_dir,
 )
-from tuneshift_dag.models.references import ModelFiles
+from tuneshift_dag.models.references import ModelFiles, quantized_dir
 
 T = TypeVar("T")
 # Raised by hand when a change to the decode loop changes its outputs.

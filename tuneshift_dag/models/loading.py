@@ -7,7 +7,6 @@ On CPUs with AVX512_BF16, bitsandbytes repacks every 4-bit weight in place at th
 silently has no gradients, and merging and saving give garbage. So a model is loaded for inference or for training."""
 
 import contextlib
-import hashlib
 import tempfile
 import types
 from functools import lru_cache
@@ -24,7 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.models import memory
 from tuneshift_dag.models.capabilities import attention_of
-from tuneshift_dag.models.references import ModelFiles, cache_dir
+from tuneshift_dag.models.references import ModelFiles, quantized_copy
 
 Quantization = Literal["nf4", "fp4", "none"]
 DeviceMap = Literal["auto", "single"]
@@ -130,11 +129,6 @@ def assert_trainable_layout(model: torch.nn.Module) -> None:
             )
 
 
-def quantized_dir() -> Path:
-    """Where 4-bit weights are kept."""
-    return cache_dir() / "quantized"
-
-
 def _repacking_pays() -> bool:
     """Not on CPUs that multiply in tiles (AMX), where dequantizing and one large product are faster. A layer of
     640 x 2,048 on two such cores: 0.5 against 0.3 ms for 16 rows, 0.5 against 1.1 for 64, 1.3 against 16.5 for 1024."""
@@ -154,9 +148,7 @@ def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype, dev
     placed, attention = _device_map(device_map), attention_of(files.path)
     if quantization == "none":
         return _refuse_offloaded(files, _read(files.path, attention, quantization, dtype, placed))
-    # The version is in the name because the layout of 4-bit weights belongs to bitsandbytes.
-    parts = [files.fingerprint, quantization, str(dtype), bitsandbytes.__version__]
-    folder = quantized_dir() / hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+    folder = quantized_copy(files.fingerprint, quantization, str(dtype))
     if not folder.is_dir():
         model = _read(files.path, attention, quantization, dtype, placed)
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -133,9 +133,13 @@ def in_batches(
         workers: processes that do batches side by side, as `in_workers` says. What doesn't succeed there is done here.
     """
     left = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+    def batch_size(side_by_side: int = 1) -> int:
+        fitting = int(free_bytes() * BATCH_SHARE / side_by_side / max(1, bytes_per_row(lengths[left[0]])))
+        return max(1, min(most_rows, fitting))
+
     if workers > 1 and left:
-        fitting = int(free_bytes() * BATCH_SHARE / workers / max(1, bytes_per_row(lengths[left[0]])))
-        size = max(1, min(most_rows, fitting))
+        size = batch_size(workers)
         done: set[int] = set()
         batches = [left[i : i + size] for i in range(0, len(left), size)]
         for batch, result in in_workers(batches, work, workers) if len(batches) > 1 else ():
@@ -143,8 +147,7 @@ def in_batches(
             yield batch, result
         left = [row for row in left if row not in done]
     while left:
-        fitting = int(free_bytes() * BATCH_SHARE / max(1, bytes_per_row(lengths[left[0]])))
-        batch = left[: max(1, min(most_rows, fitting))]
+        batch = left[: batch_size()]
         try:
             result = work(batch)
         except Exception as error:

@@ -13,6 +13,7 @@ directory, whose name is the hash of the GGUF file. Models are loaded for use in
 
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -63,6 +64,18 @@ class Fingerprint(NamedTuple):
 def cache_dir() -> Path:
     """Where converted models are kept: ``$TUNESHIFT_CACHE`` or the user's cache directory."""
     return Path(os.environ.get("TUNESHIFT_CACHE") or platformdirs.user_cache_dir("tuneshift_dag"))
+
+
+def quantized_dir() -> Path:
+    """Where 4-bit weights are kept."""
+    return cache_dir() / "quantized"
+
+
+def quantized_copy(weights: str, quantization: str, dtype: str) -> Path:
+    """The folder of a model's 4-bit weights: ``weights`` is its fingerprint, ``dtype`` as torch writes it."""
+    # The version is in the name because the layout of 4-bit weights belongs to bitsandbytes.
+    parts = [weights, quantization, dtype, importlib.metadata.version("bitsandbytes")]
+    return quantized_dir() / hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
 
 def is_hub_id(reference: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.method import Decoding, Response
-from tuneshift_dag.models.references import cache_dir
+from tuneshift_dag.models.references import quantized_dir
 from tuneshift_dag.store import Store, now
 from tuneshift_dag.store.tables import CACHE, CACHED_RESPONSES, CACHED_SCORES
 
@@ -214,7 +214,7 @@ def _adapters_in_use(store: Store, schema: str) -> set[str] | None:
 
 def _copies_but(names: Collection[str], before: datetime) -> Iterator[Removable]:
     """4-bit copies of models, in the user's cache folder, with other names than these."""
-    for path in sorted((cache_dir() / "quantized").glob("*")):
+    for path in sorted(quantized_dir().glob("*")):
         made = datetime.fromtimestamp(path.stat().st_mtime, UTC).replace(tzinfo=None)
         if re.fullmatch("[0-9a-f]{16}", path.name) and path.name not in names and made < before:
             reason = "no transfer here uses it; it is made again when one does"
