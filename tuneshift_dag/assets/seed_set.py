@@ -151,11 +151,6 @@ def seed_candidates(current: Step) -> list[Candidate]:
     return [known[prompt_id(prompt)] for prompt in current.transfer.seeds if prompt_id(prompt) in known]
 
 
-def reporter(number: int) -> tuple[str, str | None]:
-    """The asset, and its round, that reports the seeds of round ``number``."""
-    return ("seed_set", None) if number == 1 else ("filtered_dataset", round_key(number - 1))
-
-
 def read_seeds(current: Step) -> list[list[Candidate]]:
     """The seeds of each generator call of a round; no calls when the target size was reached before.
 
@@ -169,7 +164,7 @@ def read_seeds(current: Step) -> list[list[Candidate]]:
         number = round_number(round_)
         while number > 1 and not current.records.version("round_seeds", round_key(number - 1)):
             number -= 1
-        asset, before = reporter(number)
+        asset, before = records.seeds_reporter(number)
         unfinished = before or asset
         raise dg.Failure(
             f"{round_} has no seeds yet, because {unfinished} isn't finished. Materialize {unfinished} first"

@@ -7,14 +7,14 @@ import dagster as dg
 import polars as pl
 
 from tuneshift_dag.assets.common import LOG, Context, Step, definition, example_rows, key, mean_repetition, step
-from tuneshift_dag.assets.seed_set import read_seeds, reporter
+from tuneshift_dag.assets.seed_set import read_seeds
 from tuneshift_dag.config import Transfer, round_key, round_number
 from tuneshift_dag.config.schema_models import Generator
 from tuneshift_dag.method import Decoding, PromptWriter, Response, prompting, scoring
 from tuneshift_dag.method.seed_sampling import Candidate
 from tuneshift_dag.resources import EngineResource, StoreResource
 from tuneshift_dag.store import Store
-from tuneshift_dag.store.records import content_version
+from tuneshift_dag.store.records import content_version, seeds_reporter
 from tuneshift_dag.store.tables import PROPOSALS, REJECTED_PROMPTS, SYNTHETIC_PROMPTS
 
 CHECKS = {
@@ -129,7 +129,7 @@ def _earlier_prompts(current: Step) -> pl.Series:
 
 def _seeded_by(current: Step) -> dict[str, Any]:
     """Who reported the round's seeds, and from which rounds these prompts are: the pool is all that was kept so far."""
-    asset, partition = reporter(round_number(str(current.round)))
+    asset, partition = seeds_reporter(round_number(str(current.round)))
     origins = current.read(
         "SELECT coalesce(p.round, 'seed_set') AS origin, count(DISTINCT s.prompt_id) AS seeds FROM round_seeds s"
         " LEFT JOIN synthetic_prompts p USING (prompt_id) WHERE s.round = ? GROUP BY origin ORDER BY origin",

@@ -13,13 +13,13 @@ from operator import attrgetter
 from typing import Any
 
 from tuneshift_dag import TuneshiftError
-from tuneshift_dag.config import Transfer, round_key, round_number
+from tuneshift_dag.config import Transfer, round_number
 from tuneshift_dag.config.schema import Distill
 from tuneshift_dag.home import database_file
 from tuneshift_dag.models.memory import BATCH_SHARE, gpu_count, total_bytes
 from tuneshift_dag.models.references import known_config
 from tuneshift_dag.store import Store
-from tuneshift_dag.store.records import Cause, Records, next_step
+from tuneshift_dag.store.records import Cause, Records, next_step, seeds_reporter
 
 STEPS = ("synthetic_prompts", "scored_pairs", "distilled_model", "evaluation")
 # English text and these models' tokenizers: 3.9 over the packaged transfer's prompts.
@@ -368,8 +368,7 @@ class _Ahead(Records):
     def version(self, asset: str, round_: str | None = None) -> str:
         maker = (asset, round_)
         if asset == "round_seeds" and round_:  # drawn by another step: see `config.versions.INPUTS`
-            number = round_number(round_)
-            maker = ("filtered_dataset", round_key(number - 1)) if number > 1 else ("seed_set", None)
+            maker = seeds_reporter(round_number(round_))
         return "another" if maker in self.made else super().version(asset, round_)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import polars as pl
 
-from tuneshift_dag.config import Transfer
+from tuneshift_dag.config import Transfer, round_key
 from tuneshift_dag.config.versions import INPUTS, Rounds, code_version
 from tuneshift_dag.store import Spool, Store, in_chunks, insert, now
 from tuneshift_dag.store.tables import ATTEMPTS, MATERIALIZATIONS
@@ -36,6 +36,11 @@ class Cause:
 def place(asset: str, round_: str | None = None) -> str:
     """How an asset, or a round of one, is named in the record."""
     return f"{asset}/{round_}" if round_ else asset
+
+
+def seeds_reporter(number: int) -> tuple[str, str | None]:
+    """The asset, and its round, that reports the seeds of round ``number``."""
+    return ("seed_set", None) if number == 1 else ("filtered_dataset", round_key(number - 1))
 
 
 class Records:
