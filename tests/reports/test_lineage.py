@@ -101,9 +101,9 @@ def outline(prompt: Prompt) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("view", TRANSFER_VIEWS, ids=lambda view: view.name)
-def test_a_view_has_the_declared_columns(store, view):
-    described = store.read(f"DESCRIBE {view.name}", schema="banking").select("column_name", "column_type").rows()
-    assert described == [(column.name, column.type) for column in view.columns]
+def test_the_documentation_describes_the_columns_of_a_view(store, view):
+    columns = store.read(f"DESCRIBE {view.name}", schema="banking").select("column_name", "column_type").rows()
+    assert re.findall(rf"\| `{view.name}` \| `(\w+)` \| (\w+) \|", DOCS.read_text()) == columns
 
 
 @pytest.mark.parametrize("view", TRANSFER_VIEWS, ids=lambda view: view.name)
@@ -112,7 +112,7 @@ def test_views_of_a_transfer_without_rows_are_empty(store, view):
 
 
 def test_a_view_of_older_code_is_replaced_and_its_description_is_in_the_database(store, monkeypatch):
-    older = View("rejections", "Old.", (), "SELECT 1 AS one")
+    older = View("rejections", "Old.", "SELECT 1 AS one")
     monkeypatch.setattr("tuneshift_dag.store.TRANSFER_VIEWS", (older,))
     assert store.read("FROM rejections", schema="banking").rows() == [(1,)]
     monkeypatch.undo()

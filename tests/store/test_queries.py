@@ -48,7 +48,7 @@ def test_rounds_that_the_transfer_no_longer_has_are_left_out(scored: Project) ->
 
 def test_every_view_can_be_read_and_is_that_of_a_transfer(store: Store) -> None:
     for view in TRANSFER_VIEWS:
-        assert store.read(f"FROM {view.name}", (), "transfer").columns == [column.name for column in view.columns]
+        assert store.read(f"FROM {view.name}", (), "transfer").is_empty()
     assert set(store.read("SELECT schema_name FROM duckdb_views() WHERE NOT internal")["schema_name"]) == {"transfer"}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tuneshift_dag.method.filters import Rule, repetition_sql, verdict_sql
-from tuneshift_dag.store.tables import FILTERED_DATASET, SCORED_PAIRS, SYNTHETIC_PROMPTS, Column, declare
+from tuneshift_dag.store.tables import FILTERED_DATASET, SCORED_PAIRS, SYNTHETIC_PROMPTS
 
 if TYPE_CHECKING:
     from tuneshift_dag.config import Transfer
@@ -15,11 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class View:
-    """A query that people can read like a table; it follows the code and holds no rows of its own."""
+    """A query that people can read like a table; it holds no rows of its own. docs/lineage.md has its columns."""
 
     name: str
     description: str
-    columns: tuple[Column, ...]
     query: str
 
     @property
@@ -31,11 +30,6 @@ class View:
         """For a connection whose schema is the transfer's: the query doesn't name the schema of its tables."""
         comment = self.comment.replace("'", "''")
         return f"CREATE OR REPLACE VIEW {self.name} AS {self.query}; COMMENT ON VIEW {self.name} IS '{comment}'"
-
-
-def _view(text: str, query: str) -> View:
-    table = declare(text)
-    return View(table.name, table.description, table.columns, query)
 
 
 def of_its_rounds(transfer: Transfer, table: str) -> str:
@@ -59,17 +53,9 @@ def verdicts(transfer: Transfer, rule: Rule | None = None, threshold: float | st
 # Recursion is over generator calls, not prompts: prompts of one call share their ancestors, so there are
 # some hundred times fewer of them. USING KEY keeps the nearest way to each call and ends when no new call
 # is met, also where a round that was grown anew is seeded by prompts that it led to (a cycle).
-LINEAGE = _view(
-    """
-    lineage: Where a prompt came from: step by step back through generator calls and their seeds to the seed set.
-    root_prompt_id VARCHAR: The prompt whose origin this is: generated, or of the seed set.
-    depth INTEGER: Generator calls between the step and the root, the step's own included.
-    kind VARCHAR: prompt (generated), call (of the generator), seed (of the seed set) or gone (its round grew anew).
-    id VARCHAR: prompt_id or, of a call, proposal_id.
-    led_to VARCHAR: The step that this one led to: a seed's call, a call's prompt; NULL for the root.
-    round VARCHAR: Round of the prompt or call; NULL for the seed set.
-    text VARCHAR: The prompt, or all that the call wrote.
-    """,
+LINEAGE = View(
+    "lineage",
+    "Where a prompt came from: step by step back through generator calls and their seeds to the seed set.",
     """
     WITH RECURSIVE shown AS (
         SELECT proposal_id, unnest(seed_ids) AS prompt_id FROM proposals
@@ -121,24 +107,9 @@ LINEAGE = _view(
 )
 # `steps` knows the rounds that ran and had nothing to do. A geometric mean, because a few confused
 # answers have perplexities of thousands; it is exp of the mean loss.
-ROUND_SUMMARY = _view(
-    """
-    round_summary: What each round did and brought.
-    round
-    generator_calls BIGINT: Generator calls; 0 when the dataset had reached its target size.
-    prompts BIGINT: New prompts.
-    rejected_prompts BIGINT: List items dropped before scoring.
-    scored BIGINT: Pairs scored.
-    kept BIGINT: Pairs that the filter keeps.
-    kept_share DOUBLE: kept / scored; NULL when nothing was scored.
-    distinct_responses BIGINT: Distinct responses among the kept pairs, outer spaces aside.
-    new_responses BIGINT: Those of them that no earlier round kept.
-    mean_ppl_fine_tuned DOUBLE: Geometric mean of PPL_f(y_f) over the scored pairs.
-    mean_ppl_base DOUBLE: Geometric mean of PPL_b(y_b) over the scored pairs.
-    distinct_bigrams DOUBLE: Different bigrams over all of the new prompts, in lower case without punctuation marks.
-    repetition DOUBLE: Share of a new prompt's word 4-grams that repeat in it, mean over prompts.
-    similarity DOUBLE: Mean cosine similarity of all pairs of new prompts; NULL before diversity_map has compared them.
-    """,
+ROUND_SUMMARY = View(
+    "round_summary",
+    "What each round did and brought.",
     f"""
     WITH rounds AS (
         SELECT round FROM steps WHERE round IS NOT NULL UNION SELECT round FROM proposals
@@ -181,21 +152,9 @@ ROUND_SUMMARY = _view(
     ORDER BY round
     """,
 )
-REJECTIONS = _view(
-    """
-    rejections: Everything that was dropped, one row each, with its reason.
-    round
-    stage VARCHAR: prompt (a list item, dropped before scoring) or pair (dropped by the filter).
-    reason VARCHAR: Why: see rejected_prompts and rejected_pairs.
-    prompt_id VARCHAR: The pair's prompt; NULL for a list item, which never became a prompt.
-    proposal_id VARCHAR: The generator call that wrote it.
-    prompt VARCHAR: The prompt or list item.
-    fine_tuned_response VARCHAR: y_f of a pair.
-    base_response VARCHAR: y_b of a pair.
-    ppl_fine_tuned DOUBLE: PPL_f(y_f) of a pair.
-    ppl_base DOUBLE: PPL_b(y_b) of a pair.
-    ppl_base_cross DOUBLE: PPL_b(y_f) of a pair.
-    """,
+REJECTIONS = View(
+    "rejections",
+    "Everything that was dropped, one row each, with its reason.",
     """
     SELECT round, 'prompt' AS stage, reason, NULL::VARCHAR AS prompt_id, proposal_id, prompt,
         NULL::VARCHAR AS fine_tuned_response, NULL::VARCHAR AS base_response, NULL::DOUBLE AS ppl_fine_tuned,

@@ -63,7 +63,7 @@ def _column(line: str) -> Column:
     return Column(name, type_, description)
 
 
-def declare(text: str) -> Table:
+def _table(text: str) -> Table:
     """From ``name (key): description``, the key aside where there is none, and the columns, a line for each.
 
     A line without a description names columns of `_SHARED`.
@@ -78,7 +78,7 @@ def declare(text: str) -> Table:
 
 def _tables(text: str) -> tuple[Table, ...]:
     """From the texts of several tables, columns indented; the constants' names stand in the same order."""
-    return tuple(declare(table) for table in re.split(r"\n(?=\w)", text.strip()))
+    return tuple(_table(table) for table in re.split(r"\n(?=\w)", text.strip()))
 
 
 _SHARED = {
@@ -90,6 +90,12 @@ _SHARED = {
         "asset VARCHAR: Asset name.",
         "run_id VARCHAR: Dagster run.",
         "added_at TIMESTAMP: When it was added (UTC); NULL in rows of older versions.",
+        "task VARCHAR: Task, or group of tasks.",
+        "metric VARCHAR: Such as exact_match or acc.",
+        "filter VARCHAR: How the answer was taken from the response, such as strict-match; none.",
+        "value DOUBLE: The score.",
+        "stderr DOUBLE: Its standard error, as the harness gives it; NULL where it gives none.",
+        "n INTEGER: Examples.",
     )
 }
 
@@ -210,13 +216,9 @@ retention (model): How well the target predicts general text, before and after: 
 task_scores (key, task, metric, filter): What lm-evaluation-harness measured, for the target before and after.
     key VARCHAR: SHA-256 of model fingerprint, task, examples, settings, limit, harness version.
     model VARCHAR: target_base or target_distilled.
-    task VARCHAR: Task, or group of tasks.
+    task
     task_version VARCHAR: Version that the task's file gives.
-    metric VARCHAR: Such as exact_match or acc.
-    filter VARCHAR: How the answer was taken from the response, such as strict-match; none.
-    value DOUBLE: The score.
-    stderr DOUBLE: Its standard error, as the harness gives it; NULL where it gives none.
-    n INTEGER: Examples.
+    metric, filter, value, stderr, n
     example_limit INTEGER: `evaluation.task_limit`, or NULL.
     current BOOLEAN: Whether the last evaluation used it.
 comparison (arm): Rival filters: held-out accuracy of models trained on equally many pairs of each.
@@ -248,12 +250,7 @@ comparison_answers: What every model of the comparison answered to every held-ou
 comparison_tasks: What lm-evaluation-harness measured for every target of the comparison.
     arm VARCHAR: As in comparison; none of the source.
     seed INTEGER: Seed of the training; NULL for target_base.
-    task VARCHAR: Task, or group of tasks.
-    metric VARCHAR: Such as exact_match or acc.
-    filter VARCHAR: How the answer was taken from the response, such as strict-match; none.
-    value DOUBLE: The score.
-    stderr DOUBLE: Its standard error, as the harness gives it; NULL where it gives none.
-    n INTEGER: Examples.
+    task, metric, filter, value, stderr, n
 steps: What each materialization cost.
     run_id
     batch_id VARCHAR: The `tuneshift run` call, backfill or single run it belongs to.
