@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import dagster as dg
+import psutil
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
@@ -62,35 +63,28 @@ class Runner:
         self.result = RunResult(f"cli-{uuid.uuid4().hex[:12]}")
 
     def run(self, regrow: bool = False) -> RunResult:
-        """Run every step that needs it.
-
-        Args:
-            regrow: also grow rounds anew that are out of date only because their seeds changed.
-
-        Raises:
-            TuneshiftError: when a step fails; what was done before it is kept.
-        """
+        """Run every step that `next_step` names; `TuneshiftError` when one fails, and what was done before is kept."""
         started = time.monotonic()
         self.store.claim(self.transfer.name, self.transfer.folder)
         close_dead_runs(self.instance)
-        if Records(self.store, self.transfer).causes("distilled_model"):
+        records = Records(self.store, self.transfer)
+        if records.causes("distilled_model"):
             check_training(self.transfer)  # now, not after hours of work
         last: Due | None = None
-        while due := self._next(regrow):
+        while due := next_step(records, regrow):
             if due == last:
                 raise RuntimeError(f"{due} is out of date right after it was made: please report this")
             last = due
             self._materialize(due.assets if due.round else due.assets[:1], due.round)
+            records = Records(self.store, self.transfer)
+        # What is out of date after the last step is kept.
+        self.result.kept_rounds = [r for r in self.transfer.round_keys if records.causes("synthetic_prompts", r)]
         row = {"batch_id": self.result.batch_id, "finished_at": now(), "seconds": time.monotonic() - started}
         self.store.append_all(self.transfer.name, [(RUNS, RUNS.frame([row]))])
         return self.result
 
     def compare(self) -> RunResult:
-        """Bring ``comparison`` up to date; `run` leaves it out, since it trains many models.
-
-        Raises:
-            TuneshiftError: without ``compare`` in ``transfer.yaml``, or when the step fails.
-        """
+        """Bring ``comparison`` up to date; `run` leaves it out, since it trains many models. Errors as in `run`."""
         if self.transfer.config.compare is None:
             raise TuneshiftError(
                 f"{self.transfer.folder / 'transfer.yaml'}: compare: missing. Add `compare: {{}}` for the defaults"
@@ -101,10 +95,6 @@ class Runner:
         if Records(self.store, self.transfer).causes("comparison"):
             self._materialize(["comparison"], None)
         return self.result
-
-    def _next(self, regrow: bool) -> Due | None:
-        self.result.kept_rounds.clear()
-        return next_step(Records(self.store, self.transfer), regrow, self.result.kept_rounds)
 
     def _materialize(self, assets: Sequence[str], round_: str | None) -> None:
         self.on_step(assets[0], round_)
@@ -140,10 +130,7 @@ class _Lines(logging.Handler):
 
 
 def close_dead_runs(instance: dg.DagsterInstance) -> list[str]:
-    """Mark runs of killed `tuneshift` processes as failed and free their pool slots; return their ids.
-
-    A killed process can't do this itself, and a held slot would block every later run.
-    """
+    """Mark runs of killed `tuneshift` processes as failed, and free their pool slots for later runs; their ids."""
     closed = []
     for run in instance.get_runs(dg.RunsFilter(statuses=_IN_PROGRESS)):
         process, _, own_id = run.tags.get(_PID_TAG, "").rpartition("-")
@@ -163,11 +150,7 @@ def process_tag() -> str:
 def _is_alive(pid: int, own_id: str) -> bool:
     if pid == os.getpid():
         return own_id == _OWN_ID
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, PermissionError) as error:
-        return isinstance(error, PermissionError)  # another user's process
-    return True
+    return psutil.pid_exists(pid)
 
 
 def _explain(result: dg.ExecuteInProcessResult, round_: str | None) -> str:

@@ -99,12 +99,10 @@ class Due:
     round: str | None = None
 
 
-def next_step(records: Records, regrow: bool, kept_rounds: list[str] | None = None) -> Due | None:
+def next_step(records: Records, regrow: bool) -> Due | None:
     """The first step, in round order, that is missing or out of date; None when all is up to date.
 
-    Args:
-        regrow: also grow rounds anew that are out of date only because other prompts seed them now.
-        kept_rounds: gets the rounds that keep their prompts, since ``regrow`` is off.
+    Rounds that are out of date only because other prompts seed them now keep theirs, unless ``regrow``.
     """
     transfer = records.transfer
     if records.causes("seed_set"):
@@ -112,10 +110,8 @@ def next_step(records: Records, regrow: bool, kept_rounds: list[str] | None = No
     for round_ in transfer.round_keys:
         for number, asset in enumerate(ROUND_ASSETS):
             causes = records.causes(asset, round_)
-            if asset == "synthetic_prompts" and not regrow and _only_seeds_changed(causes) and records.grown(round_):
-                if kept_rounds is not None:
-                    kept_rounds.append(round_)
-            elif causes:
+            keeps = asset == "synthetic_prompts" and not regrow and _only_seeds_changed(causes)
+            if causes and not (keeps and records.grown(round_)):
                 return Due(ROUND_ASSETS[number:], round_)
     # The report comes before the training: it is cheap, and says what to do when too little was kept.
     after = ["threshold_report", "distilled_model"]
