@@ -40,7 +40,7 @@ def transfer_in(folder: Path) -> Path:
 
 
 def removable(store: Store, folder: Path | None, in_use: set[str] | None = None) -> dict[tuple[str, str], Removable]:
-    return {(item.kind, item.name): item for item in collect_plan(store, [(NAME, folder)], in_use)}
+    return {(item.kind, item.name): item for item in collect_plan(store, [NAME] if folder else [], in_use)}
 
 
 def computed(store: Store, *keys: str) -> None:
@@ -172,7 +172,7 @@ def test_after_gc_every_step_still_finds_what_it_used(project: Project) -> None:
     assert all(row["unreferenced"] == 0 for row in stats(project.store))
     score(project.store.path, 0, 6, 0)
     assert [row["unreferenced"] for row in stats(project.store)] == [12, 12]
-    collect(project.store, collect_plan(project.store, [(project.folder.name, project.folder)]))
+    collect(project.store, collect_plan(project.store, [project.folder.name]))
     assert all(row["unreferenced"] == 0 for row in stats(project.store))
     assert project.materialize(*rounds, round="round_01").success
     assert project.models.calls() == calls, "something that is still used was removed"

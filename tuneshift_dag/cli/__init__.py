@@ -250,7 +250,7 @@ def cache_gc(
         used = quantized_in_use([load_transfer(folder) for folder in folders])
     except TuneshiftError as error:
         rendering.message("note", "yellow", f"4-bit copies of weights are left alone, since one can't be read: {error}")
-    plan = collect_plan(store, [(folder.name, folder) for folder in folders], used)
+    plan = collect_plan(store, [folder.name for folder in folders], used)
     rows = [{"kind": one.kind, "name": one.name, "bytes": one.bytes, "why": one.reason} for one in plan]
     rendering.as_json(rows) if as_json else rendering.rows("What no transfer uses", rows)
     if not plan or dry_run:

@@ -5,8 +5,9 @@ Nothing is downloaded: models of the hub that aren't on this machine are named, 
 
 import importlib.metadata
 import shutil
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
@@ -53,8 +54,10 @@ def examine(name: str | None, with_models: bool) -> Iterator[Finding]:
             yield Finding(f"{folder.name} memory", False, " ".join(warnings))
         if problem := training_problem(transfer):
             yield Finding(f"{folder.name} training", None, problem)
-        if transfer.config.evaluation.tasks:
-            yield _tasks(transfer)
+        if tasks := transfer.config.evaluation.tasks:
+            from tuneshift_dag.engines.harness import check_names
+
+            yield _tried(f"{transfer.name} tasks", partial(check_names, transfer), ", ".join(tasks))
         names = {key: str(attrgetter(key)(transfer.config)) for key in transfer.fingerprints}
         missing = {key: name for key, name in names.items() if not hub_files_here(name, folder)}
         yield from _models(transfer, names, missing)
@@ -71,30 +74,21 @@ def _environment() -> Iterator[Finding]:
     home_dir().mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(home_dir()).free / 2**30
     yield Finding("disk", free > _FREE_GIB, f"{free:.0f} GiB free for {home_dir()}")
+    yield _tried("database", lambda: Store(database_file()).prepare(None), str(database_file()))
+
+
+def _tried(what: str, check: Callable[[], object], detail: str) -> Finding:
+    """With ``detail``, unless the check raises what is to be repaired."""
     try:
-        Store(database_file()).prepare(None)
-        yield Finding("database", True, str(database_file()))
-    except TuneshiftError as error:
-        yield Finding("database", False, str(error))
-
-
-def _tasks(transfer: Transfer) -> Finding:
-    from tuneshift_dag.engines.harness import check_names
-
-    what = f"{transfer.name} tasks"
-    try:
-        check_names(transfer)
+        check()
     except TuneshiftError as error:
         return Finding(what, False, str(error))
-    return Finding(what, True, ", ".join(transfer.config.evaluation.tasks))
+    return Finding(what, True, detail)
 
 
 def _models(transfer: Transfer, names: dict[str, str], missing: dict[str, str]) -> Iterator[Finding]:
-    """What the weights are known by (the fingerprint, and of the hub the commit), and those that a run would fetch.
-
-    Args:
-        names: the models' references by key of ``transfer.yaml``; ``missing``: those that aren't on this machine.
-    """
+    """What the weights are known by (the fingerprint, and of the hub the commit), and those that a run would fetch:
+    of the references ``names``, by key of ``transfer.yaml``, those that are ``missing`` on this machine."""
     shown = []
     for key, fingerprint in transfer.fingerprints.items():
         if fingerprint.value:
@@ -144,11 +138,8 @@ def _loaded(transfer: Transfer, missing: Container[str]) -> Iterator[Finding]:
             asked = f"{generator.model} on {generator.server.base_url} wasn't asked"
             yield Finding(what, None, f"{asked}: the server applies its own chat template")
         else:
-            try:
-                engines.generator(transfer).render_chat("")
-                yield Finding(what, True, f"{generator.model} has a chat template")
-            except TuneshiftError as error:
-                yield Finding(what, False, str(error))
+            told = f"{generator.model} has a chat template"
+            yield _tried(what, lambda: engines.generator(transfer).render_chat(""), told)
     if "source.base" not in missing and "source.adapter" not in missing:
         what, template = f"{transfer.name} preflight", transfer.config.prompt_template
         try:

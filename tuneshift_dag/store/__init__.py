@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import duckdb
 import polars as pl
@@ -49,13 +49,13 @@ class Spool:
     The file has no name, so a killed process leaves nothing.
     """
 
-    def __init__(self, table: Table, folder: Path) -> None:
-        self.table = table
+    def __init__(self, table: Table, file: IO[bytes]) -> None:
         self.at_once = 0.0
         """Bytes of the rows that DuckDB takes from `reader` at a time, in the chunk with the largest."""
         self._rows = 0
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by __exit__)
-        self._stream = pa.ipc.new_stream(self._file, table.empty().to_arrow().schema)
+        self._file = file
+        self._schema = table.empty().to_arrow().schema
+        self._stream = pa.ipc.new_stream(file, self._schema)
 
     def append(self, rows: pl.DataFrame) -> None:
         table = rows.rechunk().to_arrow()
@@ -70,19 +70,13 @@ class Spool:
     def reader(self) -> pa.RecordBatchReader:
         """The rows as a stream that DuckDB reads as it goes; one at a time."""
         if not self._rows:  # not even the schema is written yet
-            return pa.RecordBatchReader.from_batches(self.table.empty().to_arrow().schema, [])
+            return pa.RecordBatchReader.from_batches(self._schema, [])
         self._file.seek(0)
         return pa.ipc.open_stream(self._file)
 
     def __iter__(self) -> Iterator[pl.DataFrame]:
         """The chunks that hold rows, in the order in which they came."""
         return (pl.DataFrame(batch) for batch in self.reader())
-
-    def __enter__(self) -> Spool:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
 
 
 def now() -> datetime:
@@ -167,10 +161,12 @@ class Store:
             rows = connection.sql(query, params=parameters or None).pl()
             return rows
 
-    def spool(self, table: Table) -> Spool:
+    @contextmanager
+    def spool(self, table: Table) -> Iterator[Spool]:
         """A place on this file's disk for more rows than memory should hold."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        return Spool(table, self.path.parent)
+        with tempfile.TemporaryFile(dir=self.path.parent) as file:
+            yield Spool(table, file)
 
     def replace(self, schema: str, table: Table, rows: pl.DataFrame | Spool, **where: str) -> None:
         """Replace a table's rows, or those where the given columns have the given values, in one transaction."""

@@ -8,7 +8,7 @@ bfloat16 the batch around a prompt can flip a near-tie, and whichever result cam
 import hashlib
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,14 +79,12 @@ class Removable:
 
 
 def collect_plan(
-    store: Store,
-    transfers: Iterable[tuple[str, Path | None]],
-    quantized_in_use: Collection[str] | None = None,
+    store: Store, here: Collection[str], quantized_in_use: Collection[str] | None = None
 ) -> list[Removable]:
     """What `collect` can remove. Whatever a step that runs, or has failed, may have computed isn't among it.
 
     Args:
-        transfers: name and folder of those that there are; of None, the folder that the store knows counts.
+        here: names of the transfers that there are; of others, the folder that the store knows counts.
         quantized_in_use: names of the 4-bit copies that they use; None leaves all copies alone.
 
     Raises:
@@ -94,7 +92,7 @@ def collect_plan(
             uses would count as unreferenced.
     """
     schemas = _schemas(store)
-    gone = _gone(store, schemas, {name.lower() for name, folder in transfers if folder})
+    gone = _gone(store, schemas, {name.lower() for name in here})
     staying = [schema for schema in schemas if schema not in gone]
     recorded = "SELECT round FROM cache_references WHERE asset = 'scored_pairs'"
     for schema in staying:
