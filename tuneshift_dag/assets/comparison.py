@@ -15,16 +15,15 @@ from tuneshift_dag.assets.common import LOG, Context, Step, definition, example_
 from tuneshift_dag.assets.distilled_model import trained_adapter
 from tuneshift_dag.assets.evaluation import Rows, answer_heldout, task_keys
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.config.schema import Arm
 from tuneshift_dag.method import Scorer, Side
 from tuneshift_dag.method.evaluation import Interval, bootstrap_runs
-from tuneshift_dag.method.filters import KEEP_RULES, RANKING_RULES, verdict_sql
+from tuneshift_dag.method.filters import KEEP_RULES, RANKING_RULES
 from tuneshift_dag.method.prompting import distinct_bigrams, mean_similarity, prompt_id
 from tuneshift_dag.models import encoder
 from tuneshift_dag.reports import plots
 from tuneshift_dag.resources import EngineResource, StoreResource
 from tuneshift_dag.store import Store
-from tuneshift_dag.store.queries import of_its_rounds
+from tuneshift_dag.store.queries import verdicts
 from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import COMPARISON, COMPARISON_ANSWERS, COMPARISON_TASKS
 
@@ -101,13 +100,14 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
 
 
 def _candidates(store: Store, transfer: Transfer) -> dict[str, pl.DataFrame]:
-    """What each arm can draw from: prompt_id, round, prompt, response and, where it is a rank, the margin. An arm that
-    has nothing is a failure."""
+    """What each arm can draw from, with the margin where it is a rank. An arm that has nothing is a failure."""
     found: dict[str, pl.DataFrame] = {}
     for arm in transfer.config.arms:
         # Without a rank an arm is drawn from by hash.
         margin = "max(margin)" if arm.rule in RANKING_RULES else "NULL::DOUBLE"
-        verdict = _verdict(transfer, arm)
+        own = 1.0 if arm.rule in (*KEEP_RULES, "unfiltered") else transfer.config.filter.threshold
+        # Over all rounds at once: nothing is seeded by them.
+        verdict = verdicts(transfer, arm.rule, arm.threshold or own, by_round=False)
         found[arm.name] = store.read(
             "SELECT prompt_id, min(round) AS round, any_value(prompt) AS prompt,"
             f" any_value(fine_tuned_response) AS response, {margin} AS margin"
@@ -135,14 +135,6 @@ def _candidates(store: Store, transfer: Transfer) -> dict[str, pl.DataFrame]:
     return found
 
 
-def _verdict(transfer: Transfer, arm: Arm) -> str:
-    """Verdicts of an arm over all rounds at once: nothing is seeded by them."""
-    settings = transfer.config.filter
-    threshold = arm.threshold or (1.0 if arm.rule in (*KEEP_RULES, "unfiltered") else settings.threshold)
-    pairs = of_its_rounds(transfer, "scored_pairs")
-    return verdict_sql(arm.rule, transfer.guards, f"{threshold!r}::DOUBLE", seed=transfer.config.seed, pairs=pairs)
-
-
 def _common_size(transfer: Transfer, wanted: int | None, candidates: dict[str, pl.DataFrame]) -> int:
     """Pairs of every arm. One that has fewer than are wanted is a failure."""
     arm, fewest = min(((name, len(pool)) for name, pool in candidates.items()), key=lambda each: each[1])
@@ -156,11 +148,8 @@ def _common_size(transfer: Transfer, wanted: int | None, candidates: dict[str, p
 
 
 def _draw(pool: pl.DataFrame, size: int, seed: int) -> pl.DataFrame:
-    """The pairs of one training, in the order of ``distilled_model``.
-
-    The largest margins where there are any; else the lowest hashes. These are the same for all arms, which
-    then share what they can: a difference between two arms is one of the pairs in which they differ.
-    """
+    """The pairs of one training, in the order of ``distilled_model``: the largest margins, or the lowest hashes."""
+    # Hashes are the same for all arms, so that two arms differ only by the pairs that they don't share.
     rank = [hashlib.sha256(f"{seed}|{prompt}".encode()).hexdigest() for prompt in pool["prompt_id"]]
     ranked = pool.with_columns(rank=pl.Series(rank, dtype=pl.String))
     chosen = ranked.sort("margin", "rank", descending=[True, False], nulls_last=True).head(size)

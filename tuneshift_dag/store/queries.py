@@ -37,17 +37,17 @@ def of_its_rounds(transfer: Transfer, table: str) -> str:
     return f"(SELECT * FROM {table} WHERE round <= '{transfer.round_keys[-1]}')"
 
 
-def verdicts(transfer: Transfer, rule: Rule | None = None, threshold: float | str | None = None) -> str:
-    """`tuneshift_dag.method.filters.verdict_sql` of a transfer, with its own rule and threshold if none are named.
-
-    Args:
-        threshold: a number, or SQL.
-    """
+def verdicts(
+    transfer: Transfer, rule: Rule | None = None, threshold: float | str | None = None, by_round: bool = True
+) -> str:
+    """`tuneshift_dag.method.filters.verdict_sql` of a transfer, with its own rule and threshold (a number, or SQL) if
+    none are named."""
     config = transfer.config
     value = config.filter.threshold if threshold is None else threshold
     sql = value if isinstance(value, str) else f"{value!r}::DOUBLE"
     pairs = of_its_rounds(transfer, SCORED_PAIRS.name)
-    return verdict_sql(rule or config.filter.rule, transfer.guards, sql, config.rounds, config.seed, pairs)
+    rounds = config.rounds if by_round else None
+    return verdict_sql(rule or config.filter.rule, transfer.guards, sql, rounds, config.seed, pairs)
 
 
 # Recursion is over generator calls, not prompts: prompts of one call share their ancestors, so there are
