@@ -1,4 +1,7 @@
-"""Pictures, readable on a light and on a dark page: mid-tone colours on a transparent ground."""
+"""Pictures, readable on a light and on a dark page: mid-tone colours on a transparent ground.
+
+Their rows come from `tuneshift_dag.reports.thresholds` and from the tables that they are named for.
+"""
 
 import base64
 import colorsys
@@ -68,11 +71,7 @@ def training_curve(curve: dict[str, Any]) -> Picture:
 
 
 def accuracy_bars(rows: Sequence[dict[str, Any]]) -> Picture:
-    """Held-out accuracy of each model with its 95 % interval; for a numeric metric by both ways to find the number.
-
-    Args:
-        rows: of the table ``accuracy``.
-    """
+    """The table ``accuracy``, with 95 % intervals; for a numeric metric by both ways to find the number."""
     figure, axes = _axes("Held-out accuracy", "")
     rows = by_way({row["model"]: row for row in rows})
     names = [row["model"].replace("_", " ") for row in rows]
@@ -87,11 +86,7 @@ def accuracy_bars(rows: Sequence[dict[str, Any]]) -> Picture:
 
 
 def comparison(rows: Sequence[dict[str, Any]]) -> Picture:
-    """Accuracy of each arm with its 95 % interval and a dot for every training.
-
-    Args:
-        rows: of the table ``comparison``.
-    """
+    """The table ``comparison``: each arm's accuracy with its 95 % interval, and a dot for every training."""
     figure, axes = _axes("Held-out accuracy", "", (6.4, 1.2 + 0.42 * len(rows)))
     for place, row in enumerate(rows):
         color = _TEXT if row["pairs"] is None else _COLORS[0]
@@ -108,11 +103,7 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Picture:
 
 
 def perplexity_histograms(pairs: pl.DataFrame, rule: str, threshold: float) -> Picture:
-    """How sure each model is of its own response (paper, figure 3), with the cut where it is one of them.
-
-    Args:
-        pairs: columns ppl_fine_tuned and ppl_base, finite.
-    """
+    """How sure each model is of its own response (paper, figure 3), with the cut where it is one of them."""
     figure, axes = _axes("Perplexity of the model's own response", "Share of pairs")
     columns = {"fine-tuned model": "ppl_fine_tuned", "base model": "ppl_base"}
     if pairs.is_empty():
@@ -133,11 +124,7 @@ def perplexity_histograms(pairs: pl.DataFrame, rule: str, threshold: float) -> P
 
 
 def perplexity_scatter(pairs: pl.DataFrame, rule: str, threshold: float) -> Picture:
-    """The fine-tuned model's perplexity against the base's, kept and dropped (paper, figure 4), with the cut.
-
-    Args:
-        pairs: columns ppl_fine_tuned, ppl_base, ppl_base_cross (finite) and kept.
-    """
+    """The fine-tuned model's perplexity against the base's, kept and dropped (paper, figure 4), with the cut."""
     cross = rule in ("cross_ratio", "top_excess")
     whose = "fine-tuned" if cross else "own"
     figure, axes = _axes("PPL of the fine-tuned model", f"PPL of the base model,\n{whose} response", (7, 4.2))
@@ -167,11 +154,7 @@ def perplexity_scatter(pairs: pl.DataFrame, rule: str, threshold: float) -> Pict
 
 
 def kept_by_threshold(cells: Sequence[dict[str, Any]]) -> Picture:
-    """Pairs that each rule with a threshold keeps (left axis), and their distinct responses (right), a panel a rule.
-
-    Args:
-        cells: of `tuneshift_dag.reports.thresholds.sweep`.
-    """
+    """Pairs that each rule with a threshold keeps (left axis), and their distinct responses (right), a panel a rule."""
     cells = [cell for cell in cells if cell["rule"] in _RULE_AXIS]
     rules = list(dict.fromkeys(cell["rule"] for cell in cells))
     if not rules:
@@ -208,11 +191,7 @@ def kept_by_threshold(cells: Sequence[dict[str, Any]]) -> Picture:
 
 
 def acceptance_by_round(verdicts: Sequence[dict[str, Any]]) -> Picture:
-    """Pairs of each round, kept or dropped by reason.
-
-    Args:
-        verdicts: ``{round, reason, pairs}``; the kept ones have the reason ``kept``.
-    """
+    """Pairs of each round, kept or dropped by reason."""
     figure, axes = _axes("", "Scored pairs")
     if not verdicts:
         return _nothing(figure, axes)
@@ -233,11 +212,7 @@ def acceptance_by_round(verdicts: Sequence[dict[str, Any]]) -> Picture:
 
 
 def response_lengths(buckets: Sequence[dict[str, Any]]) -> Picture:
-    """Pairs by length of the fine-tuned response, and the share that is kept of each length.
-
-    Args:
-        buckets: ``{low, high, kept, dropped}``, lengths in tokens with both ends included.
-    """
+    """Pairs by length of the fine-tuned response, and the share that is kept of each length."""
     figure, axes = _axes("Fine-tuned response (tokens)", "Scored pairs")
     if not buckets:
         return _nothing(figure, axes)
@@ -251,11 +226,7 @@ def response_lengths(buckets: Sequence[dict[str, Any]]) -> Picture:
 
 
 def diversity_map(points: pl.DataFrame) -> Picture:
-    """Prompts as points near others of like meaning, coloured by round (paper, figure 2); seeds are stars.
-
-    Args:
-        points: columns x, y, round (NULL for a seed) and kept.
-    """
+    """Prompts as points near others of like meaning, coloured by round (paper, figure 2); seeds (NULL) are stars."""
     figure, axes = _axes("", "", (7.5, 5), sides=())
     axes.set(xticks=[], yticks=[])
     if points.is_empty():
@@ -288,11 +259,7 @@ def _round_color(number: int, count: int) -> Any:
 
 
 def _stack(axes: Any, width: float, layers: dict[str, tuple[str, Sequence[int]]], word: str = "") -> None:
-    """Bars of layers on one another, with the share of the layer ``kept`` above each bar.
-
-    Args:
-        layers: colour and heights by label.
-    """
+    """Bars of layers (colour and heights, by label) on one another, with the share of ``kept`` above each bar."""
     heights = np.array([layer for _, layer in layers.values()])
     for (label, (color, layer)), floor in zip(layers.items(), heights.cumsum(axis=0) - heights, strict=True):
         if any(layer):

@@ -39,16 +39,12 @@ _COMPARED: dict[Rule, tuple[str, ...]] = {
 def sweep(
     store: Store, transfer: Transfer, rules: Sequence[str] = (), grid: Sequence[float] = ()
 ) -> list[dict[str, Any]]:
-    """One cell for each rule and threshold, in the order of `RULES` and of the thresholds.
+    """One cell for each rule and threshold, in the order of `RULES` and of the thresholds: a row of the table
+    ``threshold_report``, with ``by_round`` as an object.
 
     Args:
         rules: the rules to try; without any, all of them: of a grid, those that can take all of it.
         grid: the thresholds to try; without any, `default_grid` of each rule.
-
-    Returns:
-        Cells ``{rule, threshold, pairs_kept, kept_share, distinct_responses, mean_margin, by_round, current}``.
-        ``kept_share`` is of all scored pairs; ``mean_margin`` is None where there is none; ``by_round`` maps every
-        scored round to its kept pairs.
 
     Raises:
         TuneshiftError: for an unknown rule, or a threshold that can't separate anything.
@@ -102,11 +98,8 @@ def _cells(
 
 
 def default_grid(store: Store, transfer: Transfer, rule: Rule) -> list[float]:
-    """Thresholds where the rule's verdict changes: quantiles of what it compares, and the paper's 1.5.
-
-    The rule of ``transfer.yaml`` gets its current threshold too. Quantiles rather than equal steps, because perplexity
-    ratios may span four orders of magnitude. Of `filters.KEEP_RULES`, shares; `unfiltered` has the one value 1.
-    """
+    """Thresholds where the rule's verdict changes: quantiles of what it compares (ratios may span four orders of
+    magnitude), the paper's 1.5 and, of the current rule, its own; of `filters.KEEP_RULES` shares."""
     settings = transfer.config.filter
     mine = [settings.threshold] if rule == settings.rule else []
     if rule == "unfiltered":
@@ -134,11 +127,7 @@ def _readable(value: float, floor: int) -> float:
 
 
 def parse_grid(text: str) -> list[float]:
-    """Thresholds from ``1.1,1.2,1.5`` or ``start:stop:step`` (the stop included).
-
-    Raises:
-        TuneshiftError: naming what can't be read, and the two forms.
-    """
+    """Thresholds from ``1.1,1.2,1.5`` or ``start:stop:step`` (the stop included); `TuneshiftError` for other text."""
     try:
         if ":" not in text:
             return [float(part) for part in text.split(",")]
@@ -180,11 +169,8 @@ def _rules_for(grid: Sequence[float]) -> list[Rule]:
 
 
 def perplexities(store: Store, transfer: Transfer) -> pl.DataFrame:
-    """(ppl_fine_tuned, ppl_base, ppl_base_cross, kept) of the pairs that have finite perplexities.
-
-    At most `_MOST_POINTS` of them, and the same ones each time: a prompt_id is a hash, so the first by prompt_id are a
-    fair sample.
-    """
+    """(ppl_fine_tuned, ppl_base, ppl_base_cross, kept) of pairs that have finite perplexities: a fair sample, and the
+    same one each time, since a prompt_id is a hash."""
     return _judged(
         store,
         transfer,
@@ -207,10 +193,8 @@ def verdicts_by_round(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
 
 
 def response_lengths(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
-    """``{low, high, kept, dropped}``: verdicts by the fine-tuned response's length in tokens.
-
-    Buckets of equal width from the shortest to the longest response, at most `_BUCKETS`, both ends included.
-    """
+    """``{low, high, kept, dropped}``: verdicts by the fine-tuned response's length in tokens, both ends included, in at
+    most `_BUCKETS` of equal width."""
     return _judged(
         store,
         transfer,
