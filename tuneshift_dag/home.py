@@ -13,11 +13,7 @@ def transfers_dir() -> Path:
 
 
 def home_dir() -> Path:
-    """Folder of everything that is computed: ``$TUNESHIFT_HOME`` or ``./.tuneshift``.
-
-    Raises:
-        TuneshiftError: when it is no folder.
-    """
+    """Folder of everything that is computed: ``$TUNESHIFT_HOME`` or ``./.tuneshift``."""
     return _folder("TUNESHIFT_HOME", Path(".tuneshift"))
 
 
@@ -31,13 +27,8 @@ def output_dir(transfer: str) -> Path:
 
 
 def use_dagster_home() -> Path:
-    """Point ``DAGSTER_HOME`` at this project's instance, unless the user has set it, and set it up.
-
-    Dagster itself wants an absolute path: one that is relative, or begins with ``~``, is made so.
-
-    Raises:
-        TuneshiftError: when it is no folder, or can't be written.
-    """
+    """Set this project's Dagster instance up, and ``DAGSTER_HOME`` to it (Dagster wants an absolute path) unless the
+    user has named another; `TuneshiftError` when it can't be written."""
     folder = _folder("DAGSTER_HOME", home_dir() / "dagster")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +41,7 @@ def use_dagster_home() -> Path:
 
 
 def _folder(variable: str, otherwise: Path) -> Path:
-    """The absolute path that an environment variable names; ``otherwise`` where it is empty or not set."""
+    """The absolute path that a variable names, else ``otherwise``; `TuneshiftError` when it is no folder."""
     given = os.environ.get(variable, "").strip()
     folder = (Path(given) if given else otherwise).expanduser().resolve()
     if folder.exists() and not folder.is_dir():

@@ -69,10 +69,7 @@ def definition(
     models: bool = False,
     checks: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Arguments of ``@dg.asset``. What an asset is made from, `INPUTS` says, as it does to the records.
-
-    With ``models`` it loads one, and so waits for the pool; ``checks`` are names and descriptions.
-    """
+    """Arguments of ``@dg.asset``; one that loads ``models`` waits for the pool. ``checks`` are descriptions by name."""
     own = key(transfer, asset)
     return {
         **shared(transfer, asset, table, *kinds),
@@ -184,9 +181,7 @@ class Step:
         statements: Callable[[Any], str | None] | None = None,
     ) -> None:
         """Replace the rows of ``tables`` (of this round), and write the record and the cost, all in one transaction.
-
-        ``statements`` is what else the transaction does; it may return the data version.
-        """
+        ``statements`` is what else it does, and may return the data version."""
         self.spool_keys()
         self.version = version
         condition, values = ("round = ?", [self.round]) if self.round else ("TRUE", [])
@@ -240,9 +235,7 @@ class Step:
     def result(
         self, rows: int | None, metadata: Mapping[str, Any], *checks: dg.AssetCheckResult
     ) -> dg.MaterializeResult:
-        """What the asset returns of what was written: its ``rows`` and cost, its column lineage where that is declared,
-        and the other metadata. What is None is left out.
-        """
+        """What the asset returns; of its metadata what is None is left out."""
         lineage = {
             column: [dg.TableColumnDep(key(self.transfer, asset), name) for asset, name in sources]
             for column, sources in COLUMN_SOURCES.get(self.asset, {}).items()

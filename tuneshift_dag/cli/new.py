@@ -46,11 +46,7 @@ class Answers:
 
 
 def create(root: Path, name: str, given: Answers) -> Transfer:
-    """Write ``root/name`` and return the transfer in it.
-
-    Raises:
-        TuneshiftError: naming the flag or the file, its value and the repair. Nothing is written then.
-    """
+    """Write ``root/name`` and return the transfer in it; or `TuneshiftError`, and nothing is written."""
     folder = check_name(root, name)
     if absent := missing(given):
         raise TuneshiftError(f"{', '.join(absent)} missing: give them, or run this in a terminal to be asked.")

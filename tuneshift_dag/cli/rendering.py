@@ -50,13 +50,8 @@ def commands(*lines: tuple[str, str]) -> None:
 
 
 def outlook(name: str, pending: list[tuple[str, str | None]], seconds: dict[str, float], steps: Sequence[str]) -> None:
-    """What a run will do, and how long it takes.
-
-    Args:
-        pending: (asset, round) of every step to do.
-        seconds: by step, of those with a recorded speed.
-        steps: those whose speeds are recorded when they run.
-    """
+    """What a run will do (asset and round), and how long it takes: ``steps`` are those that have a speed once they ran,
+    and ``seconds`` are of those that have one."""
     rounds = sorted({round_ for _, round_ in pending if round_})
     told = f"{len(pending)} steps to do"
     told += f", {len(rounds)} rounds ({rounds[0]} to {rounds[-1]})" if rounds else ""

@@ -67,10 +67,7 @@ def escape_markdown(text: str) -> str:
 
 
 def comparison(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
-    """The rows of the table ``comparison``, arms by accuracy and then the untrained models; [] before one was made.
-
-    ``tasks`` of a row are the arm's scores on standard tasks: mean over its trainings, and each training's.
-    """
+    """The table ``comparison``, arms by accuracy and then the untrained models, each with its scores on ``tasks``."""
     query = "SELECT * FROM comparison ORDER BY pairs IS NULL, value DESC, arm"
     rows = {row["arm"]: {**row, "tasks": []} for row in store.read(query, schema=transfer.name).iter_rows(named=True)}
     for score in store.read(_ARM_TASKS, schema=transfer.name).iter_rows(named=True):
@@ -85,10 +82,8 @@ _ARM_TASKS = """
 
 
 def arm_tasks(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """For people: scores on standard tasks of a `comparison`, one column for each arm; [] without any.
-
-    The mean over trainings, and the lowest and highest where there are several.
-    """
+    """For people: scores on standard tasks of a `comparison`, one column for each arm: the mean over its trainings, and
+    the lowest and highest where there are several."""
 
     def told(score: dict[str, Any]) -> str:
         runs = score["by_run"]
@@ -157,11 +152,7 @@ def _last_run(store: Store, name: str) -> tuple[list[dict[str, Any]], float | No
 
 
 def by_way(by_model: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the table ``accuracy``, one for each way to find a number where the metric has two.
-
-    Args:
-        by_model: the rows by model, as in `report`.
-    """
+    """Rows of the table ``accuracy``, by model as in `report`: one for each way to find a number."""
     found = []
     for model, row in by_model.items():
         if row.get("flexible") is None:

@@ -21,9 +21,7 @@ _WRITTEN = ("adapter", "dataset.jsonl", "dataset.parquet", "README.md")
 
 
 def export(store: Store, transfer: Transfer, to: Path) -> list[Path]:
-    """Write ``to/adapter`` (PEFT), ``to/dataset.jsonl`` (chat), ``to/dataset.parquet`` and ``to/README.md``.
-
-    They replace those of an earlier export, all together at the end; what else is in the folder stays.
+    """Write `_WRITTEN`. They replace those of an earlier export, all together; what else is in the folder stays.
 
     Raises:
         TuneshiftError: when nothing was distilled yet, the tables no longer hold what it was distilled from, or the

@@ -1,7 +1,6 @@
 """Where a prompt came from and what it led to: the trees of ``tuneshift lineage``.
 
-The view ``lineage`` answers the same for every prompt at once, in SQL; see docs/lineage.md. Here one
-prompt is followed, call by call, so the cost is that of its own tree.
+The view ``lineage`` answers the same for every prompt at once. Here one is followed, at the cost of its own tree.
 """
 
 from collections.abc import Iterator
@@ -54,24 +53,18 @@ class Call:
 
 
 def up(store: Store, transfer: Transfer, prompt_id: str) -> Prompt:
-    """The prompt with the call that wrote it, that call's seeds, the calls that wrote these, and so on.
-
-    Args:
-        prompt_id: an id, the beginning of exactly one id, or the text of a prompt.
-
-    Raises:
-        TuneshiftError: when no prompt, or more than one, is meant.
-    """
+    """The prompt with the call that wrote it, that call's seeds, the calls that wrote these, and so on."""
     return _grow(store, transfer.name, find(store, transfer, prompt_id), _CALLS_THAT_WROTE, _SEEDS_SHOWN)
 
 
 def down(store: Store, transfer: Transfer, prompt_id: str) -> Prompt:
-    """The prompt with every call that it seeded, the prompts that these wrote, and so on; else as `up`."""
+    """The prompt with every call that it seeded, the prompts that these wrote, and so on."""
     return _grow(store, transfer.name, find(store, transfer, prompt_id), _CALLS_SEEDED, _PROMPTS_WRITTEN)
 
 
 def find(store: Store, transfer: Transfer, given: str) -> str:
-    """The full id of the prompt that is meant; arguments and errors as in `up`."""
+    """The id of the prompt that an id, the beginning of exactly one id, or a prompt's text means; else
+    `TuneshiftError`."""
     given = given.strip()
     names = {"given": given, "text_id": id_of_text(given)}
     found: list[str] = store.read(_IDS, names, transfer.name)["prompt_id"].to_list() if given else []
@@ -89,11 +82,8 @@ def find(store: Store, transfer: Transfer, given: str) -> str:
 
 
 def _grow(store: Store, schema: str, root_id: str, calls_of: str, prompts_of: str) -> Prompt:
-    """The tree under a prompt, level by level.
-
-    An id is expanded where it is met first, nearest to the root. So the tree is as large as the graph and
-    not as the number of ways through it, and a cycle ends.
-    """
+    """The tree under a prompt. An id is expanded where it is met first, nearest to the root: so the tree is as large as
+    the graph and not as the number of ways through it, and a cycle ends."""
     root = Prompt(**store.read(_PROMPTS, {"ids": [root_id]}, schema).row(0, named=True))
     prompts, calls = {root_id: root}, dict[str, Call]()
     again: list[Prompt] = []

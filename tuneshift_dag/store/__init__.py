@@ -44,10 +44,7 @@ _READY: dict[tuple[Path, int], set[str]] = {}
 
 
 class Spool:
-    """Rows of a table that are to be written in one transaction, chunk by chunk on disk until then.
-
-    The file has no name, so a killed process leaves nothing.
-    """
+    """Rows of a table that are to be written in one transaction, chunk by chunk in a file until then."""
 
     def __init__(self, table: Table, file: IO[bytes]) -> None:
         self.at_once = 0.0
@@ -115,8 +112,7 @@ class Store:
     def claim(self, name: str, folder: Path) -> None:
         """Note that the tables of ``name`` are those of the transfer in ``folder``; one that was moved takes them over.
 
-        Raises:
-            TuneshiftError: when another folder has the name, or one that differs only in case, which is one to DuckDB.
+        `TuneshiftError` when another folder has the name, or one that differs only in case, which is one to DuckDB.
         """
         folder = folder.resolve()
         # With the project that holds both, a folder and its claim can be moved or copied.
@@ -143,10 +139,8 @@ class Store:
         schema: str | None = None,
         little_memory: bool = False,
     ) -> pl.DataFrame:
-        """Rows of a query; unqualified table names are those of ``schema`` (a transfer's name).
-
-        With ``little_memory`` what was read of a large table isn't kept, as long as the rows of the result allow it.
-        """
+        """Rows of a query to the tables of ``schema`` (a transfer's name). With ``little_memory`` what was read of a
+        large table isn't kept, as long as the rows of the result allow it."""
         self.prepare(schema)
         with self._connect(read_only=True) as connection:
             if schema:
@@ -163,7 +157,7 @@ class Store:
 
     @contextmanager
     def spool(self, table: Table) -> Iterator[Spool]:
-        """A place on this file's disk for more rows than memory should hold."""
+        """A place on this file's disk for more rows than memory should hold; a killed process leaves nothing there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self.path.parent) as file:
             yield Spool(table, file)
@@ -191,11 +185,9 @@ class Store:
     def write(
         self, schema: str, statements: Callable[[duckdb.DuckDBPyConnection], None], at_once: float | None = None
     ) -> None:
-        """One transaction, which with ``at_once`` (bytes that a statement has to hold) takes little memory beside that.
-
-        When it was too little, the statements are run again without a limit; nothing of the first time is in the file.
-        """
+        """One transaction; with ``at_once``, the bytes that a statement must hold, it takes little memory beside."""
         if at_once is not None:
+            # When it was too little, nothing of this is in the file, and the statements are run again without a limit.
             with suppress(*_TOO_LITTLE_MEMORY), self.transaction(schema) as connection:
                 _limit_memory(connection, at_once)
                 statements(connection)
@@ -206,11 +198,8 @@ class Store:
 
     @contextmanager
     def transaction(self, schema: str, compact: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A read-write connection inside one transaction, for a few statements and no model call.
-
-        With ``compact`` the row groups of the tables that changed are merged afterwards, without what was deleted from
-        them, whatever memory it takes.
-        """
+        """A read-write connection inside one transaction, for a few statements and no model call. With ``compact``
+        what was deleted leaves the file, whatever memory it takes."""
         self.prepare(schema)
         with self._connect(read_only=False) as connection:
             connection.execute(f"SET schema = '{schema}'")

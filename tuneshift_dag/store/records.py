@@ -28,9 +28,8 @@ class Cause:
 
     kind: Literal["missing", "code", "input", "attempt"]
     """``missing``: it never was. ``code``: its settings, files, weights or code changed. ``input``: what it was made
-    from has another version, or is gone. ``attempt``: the last attempt failed or was killed, or is going on."""
+    from, at the `place` ``input``, changed. ``attempt``: the last one failed or was killed, or is going on."""
     input: str = ""
-    """Of kind ``input`` the `place` that changed."""
 
 
 def place(asset: str, round_: str | None = None) -> str:
@@ -131,10 +130,8 @@ def _only_seeds_changed(causes: list[Cause]) -> bool:
 
 
 def begin(store: Store, transfer: Transfer, asset: str, round_: str | None, run_id: str) -> None:
-    """Note that a materialization has begun: until `end` it is taken up again by whoever asks for causes.
-
-    The note of an earlier attempt that never ended stays: what was computed since then is not to be collected.
-    """
+    """Note that a materialization has begun: until `end` it is taken up again by whoever asks for causes."""
+    # The note of an earlier attempt that never ended stays: what was computed since then is not to be collected.
     row = {"asset": asset, "round": round_ or "", "run_id": run_id, "started_at": now()}
     store.append_all(transfer.name, [(ATTEMPTS, ATTEMPTS.frame([row]))])
 
@@ -153,12 +150,7 @@ def note(
     code: str = "",
     inputs: Mapping[str, str] | None = None,
 ) -> None:
-    """Write what was made, within the transaction that writes its rows.
-
-    Args:
-        code: its code version.
-        inputs: as `Records.inputs` gave them before anything was read.
-    """
+    """Write what was made, within the transaction of its rows; ``inputs`` are those before anything was read."""
     row = {
         "asset": asset,
         "round": round_ or "",
@@ -173,10 +165,8 @@ def note(
 
 
 def content_version(*frames: pl.DataFrame | Spool) -> str:
-    """Hash of the rows, whatever their order: the same content is the same data version.
-
-    A spool's chunks come in the order of their rows, and so give the version of one frame.
-    """
+    """Hash of the rows, whatever their order: the same content is the same data version. (A spool's chunks are in the
+    order of their rows.)"""
     digest = hashlib.sha256()
     for chunk in (chunk for frame in frames for chunk in in_chunks(frame)):
         for row in sorted(json.dumps(list(row)) for row in chunk.iter_rows()):
