@@ -129,17 +129,14 @@ class _Lines(logging.Handler):
             self.on_line(record.getMessage())
 
 
-def close_dead_runs(instance: dg.DagsterInstance) -> list[str]:
-    """Mark runs of killed `tuneshift` processes as failed, and free their pool slots for later runs; their ids."""
-    closed = []
+def close_dead_runs(instance: dg.DagsterInstance) -> None:
+    """Mark runs of killed `tuneshift` processes as failed, and free their pool slots: they would block later runs."""
     for run in instance.get_runs(dg.RunsFilter(statuses=_IN_PROGRESS)):
         process, _, own_id = run.tags.get(_PID_TAG, "").rpartition("-")
         host, _, pid = process.rpartition("-")
         if host == socket.gethostname() and not _is_alive(int(pid), own_id):
             instance.report_run_failed(run, "The process that ran this was killed.")
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-            closed.append(run.run_id)
-    return closed
 
 
 def process_tag() -> str:

@@ -656,8 +656,7 @@ def failure(result: dg.ExecuteInProcessResult) -> str:
 
 def causes(project: Project, asset: str, round_: str | None = None) -> list[str]:
     """Why `tuneshift run` would make it again; nothing when it wouldn't."""
-    found = Records(project.store, project.transfer).causes(asset, round_)
-    return [f"{cause.kind} {cause.input}".strip() for cause in found]
+    return Records(project.store, project.transfer).causes(asset, round_)
 
 
 def seeds_by_round(project: Project) -> dict[str, list[Any]]:

@@ -1,5 +1,6 @@
 """What every asset of a transfer shares: how it is declared, and the step that writes its rows, record and cost."""
 
+import base64
 import logging
 import os
 import sys
@@ -21,7 +22,6 @@ from tuneshift_dag.method.scoring import Cost
 from tuneshift_dag.models.memory import peak_bytes, reset_peak
 from tuneshift_dag.reports import escape_markdown
 from tuneshift_dag.reports.plan import engine_of, models_of
-from tuneshift_dag.reports.plots import Picture
 from tuneshift_dag.resources import BATCH_TAG
 from tuneshift_dag.store import Spool, Store, insert, now, records
 from tuneshift_dag.store.cache import ResponseCache
@@ -227,10 +227,12 @@ class Step:
             "tokens_generated": self.cost.tokens,
         }
 
-    def picture(self, name: str, picture: Picture) -> dg.MetadataValue:
+    def picture(self, name: str, png: bytes) -> dg.MetadataValue:
         """Keep a picture among the transfer's files; the value shows it in Dagster."""
-        picture.save(output_dir(self.transfer.name) / f"{name}.png")
-        return dg.MetadataValue.md(picture.markdown())
+        file = output_dir(self.transfer.name) / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png)
+        return dg.MetadataValue.md(f"![](data:image/png;base64,{base64.b64encode(png).decode()})")
 
     def result(
         self, rows: int | None, metadata: Mapping[str, Any], *checks: dg.AssetCheckResult

@@ -21,11 +21,9 @@ _WRITTEN = ("adapter", "dataset.jsonl", "dataset.parquet", "README.md")
 
 
 def export(store: Store, transfer: Transfer, to: Path) -> list[Path]:
-    """Write `_WRITTEN`. They replace those of an earlier export, all together; what else is in the folder stays.
+    """Write the adapter (PEFT), the dataset (chat and Parquet) and their cards; their paths.
 
-    Raises:
-        TuneshiftError: when nothing was distilled yet, the tables no longer hold what it was distilled from, or the
-            folder can't be written.
+    They replace those of an earlier export, all together at the end; what else is in the folder stays.
     """
     figures = report(store, transfer)
     if figures["model"] is None or not Path(figures["model"]["path"]).is_dir():

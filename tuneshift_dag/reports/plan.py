@@ -19,7 +19,7 @@ from tuneshift_dag.home import database_file
 from tuneshift_dag.models.memory import BATCH_SHARE, gpu_count, total_bytes
 from tuneshift_dag.models.references import known_config
 from tuneshift_dag.store import Store
-from tuneshift_dag.store.records import Cause, Records, next_step, seeds_reporter
+from tuneshift_dag.store.records import Records, next_step, seeds_reporter
 
 STEPS = ("synthetic_prompts", "scored_pairs", "distilled_model", "evaluation")
 # English text and these models' tokenizers: 3.9 over the packaged transfer's prompts.
@@ -362,7 +362,7 @@ class _Ahead(Records):
         super().__init__(store, transfer)
         self.made: list[tuple[str, str | None]] = []
 
-    def causes(self, asset: str, round_: str | None = None) -> list[Cause]:
+    def causes(self, asset: str, round_: str | None = None) -> list[str]:
         return [] if (asset, round_) in self.made else super().causes(asset, round_)
 
     def version(self, asset: str, round_: str | None = None) -> str:

@@ -3,11 +3,9 @@
 Their rows come from `tuneshift_dag.reports.thresholds` and from the tables that they are named for.
 """
 
-import base64
 import colorsys
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,24 +38,13 @@ _RULE_AXIS = {
 }
 
 
-class Picture:
-    """A PNG."""
-
-    def __init__(self, figure: Figure) -> None:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110, transparent=True, bbox_inches="tight")
-        self.png = buffer.getvalue()
-
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self.png)
-
-    def markdown(self) -> str:
-        """Markdown that holds the picture itself."""
-        return f"![](data:image/png;base64,{base64.b64encode(self.png).decode()})"
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, transparent=True, bbox_inches="tight")
+    return buffer.getvalue()
 
 
-def training_curve(curve: dict[str, Any]) -> Picture:
+def training_curve(curve: dict[str, Any]) -> bytes:
     """Loss by step, with the epoch's validation loss where there is one."""
     figure, axes = _axes("Step", "Loss (nats per response token)")
     steps = [row["step"] for row in curve["steps"]]
@@ -67,10 +54,10 @@ def training_curve(curve: dict[str, Any]) -> Picture:
     axes.plot(ends, [row["validation_loss"] for row in curve["epochs"]], "o-", color=_COLORS[1], label="validation")
     axes.set_yscale("log")
     axes.legend(frameon=False, labelcolor=_TEXT)
-    return Picture(figure)
+    return _png(figure)
 
 
-def accuracy_bars(rows: Sequence[dict[str, Any]]) -> Picture:
+def accuracy_bars(rows: Sequence[dict[str, Any]]) -> bytes:
     """The table ``accuracy``, with 95 % intervals; for a numeric metric by both ways to find the number."""
     figure, axes = _axes("Held-out accuracy", "")
     rows = by_way({row["model"]: row for row in rows})
@@ -82,10 +69,10 @@ def accuracy_bars(rows: Sequence[dict[str, Any]]) -> Picture:
         axes.text(row["high"] + 0.02, place, f"{row['value']:.2f}", va="center", color=_TEXT)
     axes.set_xlim(0, 1.1)
     axes.invert_yaxis()
-    return Picture(figure)
+    return _png(figure)
 
 
-def comparison(rows: Sequence[dict[str, Any]]) -> Picture:
+def comparison(rows: Sequence[dict[str, Any]]) -> bytes:
     """The table ``comparison``: each arm's accuracy with its 95 % interval, and a dot for every training."""
     figure, axes = _axes("Held-out accuracy", "", (6.4, 1.2 + 0.42 * len(rows)))
     for place, row in enumerate(rows):
@@ -99,10 +86,10 @@ def comparison(rows: Sequence[dict[str, Any]]) -> Picture:
     axes.set_yticks(range(len(rows)), [row["arm"].replace("_", " ") for row in rows])
     axes.set_xlim(0, 1.1)
     axes.invert_yaxis()
-    return Picture(figure)
+    return _png(figure)
 
 
-def perplexity_histograms(pairs: pl.DataFrame, rule: str, threshold: float) -> Picture:
+def perplexity_histograms(pairs: pl.DataFrame, rule: str, threshold: float) -> bytes:
     """How sure each model is of its own response (paper, figure 3), with the cut where it is one of them."""
     figure, axes = _axes("Perplexity of the model's own response", "Share of pairs")
     columns = {"fine-tuned model": "ppl_fine_tuned", "base model": "ppl_base"}
@@ -120,10 +107,10 @@ def perplexity_histograms(pairs: pl.DataFrame, rule: str, threshold: float) -> P
         axes.axvline(threshold, color=_TEXT, linestyle="--", label=f"cut at {threshold:g}")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     _legend_beside(axes)
-    return Picture(figure)
+    return _png(figure)
 
 
-def perplexity_scatter(pairs: pl.DataFrame, rule: str, threshold: float) -> Picture:
+def perplexity_scatter(pairs: pl.DataFrame, rule: str, threshold: float) -> bytes:
     """The fine-tuned model's perplexity against the base's, kept and dropped (paper, figure 4), with the cut."""
     cross = rule in ("cross_ratio", "top_excess")
     whose = "fine-tuned" if cross else "own"
@@ -150,10 +137,10 @@ def perplexity_scatter(pairs: pl.DataFrame, rule: str, threshold: float) -> Pict
     _log_axis(axes.xaxis, x_low, x_high)
     _log_axis(axes.yaxis, y_low, y_high)
     _legend_beside(axes)
-    return Picture(figure)
+    return _png(figure)
 
 
-def kept_by_threshold(cells: Sequence[dict[str, Any]]) -> Picture:
+def kept_by_threshold(cells: Sequence[dict[str, Any]]) -> bytes:
     """Pairs that each rule with a threshold keeps (left axis), and their distinct responses (right), a panel a rule."""
     cells = [cell for cell in cells if cell["rule"] in _RULE_AXIS]
     rules = list(dict.fromkeys(cell["rule"] for cell in cells))
@@ -187,10 +174,10 @@ def kept_by_threshold(cells: Sequence[dict[str, Any]]) -> Picture:
         panel.set_visible(False)
     look: dict[str, Any] = {"loc": "outside upper center", "ncols": 3, "frameon": False, "labelcolor": _TEXT}
     figure.legend(handles.values(), handles.keys(), **look)
-    return Picture(figure)
+    return _png(figure)
 
 
-def acceptance_by_round(verdicts: Sequence[dict[str, Any]]) -> Picture:
+def acceptance_by_round(verdicts: Sequence[dict[str, Any]]) -> bytes:
     """Pairs of each round, kept or dropped by reason."""
     figure, axes = _axes("", "Scored pairs")
     if not verdicts:
@@ -208,10 +195,10 @@ def acceptance_by_round(verdicts: Sequence[dict[str, Any]]) -> Picture:
         axes.set_xticks(range(len(rounds)), [round_.removeprefix("round_") for round_ in rounds])
         axes.set_xlabel("Round", color=_TEXT)
     _legend_beside(axes)
-    return Picture(figure)
+    return _png(figure)
 
 
-def response_lengths(buckets: Sequence[dict[str, Any]]) -> Picture:
+def response_lengths(buckets: Sequence[dict[str, Any]]) -> bytes:
     """Pairs by length of the fine-tuned response, and the share that is kept of each length."""
     figure, axes = _axes("Fine-tuned response (tokens)", "Scored pairs")
     if not buckets:
@@ -222,10 +209,10 @@ def response_lengths(buckets: Sequence[dict[str, Any]]) -> Picture:
     crowded = sum(map(len, names)) > 40
     axes.set_xticks(range(len(buckets)), names, rotation=45 if crowded else 0, ha="right" if crowded else "center")
     _legend_beside(axes, "share kept\nabove the bar")
-    return Picture(figure)
+    return _png(figure)
 
 
-def diversity_map(points: pl.DataFrame) -> Picture:
+def diversity_map(points: pl.DataFrame) -> bytes:
     """Prompts as points near others of like meaning, coloured by round (paper, figure 2); seeds (NULL) are stars."""
     figure, axes = _axes("", "", (7.5, 5), sides=())
     axes.set(xticks=[], yticks=[])
@@ -248,7 +235,7 @@ def diversity_map(points: pl.DataFrame) -> Picture:
     axes.scatter(seeds["x"], seeds["y"], 260, "#e5484d", "*", edgecolors="white", linewidths=0.8, zorder=4)
     axes.scatter([], [], 90, "#e5484d", "*", label="seed")
     _legend_beside(axes)
-    return Picture(figure)
+    return _png(figure)
 
 
 def _round_color(number: int, count: int) -> Any:
@@ -294,11 +281,11 @@ def _log_axis(axis: Any, low: float, high: float) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value:.0e}"))
 
 
-def _nothing(figure: Figure, axes: Any) -> Picture:
+def _nothing(figure: Figure, axes: Any) -> bytes:
     """A picture that says that there are no rows, rather than an empty frame."""
     axes.set(xticks=[], yticks=[])
     axes.text(0.5, 0.5, "No scored pairs yet", transform=axes.transAxes, ha="center", va="center", color=_TEXT)
-    return Picture(figure)
+    return _png(figure)
 
 
 def _axes(x: str, y: str, size: tuple[float, float] = (6.4, 3.2), sides: Sequence[str] = _SIDES) -> tuple[Figure, Any]:

@@ -86,10 +86,6 @@ def collect_plan(
     Args:
         here: names of the transfers that there are; of others, the folder that the store knows counts.
         quantized_in_use: names of the 4-bit copies that they use; None leaves all copies alone.
-
-    Raises:
-        TuneshiftError: when a transfer has scored pairs from before references were recorded: everything it
-            uses would count as unreferenced.
     """
     schemas = _schemas(store)
     gone = _gone(store, schemas, {name.lower() for name in here})

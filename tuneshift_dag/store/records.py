@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import polars as pl
 
@@ -20,16 +20,6 @@ from tuneshift_dag.store.tables import ATTEMPTS, MATERIALIZATIONS
 
 ROUND_ASSETS = ("synthetic_prompts", "scored_pairs", "filtered_dataset")
 """What a round materializes, in this order."""
-
-
-@dataclass(frozen=True)
-class Cause:
-    """Why something must be made (again)."""
-
-    kind: Literal["missing", "code", "input", "attempt"]
-    """``missing``: it never was. ``code``: its settings, files, weights or code changed. ``input``: what it was made
-    from, at the `place` ``input``, changed. ``attempt``: the last one failed or was killed, or is going on."""
-    input: str = ""
 
 
 def place(asset: str, round_: str | None = None) -> str:
@@ -54,16 +44,20 @@ class Records:
         self._made = {place(row["asset"], row["round"]): row for row in noted if row["version"] is not None}
         self.attempts = {place(row["asset"], row["round"]) for row in noted if row["attempted"]}
 
-    def causes(self, asset: str, round_: str | None = None) -> list[Cause]:
-        """Why an asset, or a round of one, must be made (again); [] when it needn't."""
+    def causes(self, asset: str, round_: str | None = None) -> list[str]:
+        """Why an asset, or a round of one, must be made (again); [] when it needn't.
+
+        ``missing``: it never was. ``code``: its settings, files, weights or code changed. ``input PLACE``: what it was
+        made from has another version, or is gone. ``attempt``: the last one failed or was killed, or is going on.
+        """
         here = place(asset, round_)
         made = self._made.get(here)
         if made is None:
-            return [Cause("missing")]
-        causes = [Cause("code")] if made["code_version"] != code_version(self.transfer, asset) else []
+            return ["missing"]
+        causes = ["code"] if made["code_version"] != code_version(self.transfer, asset) else []
         then, present = json.loads(made["inputs"]), self.inputs(asset, round_)
-        causes += [Cause("input", name) for name in sorted({*then, *present}) if then.get(name) != present.get(name)]
-        return [*causes, Cause("attempt")] if here in self.attempts else causes
+        causes += [f"input {name}" for name in sorted({*then, *present}) if then.get(name) != present.get(name)]
+        return [*causes, "attempt"] if here in self.attempts else causes
 
     def inputs(self, asset: str, round_: str | None = None) -> dict[str, str]:
         """The present version of everything that an asset is made from, by `place`; empty where nothing was made."""
@@ -122,11 +116,9 @@ def next_step(records: Records, regrow: bool) -> Due | None:
     return Due(tuple(stale)) if stale else None
 
 
-def _only_seeds_changed(causes: list[Cause]) -> bool:
+def _only_seeds_changed(causes: list[str]) -> bool:
     """Of a round's prompts: the seeds, or the earlier rounds' prompts that it must not repeat."""
-    return bool(causes) and all(
-        cause.kind == "input" and cause.input.startswith(("round_seeds/", "synthetic_prompts/")) for cause in causes
-    )
+    return all(cause.startswith(("input round_seeds/", "input synthetic_prompts/")) for cause in causes)
 
 
 def begin(store: Store, transfer: Transfer, asset: str, round_: str | None, run_id: str) -> None:
