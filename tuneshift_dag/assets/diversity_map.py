@@ -48,8 +48,7 @@ def build_diversity_map(transfer: Transfer) -> dg.AssetsDefinition:
 
 
 def _place(current: Step) -> tuple[pl.DataFrame, pl.DataFrame, str | None]:
-    """Rows of both tables for the prompts that there are, known ones where they still hold; and why there are none, if
-    the encoder is missing."""
+    """Rows of both tables, the known ones where they still hold; and why there are none without the encoder."""
     prompts = current.read(_PROMPTS, {"limit": _MOST_PROMPTS})
     known = current.read("SELECT * FROM diversity_map ORDER BY prompt_id")
     compared = current.read("SELECT * FROM round_similarity ORDER BY round")

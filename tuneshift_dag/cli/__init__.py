@@ -1,7 +1,6 @@
 """The command line: one function a command, which reads its arguments, calls a report or the runner, and prints.
 
-`tuneshift_dag.cli.rendering` prints; `main` is the entry point. What takes long to import is imported by the command
-that needs it.
+`main` is the entry point. What takes long to import is imported by the command that needs it.
 """
 
 import logging
@@ -206,7 +205,7 @@ def lineage(
     loaded = _load(transfer)
     root = (trees.up if up else trees.down)(_store(), loaded, prompt_id)
     found = {"transfer": loaded.name, "direction": "up" if up else "down", "root": asdict(root)}
-    rendering.as_json(found) if as_json else rendering.lineage(root)
+    rendering.as_json(found) if as_json else rendering.out.print(rendering.lineage(root))
 
 
 @app.command()

@@ -27,17 +27,16 @@ def as_json(found: Any) -> None:
     print(json.dumps(found, indent=2))
 
 
-def message(kind: str, color: str, text: str) -> None:
-    """One line on standard error. A text may hold square brackets, such as a template's [/INST]."""
-    err.print(f"[{color}]{kind}:[/{color}] ", end="")
-    err.print(text, soft_wrap=True, markup=False, highlight=False)
+def message(kind: str, color: str, text: str, console: Console = err) -> None:
+    """One line. A text may hold square brackets, such as a template's [/INST]."""
+    console.print(f"[{color}]{kind}:[/{color}] ", end="")
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def rows(title: str, found: Sequence[dict[str, Any]]) -> None:
     """A table with the columns of the first row."""
-    table = Table(title=title, title_justify="left")
-    for column in found[0] if found else ["nothing yet"]:
-        table.add_column(column.replace("_", " "))
+    columns = found[0] if found else ["nothing yet"]
+    table = Table(*(column.replace("_", " ") for column in columns), title=title, title_justify="left")
     for row in found:
         table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
     out.print(table)
@@ -50,8 +49,7 @@ def commands(*lines: tuple[str, str]) -> None:
 
 
 def outlook(name: str, pending: list[tuple[str, str | None]], seconds: dict[str, float], steps: Sequence[str]) -> None:
-    """What a run will do (asset and round), and how long it takes: ``steps`` are those that have a speed once they ran,
-    and ``seconds`` are of those that have one."""
+    """What a run will do, and how long it takes: speeds of ``steps`` are recorded, and ``seconds`` go by these."""
     rounds = sorted({round_ for _, round_ in pending if round_})
     told = f"{len(pending)} steps to do"
     told += f", {len(rounds)} rounds ({rounds[0]} to {rounds[-1]})" if rounds else ""
@@ -140,8 +138,7 @@ def plan(made: dict[str, Any]) -> None:
     table.add_row("total", "", "", number(made["total_seconds"], "{:,.1f}"))
     out.print(table)
     for warning in made["warnings"]:
-        out.print("[yellow]warning:[/yellow] ", end="")
-        out.print(warning, markup=False, highlight=False, soft_wrap=True)
+        message("warning", "yellow", warning, out)
 
 
 def sweep(cells: list[dict[str, Any]]) -> None:
@@ -199,17 +196,13 @@ def comparison(found: list[dict[str, Any]]) -> None:
     out.print(summary.conclusion(found), soft_wrap=True)
 
 
-def lineage(root: "Prompt") -> None:
-    out.print(_branch(root))
-
-
-def _branch(prompt: "Prompt") -> Tree:
+def lineage(prompt: "Prompt") -> Tree:
     """A prompt with its calls, and their prompts."""
     tree = Tree(prompt_line(prompt))
     for call in prompt.calls:
         line = Text(f"generator call {call.number} of {call.round}", "bold")
         line.append(f" (new prompts: {call.written}, dropped: {call.dropped})", "not bold")
-        tree.add(_and_elsewhere(line, call.repeated)).children += map(_branch, call.prompts)
+        tree.add(_and_elsewhere(line, call.repeated)).children += map(lineage, call.prompts)
     return tree
 
 

@@ -82,8 +82,8 @@ _ARM_TASKS = """
 
 
 def arm_tasks(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """For people: scores on standard tasks of a `comparison`, one column for each arm: the mean over its trainings, and
-    the lowest and highest where there are several."""
+    """For people: scores on standard tasks of a `comparison`, one column for each arm; with several trainings their
+    mean, lowest and highest."""
 
     def told(score: dict[str, Any]) -> str:
         runs = score["by_run"]

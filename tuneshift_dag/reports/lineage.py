@@ -12,8 +12,6 @@ from tuneshift_dag.config import Transfer
 from tuneshift_dag.method.prompting import prompt_id as id_of_text
 from tuneshift_dag.store import Store
 
-Fate = Literal["seed", "kept", "dropped", "unjudged", "unscored", "gone"]
-
 
 @dataclass
 class Prompt:
@@ -24,7 +22,7 @@ class Prompt:
     """None when no table holds it any more: its round was grown anew after it had seeded a call."""
     round: str | None
     """None for the seed set, and for a prompt that is gone."""
-    fate: Fate
+    fate: Literal["seed", "kept", "dropped", "unjudged", "unscored", "gone"]
     reason: str | None
     """Why the filter dropped it."""
     response: str | None
@@ -63,8 +61,7 @@ def down(store: Store, transfer: Transfer, prompt_id: str) -> Prompt:
 
 
 def find(store: Store, transfer: Transfer, given: str) -> str:
-    """The id of the prompt that an id, the beginning of exactly one id, or a prompt's text means; else
-    `TuneshiftError`."""
+    """The id of the prompt that is meant by its id, the beginning of exactly one id, or its text."""
     given = given.strip()
     names = {"given": given, "text_id": id_of_text(given)}
     found: list[str] = store.read(_IDS, names, transfer.name)["prompt_id"].to_list() if given else []

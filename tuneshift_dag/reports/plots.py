@@ -172,8 +172,7 @@ def kept_by_threshold(cells: Sequence[dict[str, Any]]) -> bytes:
             axes.yaxis.label.set_color(color)
     for panel in panels.flat[len(rules) :]:
         panel.set_visible(False)
-    look: dict[str, Any] = {"loc": "outside upper center", "ncols": 3, "frameon": False, "labelcolor": _TEXT}
-    figure.legend(handles.values(), handles.keys(), **look)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=3, frameon=False, labelcolor=_TEXT)
     return _png(figure)
 
 

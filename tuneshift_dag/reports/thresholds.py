@@ -15,7 +15,7 @@ import polars as pl
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.schema import check_threshold
-from tuneshift_dag.method.filters import GUARD_REASONS, KEEP_RULES, RULES, Rule
+from tuneshift_dag.method.filters import GUARD_REASONS, KEEP_RULES, MARGIN, RULES, Rule
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.queries import of_its_rounds, verdicts
 
@@ -27,27 +27,17 @@ _BUCKETS = 12
 _QUANTILES = [round(0.05 + 0.1 * place, 2) for place in range(10)]
 _SHARES = [0.1, 0.25, 0.5, 0.75, 1.0]
 _PARTS = [0.25, 0.5, 1.5, 2.0]
-# What a threshold of the rule is compared with; the other rules keep a share or a number.
-_COMPARED: dict[Rule, tuple[str, ...]] = {
-    "both": ("ppl_fine_tuned", "ppl_base"),
-    "difference": ("ppl_base - ppl_fine_tuned",),
-    "ratio": ("ppl_base / ppl_fine_tuned",),
-    "cross_ratio": ("ppl_base_cross / ppl_fine_tuned",),
-}
 
 
 def sweep(
     store: Store, transfer: Transfer, rules: Sequence[str] = (), grid: Sequence[float] = ()
 ) -> list[dict[str, Any]]:
     """One cell for each rule and threshold, in the order of `RULES` and of the thresholds: a row of the table
-    ``threshold_report``, with ``by_round`` as an object.
+    ``threshold_report``, with ``by_round`` as an object. `TuneshiftError` where a threshold can't separate anything.
 
     Args:
         rules: the rules to try; without any, all of them: of a grid, those that can take all of it.
         grid: the thresholds to try; without any, `default_grid` of each rule.
-
-    Raises:
-        TuneshiftError: for an unknown rule, or a threshold that can't separate anything.
     """
     for rule in rules:
         if rule not in RULES:
@@ -108,7 +98,8 @@ def default_grid(store: Store, transfer: Transfer, rule: Rule) -> list[float]:
         number = mine[0] if mine and mine[0] > 1 else None
         return sorted({*mine, *(_SHARES if number is None else (max(2, round(number * part)) for part in _PARTS))})
     floor = 0 if rule == "difference" else 1  # as in the check of transfer.yaml
-    values = " UNION ALL ".join(f"SELECT {value} AS value FROM usable" for value in _COMPARED[rule])
+    compared = ("ppl_fine_tuned", "ppl_base") if rule == "both" else (MARGIN[rule].removesuffix(" - {t}"),)
+    values = " UNION ALL ".join(f"SELECT {value} AS value FROM usable" for value in compared)
     # A pair without a perplexity, or truncated, or empty, is out at every threshold.
     found = _judged(
         store,
@@ -193,8 +184,7 @@ def verdicts_by_round(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
 
 
 def response_lengths(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
-    """``{low, high, kept, dropped}``: verdicts by the fine-tuned response's length in tokens, both ends included, in at
-    most `_BUCKETS` of equal width."""
+    """``{low, high, kept, dropped}``: verdicts by the fine-tuned response's length in tokens, ends included."""
     return _judged(
         store,
         transfer,

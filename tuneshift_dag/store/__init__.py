@@ -111,9 +111,7 @@ class Store:
 
     def claim(self, name: str, folder: Path) -> None:
         """Note that the tables of ``name`` are those of the transfer in ``folder``; one that was moved takes them over.
-
-        `TuneshiftError` when another folder has the name, or one that differs only in case, which is one to DuckDB.
-        """
+        `TuneshiftError` when another folder has the name, or one that differs only in case, which is one to DuckDB."""
         folder = folder.resolve()
         # With the project that holds both, a folder and its claim can be moved or copied.
         near = folder.is_relative_to(self.home.parent)
@@ -225,7 +223,7 @@ class Store:
                 connection.execute(f'CREATE SCHEMA IF NOT EXISTS "{known}"')
                 for table in tables:
                     connection.execute(table.ddl(known))
-                _add_columns(connection, known, tables)
+                    _add_columns(connection, known, table)
             if name != CACHE:
                 _replace_views(connection, name)
             connection.execute("COMMIT")
@@ -300,14 +298,12 @@ def _migrate(connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute(shorter, [f"^.*/{models}", models])
 
 
-def _add_columns(connection: duckdb.DuckDBPyConnection, schema: str, tables: Sequence[Table]) -> None:
-    """Give tables of an older file the columns that it doesn't have yet; their rows hold NULL there."""
-    there = connection.execute("SELECT table_name, column_name FROM duckdb_columns() WHERE schema_name = ?", [schema])
-    known = set(there.fetchall())
-    for table in tables:
-        for column in table.columns:
-            if (table.name, column.name) not in known:
-                connection.execute(f'ALTER TABLE "{schema}".{table.name} ADD COLUMN "{column.name}" {column.type}')
+def _add_columns(connection: duckdb.DuckDBPyConnection, schema: str, table: Table) -> None:
+    """Give a table of an older file the columns that it doesn't have yet; its rows hold NULL there."""
+    known = connection.table(f'"{schema}".{table.name}').columns
+    for column in table.columns:
+        if column.name not in known:
+            connection.execute(f'ALTER TABLE "{schema}".{table.name} ADD COLUMN "{column.name}" {column.type}')
 
 
 def _replace_views(connection: duckdb.DuckDBPyConnection, schema: str) -> None:

@@ -81,12 +81,8 @@ class Removable:
 def collect_plan(
     store: Store, here: Collection[str], quantized_in_use: Collection[str] | None = None
 ) -> list[Removable]:
-    """What `collect` can remove. Whatever a step that runs, or has failed, may have computed isn't among it.
-
-    Args:
-        here: names of the transfers that there are; of others, the folder that the store knows counts.
-        quantized_in_use: names of the 4-bit copies that they use; None leaves all copies alone.
-    """
+    """What `collect` can remove, but for what a step that runs, or has failed, may have computed. Transfers that are
+    ``here`` by name stay, and of 4-bit copies those that are in use; None leaves all copies alone."""
     schemas = _schemas(store)
     gone = _gone(store, schemas, {name.lower() for name in here})
     staying = [schema for schema in schemas if schema not in gone]

@@ -1,16 +1,11 @@
 """SQL that assets, reports and people share: the views of every transfer, and the filter's verdicts on its pairs."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from tuneshift_dag.config import Transfer
 from tuneshift_dag.method.filters import Rule, repetition_sql, verdict_sql
 from tuneshift_dag.store.tables import FILTERED_DATASET, SCORED_PAIRS, SYNTHETIC_PROMPTS
-
-if TYPE_CHECKING:
-    from tuneshift_dag.config import Transfer
 
 
 @dataclass(frozen=True)

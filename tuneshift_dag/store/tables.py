@@ -1,7 +1,4 @@
-"""Every table and column, declared once: the DDL, Dagster's schemas and the docs come from here.
-
-The views over them are in `tuneshift_dag.store.queries`.
-"""
+"""Every table and column, declared once: the DDL, Dagster's schemas and the docs come from here."""
 
 import re
 from dataclasses import dataclass
@@ -64,10 +61,7 @@ def _column(line: str) -> Column:
 
 
 def _table(text: str) -> Table:
-    """From ``name (key): description``, the key aside where there is none, and the columns, a line for each.
-
-    A line without a description names columns of `_SHARED`.
-    """
+    """From ``name (key): description``, where the key may lack, and a line for each column or some of `_SHARED`."""
     head, *lines = (line.strip() for line in text.strip().splitlines())
     name, key, description = re.fullmatch(r"(\w+)(?: \((.+?)\))?: (.+)", head).groups()  # type: ignore[union-attr]
     columns: list[Column] = []
