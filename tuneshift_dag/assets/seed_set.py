@@ -51,7 +51,7 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
                 current.cache,
                 [source.encode(prompt) for prompt in rendered],
                 "fine_tuned",
-                Decoding(transfer.config.response.max_new_tokens),
+                Decoding(transfer.config.response.max_new_tokens, stops=transfer.stops),
                 current.cost,
             )
             answered = zip(transfer.seeds, responses, strict=True)

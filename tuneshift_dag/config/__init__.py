@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tuneshift_dag.config.schema import TransferConfig
+from tuneshift_dag.method.evaluation import next_question
 from tuneshift_dag.method.filters import Guards
 from tuneshift_dag.models.references import Fingerprint
 
@@ -44,6 +45,13 @@ class Transfer:
         settings, response = self.config.filter, self.config.response
         agreement = response.agreement if response.samples else None
         return Guards(settings.allow_truncated, settings.max_repetition, settings.refusals, agreement)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end a response beside a model's end token, for scoring, sampling and evaluation alike: those of
+        ``response.stop``, and where numbers are compared the next question that a model asks itself."""
+        asked = next_question(self.config.prompt_template) if self.config.evaluation.metric == "numeric" else ""
+        return (*self.config.response.stop, *([asked] if asked else []))
 
     def reference(self, key: str) -> str:
         """The model reference at a key of ``fingerprints``; on the hub with the commit that the fingerprint is of.

@@ -33,6 +33,9 @@ class Response(Section):
     """How the source models answer."""
 
     max_new_tokens: int = Field(64, ge=1, description="Longest response, in tokens; longer ones are truncated.")
+    stop: tuple[str, ...] = Field((), exclude_if=lambda value: not value)
+    """Texts before the first of which a response ends, beside the model's end tokens, such as `["\\nQuestion:"]`: for
+    scoring, sampling and evaluation."""
     samples: int = Field(0, ge=0, le=100)
     """Self-consistency (Wang et al., arXiv 2203.11171): also sample this many fine-tuned responses to each prompt, and
     drop the pair when too few agree with the greedy one. 0 is off; 5 or more make sense."""
@@ -43,6 +46,13 @@ class Response(Section):
     """Least share of `samples` whose answer is that of the greedy response, outer white space aside; with
     `evaluation.metric: numeric`, whose number is. From 0.5 on, the kept response is the majority's. A change runs the
     filter again, and no model."""
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(value):
+            raise ValueError("holds an empty text, before which every response ends; remove it")
+        return value
 
     @model_validator(mode="after")
     def _has_samples(self) -> "Response":

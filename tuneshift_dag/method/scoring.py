@@ -162,6 +162,10 @@ def score_pairs(
     fingerprints = {side: model.fingerprint(side) for side in SIDES}
     keys = {s: [cache.response_key(fingerprints[s], p, decoding) for p in prompts] for s in SIDES}
     found = cache.responses([*keys["base"], *keys["fine_tuned"]])
+    if not {*keys["base"], *keys["fine_tuned"]} <= found.keys() and model.one_at_a_time:
+        for side in SIDES:
+            answers = generate(model, cache, prompts, side, decoding, cost, on_progress=on_progress)
+            found |= dict(zip(keys[side], answers, strict=True))
 
     def cross_keys(i: int, base: Response, fine_tuned: Response) -> tuple[str, str]:
         return (
