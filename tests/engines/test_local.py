@@ -8,8 +8,8 @@ import torch
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.engines import decoding as loop
-from tuneshift_dag.engines.kv_cache import KVDtype, restored, stored
 from tuneshift_dag.engines import rows as batch_rows
+from tuneshift_dag.engines.kv_cache import KVDtype, restored, stored
 from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.engines.rows import Rows
 from tuneshift_dag.method import SIDES, Decoding, Pair

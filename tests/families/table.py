@@ -28,6 +28,7 @@ COMMON = {
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _HEADS = {"head_dim": 16}
+_SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 _LINEAR_ATTENTION = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
@@ -50,7 +51,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _LINEAR_ATTENTION,
     "gemma": _HEADS,
     "gemma2": {**_HEADS, "sliding_window": 6, "query_pre_attn_scalar": 16},
-    "gemma3_text": {**_HEADS, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {**_HEADS, **_SLIDING},
     "phi": {},
     "phi3": {},
     "phimoe": {**_LOCAL_EXPERTS},
@@ -69,7 +70,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": 6},
     "olmo": {},
     "olmo2": {},
-    "olmo3": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "olmo3": {**_SLIDING},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.2},
     "granitemoe": {**_LOCAL_EXPERTS, "logits_scaling": 4.0},
@@ -79,7 +80,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "bamba": {**_MAMBA2, "attn_layer_indices": [1], "mamba_n_groups": 1},
     "cohere": {"logit_scale": 0.25},
-    "cohere2": {"logit_scale": 0.25, "sliding_window": 6, **_HEADS, "layer_types": ["sliding_attention", "full_attention"]},
+    "cohere2": {"logit_scale": 0.25, **_SLIDING, **_HEADS},
     "glm": _HEADS,
     "glm4": _HEADS,
     "glm4_moe": {
@@ -88,15 +89,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "smollm3": {"no_rope_layers": [1, 0]},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 64},
-    "gpt_oss": {**_LOCAL_EXPERTS, **_HEADS, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt_oss": {**_LOCAL_EXPERTS, **_HEADS, **_SLIDING},
     "deepseek_v3": {
-        "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1,
-        "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 16, "v_head_dim": 16,
+        "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+        "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
     },
     "mixtral": _LOCAL_EXPERTS,
     "nemotron": _HEADS,
-    "exaone4": {**_HEADS, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "exaone4": {**_HEADS, **_SLIDING},
     "ernie4_5": _HEADS,
     "hunyuan_v1_dense": _HEADS,
     "mamba": {"state_size": 8, "time_step_rank": 8},
@@ -105,7 +106,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8,
         "expert_layer_period": 2, "expert_layer_offset": 1, "use_mamba_kernels": False,
     },
-    "recurrent_gemma": {"lru_width": 64, "block_types": ["recurrent", "attention"], "attention_window_size": 6, **_HEADS},
+    "recurrent_gemma": {
+        "lru_width": 64, "block_types": ["recurrent", "attention"], "attention_window_size": 6, **_HEADS,
+    },
     "rwkv": {"attention_hidden_size": 64},
     "seed_oss": _HEADS,
     "apertus": {},
@@ -114,10 +117,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 MULTIMODAL: dict[str, dict[str, Any]] = {
     "gemma3": {
-        "text_config": {**COMMON, **_HEADS, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+        "text_config": {**COMMON, **_HEADS, **_SLIDING},
         "vision_config": {
-            "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
-            "patch_size": 14,
+            "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14,
         },
         "mm_tokens_per_image": 4, "image_token_index": 2, "boi_token_index": 2, "eoi_token_index": 2,
     },

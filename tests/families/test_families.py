@@ -92,4 +92,6 @@ def test_a_target_of_this_family(engine: LocalEngine, tmp_path: Path) -> None:
     )
     with torch.inference_mode():
         ids = torch.tensor([PROMPTS[0]])
-        torch.testing.assert_close(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            again(input_ids=ids).logits, model.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+        )

@@ -31,7 +31,7 @@ def test_a_perplexity_beyond_the_largest_float_is_infinite():
         {"top_k": 7},
         {"top_p": 0.5},
         {"seed": 1},
-        {"stop": "\n9."},
+        {"stops": ("\n9.",)},
     ],
 )
 def test_every_sampling_setting_is_part_of_the_key(change):

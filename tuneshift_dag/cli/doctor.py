@@ -5,7 +5,7 @@ Nothing is downloaded: models of the hub that aren't on this machine are named, 
 
 import importlib.metadata
 import shutil
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -132,7 +132,7 @@ def quantized_in_use(transfers: Sequence[Transfer]) -> set[str]:
     return used
 
 
-def _loaded(transfer: Transfer, missing: Container[str]) -> Iterator[Finding]:
+def _loaded(transfer: Transfer, missing: Mapping[str, str]) -> Iterator[Finding]:
     """What only loaded models can tell, of those that are here."""
     from tuneshift_dag.resources import EngineResource
 
@@ -149,7 +149,7 @@ def _loaded(transfer: Transfer, missing: Container[str]) -> Iterator[Finding]:
                 yield Finding(what, True, f"{generator.model} has a chat template")
             except TuneshiftError as error:
                 yield Finding(what, False, str(error))
-    if "source.base" not in missing and "source.adapter" not in missing:
+    if "source.base" not in missing and transfer.config.source.tuned[0] not in missing:
         what, template = f"{transfer.name} preflight", transfer.config.prompt_template
         try:
             applied = engines.source(transfer).check_adapter([template.replace("{prompt}", s) for s in transfer.seeds])
@@ -158,6 +158,13 @@ def _loaded(transfer: Transfer, missing: Container[str]) -> Iterator[Finding]:
             told += "" if difference is None else f" (largest logit difference on the seeds {difference:.1f})"
             told = "; ".join([*applied.problems, *applied.warnings]) or told
             yield Finding(what, not applied.problems, told)
+        except TuneshiftError as error:
+            yield Finding(what, False, str(error))
+    if not missing.keys() & {"generator.model", "target.base"}:
+        what = f"{transfer.name} chain"
+        try:
+            engines.check_chain(transfer, [(seed, seed) for seed in transfer.seeds[:2]])
+            yield Finding(what, True, "generator and target answer as a plain forward pass does; the target trains")
         except TuneshiftError as error:
             yield Finding(what, False, str(error))
     engines.release()  # the next transfer's models need its memory

@@ -68,6 +68,12 @@ class Transfer:
         distill = self.config.distill.model_copy(update={"epochs": epochs})
         return replace(self, config=self.config.model_copy(update={"seed": seed, "distill": distill}))
 
+    def with_one_step(self) -> "Transfer":
+        """The same transfer with a training of a few pairs in one step and one process."""
+        changes = {"epochs": 1, "processes": 1, "gradient_accumulation": 1, "balance": "none"}
+        distill = self.config.distill.model_copy(update=changes)
+        return replace(self, config=self.config.model_copy(update={"distill": distill}))
+
     def with_rounds(self, most: int) -> "Transfer":
         """The same transfer with at most this many rounds (1 or more)."""
         return replace(self, config=self.config.model_copy(update={"rounds": min(most, self.config.rounds)}))

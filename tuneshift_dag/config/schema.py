@@ -17,10 +17,28 @@ SAMPLES = {"samples", "temperature", "top_p", "agreement"}
 
 
 class Source(Section):
-    """Model A: the base model and the adapter that holds the skill."""
+    """Model A: the base model, and what holds the skill: an adapter for it, or a whole fine-tuned model."""
 
     base: str = Field(description="Model reference of the source base model.")
-    adapter: str = Field(description="PEFT LoRA adapter: a folder (relative to this one) or a hub id.")
+    adapter: str | None = Field(None, description="PEFT adapter: a folder (relative to this one) or a hub id.")
+    fine_tuned: str | None = Field(None, exclude_if=lambda value: value is None)
+    """Model reference of the fine-tuned model, merged or fully tuned, in place of `adapter`."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "Source":
+        if (self.adapter is None) == (self.fine_tuned is None):
+            given = "neither is given" if self.adapter is None else "both are given"
+            raise ValueError(f"needs either adapter or fine_tuned, a whole model; {given}")
+        if self.fine_tuned == self.base:
+            raise ValueError(f"fine_tuned is the base itself, {self.base!r}; name the fine-tuned model")
+        return self
+
+    @property
+    def tuned(self) -> tuple[str, str]:
+        """Key of `transfer.yaml` and reference of what holds the skill."""
+        if self.adapter is not None:
+            return "source.adapter", self.adapter
+        return "source.fine_tuned", str(self.fine_tuned)
 
 
 class Target(Section):

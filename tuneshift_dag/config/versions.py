@@ -4,6 +4,7 @@ An asset is out of date when its code version, or that of an input's data, isn't
 """
 
 import hashlib
+import importlib.metadata
 import json
 import re
 from collections.abc import Iterable
@@ -102,6 +103,16 @@ def training_version(transfer: Transfer) -> str:
     compared apart, by the fingerprint that is stored with the adapter.
     """
     return _hash([_training_code(transfer.config), _chosen(_settings(transfer), _TRAINING)])[:12]
+
+
+def chain_version(transfer: Transfer) -> str:
+    """Changes with what decides whether generator and target can do their work (16 characters): their files, how they
+    are loaded and trained, and the packages that do it."""
+    keys = [key for key in transfer.fingerprints if not key.startswith("source")]
+    files = {key: transfer.fingerprints[key].value or transfer.reference(key) for key in keys}
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+    used = _chosen(_settings(transfer), ("models", "distill", "generator.mode", "generator.quantization"))
+    return _hash([files, used, packages])[:16]
 
 
 def _read(transfer: Transfer, name: str) -> Any:

@@ -37,6 +37,10 @@ _LOG = logging.getLogger("tuneshift_dag")
 # Raised by hand when a change to the decode loop changes its outputs.
 _ENGINE_VERSION = "local-1"
 _WHOLE_ROUND = 1 << 20
+# Preflight: tokens of the answers that are compared with a plain forward pass, and how far they may be from it, in nats
+# per token: in bfloat16 rounding alone makes 0.035, and a cache that isn't what the model keeps makes more than 1.
+_CHECKED_TOKENS = 4
+_SAME_ANSWER = 0.3
 
 
 @dataclass(eq=False)
@@ -155,6 +159,21 @@ class LocalEngine(Engine):
         chat = [{"role": "user", "content": message}]
         return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
+    def check_answers(self, prompts: Sequence[list[int]]) -> list[str]:
+        problems = []
+        for side in SIDES if self.adapter or self.fine_tuned else SIDES[:1]:
+            answers = dict(i for batch in self.generate(prompts, side, Decoding(_CHECKED_TOKENS)) for i in batch)
+            with self.side(side) as model:
+                whole = generic.Prefix(list(prompts))
+                expected = generic.score(model, whole, [answers[i].token_ids for i in range(len(prompts))])
+            apart = max(abs(answers[i].sum_logprob - e) / len(answers[i].token_ids) for i, e in enumerate(expected))
+            if not apart < _SAME_ANSWER:
+                problems.append(
+                    f"{self._files(side).reference} ({side}): the log-probabilities of its answers are {apart:.2f} nats"
+                    " per token from those of a plain forward pass, so this model can't be used"
+                )
+        return problems
+
     def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
         ids = [self.encode(prompt) for prompt in prompts]
         logits = {}
@@ -163,7 +182,7 @@ class LocalEngine(Engine):
                 logits[side] = self._loop.next_logits(model, self._loop.prefill(model, ids))
         update_norm = _update_norm(self._model("fine_tuned")) if self.adapter else None
         difference = float((logits["base"] - logits["fine_tuned"]).abs().max())
-        problems = []
+        problems = self.check_answers(ids[:2])
         if difference == 0:
             why = " (the adapter's weights are zero)" if update_norm == 0 else ""
             problems.append(f"the base and the fine-tuned model give equal logits on every seed{why}")

@@ -85,6 +85,10 @@ class TextModel(Protocol):
     def encode(self, text: str, templated: bool = False) -> list[int]:
         """Token ids of a rendered prompt; a chat template has put its special tokens into the text."""
 
+    def check_answers(self, prompts: Sequence[list[int]]) -> list[str]:
+        """Problems, each in words: what it answers isn't what the model's plain forward pass gives."""
+        return []
+
     def generate(
         self, prompts: Sequence[list[int]], side: Side, decoding: Decoding, seeds: Sequence[int] | None = None
     ) -> Iterator[list[tuple[int, Response]]]:
@@ -107,8 +111,8 @@ class Scorer(TextModel, Protocol):
 
     @property
     def one_at_a_time(self) -> bool:
-        """Whether base and fine-tuned are two models that take turns in memory: all that one answers is then asked of it
-        together, and `pairs` is given both responses of every prompt."""
+        """Whether base and fine-tuned are two models that take turns in memory: all that one answers is then asked of
+        it together, and `pairs` is given both responses of every prompt."""
         return False
 
     chunk_size: int = CHUNK_SIZE

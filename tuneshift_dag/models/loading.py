@@ -106,7 +106,9 @@ def _attached(model: Any, files: ModelFiles, adapter: ModelFiles) -> PeftModel:
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         problem = str(error).strip().replace("\n", " ")[:300]
     else:
-        unknown, unfilled = found.unexpected_keys, found.missing_keys
+        # Of embeddings that grew PEFT saves a second copy, and takes the first.
+        unknown = [name for name in found.unexpected_keys if ".modules_to_save." not in name]
+        unfilled = found.missing_keys
         if not unknown and not unfilled:
             return adapted
         problem = "; ".join(

@@ -22,6 +22,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.lora.bnb import Linear4bit
 from torch.autograd.function import once_differentiable
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.models.capabilities import linear_layers
 from tuneshift_dag.models.loading import is_plain
 from tuneshift_dag.training.batches import (
@@ -144,7 +145,8 @@ def train(
             draws of dropout.
 
     Raises:
-        RuntimeError: when a trainable parameter gets no gradient in the first step, or its loss isn't finite.
+        RuntimeError: when a trainable parameter gets no gradient in the first step.
+        TuneshiftError: when a loss or gradient isn't finite, naming the step.
     """
     rng, prompt_rng = random.Random(settings.seed), random.Random(settings.seed)
     shuffled = rng.sample(list(examples), len(examples))
@@ -174,7 +176,11 @@ def train(
             if step <= done:
                 continue  # it was only drawn, so that the next ones are those of a training in one go
             loss = _backward(model, chosen, settings, optimizer, first=step == done + 1)
-            optimizer.step()
+            if not math.isfinite(loss):
+                raise TuneshiftError(_diverged(f"loss is {loss}", step, model))
+            norm = optimizer.step()
+            if not math.isfinite(norm):
+                raise TuneshiftError(_diverged(f"norm of the gradient is {norm}", step, model))
             next_rate = float(optimizer.schedule.get_last_lr()[0])
             curve.steps.append({"step": step, "loss": loss, "learning_rate": next_rate})
             curve.response_tokens += sum(len(e.response_ids) for e in chosen)
@@ -231,13 +237,15 @@ class _Optimizer:
         )
         self._parts: dict[str, Any] = {"optimizer": self.adamw, "scaler": self.scaler, "schedule": self.schedule}
 
-    def step(self) -> None:
+    def step(self) -> float:
+        """Norm of the gradient before it was clipped. In float16 0 when it overflows: the step is left out then."""
         self.scaler.unscale_(self.adamw)
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         self.scaler.step(self.adamw)
         self.scaler.update()
         self.adamw.zero_grad(set_to_none=True)
         self.schedule.step()
+        return norm if math.isfinite(norm) or not self.scaler.is_enabled() else 0.0
 
     def state(self) -> dict[str, Any]:
         """What a training needs to go on; its examples and their order follow from its arguments."""
@@ -279,12 +287,15 @@ def _backward(
         if parameter.grad is None:  # this process's share of the step was empty
             parameter.grad = torch.zeros_like(parameter)
     add_over_processes([loss, *(parameter.grad for parameter in optimizer.parameters)])
-    if first and not loss.isfinite():
-        raise RuntimeError(
-            f"the first loss is {loss.item()}: the base model overflows in {_base_dtype(model)}. Set"
-            " models.compute_dtype: float32."
-        )
     return loss.item()
+
+
+def _diverged(what: str, step: int, model: PeftModel) -> str:
+    return (
+        f"the training stopped: at step {step} the {what}, so nothing of it was saved. At the first step the base model"
+        f" overflows in {_base_dtype(model)}: set models.compute_dtype: float32. Later it has diverged: lower"
+        " distill.learning_rate."
+    )
 
 
 def _base_dtype(model: PeftModel) -> torch.dtype | None:
