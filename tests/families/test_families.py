@@ -95,3 +95,10 @@ def test_a_target_of_this_family(engine: LocalEngine, tmp_path: Path) -> None:
         torch.testing.assert_close(
             again(input_ids=ids).logits, model.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-4
         )
+
+
+def test_the_documentation_names_the_families_of_the_own_loop_and_each_was_tried() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
+    listed = page.partition("own decode loop answers and scores:")[2].partition("(the names of")[0]
+    assert sorted(listed.replace("\n", " ").strip().split(", ")) == sorted(OWN_LOOP)
+    assert FAMILIES.keys() >= OWN_LOOP

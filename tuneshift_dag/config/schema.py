@@ -28,7 +28,7 @@ class Source(Section):
     def _one_of_two(self) -> "Source":
         if (self.adapter is None) == (self.fine_tuned is None):
             given = "neither is given" if self.adapter is None else "both are given"
-            raise ValueError(f"needs either adapter or fine_tuned, a whole model; {given}")
+            raise ValueError(f"needs source.adapter, or source.fine_tuned for a whole model; {given}")
         if self.fine_tuned == self.base:
             raise ValueError(f"fine_tuned is the base itself, {self.base!r}; name the fine-tuned model")
         return self

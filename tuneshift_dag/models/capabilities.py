@@ -51,6 +51,11 @@ def keys_values_bytes(config: Any, itemsize: int, in_8_bits: bool = False) -> in
     return int(text.num_hidden_layers * 2 * heads * kept)
 
 
+def experts_bytes(model: Any) -> int:
+    """Bytes of experts that are fused into one parameter, which bitsandbytes doesn't quantize."""
+    return sum(parameter.nbytes for parameter in model.parameters() if parameter.dim() == 3)
+
+
 def start_ids(tokenizer: Any) -> list[int]:
     """What a model's texts start with. Without such a token (GPT-2, SmolLM2) it is what ends the text before."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -8,6 +8,7 @@ silently has no gradients, and merging and saving give garbage. So a model is lo
 
 import contextlib
 import json
+import logging
 import tempfile
 import types
 import warnings
@@ -25,13 +26,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.models import memory
-from tuneshift_dag.models.capabilities import attention_of
+from tuneshift_dag.models.capabilities import attention_of, experts_bytes
 from tuneshift_dag.models.references import ModelFiles, quantized_copy
 
 Quantization = Literal["nf4", "fp4", "none"]
 DeviceMap = Literal["auto", "single"]
 Placement = str | dict[str, int] | None
 ADAPTER = "fine_tuned"
+_LOG = logging.getLogger("tuneshift_dag")
 
 
 @lru_cache(maxsize=4)
@@ -215,6 +217,8 @@ def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype, dev
             model.save_pretrained(Path(staging) / "model")
             with contextlib.suppress(OSError):  # another process was first
                 (Path(staging) / "model").rename(folder)
+        if (experts := experts_bytes(model)) > model.get_memory_footprint() / 10:
+            _LOG.warning(f"{files.reference}: its experts, {experts / 1e9:.1f} GB, stay in {dtype}, not in 4 bits.")
         del model
     return _read(folder, attention, "saved", dtype, placed)
 

@@ -147,9 +147,8 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             name += f"|{settings.ray.model_dump_json()}"
         if name not in _ENGINES:
             how = (models.quantization, models.compute_dtype, models.batch_size, models.device_map)
-            pair = (files, None if whole else tuned)
-            workers = 1 if ray else models.workers
-            local = LocalEngine(*pair, *how, models.kv_cache_dtype, workers, tuned if whole else None)
+            adapter, model = (None, tuned) if whole else (tuned, None)
+            local = LocalEngine(files, adapter, *how, models.kv_cache_dtype, 1 if ray else models.workers, model)
             needed = [files.path, *([tuned.path] if tuned else [])]
             _ENGINES[name] = ray.RayEngine(local, models.batch_size, settings.ray, needed) if ray else local
         engine: Engine = _ENGINES[name]
