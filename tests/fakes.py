@@ -205,6 +205,9 @@ class FakeModels:
                 name = f"target|{adapter.name if adapter else ''}"
                 return models.targets.setdefault(name, FakeEngine(name, base="target|"))
 
+            def check_chain(self, transfer: Transfer, pairs: Any) -> None:
+                """They are right."""
+
             def harness(self, transfer: Transfer) -> Any:
                 return FakeHarness(transfer, models)
 

@@ -110,7 +110,8 @@ def test_samples_count_where_they_are_drawn_and_agreement_where_it_decides(
         assert "scored_pairs" in changed(transfer_folder, lambda k=key, v=value: edit_config(k, v)), key
     write_jsonl(transfer_folder / "heldout.jsonl", [{"prompt": "1 + 1?", "response": "2"}])
     numeric = changed(transfer_folder, lambda: edit_config("evaluation.metric", "numeric"))
-    assert numeric == {"scored_pairs", "evaluation", "comparison"}
+    # The question that a model asks itself ends its responses everywhere.
+    assert numeric == {"seed_set", "scored_pairs", "evaluation", "comparison"}
 
 
 def test_keep_and_threshold_are_one_setting(transfer_folder: Path, edit_config: Edit) -> None:

@@ -140,7 +140,7 @@ def own_answer(engine: LocalEngine, prompt: str) -> str:
     from tuneshift_dag.method import Decoding
 
     ids = engine.encode(TEMPLATE.replace("{prompt}", prompt))
-    ((_, response),) = next(iter(engine.generate([ids], "fine_tuned", Decoding(12, stop="\n"))))
+    ((_, response),) = next(iter(engine.generate([ids], "fine_tuned", Decoding(12, stops=("\n",)))))
     return response.text.strip()
 
 

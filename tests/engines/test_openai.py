@@ -142,7 +142,7 @@ def test_prompts_go_out_as_token_ids_and_leave_nothing_to_defaults(serve, tokeni
     engine = source(server.url, tokenizer)
     ids = engine.encode(TEXTS[0])
     collect(engine.generate([ids], "fine_tuned", GREEDY))
-    collect(engine.generate([ids], "base", Decoding(9, 0.7, 50, 0.9, stop="\n\n"), seeds=[2**40 + 5]))
+    collect(engine.generate([ids], "base", Decoding(9, 0.7, 50, 0.9, stops=("\n\n",)), seeds=[2**40 + 5]))
     greedy, sampled = server.bodies
     assert (greedy["prompt"], greedy["model"], greedy["temperature"], greedy["repetition_penalty"]) == (
         ids,

@@ -31,11 +31,11 @@ def test_a_perplexity_beyond_the_largest_float_is_infinite():
         {"top_k": 7},
         {"top_p": 0.5},
         {"seed": 1},
-        {"stop": "\n9."},
+        {"stops": ("\n9.",)},
     ],
 )
 def test_every_sampling_setting_is_part_of_the_key(change):
-    sampling = Decoding(8, temperature=1.0, top_k=50, top_p=0.9, seed=0, stop="\n")
+    sampling = Decoding(8, temperature=1.0, top_k=50, top_p=0.9, seed=0, stops=("\n",))
     assert replace(sampling, **change).key() != sampling.key()
 
 
@@ -43,4 +43,4 @@ def test_the_key_of_a_greedy_decoding_leaves_out_what_has_no_effect():
     greedy = Decoding(8)
     assert replace(greedy, seed=5, top_k=3, top_p=0.5).key() == greedy.key()
     assert replace(greedy, max_new_tokens=9).key() != greedy.key()
-    assert replace(greedy, stop="\n").key() != greedy.key()
+    assert replace(greedy, stops=("\n",)).key() != greedy.key()

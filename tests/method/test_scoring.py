@@ -1,7 +1,7 @@
 import pytest
 
 from tests.fakes import FakeEngine
-from tuneshift_dag.method import Decoding
+from tuneshift_dag.method import Decoding, before_stop
 from tuneshift_dag.method.scoring import Cost, agreement, agreements, chunk_progress, generate, score, score_pairs
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.cache import ResponseCache
@@ -228,3 +228,23 @@ def test_a_killed_sampling_keeps_its_finished_batches(cache):
     cost = Cost()
     measure(FakeEngine(), cache, 3, cost)
     assert cost == Cost(model_calls=12, cache_hits=12)
+
+
+class TestBeforeStop:
+    """A response is cut before a stop, and so are its tokens."""
+
+    WORDS = ("It is", " 4.", "\nQ", "uestion:", " what", "\n")
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.WORDS[i] for i in ids)
+
+    def test_the_first_stop_counts_and_a_token_that_holds_its_beginning_goes(self) -> None:
+        ids, logprobs = [0, 1, 2, 3, 4], [-1.0, -2.0, -3.0, -4.0, -5.0]
+        found = before_stop(ids, logprobs, ("what", "Question:"), self.decode)
+        assert found == ("It is 4.\n", [0, 1], [-1.0, -2.0])
+
+    def test_without_one_there_is_nothing_to_cut(self) -> None:
+        assert before_stop([0, 1], [-1.0, -2.0], ("\nQuestion:",), self.decode) is None
+
+    def test_a_response_that_is_a_stop_is_empty(self) -> None:
+        assert before_stop([5, 0], [-1.0, -2.0], ("\n",), self.decode) == ("", [], [])

@@ -5,7 +5,8 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tuneshift_dag import TuneshiftError
-from tuneshift_dag.models.capabilities import GROUPED_ATTENTION, check_head
+from tuneshift_dag.models.attention import GROUPED_ATTENTION
+from tuneshift_dag.models.capabilities import check_finite
 
 SIZES = {
     "vocab_size": 64,
@@ -52,8 +53,8 @@ def test_logits_equal_those_of_eager_attention_with_padding_and_a_cache(config, 
 def test_a_model_that_overflows_is_refused() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=128, **sizes)).eval()
-    check_head(model)
+    check_finite(model)
     model.lm_head.weight.data.fill_(6e4)
-    check_head(model)
+    check_finite(model)
     with pytest.raises(TuneshiftError, match=r"llama: its activations overflow in torch\.float16.* float32"):
-        check_head(model.half())
+        check_finite(model.half())

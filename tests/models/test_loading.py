@@ -99,6 +99,13 @@ class TestChoices:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
 
+    @pytest.fixture(autouse=True)
+    def files(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """There are none: no tokenizer, and weights that are in 16 bits."""
+        monkeypatch.setattr(LocalEngine, "ends", {0})
+        monkeypatch.setattr(LocalEngine, "tokenizer", SimpleNamespace(eos_token_id=0))
+        monkeypatch.setattr(model_loading, "is_quantized", lambda folder: False)
+
     @pytest.fixture
     def asked(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
         """The options of every load; a model that is saved leaves an empty folder."""

@@ -9,7 +9,7 @@ import polars as pl
 from tuneshift_dag.assets.common import LOG, Context, Step, definition, example_rows, step
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.method import Decoding, Scorer, Side, scoring
-from tuneshift_dag.method.evaluation import bootstrap_accuracy, general_texts, mark, next_question, retention
+from tuneshift_dag.method.evaluation import bootstrap_accuracy, general_texts, mark, retention
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.reports import plots
 from tuneshift_dag.resources import EngineResource, StoreResource
@@ -95,21 +95,20 @@ def answer_heldout(current: Step, engine: Scorer, side: Side, name: str) -> Rows
     """The model's greedy response to every held-out prompt, marked: rows of ``evaluations`` without the model."""
     transfer = current.transfer
     template, settings = transfer.config.prompt_template, transfer.config.evaluation
-    stop = next_question(template) if settings.metric == "numeric" else ""
     responses = scoring.generate(
         engine,
         current.cache,
         [engine.encode(template.replace("{prompt}", prompt)) for prompt, _ in transfer.heldout],
         side,
-        Decoding(settings.max_new_tokens, stop=stop),
+        Decoding(settings.max_new_tokens, stops=transfer.stops),
         current.cost,
         on_progress=current.progress(f"evaluating {name}"),
     )
     rows: Rows = []
     for (prompt, expected), response in zip(transfer.heldout, responses, strict=True):
-        text = response.text.split(stop)[0] if stop else response.text
-        correct, flexible = mark(settings.metric, text, expected)
-        row = {"prompt_id": prompt_id(prompt), "prompt": prompt, "expected": expected, "response": text.strip()}
+        correct, flexible = mark(settings.metric, response.text, expected)
+        row = {"prompt_id": prompt_id(prompt), "prompt": prompt, "expected": expected}
+        row["response"] = response.text.strip()
         rows.append({**row, "correct": correct, "correct_flexible": flexible})
     return rows
 

@@ -1,6 +1,7 @@
 """``scored_pairs``: both source models answer every prompt; four perplexities per pair."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -65,7 +66,7 @@ def _score_round(current: Step, engine: Scorer) -> Iterator[pl.DataFrame]:
 
     def score(prompts: pl.DataFrame) -> pl.DataFrame:
         ids = [engine.encode(transfer.config.prompt_template.replace("{prompt}", p)) for p in prompts["prompt"]]
-        decoding = Decoding(settings.max_new_tokens)
+        decoding = Decoding(settings.max_new_tokens, stops=transfer.stops)
         pairs = scoring.score_pairs(engine, current.cache, ids, decoding, current.cost, pairs_progress(len(ids)))
         agreements: Sequence[float | None] = [None] * len(pairs)
         if settings.samples:
@@ -75,7 +76,7 @@ def _score_round(current: Step, engine: Scorer) -> Iterator[pl.DataFrame]:
                 ids,
                 [pair.fine_tuned.text for pair in pairs],
                 settings.samples,
-                Decoding(settings.max_new_tokens, settings.temperature, top_p=settings.top_p),
+                replace(decoding, temperature=settings.temperature, top_p=settings.top_p),
                 transfer.config.seed,
                 transfer.config.evaluation.metric,
                 current.cost,

@@ -51,11 +51,13 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
                 current.cache,
                 [source.encode(prompt) for prompt in rendered],
                 "fine_tuned",
-                Decoding(transfer.config.response.max_new_tokens),
+                Decoding(transfer.config.response.max_new_tokens, stops=transfer.stops),
                 current.cost,
             )
-            answered = zip(transfer.seeds, responses, strict=True)
-            seeds = [Candidate(prompt_id(seed), seed, response.text) for seed, response in answered]
+            answered = [(seed, response.text) for seed, response in zip(transfer.seeds, responses, strict=True)]
+            with current.cost.model_time():
+                engines.check_chain(transfer, answered[:2])
+            seeds = [Candidate(prompt_id(seed), seed, response) for seed, response in answered]
             rows = SEED_SET.frame([vars(seed) for seed in seeds])
             observed: list[dg.AssetObservation] = []
             current.write(
@@ -90,8 +92,9 @@ def _refusal(transfer: Transfer, problems: list[str]) -> str:
     said = "; ".join(problems) + "."
     if transfer.config.engine.type == "openai":
         return f"{transfer.folder / 'transfer.yaml'}: {said}"
-    check = "Check that source.base is the very model that the adapter was trained on."
-    return f"{transfer.folder / transfer.config.source.adapter}: {said} {check}"
+    key, reference = transfer.config.source.tuned
+    check = "Check that source.base is the very model that it was trained on."
+    return f"{transfer.folder / 'transfer.yaml'}: {key}: {reference}: {said} {check}"
 
 
 def build_round_seeds(transfer: Transfer) -> dg.AssetSpec:

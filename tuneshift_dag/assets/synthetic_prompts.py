@@ -61,14 +61,14 @@ def _ask(engine: PromptWriter, current: Step, calls: list[list[Candidate]]) -> l
     transfer, settings = current.transfer, current.transfer.config.generator
     requests = [_request(engine, settings, call, first_round=current.round == round_key(1)) for call in calls]
     last_item = settings.seeds_per_call + settings.prompts_per_call
-    stops = {"chat": "", "continuation": f"\n{last_item + 1}.", "by_response": "\n\n"}
+    stops = {"chat": (), "continuation": (f"\n{last_item + 1}.",), "by_response": ("\n\n",)}
     how = (settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
     return scoring.generate(
         engine,
         current.cache,
         [engine.encode(request, templated=settings.mode == "chat") for request in requests],
         "base",
-        Decoding(*how, stop=stops[settings.mode]),
+        Decoding(*how, stops=stops[settings.mode]),
         current.cost,
         # The call's number keeps two calls with the same seeds apart.
         [_sampling_seed(transfer.config.seed, number, request) for number, request in enumerate(requests)],

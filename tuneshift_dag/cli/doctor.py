@@ -5,7 +5,7 @@ Nothing is downloaded: models of the hub that aren't on this machine are named, 
 
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -126,7 +126,7 @@ def quantized_in_use(transfers: Sequence[Transfer]) -> set[str]:
     return used
 
 
-def _loaded(transfer: Transfer, missing: Container[str]) -> Iterator[Finding]:
+def _loaded(transfer: Transfer, missing: Mapping[str, str]) -> Iterator[Finding]:
     """What only loaded models can tell, of those that are here."""
     from tuneshift_dag.resources import EngineResource
 
@@ -140,7 +140,7 @@ def _loaded(transfer: Transfer, missing: Container[str]) -> Iterator[Finding]:
         else:
             told = f"{generator.model} has a chat template"
             yield _tried(what, lambda: engines.generator(transfer).render_chat(""), told)
-    if "source.base" not in missing and "source.adapter" not in missing:
+    if "source.base" not in missing and transfer.config.source.tuned[0] not in missing:
         what, template = f"{transfer.name} preflight", transfer.config.prompt_template
         try:
             applied = engines.source(transfer).check_adapter([template.replace("{prompt}", s) for s in transfer.seeds])
@@ -151,4 +151,8 @@ def _loaded(transfer: Transfer, missing: Container[str]) -> Iterator[Finding]:
             yield Finding(what, not applied.problems, told)
         except TuneshiftError as error:
             yield Finding(what, False, str(error))
+    if not missing.keys() & {"generator.model", "target.base"}:
+        examples = [(seed, seed) for seed in transfer.seeds[:2]]
+        told = "generator and target answer as a plain forward pass does, and the target trains"
+        yield _tried(f"{transfer.name} chain", lambda: engines.check_chain(transfer, examples), told)
     engines.release()  # the next transfer's models need its memory

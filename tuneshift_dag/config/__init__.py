@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tuneshift_dag.config.schema import TransferConfig
+from tuneshift_dag.method.evaluation import next_question
 from tuneshift_dag.method.filters import Guards
 from tuneshift_dag.models.references import Fingerprint
 
@@ -45,6 +46,13 @@ class Transfer:
         agreement = response.agreement if response.samples else None
         return Guards(settings.allow_truncated, settings.max_repetition, settings.refusals, agreement)
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end a response beside a model's end token, for scoring, sampling and evaluation alike: those of
+        ``response.stop``, and where numbers are compared the next question that a model asks itself."""
+        asked = next_question(self.config.prompt_template) if self.config.evaluation.metric == "numeric" else ""
+        return (*self.config.response.stop, *([asked] if asked else []))
+
     def reference(self, key: str) -> str:
         """The model reference at a key of ``fingerprints``; on the hub with the commit that the fingerprint is of.
 
@@ -59,6 +67,12 @@ class Transfer:
         """The same transfer with another seed and number of epochs, for an arm of a comparison."""
         distill = self.config.distill.model_copy(update={"epochs": epochs})
         return replace(self, config=self.config.model_copy(update={"seed": seed, "distill": distill}))
+
+    def with_one_step(self) -> "Transfer":
+        """The same transfer with a training of a few pairs in one step and one process."""
+        changes = {"epochs": 1, "processes": 1, "gradient_accumulation": 1, "balance": "none"}
+        distill = self.config.distill.model_copy(update=changes)
+        return replace(self, config=self.config.model_copy(update={"distill": distill}))
 
     def with_rounds(self, most: int) -> "Transfer":
         """The same transfer with at most this many rounds (1 or more)."""

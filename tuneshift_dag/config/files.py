@@ -64,8 +64,9 @@ def load_transfer(folder: Path) -> Transfer:
     labelled = _read_labelled(config, config_file, folder, heldout)
     for key, (reference, kind) in _references(config).items():
         check_reference(reference, folder, f"{config_file}: {key}", kind)
-    if not is_on_hub(config.source.adapter, folder):  # one that is, is looked at when it is first needed
-        _check_base_of_adapter(config, folder, f"{config_file}: source.adapter")
+    # One on the hub is looked at when it is first needed.
+    if config.source.adapter and not is_on_hub(config.source.adapter, folder):
+        _check_base_of_adapter(config.source.adapter, config.source.base, folder, f"{config_file}: source.adapter")
     return _with_fingerprints(Transfer(folder.resolve(), config, seeds, heldout, labelled))
 
 
@@ -175,9 +176,11 @@ def _refuse_twin(folder: Path, others: list[Path]) -> None:
 
 def _references(config: TransferConfig) -> dict[str, tuple[str, Kind]]:
     """What names weights, a tokenizer or an adapter, by key; a generator on a server is only a name there."""
+    served: Kind = "tokenizer" if config.engine.type == "openai" else "model"
+    key, tuned = config.source.tuned
     found: dict[str, tuple[str, Kind]] = {
-        "source.base": (config.source.base, "tokenizer" if config.engine.type == "openai" else "model"),
-        "source.adapter": (config.source.adapter, "adapter"),
+        "source.base": (config.source.base, served),
+        key: (tuned, "adapter" if config.source.adapter else served),
         "target.base": (config.target.base, "model"),
     }
     if config.generator.server is None:
@@ -316,12 +319,12 @@ def _read_labelled(
     return _pairs(rows, [prompt for prompt, _ in heldout], "also in heldout.jsonl, so its answer would be trained on")
 
 
-def _check_base_of_adapter(config: TransferConfig, folder: Path, key: str) -> None:
-    path = (folder / config.source.adapter).expanduser()
+def _check_base_of_adapter(adapter: str, base: str, folder: Path, key: str) -> None:
+    path = (folder / adapter).expanduser()
     named = check_adapter_folder(path, key).get("base_model_name_or_path")
-    if named and not is_same_base(str(named), config.source.base):
+    if named and not is_same_base(str(named), base):
         raise TuneshiftError(
             f"{key}: {path / 'adapter_config.json'} was trained on the base model {named!r}, but source.base is"
-            f" {config.source.base!r}. Set source.base to the adapter's base; if they are the same weights under"
+            f" {base!r}. Set source.base to the adapter's base; if they are the same weights under"
             " two names, set base_model_name_or_path in adapter_config.json to the value of source.base."
         )

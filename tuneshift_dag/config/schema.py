@@ -17,10 +17,28 @@ SAMPLES = {"samples", "temperature", "top_p", "agreement"}
 
 
 class Source(Section):
-    """Model A: the base model and the adapter that holds the skill."""
+    """Model A: the base model, and what holds the skill: an adapter for it, or a whole fine-tuned model."""
 
     base: str = Field(description="Model reference of the source base model.")
-    adapter: str = Field(description="PEFT LoRA adapter: a folder (relative to this one) or a hub id.")
+    adapter: str | None = Field(None, description="PEFT adapter: a folder (relative to this one) or a hub id.")
+    fine_tuned: str | None = Field(None, exclude_if=lambda value: value is None)
+    """Model reference of the fine-tuned model, merged or fully tuned, in place of `adapter`."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> "Source":
+        if (self.adapter is None) == (self.fine_tuned is None):
+            given = "neither is given" if self.adapter is None else "both are given"
+            raise ValueError(f"needs source.adapter, or source.fine_tuned for a whole model; {given}")
+        if self.fine_tuned == self.base:
+            raise ValueError(f"fine_tuned is the base itself, {self.base!r}; name the fine-tuned model")
+        return self
+
+    @property
+    def tuned(self) -> tuple[str, str]:
+        """Key of `transfer.yaml` and reference of what holds the skill."""
+        if self.adapter is not None:
+            return "source.adapter", self.adapter
+        return "source.fine_tuned", str(self.fine_tuned)
 
 
 class Target(Section):
@@ -33,6 +51,9 @@ class Response(Section):
     """How the source models answer."""
 
     max_new_tokens: int = Field(64, ge=1, description="Longest response, in tokens; longer ones are truncated.")
+    stop: tuple[str, ...] = Field((), exclude_if=lambda value: not value)
+    """Texts before the first of which a response ends, beside the model's end tokens, such as `["\\nQuestion:"]`: for
+    scoring, sampling and evaluation."""
     samples: int = Field(0, ge=0, le=100)
     """Self-consistency (Wang et al., arXiv 2203.11171): also sample this many fine-tuned responses to each prompt, and
     drop the pair when too few agree with the greedy one. 0 is off; 5 or more make sense."""
@@ -43,6 +64,13 @@ class Response(Section):
     """Least share of `samples` whose answer is that of the greedy response, outer white space aside; with
     `evaluation.metric: numeric`, whose number is. From 0.5 on, the kept response is the majority's. A change runs the
     filter again, and no model."""
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(value):
+            raise ValueError("holds an empty text, before which every response ends; remove it")
+        return value
 
     @model_validator(mode="after")
     def _has_samples(self) -> "Response":

@@ -117,9 +117,9 @@ class EngineConfig(Section):
 
     type: Literal["local", "openai", "ray"] = "local"
     """`local` loads the source models in this process; `openai` asks a server such as vLLM's or llama.cpp's
-    (docs/servers.md). `source.base` then only names the tokenizer, and `source.adapter` what the server was given.
-    `ray` loads the source models, and a generator without a server, in the actors of a Ray cluster (docs/ray.md); the
-    results are those of `local`."""
+    (docs/servers.md). `source.base` then only names the tokenizer, and `source.adapter` (or `source.fine_tuned`) what
+    the server was given. `ray` loads the source models, and a generator without a server, in the actors of a Ray
+    cluster (docs/ray.md); the results are those of `local`."""
     ray: RayCluster = Field(RayCluster(), description="`ray`: the cluster.")
     server: Server | None = Field(None, description="`openai`: the server of the source models.")
     base: ServedModel | None = Field(None, description="`openai`: the source base model.")

@@ -4,6 +4,7 @@ An asset is out of date when its code version, or that of an input's data, isn't
 """
 
 import hashlib
+import importlib.metadata
 import json
 import re
 from collections.abc import Iterable
@@ -85,7 +86,7 @@ def code_version(transfer: Transfer, asset: str) -> str:
     and the number of rounds if it reads all of them: fewer rounds change none that is left.
     """
     uses = _USES[asset]
-    settings = _settings(transfer.config)
+    settings = _settings(transfer)
     for key, fingerprint in transfer.fingerprints.items():
         section, name = key.split(".")
         settings[section][name] = fingerprint.value or settings[section][name]
@@ -101,7 +102,17 @@ def training_version(transfer: Transfer) -> str:
     It names a trained adapter in the store, so it is the same for the same settings in every release. Weights are
     compared apart, by the fingerprint that is stored with the adapter.
     """
-    return _hash([_training_code(transfer.config), _chosen(_settings(transfer.config), _TRAINING)])[:12]
+    return _hash([_training_code(transfer.config), _chosen(_settings(transfer), _TRAINING)])[:12]
+
+
+def chain_version(transfer: Transfer) -> str:
+    """Changes with what decides whether generator and target can do their work (16 characters): their files, how they
+    are loaded and trained, and the packages that do it."""
+    keys = [key for key in transfer.fingerprints if not key.startswith("source")]
+    files = {key: transfer.fingerprints[key].value or transfer.reference(key) for key in keys}
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+    used = _chosen(_settings(transfer), ("models", "distill", "generator.mode", "generator.quantization"))
+    return _hash([files, used, packages])[:16]
 
 
 def _read(transfer: Transfer, name: str) -> Any:
@@ -132,8 +143,9 @@ def _training_code(config: TransferConfig) -> int:
     return 1 if config.distill.balance == "none" else 4
 
 
-def _settings(config: TransferConfig) -> dict[str, Any]:
+def _settings(transfer: Transfer) -> dict[str, Any]:
     """The settings as they are hashed: without what has no effect, and with what stands for the same as one value."""
+    config = transfer.config
     dump = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
     if dump["engine"]["type"] == "ray":
         dump["engine"]["type"] = "local"  # whose results are the same
@@ -143,6 +155,8 @@ def _settings(config: TransferConfig) -> dict[str, Any]:
     if dump["models"]["compute_dtype"] == "auto":
         dump["models"]["compute_dtype"] = "bfloat16"  # which it is, but on old GPUs
     response = config.response
+    if transfer.stops:
+        dump["response"]["stop"] = dump["evaluation"]["stop"] = list(transfer.stops)
     dump["samples"] = None
     if response.samples:
         how = (response.samples, response.temperature, response.top_p)

@@ -1,13 +1,12 @@
 """The decode loop: prefill a batch of prompts once, then generate from it and score against it.
 
-Own-response log-probabilities fall out of decoding: at each step the chosen token's raw logit minus the float32
-log-sum-exp is added up, before temperature and top-p. A prompt's keys and values are kept (`Prefix`), so another
-model's response is scored by running only its tokens. Rows that finish leave the batch.
+A prompt's keys and values are kept (`Prefix`), so another model's response is scored by running only its tokens. Rows
+that finish leave the batch; what they have answered is in ``rows.py``.
 
 Prompts are padded on the left, so that all rows write their next token at the same place; position ids count real
 tokens only. An opening that all prompts share runs once. Rows of similar length run together: little is padding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from tuneshift_dag.engines.kv_cache import (
     stored,
     zeros,
 )
+from tuneshift_dag.engines.rows import Rows, choose, chunks, logprobs_of
 from tuneshift_dag.method import Decoding, Response
 from tuneshift_dag.models import memory
 from tuneshift_dag.models.capabilities import head_inputs, head_logits, keys_values_bytes
@@ -32,17 +32,12 @@ from tuneshift_dag.models.capabilities import head_inputs, head_logits, keys_val
 _COMPACT_AT = 1 / 8
 SHARE_FROM = 16
 """Prompts that open with at least this many equal tokens share their computation."""
-# Tokens that run at once, padding included: on a CPU more isn't faster and is more padded; a GPU needs many.
-_TOKENS_AT_ONCE = {"cpu": 512}
-_TOKENS_AT_ONCE_ELSEWHERE = 16384
 # Tokens by which a decoding batch's cache grows.
 _GROW_BY = 32
 # Logits computed at once when a response is scored, in elements (8 MB in bfloat16), but of as many rows as a step
 # decodes by default: fewer would wait for the head's weights.
 _LOGITS_AT_ONCE = 1 << 22
 _LEAST_LOGIT_ROWS = 32
-# Logits turned into float32 at once, in elements: half a megabyte stays in a core's cache.
-_FLOAT_AT_ONCE = 1 << 17
 
 
 @dataclass
@@ -74,7 +69,7 @@ def prefill(model: Any, prompts: Sequence[list[int]], new_tokens: int = 0, kv_dt
     own = [len(p) - shared for p in prompts]
     keys_values: list[KeysValues] = []
     hidden = []
-    for rows in _chunks(own, model.device):
+    for rows in chunks(own, model.device):
         mask = _mask(shared, [own[i] for i in rows], model.device)
         width = mask.shape[1] - shared
         cache = DynamicCache()
@@ -124,24 +119,16 @@ def _shared_length(model: Any, prompts: Sequence[list[int]], new_tokens: int) ->
     return shared if len(prompts) > 1 and shared >= SHARE_FROM else 0
 
 
-def _chunks(lengths: Sequence[int], device: torch.device) -> Iterator[list[int]]:
-    """Consecutive rows whose padded tokens are few enough to run at once; at least one row each."""
-    most = _TOKENS_AT_ONCE.get(device.type, _TOKENS_AT_ONCE_ELSEWHERE)
-    rows: list[int] = []
-    width = 0
-    for row, length in enumerate(lengths):
-        if rows and max(width, length) * (len(rows) + 1) > most:
-            yield rows
-            rows, width = [], 0
-        rows.append(row)
-        width = max(width, length)
-    yield rows
+@torch.inference_mode()
+def next_logits(model: Any, prefix: Prefix) -> torch.Tensor:
+    """Logits (B, V) of the token after each prompt."""
+    return head_logits(model, prefix.hidden)
 
 
 @torch.inference_mode()
 def decode(
     model: Any,
-    tokenizer: Any,
+    rows: Rows,
     prefix: Prefix,
     decoding: Decoding,
     seeds: Sequence[int] | None = None,
@@ -149,16 +136,15 @@ def decode(
 ) -> list[Response]:
     """Generate one response per row of ``prefix``, whose keys and values the cache takes over; ``keep_prefix`` says
     whether it gets them back. For sampling ``seeds`` has a number for each row, which makes its choices its own."""
-    rows = _Rows(tokenizer, len(prefix.mask), decoding)
     given = (prefix.keys_values.pop(0) for _ in range(len(prefix.keys_values)))  # each let go when the next is taken
     cache = growing_cache(given, min(decoding.max_new_tokens, _GROW_BY))
-    mask, logits = prefix.mask, head_logits(model, prefix.hidden)
+    mask, logits = prefix.mask, next_logits(model, prefix)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or []]
     active = list(range(len(mask)))
     gone: list[int] = []
     for step in range(decoding.max_new_tokens):
-        tokens = _choose(logits, decoding, [generators[row] for row in active] if generators else [])
-        logprobs = _logprobs(logits, tokens)
+        tokens = choose(logits, decoding, [generators[row] for row in active] if generators else [])
+        logprobs = logprobs_of(logits, tokens)
         going_on = rows.add(active, tokens.tolist(), logprobs.tolist())
         if not any(going_on) or step + 1 == decoding.max_new_tokens:
             break
@@ -195,11 +181,11 @@ def decode(
 def score(model: Any, prefix: Prefix, responses: Sequence[list[int]]) -> list[float]:
     """Log-likelihoods (nats) of given response token ids, each after its prompt of ``prefix``; 0 without tokens."""
     first = [(r[0] if r else 0) for r in responses]
-    first_logprob = _logprobs(head_logits(model, prefix.hidden), torch.tensor(first, device=model.device))
+    first_logprob = logprobs_of(next_logits(model, prefix), torch.tensor(first, device=model.device))
     found = [[value] if r else [] for value, r in zip(first_logprob.tolist(), responses, strict=True)]
     # Inputs are all tokens but the last; each predicts the next.
     longer = sorted((i for i, r in enumerate(responses) if len(r) > 1), key=lambda i: len(responses[i]))
-    for chunk in _chunks([len(responses[i]) - 1 for i in longer], model.device) if longer else ():
+    for chunk in chunks([len(responses[i]) - 1 for i in longer], model.device) if longer else ():
         rows = [longer[i] for i in chunk]
         rest = _score_rest(model, prefix, rows, [responses[i] for i in rows])
         for row, values in zip(rows, rest, strict=True):
@@ -230,7 +216,7 @@ def _score_rest(model: Any, prefix: Prefix, rows: list[int], responses: list[lis
     chunk = max(_LEAST_LOGIT_ROWS, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     for start in range(0, len(owner), chunk):
         logits = head_logits(model, captured[0][start : start + chunk])
-        logprobs = _logprobs(logits, targets[start : start + chunk])
+        logprobs = logprobs_of(logits, targets[start : start + chunk])
         for row, value in zip(owner[start : start + chunk], logprobs.tolist(), strict=True):
             found[row].append(value)
     return found
@@ -247,63 +233,6 @@ def contiguous_head(model: Any) -> RemovableHandle:
     """Within it the head gets contiguous input: otherwise a frozen head is copied once per row of a batch."""
     head: torch.nn.Module = model.get_output_embeddings()
     return head.register_forward_pre_hook(lambda module, inputs: inputs[0].contiguous())
-
-
-class _Rows:
-    """What each row has produced so far."""
-
-    def __init__(self, tokenizer: Any, count: int, decoding: Decoding) -> None:
-        self.tokenizer = tokenizer
-        self.decoding = decoding
-        self.tokens: list[list[int]] = [[] for _ in range(count)]
-        self.sums = [0.0] * count
-        self.eos: list[float | None] = [None] * count
-        self.end_id = tokenizer.eos_token_id
-        self.done = [False] * count
-
-    def add(self, rows: list[int], tokens: list[int], logprobs: list[float]) -> list[bool]:
-        """Append one token to each row; True where the row goes on. Finished rows ignore theirs."""
-        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
-            if self.done[row]:
-                continue
-            self.tokens[row].append(token)
-            self.sums[row] += logprob
-            if token == self.end_id:
-                self.eos[row] = logprob
-                self.done[row] = True
-            elif self.decoding.stop and self.decoding.stop in self.tokenizer.decode(self.tokens[row][-8:]):
-                self.done[row] = True
-        return [not self.done[row] for row in rows]
-
-    def responses(self) -> list[Response]:
-        return [
-            Response(
-                self.tokenizer.decode(ids, skip_special_tokens=True), ids, "stop" if done else "length", total, eos
-            )
-            for ids, done, total, eos in zip(self.tokens, self.done, self.sums, self.eos, strict=True)
-        ]
-
-
-def _choose(logits: torch.Tensor, decoding: Decoding, generators: list[torch.Generator]) -> torch.Tensor:
-    """One token per row; sampling looks at ``top_k`` candidates, since sorting a vocabulary costs more than a pass."""
-    if decoding.temperature == 0:
-        return logits.argmax(1)
-    k = min(decoding.top_k or 1024, logits.shape[1])
-    values, candidates = logits.topk(k)
-    probabilities = (values.float() / decoding.temperature).softmax(1)
-    before = probabilities.cumsum(1) - probabilities
-    probabilities = probabilities.masked_fill(before >= decoding.top_p, 0)
-    # Gumbel-max with each row's own noise: the same row draws the same token in any batch.
-    noise = torch.stack([torch.rand(k, generator=g) for g in generators]).to(logits.device)
-    gumbel = -torch.log(-torch.log(noise.clamp_min(1e-20)))
-    return candidates.gather(1, (probabilities.log() + gumbel).argmax(1, keepdim=True))[:, 0]
-
-
-def _logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Float32 log-probability of one token per row (N, V). A few rows at a time, never a float32 copy."""
-    step = max(1, _FLOAT_AT_ONCE // logits.shape[1])
-    totals = torch.cat([logits[i : i + step].float().logsumexp(1) for i in range(0, len(logits), step)])
-    return logits.gather(1, tokens[:, None].to(logits.device))[:, 0].float() - totals
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

@@ -3,25 +3,29 @@
 Its preflight answers whether the adapter is really applied: several libraries drop one without a word when its keys
 don't match the model, and then both perplexities are equal."""
 
+import gc
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
 
 from tuneshift_dag import TuneshiftError
-from tuneshift_dag.engines import decoding as loop
+from tuneshift_dag.engines import decoding as own_loop
+from tuneshift_dag.engines import generic
 from tuneshift_dag.engines.kv_cache import KVDtype
+from tuneshift_dag.engines.rows import Rows
 from tuneshift_dag.method import SIDES, AdapterCheck, Decoding, Engine, Pair, Response, Side
 from tuneshift_dag.models import memory
-from tuneshift_dag.models.capabilities import check_head, head_logits, start_ids
+from tuneshift_dag.models.capabilities import check_finite, end_ids, has_own_loop, start_ids
 from tuneshift_dag.models.loading import (
-    ADAPTER,
     DeviceMap,
     Quantization,
     dtype_name,
+    has_tokenizer,
     load_for_inference,
     load_tokenizer,
     pack,
@@ -29,14 +33,20 @@ from tuneshift_dag.models.loading import (
 from tuneshift_dag.models.references import ModelFiles, quantized_dir
 
 T = TypeVar("T")
+_LOG = logging.getLogger("tuneshift_dag")
 # Raised by hand when a change to the decode loop changes its outputs.
 _ENGINE_VERSION = "local-1"
+_WHOLE_ROUND = 1 << 20
+# Preflight: tokens of the answers that are compared with a plain forward pass, and how far they may be from it, in nats
+# per token: in bfloat16 rounding alone makes 0.035, and a cache that isn't what the model keeps makes more than 1.
+_CHECKED_TOKENS = 4
+_SAME_ANSWER = 0.3
 
 
 @dataclass(eq=False)
 class LocalEngine(Engine):
-    """A base model and its adapter with transformers, PEFT and bitsandbytes, loaded at first use: a step that finds
-    everything in the cache loads nothing."""
+    """A base model and its fine-tuned side with transformers, PEFT and bitsandbytes, loaded at first use: a step that
+    finds everything in the cache loads nothing. Fine-tuned is the base with an adapter, or a model of its own."""
 
     base: ModelFiles
     adapter: ModelFiles | None = None
@@ -47,36 +57,92 @@ class LocalEngine(Engine):
     kv_cache_dtype: KVDtype = "auto"
     workers: int = 1
     """Processes on a CPU that do batches side by side; without effect on a GPU."""
-    _model: Any = field(default=None, init=False, repr=False)
+    fine_tuned: ModelFiles | None = None
+    """The whole fine-tuned model, in the place of ``adapter``."""
+    _loaded: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """By fingerprint."""
+    _loop: Any = field(default=None, init=False, repr=False)
+    """The module `decoding`, or `generic` for a family that it doesn't serve."""
+    _fits: bool | None = field(default=None, init=False, repr=False)
     cross_scores = True
 
     def __post_init__(self) -> None:
         self.compute_dtype = dtype_name(self.compute_dtype)
         if torch.cuda.is_available():
             self.workers = 1
+        if self.fine_tuned is not None:
+            # Where the models take turns in memory, each is loaded at most twice for all that is given at once.
+            self.chunk_size = _WHOLE_ROUND
 
     @property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.base)
+        """That of the fine-tuned side, which may have learned tokens of its own; else the base's."""
+        if self.fine_tuned is not None:
+            return load_tokenizer(self.fine_tuned)
+        own = self.adapter is not None and has_tokenizer(self.adapter.path)
+        return load_tokenizer(self.adapter if self.adapter and own else self.base)
 
     @property
     def model(self) -> Any:
-        if self._model is None:
-            memory.keep_few_kernels()
-            dtype = getattr(torch, self.compute_dtype)
-            self._model = load_for_inference(self.base, self.adapter, self.quantization, dtype, self.device_map)
-            pack(self._model)
-            with loop.contiguous_head(self._model):
-                check_head(self._model)
-            memory.trim()
-            memory.drop_file_pages(quantized_dir())
-        return self._model
+        """The base, with the adapter if there is one."""
+        return self._model("base")
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether base and fine-tuned are two models of which the memory holds one."""
+        if self.fine_tuned is None:
+            return False
+        if self._fits is None:
+            # Both are of one size.
+            self._fits = self.model.get_memory_footprint() < memory.free_bytes() * memory.BATCH_SHARE
+        return not self._fits
+
+    def _model(self, side: Side) -> Any:
+        files = self._files(side)
+        if files.fingerprint not in self._loaded:
+            if self._loaded and self.one_at_a_time:
+                self._loaded.clear()
+                gc.collect()
+            self._loaded[files.fingerprint] = self._load(files)
+        return self._loaded[files.fingerprint]
+
+    def _files(self, side: Side) -> ModelFiles:
+        return self.fine_tuned if self.fine_tuned is not None and side == "fine_tuned" else self.base
+
+    def _load(self, files: ModelFiles) -> Any:
+        memory.keep_few_kernels()
+        dtype = getattr(torch, self.compute_dtype)
+        how = (self.quantization, dtype, self.device_map)
+        model = load_for_inference(files, self.adapter, *how, least_tokens=self._vocabulary())
+        pack(model)
+        with own_loop.contiguous_head(model):
+            check_finite(model)
+            self._loop = own_loop if has_own_loop(model) else generic
+        if self._loop is generic:
+            _LOG.info(f"{files.reference} ({model.config.model_type}) runs in transformers' own generate: slower.")
+        memory.trim()
+        memory.drop_file_pages(quantized_dir())
+        return model
+
+    def _vocabulary(self) -> int:
+        """How many tokens the fine-tuned side has learned to use; 0 if they are the base's."""
+        learned = self.fine_tuned is not None or (self.adapter is not None and has_tokenizer(self.adapter.path))
+        return len(self.tokenizer) if learned else 0
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a response."""
+        return end_ids(self.tokenizer, self.base.path) | (
+            end_ids(self.tokenizer, self.fine_tuned.path) if self.fine_tuned else frozenset()
+        )
 
     def fingerprint(self, side: Side) -> str:
-        parts = [_ENGINE_VERSION, self.base.fingerprint, self.quantization, self.compute_dtype]
+        parts = [_ENGINE_VERSION, self._files(side).fingerprint, self.quantization, self.compute_dtype]
         if self.kv_cache_dtype != "auto":
             parts.append(f"kv-{self.kv_cache_dtype}")
-        if side == "fine_tuned":
+        if self.ends != {self.tokenizer.eos_token_id}:
+            parts.append(f"ends-{sorted(self.ends)}")
+        if side == "fine_tuned" and self.fine_tuned is None:
             if self.adapter is None:
                 raise ValueError("this engine has no adapter")
             parts.append(self.adapter.fingerprint)
@@ -93,21 +159,33 @@ class LocalEngine(Engine):
         chat = [{"role": "user", "content": message}]
         return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
+    def check_answers(self, prompts: Sequence[list[int]]) -> list[str]:
+        problems = []
+        for side in SIDES if self.adapter or self.fine_tuned else SIDES[:1]:
+            answers = dict(i for batch in self.generate(prompts, side, Decoding(_CHECKED_TOKENS)) for i in batch)
+            with self.side(side) as model:
+                whole = generic.Prefix(list(prompts))
+                expected = generic.score(model, whole, [answers[i].token_ids for i in range(len(prompts))])
+            apart = max(abs(answers[i].sum_logprob - e) / len(answers[i].token_ids) for i, e in enumerate(expected))
+            if not apart < _SAME_ANSWER:
+                problems.append(
+                    f"{self._files(side).reference} ({side}): the log-probabilities of its answers are {apart:.2f} nats"
+                    " per token from those of a plain forward pass, so this model can't be used"
+                )
+        return problems
+
     def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
-        assert self.adapter is not None, "only an engine with an adapter can be checked"
-        with safe_open(self.adapter.path / "adapter_model.safetensors", "pt") as saved:
-            problems = unplaced_tensors(self.model, list(saved.keys()))
         ids = [self.encode(prompt) for prompt in prompts]
         logits = {}
         for side in SIDES:
             with self.side(side) as model:
-                logits[side] = head_logits(model, loop.prefill(model, ids).hidden)
-        update_norm = _update_norm(self.model)
-        if update_norm == 0:
-            problems.append("the adapter's weights are zero: it changes nothing")
+                logits[side] = self._loop.next_logits(model, self._loop.prefill(model, ids))
+        update_norm = _update_norm(self._model("fine_tuned")) if self.adapter else None
         difference = float((logits["base"] - logits["fine_tuned"]).abs().max())
+        problems = self.check_answers(ids[:2])
         if difference == 0:
-            problems.append("the base and the fine-tuned model give equal logits on every seed")
+            why = " (the adapter's weights are zero)" if update_norm == 0 else ""
+            problems.append(f"the base and the fine-tuned model give equal logits on every seed{why}")
         surest = (float(logits[side].log_softmax(1).max(1).values.mean()) for side in SIDES)
         warnings = AdapterCheck.confidence_warnings("the first token", *surest)
         return AdapterCheck(problems, warnings, difference, update_norm)
@@ -117,16 +195,18 @@ class LocalEngine(Engine):
     ) -> Iterator[list[tuple[int, Response]]]:
         def work(batch: list[int]) -> list[Response]:
             with self.side(side) as model:
-                prefix = loop.prefill(model, [prompts[i] for i in batch], decoding.max_new_tokens, self.kv_cache_dtype)
+                prefix = self._prefill(model, [prompts[i] for i in batch], decoding.max_new_tokens)
                 own_seeds = [seeds[i] for i in batch] if seeds else None
-                return loop.decode(model, self.tokenizer, prefix, decoding, own_seeds, keep_prefix=False)
+                rows = Rows(self.tokenizer, self.ends, len(batch), decoding)
+                return list(self._loop.decode(model, rows, prefix, decoding, own_seeds, keep_prefix=False))
 
-        yield from self._batches(prompts, decoding, work)
+        yield from self._batches(prompts, decoding.max_new_tokens, (side,), work)
 
     def pairs(
         self, prompts: Sequence[list[int]], known: Sequence[dict[Side, Response]], decoding: Decoding
     ) -> Iterator[list[tuple[int, Pair]]]:
-        """Each side prefills a prompt once; its keys and values serve both decoding and cross scoring."""
+        """Each side prefills a prompt once; its keys and values serve both decoding and cross scoring. Of models that
+        take turns in memory all responses must be ``known``."""
 
         def work(batch: list[int]) -> list[Pair]:
             first, second = SIDES
@@ -134,18 +214,25 @@ class LocalEngine(Engine):
             cross: dict[Side, list[float]] = {}
             rows = [prompts[i] for i in batch]
             with self.side(first) as model:
-                prefix = loop.prefill(model, rows, decoding.max_new_tokens, self.kv_cache_dtype)
+                prefix = self._prefill(model, rows, decoding.max_new_tokens)
                 responses[first] = self._respond(model, prefix, [known[i].get(first) for i in batch], decoding, True)
             # The second side scores before it decodes, so that its prompts needn't be held while its cache grows.
             with self.side(second) as model:
-                other = loop.prefill(model, rows, decoding.max_new_tokens, self.kv_cache_dtype)
-                cross[second] = loop.score(model, other, [r.token_ids for r in responses[first]])
+                other = self._prefill(model, rows, decoding.max_new_tokens)
+                cross[second] = self._loop.score(model, other, [r.token_ids for r in responses[first]])
                 responses[second] = self._respond(model, other, [known[i].get(second) for i in batch], decoding, False)
             with self.side(first) as model:
-                cross[first] = loop.score(model, prefix, [r.token_ids for r in responses[second]])
+                cross[first] = self._loop.score(model, prefix, [r.token_ids for r in responses[second]])
             return list(map(Pair, responses["base"], responses["fine_tuned"], cross["base"], cross["fine_tuned"]))
 
-        yield from self._batches(prompts, decoding, work)
+        if not self.one_at_a_time:
+            yield from self._batches(prompts, decoding.max_new_tokens, SIDES, work)
+            return
+        on_base: dict[int, float] = {}
+        for batch in self.score(prompts, [k["base"].token_ids for k in known], "fine_tuned"):
+            on_base.update(batch)
+        for batch in self.score(prompts, [k["fine_tuned"].token_ids for k in known], "base"):
+            yield [(i, Pair(known[i]["base"], known[i]["fine_tuned"], value, on_base[i])) for i, value in batch]
 
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
@@ -154,58 +241,50 @@ class LocalEngine(Engine):
 
         def work(batch: list[int]) -> list[float]:
             with self.side(side) as model:
-                prefix = loop.prefill(model, [prompts[i] or start for i in batch], longest, self.kv_cache_dtype)
-                return loop.score(model, prefix, [responses[i] for i in batch])
+                prefix = self._prefill(model, [prompts[i] or start for i in batch], longest)
+                return list(self._loop.score(model, prefix, [responses[i] for i in batch]))
 
         whole = [p + r for p, r in zip(prompts, responses, strict=True)]
-        yield from self._batches(whole, Decoding(longest), work)
+        yield from self._batches(whole, longest, (side,), work)
+
+    def _prefill(self, model: Any, prompts: list[list[int]], new_tokens: int) -> Any:
+        return self._loop.prefill(model, prompts, new_tokens, self.kv_cache_dtype)
 
     def _respond(
-        self, model: Any, prefix: loop.Prefix, known: list[Response | None], decoding: Decoding, keep_prefix: bool
+        self, model: Any, prefix: Any, known: list[Response | None], decoding: Decoding, keep_prefix: bool
     ) -> list[Response]:
         """A response to every row: the known one, or a new one."""
         missing = [row for row, response in enumerate(known) if response is None]
         if missing:
             own = prefix if len(missing) == len(known) else prefix.select(missing)
-            new = loop.decode(model, self.tokenizer, own, decoding, keep_prefix=keep_prefix and own is prefix)
+            rows = Rows(self.tokenizer, self.ends, len(missing), decoding)
+            new = self._loop.decode(model, rows, own, decoding, keep_prefix=keep_prefix and own is prefix)
             for row, response in zip(missing, new, strict=True):
                 known[row] = response
         return [response for response in known if response is not None]
 
     @contextmanager
     def side(self, side: Side) -> Iterator[Any]:
-        """The model with the adapter on (``fine_tuned``) or off (``base``)."""
-        with loop.contiguous_head(self.model):
+        """The model that answers for a side, with its adapter on or off."""
+        model = self._model(side)
+        with own_loop.contiguous_head(model):
             if side == "base" and self.adapter is not None:
-                with self.model.disable_adapter():
-                    yield self.model
+                with model.disable_adapter():
+                    yield model
             else:
-                yield self.model
+                yield model
 
     def _batches(
-        self, prompts: Sequence[list[int]], decoding: Decoding, work: Callable[[list[int]], list[T]]
+        self, prompts: Sequence[list[int]], new_tokens: int, sides: Sequence[Side], work: Callable[[list[int]], list[T]]
     ) -> Iterator[list[tuple[int, T]]]:
+        model, *_ = [self._model(side) for side in sides]  # before a worker is forked, which then has them too
+
         def row(length: int) -> int:
             # Two prefills, the tokens that follow one, and a copy of a prefill where some responses are known.
-            tokens = 3 * length + decoding.max_new_tokens
-            return loop.bytes_per_row(self.model, tokens, logits=1, kv_dtype=self.kv_cache_dtype)
+            return own_loop.bytes_per_row(model, 3 * length + new_tokens, logits=1, kv_dtype=self.kv_cache_dtype)
 
-        lengths = [len(p) for p in prompts]
-        _ = self.model  # before a worker is forked, which then has it too
-        for batch, results in memory.in_batches(lengths, self.batch_size, row, work, self.workers):
+        for batch, results in memory.in_batches([len(p) for p in prompts], self.batch_size, row, work, self.workers):
             yield list(zip(batch, results, strict=True))
-
-
-def unplaced_tensors(model: Any, saved: Sequence[str]) -> list[str]:
-    """Problems with the names of an adapter's saved tensors: each must have a place in the loaded model."""
-    places = {name.replace(f".{ADAPTER}.", ".") for name, _ in model.named_parameters() if "lora_" in name}
-    unknown, unfilled = sorted(set(saved) - places), sorted(places - set(saved))
-    problems = []
-    if unknown:
-        problems.append(f"{len(unknown)} adapter tensors have no place in the base model, first {unknown[0]!r}")
-    if unfilled:
-        problems.append(f"{len(unfilled)} LoRA layers got no weights from the adapter, first {unfilled[0]!r}")
-    return problems
 
 
 def _update_norm(model: Any) -> float:

@@ -277,8 +277,8 @@ def model_fingerprint(server: Server, model: ServedModel, *parts: str) -> str:
 def sampling_fields(decoding: Decoding, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Standard fields and extensions of a request. Nothing is left to a server's or a model's own defaults."""
     body: dict[str, Any] = {"max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
-    if decoding.stop:
-        body["stop"] = [decoding.stop]
+    if decoding.stops:
+        body["stop"] = list(decoding.stops)
     if decoding.temperature == 0:
         return body, {}
     # 31 bits: llama.cpp's seed is no longer.

@@ -1,7 +1,7 @@
 """What the method asks of whatever runs the models: the records and the protocols, no implementation."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -22,20 +22,23 @@ class Decoding:
     top_p: float = 1.0
     seed: int = 0
     """The one prompt's sampling seed; `TextModel.generate` takes one for each prompt instead."""
-    stop: str = ""
-    """Stop when the text contains this (empty: only at the end token)."""
+    stops: tuple[str, ...] = ()
+    """Texts before the first of which a response ends, beside the model's end tokens."""
 
     def key(self) -> str:
         """The part of a cache key that these settings make up."""
+        stops = "|".join(self.stops)
         if self.temperature == 0:
-            return f"greedy|{self.max_new_tokens}|{self.stop}"
-        return f"{self.temperature}|{self.top_k}|{self.top_p}|{self.seed}|{self.max_new_tokens}|{self.stop}"
+            # Once a response kept the text that it was stopped at.
+            return f"greedy|{self.max_new_tokens}|{f'before|{stops}' if stops else ''}"
+        return f"{self.temperature}|{self.top_k}|{self.top_p}|{self.seed}|{self.max_new_tokens}|{stops}"
 
 
 @dataclass(frozen=True)
 class Response:
     """A generated response. ``token_ids`` include the end token if there is one; ``sum_logprob`` adds up their raw
-    log-probabilities (nats) under the model that wrote them; ``eos_logprob`` is the end token's, None if truncated."""
+    log-probabilities (nats) under the model that wrote them; ``eos_logprob`` is the end token's, None if truncated or
+    ended by one of `Decoding.stops`, of which neither text nor tokens hold anything."""
 
     text: str
     token_ids: list[int]
@@ -82,6 +85,10 @@ class TextModel(Protocol):
     def encode(self, text: str, templated: bool = False) -> list[int]:
         """Token ids of a rendered prompt; a chat template has put its special tokens into the text."""
 
+    def check_answers(self, prompts: Sequence[list[int]]) -> list[str]:
+        """Problems, each in words: what it answers isn't what the model's plain forward pass gives."""
+        return []
+
     def generate(
         self, prompts: Sequence[list[int]], side: Side, decoding: Decoding, seeds: Sequence[int] | None = None
     ) -> Iterator[list[tuple[int, Response]]]:
@@ -101,6 +108,12 @@ class Scorer(TextModel, Protocol):
 
     cross_scores: bool
     """Whether `pairs` gives cross scores."""
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether base and fine-tuned are two models that take turns in memory: all that one answers is then asked of
+        it together, and `pairs` is given both responses of every prompt."""
+        return False
 
     chunk_size: int = CHUNK_SIZE
     """Prompts of a large round that `pairs` is given at once. It sorts them by length; all are in memory until then."""
@@ -127,6 +140,20 @@ class Scorer(TextModel, Protocol):
 
 class Engine(PromptWriter, Scorer, Protocol):
     """A model that is loaded here or on a cluster: it can do both."""
+
+
+def before_stop(
+    ids: list[int], logprobs: list[float], stops: Sequence[str], decode: Callable[[list[int]], str]
+) -> tuple[str, list[int], list[float]] | None:
+    """Text, token ids and log-probabilities of a response up to the first of ``stops`` in its text; None without one.
+
+    A token that holds the beginning of the stop is left out, for its log-probability is also that of the stop."""
+    text = decode(ids)
+    found = [place for stop in stops if (place := text.find(stop)) >= 0]
+    if not found:
+        return None
+    kept = next(n for n in range(len(ids), -1, -1) if len(decode(ids[:n])) <= min(found))
+    return text[: min(found)], ids[:kept], logprobs[:kept]
 
 
 def perplexity(sum_logprob: float, n_tokens: int) -> float | None:

@@ -4,6 +4,7 @@ A low perplexity says that a model is sure, not that it is right. Wang et al. (a
 responses and find that the larger a majority, the more often it is right. Here the greedy response, whose perplexities
 are known, is what is trained on, and is dropped when too few samples of the fine-tuned model agree."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Protocol, TypeVar
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.method import SIDES, Decoding, Pair, Response, Scorer, Side, TextModel
 from tuneshift_dag.method.evaluation import Metric, flexible_number, strict_number
 
@@ -79,6 +81,8 @@ def generate(
         return model.generate([prompts[i] for i in missing], side, decoding, own_seeds)
 
     def keep(new: dict[str, Response]) -> None:
+        for response in new.values():
+            _check_finite(response)
         cache.put(new, {})
         cost.model_calls += len(new)
         cost.tokens += sum(len(response.token_ids) for response in new.values())
@@ -102,10 +106,24 @@ def score(
         return model.score([[] for _ in missing], [texts[i] for i in missing], side)
 
     def keep(new: dict[str, float]) -> None:
+        _check_finite(*new.values())
         cache.put({}, new)
         cost.model_calls += len(new)
 
     return _completed(keys, cache.scores(keys), ask, keep, cost, on_progress)
+
+
+def _check_finite(*found: Response | float | None) -> None:
+    """Raise `TuneshiftError` for a log-probability that isn't a finite number, before it is stored. A response without
+    token ids has none (a generator on a server)."""
+    for each in found:
+        value = (each.sum_logprob if each.token_ids else 0.0) if isinstance(each, Response) else each
+        if value is not None and not math.isfinite(value):
+            text = f" of the response {each.text[:80]!r}" if isinstance(each, Response) else ""
+            raise TuneshiftError(
+                f"a log-probability{text} is {value} and no finite number, so a model's weights or activations"
+                " overflow: set models.compute_dtype: float32, or check its weights. What was computed before is kept."
+            )
 
 
 def _completed(
@@ -162,6 +180,10 @@ def score_pairs(
     fingerprints = {side: model.fingerprint(side) for side in SIDES}
     keys = {s: [cache.response_key(fingerprints[s], p, decoding) for p in prompts] for s in SIDES}
     found = cache.responses([*keys["base"], *keys["fine_tuned"]])
+    if not {*keys["base"], *keys["fine_tuned"]} <= found.keys() and model.one_at_a_time:
+        for side in SIDES:
+            answers = generate(model, cache, prompts, side, decoding, cost, on_progress=on_progress)
+            found |= dict(zip(keys[side], answers, strict=True))
 
     def cross_keys(i: int, base: Response, fine_tuned: Response) -> tuple[str, str]:
         return (
@@ -190,6 +212,7 @@ def score_pairs(
         new_scores: dict[str, float] = {}
         for key, pair in new.items():
             i = row[key]
+            _check_finite(pair.base, pair.fine_tuned, pair.base_on_fine_tuned, pair.fine_tuned_on_base)
             both: dict[Side, Response] = {"base": pair.base, "fine_tuned": pair.fine_tuned}
             responses |= {keys[s][i]: response for s, response in both.items()}
             cross = (pair.base_on_fine_tuned, pair.fine_tuned_on_base)

@@ -1,78 +1,59 @@
-"""What differs between model families: attention, the output head as the model itself computes it, the size of keys and
-values, what texts start with. A ``config`` is transformers' `PretrainedConfig`."""
+"""What differs between model families, decided in one place: attention, the decode loop, the output head, what ends a
+response, which layers take LoRA, the size of keys and values. A ``config`` is transformers' `PretrainedConfig`."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
-from transformers.masking_utils import eager_mask
+from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
 
 from tuneshift_dag import TuneshiftError
+from tuneshift_dag.models.attention import GROUPED_ATTENTION
 
-GROUPED_ATTENTION = "grouped_eager"
 # Families whose attention is softmax(q·k · scale, soft-capped, + mask)·v and nothing else.
 _PLAIN_ATTENTION = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3", "gemma3_text", "phi3", "olmo2"}
+    {"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2"}
 )
+OWN_LOOP = _PLAIN_ATTENTION | {
+    "cohere", "falcon", "glm4", "gpt2", "gpt_neox", "granite", "mixtral", "opt", "phi", "qwen2_moe", "qwen3_moe",
+    "stablelm",
+}  # fmt: skip
+"""Families that the decode loop was proven on (tests/families): what they keep of a text are keys and values alone. All
+others go through transformers' own `generate`."""
+# Layers of this kind decide which expert works, or whether one does.
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+_SENTINEL = "tuneshift"
 
 
-def attention_of(folder: Path) -> str:
-    """What transformers calls the kernel: the fused one, but on a CPU plain products where the family allows them."""
+def attention_of(folder: Path) -> str | None:
+    """What transformers calls the kernel; None leaves the choice to it: the fastest that the family supports."""
     if torch.cuda.is_available():
-        return "sdpa"
-    return GROUPED_ATTENTION if AutoConfig.from_pretrained(folder).model_type in _PLAIN_ATTENTION else "sdpa"
-
-
-def grouped_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention for CPUs: plain matrix products that don't copy shared keys and values.
-
-    Transformers' eager version repeats keys and values for each query head that shares them, and its fused version is
-    slower still on a CPU at one query per row. Here the query heads of a group become rows of one product. A decode
-    step of Gemma 3 270M at batch 32 on two cores: 260 ms fused, 99 ms eager, 76 ms this one.
-
-    Shapes: query (B, H, L, D); key and value (B, K, S, D) with H a multiple of K; mask (B, 1, L, S).
-    The softmax is taken in float32. Returns (B, L, H, D) and no weights."""
-    batch, heads, length, width = query.shape
-    groups = heads // key.shape[1]
-    rows = query.reshape(batch, key.shape[1], groups * length, width)
-    scores = torch.matmul(rows, key.transpose(2, 3)) * (width**-0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if attention_mask is not None:
-        masked = scores.view(batch, key.shape[1], groups, length, -1) + attention_mask[:, :, None, :, : key.shape[2]]
-        scores = masked.view_as(scores)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    weights = torch.nn.functional.dropout(weights, p=dropout, training=module.training)
-    mixed = torch.matmul(weights, value).view(batch, heads, length, width)
-    return mixed.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)
-AttentionMaskInterface.register(GROUPED_ATTENTION, eager_mask)
+        return None
+    return GROUPED_ATTENTION if AutoConfig.from_pretrained(folder).model_type in _PLAIN_ATTENTION else None
 
 
 def keys_values_bytes(config: Any, itemsize: int, in_8_bits: bool = False) -> int:
     """Bytes of the keys and values of one token in all layers. ``itemsize``: bytes of a number in the compute dtype;
-    ``in_8_bits``: whether they are kept as `tuneshift_dag.engines.kv_cache` does with ``int8``."""
+    ``in_8_bits``: whether they are kept as `tuneshift_dag.engines.kv_cache` does with ``int8``. Layers without keys and
+    values count as if they had some."""
     text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    all_heads = getattr(text, "num_attention_heads", None) or 1
+    heads = getattr(text, "num_key_value_heads", None) or all_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // all_heads
+    # Compressed keys (DeepSeek) are kept as they are used.
+    width = max(width, getattr(text, "qk_nope_head_dim", 0) + getattr(text, "qk_rope_head_dim", 0))
     # In 8 bits every head has a scale as well.
     kept = width + itemsize if in_8_bits else width * itemsize
     return int(text.num_hidden_layers * 2 * heads * kept)
+
+
+def experts_bytes(model: Any) -> int:
+    """Bytes of experts that are fused into one parameter, which bitsandbytes doesn't quantize."""
+    return sum(parameter.nbytes for parameter in model.parameters() if parameter.dim() == 3)
 
 
 def start_ids(tokenizer: Any) -> list[int]:
@@ -81,10 +62,60 @@ def start_ids(tokenizer: Any) -> list[int]:
     return list(tokenizer("").input_ids) or [start]
 
 
+def end_ids(tokenizer: Any, folder: Path) -> frozenset[int]:
+    """Tokens that end a response: the tokenizer's, those of the model's ``generation_config.json`` and ``config.json``,
+    and the one that ends a turn in the chat template."""
+    found = {tokenizer.eos_token_id, turn_end(tokenizer)}
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        settings = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        for part in (settings, settings.get("text_config") or {}):
+            ids = part.get("eos_token_id")
+            found |= set(ids) if isinstance(ids, list) else {ids}
+    return frozenset(i for i in found if isinstance(i, int))
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token that the chat template puts after what an assistant has said; None without template or one."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # a template may run into anything; who chats with it is told then
+        return None
+    first = next(iter(tokenizer(text.rpartition(_SENTINEL)[2].lstrip(), add_special_tokens=False).input_ids), None)
+    token = tokenizer.added_tokens_decoder.get(first)
+    return first if token is not None and token.special else None
+
+
+def linear_layers(model: Any) -> tuple[list[str], list[str]]:
+    """Names of the linear layers of the language model that take LoRA, and of the linear layers that don't: those of
+    vision and audio towers, routers, those of a Mamba block whose weights its kernel takes past the adapter, and the
+    output head."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    inside = {id(module) for module in decoder.modules()}
+    takes: list[str] = []
+    others: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            parent, _, last = name.rpartition(".")
+            block = model.get_submodule(parent)
+            mamba = last in ("out_proj", "dt_proj") and hasattr(block, "A_log") and hasattr(block, "D")
+            own = id(module) in inside and module is not head and last not in _ROUTERS and not mamba
+            (takes if own else others).append(name)
+    return takes, others
+
+
 def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits of hidden states (N, D), as the model itself computes them after its body."""
+    """Logits of hidden states (N, D), as the models of `OWN_LOOP` compute them after their bodies."""
+    config = model.config.get_text_config()
     logits: torch.Tensor = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / divisor
+    cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -102,22 +133,33 @@ def head_inputs(model: Any, positions: torch.Tensor) -> Iterator[list[torch.Tens
         yield captured
 
 
-def check_head(model: Any) -> None:
-    """Raise `TuneshiftError` when the model overflows in its dtype, `RuntimeError` when `head_logits` differs from its
-    own logits."""
+def has_own_loop(model: Any) -> bool:
+    """Whether the decode loop serves a loaded model: its family is one of `OWN_LOOP`, and its head is computed as
+    `head_logits` does."""
+    if model.config.model_type not in OWN_LOOP:
+        return False
     ids = torch.tensor([[1, 2, 3]], device=model.device)
     with torch.inference_mode():
         own = model(input_ids=ids, use_cache=False).logits[0].float()
         with head_inputs(model, torch.arange(3)) as captured:
             model(input_ids=ids, use_cache=False)
         ours = head_logits(model, captured[0]).float().to(own.device)
-    if not own.isfinite().all():
-        raise TuneshiftError(
-            f"{model.config.model_type}: its activations overflow in {model.dtype}, so it can't answer. Set"
-            " models.compute_dtype: float32."
-        )
-    if not torch.allclose(own, ours, atol=0.1, rtol=0.02):
-        raise RuntimeError(
-            f"{model.config.model_type}: its logits aren't a linear head with an optional soft cap, so given"
-            " responses can't be scored with this engine."
-        )
+    return torch.allclose(own, ours, atol=0.1, rtol=0.02)
+
+
+def check_finite(model: Any) -> None:
+    """Raise `TuneshiftError` when the model's logits aren't finite, naming the weight that isn't, or the dtype."""
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([[1, 2, 3]], device=model.device), use_cache=False).logits
+    if logits.isfinite().all():
+        return
+    kind = model.config.model_type
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise TuneshiftError(
+                f"{kind}: the weight {name} holds values that aren't finite (NaN or infinite), so nothing can be"
+                " answered. The file is damaged, or its training diverged: fetch or save it again."
+            )
+    raise TuneshiftError(
+        f"{kind}: its activations overflow in {model.dtype}, so it can't answer. Set models.compute_dtype: float32."
+    )

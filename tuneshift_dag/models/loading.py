@@ -7,8 +7,11 @@ On CPUs with AVX512_BF16, bitsandbytes repacks every 4-bit weight in place at th
 silently has no gradients, and merging and saving give garbage. So a model is loaded for inference or for training."""
 
 import contextlib
+import json
+import logging
 import tempfile
 import types
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -16,19 +19,21 @@ from typing import Any, Literal
 import bitsandbytes
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora.bnb import Linear4bit
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.models import memory
-from tuneshift_dag.models.capabilities import attention_of
+from tuneshift_dag.models.capabilities import attention_of, experts_bytes
 from tuneshift_dag.models.references import ModelFiles, quantized_copy
 
 Quantization = Literal["nf4", "fp4", "none"]
 DeviceMap = Literal["auto", "single"]
 Placement = str | dict[str, int] | None
 ADAPTER = "fine_tuned"
+_LOG = logging.getLogger("tuneshift_dag")
 
 
 @lru_cache(maxsize=4)
@@ -52,29 +57,82 @@ def dtype_name(setting: str) -> str:
     return "float16" if emulated else "bfloat16"
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether an adapter's folder holds the tokenizer that it was trained with."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 def load_for_inference(
     files: ModelFiles,
     adapter: ModelFiles | None,
     quantization: Quantization,
     dtype: torch.dtype,
     device_map: DeviceMap = "auto",
+    least_tokens: int = 0,
 ) -> PreTrainedModel | PeftModel:
-    """A model in eval mode, with the adapter (if any) attached, unmerged, under the name `ADAPTER`; raises
-    `TuneshiftError` when the GPUs haven't the memory."""
+    """A model in eval mode, with the adapter (if any) attached, unmerged, under the name `ADAPTER`.
+
+    Args:
+        least_tokens: a fine-tune's vocabulary. A model with a smaller one gets rows for the added tokens, each the mean
+            of its own rows.
+
+    Raises:
+        TuneshiftError: the GPUs haven't the memory, or PEFT can't put the adapter on this model.
+    """
     model: Any = _load(files, quantization, dtype, device_map)
+    if model.get_input_embeddings().weight.shape[0] < least_tokens:
+        _add_tokens(model, least_tokens)
     if dtype != torch.bfloat16 or not _repacking_pays():
         # The repacked layout's kernel computes in bfloat16 whatever the dtype asked for.
         _keep_layout(model)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter.path, adapter_name=ADAPTER, autocast_adapter_dtype=False)
+        model = _attached(model, files, adapter)
         # An adapter in float32 would pull its matrix products, and so half the step, to float32.
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)
         for module in model.modules():
-            if isinstance(module, LoraLayer) and is_plain(module):
+            if isinstance(module, Linear | Linear4bit) and is_plain(module):
                 module.forward = types.MethodType(_lora_forward, module)
     return model.eval().requires_grad_(False)
+
+
+def _attached(model: Any, files: ModelFiles, adapter: ModelFiles) -> PeftModel:
+    """The model with the adapter on it, every tensor of which PEFT has found a place for."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of is refused below
+            adapted = PeftModel.from_pretrained(model, adapter.path, ADAPTER, autocast_adapter_dtype=False)
+            # Only this says what didn't fit; the weights are the same.
+            found = adapted.load_adapter(adapter.path, ADAPTER, autocast_adapter_dtype=False)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        problem = str(error).strip().replace("\n", " ")[:300]
+    else:
+        # Of embeddings that grew PEFT saves a second copy, and takes the first.
+        unknown = [name for name in found.unexpected_keys if ".modules_to_save." not in name]
+        unfilled = found.missing_keys
+        if not unknown and not unfilled:
+            return adapted
+        problem = "; ".join(
+            f"{len(names)} {what}, first {names[0]!r}"
+            for what, names in (
+                ("of its tensors have no place in the base model", unknown),
+                ("adapted layers of the base model get no weights from it", unfilled),
+            )
+            if names
+        )
+    raise TuneshiftError(
+        f"{adapter.path}: PEFT can't put this adapter on {files.reference}: {problem}. Check that source.base is the"
+        " very model that the adapter was trained on."
+    )
+
+
+@torch.no_grad()
+def _add_tokens(model: Any, count: int) -> None:
+    before = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(count, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.weight[before:] = layer.weight[:before].mean(0)
 
 
 def load_for_training(
@@ -146,6 +204,8 @@ def _keep_layout(model: torch.nn.Module) -> None:
 
 def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype, device_map: DeviceMap) -> PreTrainedModel:
     placed, attention = _device_map(device_map), attention_of(files.path)
+    if is_quantized(files.path):
+        return _read(files.path, attention, "saved", dtype, placed)
     if quantization == "none":
         return _refuse_offloaded(files, _read(files.path, attention, quantization, dtype, placed))
     folder = quantized_copy(files.fingerprint, quantization, str(dtype))
@@ -157,8 +217,15 @@ def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype, dev
             model.save_pretrained(Path(staging) / "model")
             with contextlib.suppress(OSError):  # another process was first
                 (Path(staging) / "model").rename(folder)
+        if (experts := experts_bytes(model)) > model.get_memory_footprint() / 10:
+            _LOG.warning(f"{files.reference}: its experts, {experts / 1e9:.1f} GB, stay in {dtype}, not in 4 bits.")
         del model
     return _read(folder, attention, "saved", dtype, placed)
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether a model's weights were saved in 4 bits: they are used as they are."""
+    return "quantization_config" in json.loads((folder / "config.json").read_text("utf-8"))
 
 
 def _device_map(setting: DeviceMap) -> Placement:
@@ -182,9 +249,15 @@ def _refuse_offloaded(files: ModelFiles, model: PreTrainedModel) -> PreTrainedMo
 
 
 def _read(
-    folder: Path, attention: str, quantization: Quantization | Literal["saved"], dtype: torch.dtype, placed: Placement
+    folder: Path,
+    attention: str | None,
+    quantization: Quantization | Literal["saved"],
+    dtype: torch.dtype,
+    placed: Placement,
 ) -> PreTrainedModel:
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    options: dict[str, Any] = {"dtype": dtype}
+    if attention is not None:
+        options["attn_implementation"] = attention
     if quantization not in ("none", "saved"):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

@@ -219,4 +219,5 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed: on a GPU, in Python, or in PyTorch's CPU allocator (a plain RuntimeError)."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or bool(re.search(r"can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED", str(error)))

@@ -90,7 +90,7 @@ A LoRA adapter distilled with tuneshift_dag (TuneShift-KD, arXiv 2603.24518) fro
 | | |
 | --- | --- |
 | source base | `{config.source.base}` |
-| source adapter | `{config.source.adapter}` |
+| {config.source.tuned[0].replace(".", " ")} | `{config.source.tuned[1]}` |
 | prompt generator | `{config.generator.model}` |
 | filter | {figures["model"]["filter"] or describe_filter(transfer)} |
 | dataset version | `{figures["model"]["dataset_version"]}`, {figures["model"]["pairs"]} pairs |
@@ -197,7 +197,7 @@ def _dataset_card(transfer: Transfer, figures: dict[str, Any], pairs: pl.DataFra
     return f"""# {transfer.name}: distillation dataset
 
 {len(pairs)} prompts written by `{config.generator.model}` from {len(transfer.seeds)} seeds, answered by
-`{config.source.base}` with the adapter `{config.source.adapter}`, and kept by the rule
+`{config.source.base}` with the fine-tune `{config.source.tuned[1]}`, and kept by the rule
 {figures["model"]["filter"] or describe_filter(transfer)}. Dataset version `{figures["model"]["dataset_version"]}`.
 
 - `dataset.jsonl`: one conversation a line, `{{"messages": [{{"role": "user", ...}}, {{"role": "assistant", ...}}]}}`.

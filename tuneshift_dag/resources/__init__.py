@@ -1,7 +1,8 @@
 """Dagster's resources: settings plus lazy construction of plain objects. No model is loaded here."""
 
 import importlib
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,9 @@ import dagster as dg
 
 from tuneshift_dag import TuneshiftError, training
 from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.versions import chain_version
 from tuneshift_dag.method import Engine, PromptWriter, Scorer
-from tuneshift_dag.models.references import ModelFiles, resolve_adapter, resolve_model, resolve_tokenizer
+from tuneshift_dag.models.references import ModelFiles, cache_dir, resolve_adapter, resolve_model, resolve_tokenizer
 from tuneshift_dag.store import Store
 
 if TYPE_CHECKING:
@@ -42,17 +44,19 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     """Models for generation and scoring: the source pair, the generator and the target."""
 
     def source(self, transfer: Transfer) -> Scorer:
-        """The source base model with the source adapter, in this process, on a cluster or on a server."""
-        settings = transfer.config.engine
-        adapter = resolve_adapter(transfer.reference("source.adapter"), transfer.folder, "source.adapter")
+        """The source base and fine-tuned models, in this process, on a cluster or on a server."""
+        settings, (key, _) = transfer.config.engine, transfer.config.source.tuned
+        whole = resolve_tokenizer if settings.server else resolve_model
+        resolve = resolve_adapter if key == "source.adapter" else whole
+        tuned = resolve(transfer.reference(key), transfer.folder, key)
         if settings.server is None:
-            return self._engine(transfer, "source.base", adapter)
+            return self._engine(transfer, "source.base", tuned, whole=key == "source.fine_tuned")
         tokenizer = resolve_tokenizer(transfer.reference("source.base"), transfer.folder, "source.base")
-        name = f"{tokenizer.fingerprint}|{adapter.fingerprint}|{settings.model_dump_json()}"
+        name = f"{tokenizer.fingerprint}|{tuned.fingerprint}|{settings.model_dump_json()}"
         if name not in _ENGINES:
             server = _optional("openai_client").OpenAIServer(settings.server, "engine.server")
             _ENGINES[name] = _optional("openai_source").ServedSource(
-                server, settings.base, settings.fine_tuned, tokenizer, adapter, settings.cross_scores
+                server, settings.base, settings.fine_tuned, tokenizer, tuned, settings.cross_scores
             )
         served: Scorer = _ENGINES[name]
         return served
@@ -71,6 +75,34 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         """The target base model, with a distilled adapter when a folder is given."""
         files = resolve_adapter(str(adapter), transfer.folder, "distilled adapter") if adapter else None
         return self._engine(transfer, "target.base", files)
+
+    def check_chain(self, transfer: Transfer, pairs: Sequence[tuple[str, str]]) -> None:
+        """Run generator and target on a few (prompt, response) pairs as the rounds and the training will, before any of
+        them: answer, one training step, save, load, answer again. What was once right with the same files, settings
+        and packages isn't run again.
+
+        Raises:
+            TuneshiftError: naming the model that can't be used, and why.
+        """
+        note = cache_dir() / "preflight" / chain_version(transfer)
+        if note.is_file():
+            return
+        prompts = [prompt for prompt, _ in pairs]
+        generator = transfer.config.generator
+        if generator.server is None:
+            writer = self.generator(transfer)
+            if generator.mode == "chat":
+                prompts = [writer.render_chat(prompt) for prompt in prompts]
+            _check_answers(writer, prompts, "generator.model")
+        with tempfile.TemporaryDirectory() as home:
+            folder = Path(home) / "adapter"
+            self.distill(transfer.with_one_step(), list(pairs), folder, lambda step, total, loss: None)
+            template = transfer.config.prompt_template
+            rendered = [template.replace("{prompt}", prompt) for prompt, _ in pairs]
+            _check_answers(self.target(transfer, folder), rendered, "target.base")
+        self.release()
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
 
     def target_weights(self, transfer: Transfer) -> str:
         """The fingerprint of the target base model's files; nothing is loaded."""
@@ -94,8 +126,14 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         _ENGINES.clear()
 
     def _engine(
-        self, transfer: Transfer, key: str, adapter: ModelFiles | None = None, quantization: str | None = None
+        self,
+        transfer: Transfer,
+        key: str,
+        tuned: ModelFiles | None = None,
+        quantization: str | None = None,
+        whole: bool = False,
     ) -> Engine:
+        """The model at a key of ``transfer.yaml``. ``tuned`` is an adapter for it, or a ``whole`` fine-tuned model."""
         from tuneshift_dag.engines.local import LocalEngine
 
         models, settings = transfer.config.models, transfer.config.engine
@@ -104,16 +142,22 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         # The target stays in this process, where it is trained. Ray is looked for before a model is fetched.
         ray = _optional("ray") if settings.type == "ray" and key != "target.base" else None
         files = resolve_model(transfer.reference(key), transfer.folder, key)
-        name = f"{files.fingerprint}|{adapter.fingerprint if adapter else ''}|{models.model_dump_json()}"
+        name = f"{files.fingerprint}|{tuned.fingerprint if tuned else ''}|{models.model_dump_json()}"
         if ray:
             name += f"|{settings.ray.model_dump_json()}"
         if name not in _ENGINES:
             how = (models.quantization, models.compute_dtype, models.batch_size, models.device_map)
-            local = LocalEngine(files, adapter, *how, models.kv_cache_dtype, 1 if ray else models.workers)
-            needed = [files.path, *([adapter.path] if adapter else [])]
+            adapter, model = (None, tuned) if whole else (tuned, None)
+            local = LocalEngine(files, adapter, *how, models.kv_cache_dtype, 1 if ray else models.workers, model)
+            needed = [files.path, *([tuned.path] if tuned else [])]
             _ENGINES[name] = ray.RayEngine(local, models.batch_size, settings.ray, needed) if ray else local
         engine: Engine = _ENGINES[name]
         return engine
+
+
+def _check_answers(engine: Engine | Scorer | PromptWriter, prompts: Sequence[str], key: str) -> None:
+    if problems := engine.check_answers([engine.encode(prompt) for prompt in prompts]):
+        raise TuneshiftError(f"{key}: {'; '.join(problems)}.")
 
 
 def _optional(module: str) -> Any:

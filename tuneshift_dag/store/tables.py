@@ -281,7 +281,7 @@ attempts (asset, round): Materializations that have begun and not succeeded (yet
     run_id
     started_at TIMESTAMP: When it began (UTC): cached results since then stay (`tuneshift cache gc`).
 models (role): What each model reference of transfer.yaml stood for when it was last resolved.
-    role VARCHAR: source.base, source.adapter, generator.model or target.base.
+    role VARCHAR: source.base, source.adapter or source.fine_tuned, generator.model or target.base.
     reference VARCHAR: As in transfer.yaml.
     fingerprint VARCHAR: Of the files: weights, tokenizer and settings.
     commit VARCHAR: Commit of a hub model; NULL for another one.

@@ -22,6 +22,8 @@ from peft.tuners.lora import Linear
 from peft.tuners.lora.bnb import Linear4bit
 from torch.autograd.function import once_differentiable
 
+from tuneshift_dag import TuneshiftError
+from tuneshift_dag.models.capabilities import linear_layers
 from tuneshift_dag.models.loading import is_plain
 from tuneshift_dag.training.batches import (
     TokenizedExample,
@@ -106,7 +108,8 @@ class TrainingCheckpoint:
 
 
 def add_lora(model: Any, settings: LoraTraining) -> PeftModel:
-    """A fresh LoRA on every linear layer of the body, in float32, reproducible from the seed."""
+    """A fresh LoRA on every linear layer of the language model that takes one, in float32, reproducible from the
+    seed."""
     torch.manual_seed(settings.seed)
     if settings.gradient_checkpointing:
         with warnings.catch_warnings():
@@ -114,7 +117,11 @@ def add_lora(model: Any, settings: LoraTraining) -> PeftModel:
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable({"use_reentrant": False})
     sizes = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
-    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **sizes))
+    # The output head is no part of PEFT's "all-linear".
+    head = model.get_output_embeddings()
+    left_out = [name for name in linear_layers(model)[1] if model.get_submodule(name) is not head] or None
+    chosen = LoraConfig(target_modules="all-linear", exclude_modules=left_out, task_type="CAUSAL_LM", **sizes)
+    adapted = get_peft_model(model, chosen)
     shorten(adapted)
     return adapted
 
@@ -138,7 +145,8 @@ def train(
             draws of dropout.
 
     Raises:
-        RuntimeError: when a trainable parameter gets no gradient in the first step, or its loss isn't finite.
+        RuntimeError: when a trainable parameter gets no gradient in the first step.
+        TuneshiftError: when a loss or gradient isn't finite, naming the step.
     """
     rng, prompt_rng = random.Random(settings.seed), random.Random(settings.seed)
     shuffled = rng.sample(list(examples), len(examples))
@@ -168,7 +176,11 @@ def train(
             if step <= done:
                 continue  # it was only drawn, so that the next ones are those of a training in one go
             loss = _backward(model, chosen, settings, optimizer, first=step == done + 1)
-            optimizer.step()
+            if not math.isfinite(loss):
+                raise TuneshiftError(_diverged(f"loss is {loss}", step, model))
+            norm = optimizer.step()
+            if not math.isfinite(norm):
+                raise TuneshiftError(_diverged(f"norm of the gradient is {norm}", step, model))
             next_rate = float(optimizer.schedule.get_last_lr()[0])
             curve.steps.append({"step": step, "loss": loss, "learning_rate": next_rate})
             curve.response_tokens += sum(len(e.response_ids) for e in chosen)
@@ -225,13 +237,15 @@ class _Optimizer:
         )
         self._parts: dict[str, Any] = {"optimizer": self.adamw, "scaler": self.scaler, "schedule": self.schedule}
 
-    def step(self) -> None:
+    def step(self) -> float:
+        """Norm of the gradient before it was clipped. In float16 0 when it overflows: the step is left out then."""
         self.scaler.unscale_(self.adamw)
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         self.scaler.step(self.adamw)
         self.scaler.update()
         self.adamw.zero_grad(set_to_none=True)
         self.schedule.step()
+        return norm if math.isfinite(norm) or not self.scaler.is_enabled() else 0.0
 
     def state(self) -> dict[str, Any]:
         """What a training needs to go on; its examples and their order follow from its arguments."""
@@ -273,12 +287,15 @@ def _backward(
         if parameter.grad is None:  # this process's share of the step was empty
             parameter.grad = torch.zeros_like(parameter)
     add_over_processes([loss, *(parameter.grad for parameter in optimizer.parameters)])
-    if first and not loss.isfinite():
-        raise RuntimeError(
-            f"the first loss is {loss.item()}: the base model overflows in {_base_dtype(model)}. Set"
-            " models.compute_dtype: float32."
-        )
     return loss.item()
+
+
+def _diverged(what: str, step: int, model: PeftModel) -> str:
+    return (
+        f"the training stopped: at step {step} the {what}, so nothing of it was saved. At the first step the base model"
+        f" overflows in {_base_dtype(model)}: set models.compute_dtype: float32. Later it has diverged: lower"
+        " distill.learning_rate."
+    )
 
 
 def _base_dtype(model: PeftModel) -> torch.dtype | None:
@@ -321,7 +338,8 @@ def _lora_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     updated: torch.Tensor = _AddUpdate.apply(  # type: ignore[no-untyped-call]
         result, x, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
     )
-    return updated
+    # Not within the function: some families go on in place.
+    return updated.view_as(result)
 
 
 class _AddUpdate(torch.autograd.Function):
@@ -329,19 +347,21 @@ class _AddUpdate(torch.autograd.Function):
     def forward(
         ctx: Any, result: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """Shapes: result (..., out), x (..., in), a (rank, in), b (out, rank)."""
+        """Shapes: result (..., out), x (..., in), a (rank, in), b (out, rank); returns (N, out)."""
         rows, a, b = x.flatten(0, -2).to(result.dtype), a.to(result.dtype), b.to(result.dtype)
-        low = rows @ a.T
-        ctx.save_for_backward(rows, low, a, b)
-        ctx.scaling, ctx.x_shape, ctx.x_dtype = scaling, x.shape, x.dtype
-        return torch.addmm(result.flatten(0, -2), low, b.T, alpha=scaling).view_as(result)
+        ctx.scaling, ctx.x_shape, ctx.x_dtype, ctx.result_shape = scaling, x.shape, x.dtype, result.shape
+        # A float32 result, of a layer after a LayerNorm, stays so: the backward pass, without autocast, has to match.
+        with torch.autocast(x.device.type, enabled=False):
+            low = rows @ a.T
+            ctx.save_for_backward(rows, low, a, b)
+            return torch.addmm(result.flatten(0, -2), low, b.T, alpha=scaling)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, low, a, b = ctx.saved_tensors
-        gradient = outputs[0].flatten(0, -2)
+        gradient = outputs[0]
         of_low = (gradient @ b).mul_(ctx.scaling)
         of_x = (of_low @ a).view(ctx.x_shape).to(ctx.x_dtype) if ctx.needs_input_grad[1] else None
         of_b = (gradient.T @ low).float().mul_(ctx.scaling)
-        return outputs[0], of_x, (of_low.T @ rows).float(), of_b, None
+        return gradient.view(ctx.result_shape), of_x, (of_low.T @ rows).float(), of_b, None
