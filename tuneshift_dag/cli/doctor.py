@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.config.files import find_transfers, load_transfer
+from tuneshift_dag.config.files import check_models, find_transfers, load_transfer
 from tuneshift_dag.home import database_file, home_dir, transfers_dir
 from tuneshift_dag.models.references import cached_as, hub_files_here, quantized_copy
 from tuneshift_dag.reports.plan import run_warnings
@@ -43,6 +43,7 @@ def examine(name: str | None, with_models: bool) -> Iterator[Finding]:
     for folder in folders:
         try:
             transfer = load_transfer(folder)
+            check_models(transfer)
         except TuneshiftError as error:
             yield Finding(folder.name, False, str(error))
             continue
