@@ -119,6 +119,8 @@ class TestRefusals:
             ({"base": "org/other-base"}, ["--base 'org/other-base'", "someone/tiny-base", "adapter_config.json"]),
             ({"base": "", "adapter": "org/on-the-hub"}, ["--base missing", "doesn't say"]),
             ({"target": "./nowhere"}, ["--target", "'./nowhere'", "hub id"]),
+            ({"target": "~nobody-here/model"}, ["--target", "'~nobody-here/model'", "hub id"]),
+            ({"adapter": "~nobody-here/adapter"}, ["--adapter", "~nobody-here/adapter", "doesn't exist"]),
             ({"generator": "package://no_such_package"}, ["--generator", "pip install no-such-package"]),
             ({"template": "Question:"}, ["--template 'Question:'", "{prompt} exactly once"]),
             ({"seeds": "none.jsonl"}, ["--seeds 'none.jsonl'", "no such file"]),

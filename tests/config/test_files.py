@@ -372,7 +372,7 @@ def test_an_example_with_a_token_that_the_model_has_no_embedding_of_is_named(tra
     (model / "tokenizer.json").write_text('{"added_tokens": [{"id": 9, "content": "[PAD]"}]}')
     assert load_transfer(transfer_folder).seeds, "no example holds it"
     write_jsonl(transfer_folder / name, [{"prompt": "What does [PAD] mean?", "response": "nothing"}])
-    with pytest.raises(TuneshiftError, match=r"'What does \[PAD\] mean\?' holds the token '\[PAD\]'.*source\.base"):
+    with pytest.raises(TuneshiftError, match=rf"{name}: 'What does \[PAD\] mean\?' holds the token '\[PAD\]'.*source"):
         load_transfer(transfer_folder)
 
 

@@ -7,6 +7,7 @@ import csv
 import functools
 import io
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -145,7 +146,7 @@ def check_name(root: Path, name: str) -> Path:
 
 def check_adapter(value: str) -> None:
     """`TuneshiftError` when a folder can't be used; a hub id is checked when it is first fetched."""
-    folder = Path(value).expanduser()
+    folder = _path(value)
     if not folder.exists() and is_hub_id(value):
         return
     check_adapter_folder(folder, "--adapter")
@@ -216,8 +217,8 @@ def _read_csv(file: Path, columns: list[str]) -> Rows:
 def _model(value: str, flag: str) -> str:
     """A model reference that means the same in the transfer's folder as it does here."""
     reference = value
-    if not value.startswith("package://") and Path(value).expanduser().exists():
-        reference = str(Path(value).expanduser().resolve())
+    if not value.startswith("package://") and _path(value).exists():
+        reference = str(_path(value).resolve())
     check_reference(reference, Path.cwd(), flag)
     check_loadable(reference, Path.cwd(), flag)
     return reference
@@ -231,8 +232,13 @@ def _usable(reference: str) -> bool:
     return bool(reference)
 
 
+def _path(value: str) -> Path:
+    """With the home for ``~``, and as it is where there is no such user (`Path.expanduser` raises then)."""
+    return Path(os.path.expanduser(value))
+
+
 def _local_folder(adapter: str) -> Path | None:
-    folder = Path(adapter).expanduser()
+    folder = _path(adapter)
     return folder.resolve() if folder.is_dir() else None
 
 

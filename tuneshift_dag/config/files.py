@@ -67,7 +67,9 @@ def load_transfer(folder: Path) -> Transfer:
         check_reference(reference, folder, f"{config_file}: {key}", kind)
     if not is_on_hub(config.source.adapter, folder):  # one that is, is looked at when it is first needed
         _check_base_of_adapter(config, folder, f"{config_file}: source.adapter")
-    _check_tokens(config, folder, [*seeds, *(text for pair in (*heldout, *labelled) for text in pair)])
+    pairs = {"heldout.jsonl": heldout, str(config.compare and config.compare.labelled): labelled}
+    texts = {"seeds.jsonl": seeds} | {name: [text for pair in found for text in pair] for name, found in pairs.items()}
+    _check_tokens(config, folder, texts)
     return _with_fingerprints(Transfer(folder.resolve(), config, seeds, heldout, labelled))
 
 
@@ -329,8 +331,8 @@ def _read_labelled(
     return _pairs(rows, [prompt for prompt, _ in heldout], "also in heldout.jsonl, so its answer would be trained on")
 
 
-def _check_tokens(config: TransferConfig, folder: Path, examples: list[str]) -> None:
-    """Refuse an example with a token that a model has no embedding of, where the model's files are here."""
+def _check_tokens(config: TransferConfig, folder: Path, texts: dict[str, list[str]]) -> None:
+    """Refuse an example, of the ``texts`` by file, with a token that a model that is here has no embedding of."""
     adapter = (folder / config.source.adapter).expanduser()
     models = {"source.base": config.source.base, "target.base": config.target.base}
     if any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -338,13 +340,12 @@ def _check_tokens(config: TransferConfig, folder: Path, examples: list[str]) -> 
     for key, reference in models.items():
         file = references.known_config(reference, folder, key)
         for token in tokens_without_row(file.parent) if file else ():
-            for text in examples:
-                if token in text:
-                    raise TuneshiftError(
-                        f"{folder}: the example {text!r} holds the token {token!r}, which the tokenizer of {key}"
-                        f" ({reference}) knows, but its embeddings have no row of. Write the example without it, or"
-                        " give the model the row (`resize_token_embeddings`)."
-                    )
+            for name, text in ((name, text) for name, found in texts.items() for text in found if token in text):
+                raise TuneshiftError(
+                    f"{folder / name}: {text!r} holds the token {token!r}, which the tokenizer of {key} ({reference})"
+                    " knows, but its embeddings have no row of. Write the text without it, or give the model the row"
+                    " (`resize_token_embeddings`)."
+                )
 
 
 def _check_base_of_adapter(config: TransferConfig, folder: Path, key: str) -> None:
