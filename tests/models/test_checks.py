@@ -204,6 +204,7 @@ class TestAdapters:
             ({"task_type": "SEQ_2_SEQ_LM"}, "task_type 'SEQ_2_SEQ_LM' (it belongs to an encoder-decoder)"),
             ({"task_type": "FEATURE_EXTRACTION"}, "task_type CAUSAL_LM"),
             ({"task_type": "OTHER"}, "task_type 'OTHER'. Name"),
+            ({"task_type": ["CAUSAL_LM"]}, "task_type ['CAUSAL_LM']. Name"),
             (
                 {"auto_mapping": {"base_model_class": "LlamaForSequenceClassification"}},
                 "'LlamaForSequenceClassification'",
@@ -230,6 +231,7 @@ class TestAdapters:
             {"task_type": "CAUSAL_LM", "bias": "none", "init_lora_weights": True},
             {"task_type": None, "init_lora_weights": False, "lora_bias": True},
             {"task_type": None, "auto_mapping": {"base_model_class": "LlamaForCausalLM"}},
+            {"task_type": None, "auto_mapping": {"base_model_class": "MyOwnWrapper"}},
             {"init_lora_weights": "gaussian"},
             {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
             {"init_lora_weights": "orthogonal"},

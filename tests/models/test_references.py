@@ -191,6 +191,15 @@ def test_a_gguf_file_is_known_by_its_content(tmp_path, monkeypatch):
     assert [file.name for file in (tmp_path / "cache" / "gguf").iterdir()] == ["joined.gguf"]
 
 
+def test_a_gguf_file_that_is_cut_off_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNESHIFT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "weights.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    with pytest.raises(TuneshiftError, match=r"target\.base: .*weights\.gguf can't be converted \(.*cut off") as error:
+        resolve_model("weights.gguf", tmp_path, "target.base")
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
+
+
 def test_packaged_models_keep_the_fingerprint_that_their_responses_are_cached_by():
     smollm = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     gemma = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"

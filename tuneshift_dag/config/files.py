@@ -333,14 +333,14 @@ def _read_labelled(
 
 def _check_tokens(config: TransferConfig, folder: Path, texts: dict[str, list[str]]) -> None:
     """Refuse an example, of the ``texts`` by file, with a token that a model that is here has no embedding of."""
-    adapter = (folder / config.source.adapter).expanduser()
-    models = {"source.base": config.source.base, "target.base": config.target.base}
-    if any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        del models["source.base"]  # the adapter has a tokenizer of its own, and may have its embeddings
-    for key, reference in models.items():
-        file = references.known_config(reference, folder, key)
+    found = _references(config)
+    adapters = [(folder / reference).expanduser() for reference, kind in found.values() if kind == "adapter"]
+    if any((path / name).is_file() for path in adapters for name in ("tokenizer.json", "tokenizer.model")):
+        del found["source.base"]  # the adapter has a tokenizer of its own, and may have its embeddings
+    for key, (reference, kind) in found.items():
+        file = None if kind == "adapter" else references.known_config(reference, folder, key)
         for token in tokens_without_row(file.parent) if file else ():
-            for name, text in ((name, text) for name, found in texts.items() for text in found if token in text):
+            for name, text in ((name, text) for name, those in texts.items() for text in those if token in text):
                 raise TuneshiftError(
                     f"{folder / name}: {text!r} holds the token {token!r}, which the tokenizer of {key} ({reference})"
                     " knows, but its embeddings have no row of. Write the text without it, or give the model the row"

@@ -216,16 +216,19 @@ def tokens_without_row(folder: Path) -> dict[str, int]:
     if not config_file.is_file():
         return {}
     config = json.loads(config_file.read_text("utf-8"))
-    rows = (config.get("text_config") or config).get("vocab_size")
+    text_config = config.get("text_config")
+    rows = (text_config if isinstance(text_config, dict) else config).get("vocab_size")
     added: dict[str, int] = {}
     if (folder / "added_tokens.json").is_file():
         added = json.loads((folder / "added_tokens.json").read_text("utf-8"))
-    # A list near the beginning of what may be many megabytes.
-    text = tokenizer.read_text("utf-8") if tokenizer.is_file() else ""
-    if found := re.search(r'"added_tokens"\s*:\s*(?=\[)', text):
-        tokens, _ = json.JSONDecoder().raw_decode(text, found.end())
-        added |= {token["content"]: token["id"] for token in tokens}
-    return {token: number for token, number in added.items() if rows is not None and number >= rows}
+    if tokenizer.is_file():
+        with tokenizer.open(encoding="utf-8") as handle:
+            text = handle.read(2**21)  # of what may be many megabytes: the list comes before the vocabulary
+            text += "" if '"vocab"' in text else handle.read()
+        if found := re.search(r'"added_tokens"\s*:\s*(?=\[)', text):
+            tokens, _ = json.JSONDecoder().raw_decode(text, found.end())
+            added |= {token["content"]: token["id"] for token in tokens}
+    return {token: number for token, number in added.items() if isinstance(rows, int) and number >= rows}
 
 
 def read_json(file: Path, key: str) -> dict[str, Any]:
@@ -304,10 +307,12 @@ def _adapter_problem(config: dict[str, Any]) -> str:
             f"peft_type {kind!r}; only LORA adapters can be used, which one loaded model switches on and off. Train a"
             f" LoRA, or {_WHOLE_MODEL}."
         )
-    whole = str((config.get("auto_mapping") or {}).get("base_model_class") or "CausalLM")
-    if task not in (None, "", "CAUSAL_LM") or not (task or _WRITES_TEXT.search(whole)):
+    # Without a task PEFT notes the model's class, which may also be somebody's own.
+    mapping = config.get("auto_mapping")
+    whole = str(mapping.get("base_model_class") or "") if isinstance(mapping, dict) else ""
+    if task not in (None, "", "CAUSAL_LM") or (not task and "For" in whole and not _WRITES_TEXT.search(whole)):
         what = f"task_type {task!r}" if task else f"base_model_class {whole!r}"
-        why = f" ({_TASKS[task]})" if task in _TASKS else ""
+        why = f" ({_TASKS[str(task)]})" if str(task) in _TASKS else ""
         return f"{what}{why}. Name an adapter of a model that writes text (task_type CAUSAL_LM)."
     if bias not in (None, "none"):
         return (

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import bitsandbytes
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -107,7 +107,7 @@ def load_for_inference(
         # The repacked layout's kernel computes in bfloat16 whatever the dtype asked for.
         _keep_layout(model)
     if adapter is not None:
-        config = _lora_config(adapter)
+        config = _peft_config(adapter)
         model = PeftModel.from_pretrained(model, adapter.path, ADAPTER, config=config, autocast_adapter_dtype=False)
         # An adapter in float32 would pull its matrix products, and so half the step, to float32.
         for name, parameter in model.named_parameters():
@@ -119,11 +119,11 @@ def load_for_inference(
     return model.eval().requires_grad_(False)
 
 
-def _lora_config(adapter: ModelFiles) -> LoraConfig:
+def _peft_config(adapter: ModelFiles) -> PeftConfig:
     """As PEFT reads it, but in any encoding of JSON; it opens the file as UTF-8 without a byte-order mark."""
     settings = adapter_config(adapter.path, adapter.reference)
     settings.pop("runtime_config", None)
-    return LoraConfig.from_peft_type(**settings)
+    return PeftConfig.from_peft_type(**settings)
 
 
 def load_for_training(
