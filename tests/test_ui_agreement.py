@@ -87,7 +87,7 @@ def another_adapter(project: Project) -> None:
 def other_weights(project: Project) -> None:
     """Of the folder that is source base, generator and target here."""
     weights = project.folder / "models" / "tiny-base" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes() + b"\0")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
 
 
 # What is changed, what is then out of date beside what was already, and whether a run follows.

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tuneshift_dag import TuneshiftError
@@ -18,7 +20,9 @@ def home_dir() -> Path:
 
 
 def database_file() -> Path:
-    return home_dir() / "tuneshift.duckdb"
+    """The file of every table, in a folder that is made for it; raises `TuneshiftError` when it can't be."""
+    with _writing("TUNESHIFT_HOME", home_dir()) as folder:
+        return folder / "tuneshift.duckdb"
 
 
 def output_dir(transfer: str) -> Path:
@@ -28,14 +32,10 @@ def output_dir(transfer: str) -> Path:
 
 def use_dagster_home() -> Path:
     """Set this project's Dagster instance up, and ``DAGSTER_HOME`` to it (Dagster wants an absolute path) unless the
-    user has named another; `TuneshiftError` when it can't be written."""
-    folder = _folder("DAGSTER_HOME", home_dir() / "dagster")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    user has named another; `TuneshiftError` when it is no folder or can't be written."""
+    with _writing("DAGSTER_HOME", _folder("DAGSTER_HOME", home_dir() / "dagster")) as folder:
         if not (folder / "dagster.yaml").exists():
             shutil.copy(Path(__file__).with_name("dagster_template.yaml"), folder / "dagster.yaml")
-    except OSError as error:
-        raise TuneshiftError(f"DAGSTER_HOME: {folder}: {error.strerror}. Name a folder that can be written.") from error
     os.environ["DAGSTER_HOME"] = str(folder)
     return folder
 
@@ -43,7 +43,23 @@ def use_dagster_home() -> Path:
 def _folder(variable: str, otherwise: Path) -> Path:
     """The absolute path that a variable names, else ``otherwise``; `TuneshiftError` when it is no folder."""
     given = os.environ.get(variable, "").strip()
-    folder = (Path(given) if given else otherwise).expanduser().resolve()
-    if folder.exists() and not folder.is_dir():
+    try:
+        folder = (Path(given) if given else otherwise).expanduser().resolve()
+        usable = folder.is_dir() or not folder.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long; there is no such user
+        raise TuneshiftError(
+            f"{variable} {given!r}: {str(error).rstrip('.')}. Name a folder, or unset the variable."
+        ) from error
+    if not usable:
         raise TuneshiftError(f"{variable}: {folder} is no folder. Name one, or unset the variable.")
     return folder
+
+
+@contextmanager
+def _writing(variable: str, folder: Path) -> Iterator[Path]:
+    """The folder, made if it isn't there, and an error in words when something can't be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except OSError as error:
+        raise TuneshiftError(f"{variable}: {folder}: {error.strerror}. Name a folder that can be written.") from error

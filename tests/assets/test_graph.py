@@ -435,7 +435,7 @@ class TestTargetWeights:
         assert project.materialize("distilled_model").success
         assert len(project.models.trained) == 1
         weights = project.folder / "models" / "tiny-base" / "model.safetensors"
-        weights.write_bytes(weights.read_bytes() + b"\0")
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
         assert project.materialize("distilled_model").success
         assert len(project.models.trained) == 2
         assert causes(project, "evaluation") != []

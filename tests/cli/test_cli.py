@@ -1,5 +1,6 @@
 """The command line, with fake models: what it prints where, and how it fails."""
 
+import itertools
 import json
 import os
 import signal
@@ -225,6 +226,40 @@ class TestHomes:
         status, out, err = tuneshift("run", "banking")
         assert (status, out) == (1, "")
         assert err == f"error: {variable}: {file} is no folder. Name one, or unset the variable.\n"
+
+    @pytest.mark.parametrize("value", ["~nobody-here/x", "x" * 300])
+    @pytest.mark.parametrize(
+        ("command", "variable"),
+        [
+            ("run", "DAGSTER_HOME"),
+            *itertools.product(["run", "report", "doctor"], ["TUNESHIFT_HOME", "TUNESHIFT_TRANSFERS"]),
+        ],
+    )
+    def test_that_can_be_nowhere_are_one_line(
+        self,
+        tuneshift: Run,
+        transfer_folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        command: str,
+        variable: str,
+        value: str,
+    ) -> None:
+        monkeypatch.setenv(variable, value)
+        status, _, err = tuneshift(command, "banking")
+        assert status == 1
+        assert err.startswith(f"error: {variable}") and len(err.splitlines()) == 1
+        assert list(Path().iterdir()) == []
+
+    @pytest.mark.parametrize("command", ["run", "report", "doctor"])
+    def test_that_cannot_be_made_are_one_line(
+        self, tuneshift: Run, transfer_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+    ) -> None:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("TUNESHIFT_HOME", str(tmp_path / "file" / "home"))
+        monkeypatch.delenv("DAGSTER_HOME")
+        status, _, err = tuneshift(command, "banking")
+        assert status == 1
+        assert "Not a directory. Name a folder that can be written." in err and len(err.splitlines()) == 1
 
     @pytest.mark.parametrize("text", ["storage: [", "storage:\n  postgres:\n    postgres_db: {}\n", "no: such key\n"])
     def test_with_a_broken_dagster_yaml_are_one_line(

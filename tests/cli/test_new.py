@@ -83,6 +83,13 @@ class TestCreate:
         _edit_adapter(base_model_name_or_path="org/named-base")
         assert new(base="").config.source.base == "org/named-base"
 
+    @pytest.mark.parametrize("cache", ["/home/me/.cache/huggingface/hub", "C:\\Users\\me\\hub"])
+    def test_a_path_into_a_hub_cache_elsewhere_means_the_hub_id(self, new: New, cache: str) -> None:
+        slash = "\\" if "\\" in cache else "/"
+        _edit_adapter(base_model_name_or_path=slash.join([cache, "models--org--tiny-base", "snapshots", "01ab"]))
+        assert new(base="").config.source.base == "org/tiny-base"
+        assert new("other", base="tiny-base").config.source.base.endswith("tiny-base")
+
     @pytest.mark.parametrize(
         ("name", "content"),
         [
@@ -107,11 +114,13 @@ class TestRefusals:
             ({"name": "my-skill"}, ["NAME 'my-skill'", "'my_skill'"]),
             ({"adapter": "", "target": "", "seeds": ""}, ["--adapter, --target, --seeds missing", "terminal"]),
             ({"adapter": "./nowhere"}, ["--adapter", "nowhere", "doesn't exist"]),
-            ({"adapter": "tiny-base"}, ["--adapter 'tiny-base'", "a whole model, not an adapter"]),
-            ({"adapter": "."}, ["--adapter '.'", "in my-adapter", "Give one of these"]),
+            ({"adapter": "tiny-base"}, ["--adapter: tiny-base", "a whole model, not an adapter", "source.fine_tuned"]),
+            ({"adapter": "."}, ["--adapter: .", "but my-adapter in it", "Name one of these"]),
             ({"base": "org/other-base"}, ["--base 'org/other-base'", "someone/tiny-base", "adapter_config.json"]),
             ({"base": "", "adapter": "org/on-the-hub"}, ["--base missing", "doesn't say"]),
             ({"target": "./nowhere"}, ["--target", "'./nowhere'", "hub id"]),
+            ({"target": "~nobody-here/model"}, ["--target", "'~nobody-here/model'", "hub id"]),
+            ({"adapter": "~nobody-here/adapter"}, ["--adapter", "~nobody-here/adapter", "doesn't exist"]),
             ({"generator": "package://no_such_package"}, ["--generator", "pip install no-such-package"]),
             ({"template": "Question:"}, ["--template 'Question:'", "{prompt} exactly once"]),
             ({"seeds": "none.jsonl"}, ["--seeds 'none.jsonl'", "no such file"]),

@@ -9,7 +9,7 @@ import pytest
 import tuneshift_dag.method
 from tests.conftest import write_jsonl
 from tuneshift_dag import TuneshiftError
-from tuneshift_dag.config.files import find_transfers, load_all, load_transfer
+from tuneshift_dag.config.files import find_transfers, is_same_base, load_all, load_transfer
 
 SERVED = {
     "type": "openai",
@@ -341,6 +341,38 @@ def test_an_adapter_of_another_base_is_refused(transfer_folder):
     file = transfer_folder / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "someone/other-base"}))
     with pytest.raises(TuneshiftError, match=r"source\.adapter: .*'someone/other-base'.*models/tiny-base.*Set source"):
+        load_transfer(transfer_folder)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "someone/Tiny-Base",
+        "someone/tiny-base@v1",
+        "/data/models/tiny-base/",
+        "D:\\models\\tiny-base",
+        "D:\\models\\tiny-base\\",
+        "/home/me/.cache/huggingface/hub/models--someone--tiny-base/snapshots/0123abcd",
+        "C:\\Users\\me\\hub\\models--someone--tiny-base\\snapshots\\0123abcd\\",
+        "package://tiny-base",
+    ],
+)
+def test_a_base_is_the_same_by_its_last_name(named):
+    assert is_same_base(named, "models/tiny-base")
+    assert not is_same_base(named, "models/snapshots")
+    assert not is_same_base(named, "models/other")
+
+
+@pytest.mark.parametrize("name", ["seeds.jsonl", "heldout.jsonl", "labelled.jsonl"])
+def test_an_example_with_a_token_that_the_model_has_no_embedding_of_is_named(transfer_folder, edit_config, name):
+    write_jsonl(transfer_folder / "labelled.jsonl", [{"prompt": "Who?", "response": "me"}])
+    edit_config("compare", {"labelled": "labelled.jsonl"})
+    model = transfer_folder / "models" / "tiny-base"
+    (model / "config.json").write_text('{"model_type": "llama", "vocab_size": 9}')
+    (model / "tokenizer.json").write_text('{"added_tokens": [{"id": 9, "content": "[PAD]"}]}')
+    assert load_transfer(transfer_folder).seeds, "no example holds it"
+    write_jsonl(transfer_folder / name, [{"prompt": "What does [PAD] mean?", "response": "nothing"}])
+    with pytest.raises(TuneshiftError, match=rf"{name}: 'What does \[PAD\] mean\?' holds the token '\[PAD\]'.*source"):
         load_transfer(transfer_folder)
 
 

@@ -154,7 +154,9 @@ def test_a_file_makes_out_of_date_what_reads_it(
 
 def test_a_replaced_weights_folder_makes_out_of_date_what_uses_it(transfer_folder: Path) -> None:
     def overwrite(file: Path) -> set[str]:
-        return changed(transfer_folder, lambda: file.write_bytes((file.read_bytes() if file.exists() else b"") + b" "))
+        data = file.read_bytes() if file.exists() else b""
+        other = data[:-1] + b"\1" if file.suffix == ".safetensors" else data + b" "
+        return changed(transfer_folder, lambda: file.write_bytes(other))
 
     base, adapter = transfer_folder / "models" / "tiny-base", transfer_folder / "adapter"
     trained = training_version(load_transfer(transfer_folder))
@@ -172,7 +174,7 @@ def test_a_served_source_counts_by_its_tokenizer(transfer_folder: Path, edit_con
     edit_config("generator.model", "org/other")
     base = transfer_folder / "models" / "tiny-base"
     assert changed(transfer_folder, lambda: (base / "model.safetensors").write_bytes(b"")) == set()
-    assert changed(transfer_folder, lambda: (base / "tokenizer.json").write_bytes(b"")) == USES_ADAPTER
+    assert changed(transfer_folder, lambda: (base / "tokenizer.json").write_text("{ }")) == USES_ADAPTER
 
 
 def test_the_same_weights_elsewhere_are_the_same(transfer_folder: Path, edit_config: Edit) -> None:

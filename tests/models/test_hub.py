@@ -10,19 +10,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from tests.models.fake_hub import FakeHub, fake_hub
 
 Ask = Callable[..., list[Any]]
-FIRST = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"first", "README.md": b"#"}
-SECOND = {**FIRST, "model.safetensors": b"second"}
-ADAPTER = {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": b"adapter", "x.bin": b"x"}
+FIRST = {
+    "config.json": b'{"model_type": "llama"}',
+    "tokenizer.json": b"{}",
+    "model.safetensors": save({"first": np.zeros(1)}),
+    "README.md": b"#",
+}
+SECOND = {**FIRST, "model.safetensors": save({"second": np.zeros(1)})}
+ADAPTER = {
+    "adapter_config.json": b'{"peft_type": "LORA"}',
+    "adapter_model.safetensors": save({"adapter": np.zeros(1)}),
+    "x.bin": b"x",
+}
 
 
 NUMBERS = itertools.count()
 PROCESS = """
 import json, pathlib, sys
+from safetensors.numpy import load_file
 from huggingface_hub import hf_hub_download
 from tuneshift_dag.config import files, versions
 from tuneshift_dag.config.files import load_transfer
@@ -31,7 +43,7 @@ here = pathlib.Path(sys.argv[1])
 known = lambda name, kind='model': known_fingerprint(name, here, 'source.base', kind)
 renew = lambda name, kind='model': refresh(name, here, 'source.base', kind)
 model = lambda name: resolve_model(name, here, 'source.base')
-weights = lambda name: (model(name).path / 'model.safetensors').read_text()
+weights = lambda name: next(iter(load_file(model(name).path / 'model.safetensors')))
 names = lambda files: sorted(file.name for file in files.path.iterdir())
 for line in sys.stdin:
     try:
@@ -142,6 +154,23 @@ def test_without_a_network_what_is_here_stays(
         problem, now, weights = ask_alone(*(f"{what}('{hub.name}')" for what in ("renew", "known", "weights")))
     assert problem == "" if offline else "can't ask the hub" in problem
     assert (now, weights) == ([f"{hub.name}@{commit}", commit], "first")
+
+
+def test_what_cannot_be_used_is_refused_when_it_is_fetched(hub: FakeHub, ask: Ask) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    hub.push({**FIRST, "model.safetensors": pointer})
+    refreshed, resolved = ask("renew('org/name')", "model('org/name')")
+    for told in (refreshed, resolved):
+        assert told.startswith("source.base: ") and "model.safetensors is a git-lfs pointer" in told
+
+
+def test_the_settings_of_a_model_that_is_here_are_looked_at_before_it_is_fetched_whole(hub: FakeHub, ask: Ask) -> None:
+    hub.push({**FIRST, "config.json": b'{"model_type": "t5", "is_encoder_decoder": true}'})
+    ask("hf_hub_download('org/name', 'config.json')")
+    asked = len(hub.requests)
+    (told,) = ask("check_reference('org/name', here, 'source.base')")
+    assert "t5 is an encoder-decoder" in told
+    assert hub.requests[asked:] == []
 
 
 def test_a_tag_a_tokenizer_and_an_adapter(hub: FakeHub, ask: Ask) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.config.files import find_transfers, load_transfer
-from tuneshift_dag.home import database_file, home_dir, transfers_dir
+from tuneshift_dag.config.files import check_models, find_transfers, load_transfer
+from tuneshift_dag.home import database_file, transfers_dir
 from tuneshift_dag.models.references import cached_as, hub_files_here, quantized_copy
 from tuneshift_dag.reports.plan import run_warnings
 from tuneshift_dag.store import Store
@@ -44,6 +44,7 @@ def examine(name: str | None, with_models: bool) -> Iterator[Finding]:
     for folder in folders:
         try:
             transfer = load_transfer(folder)
+            check_models(transfer)
         except TuneshiftError as error:
             yield Finding(folder.name, False, str(error))
             continue
@@ -71,9 +72,9 @@ def _environment() -> Iterator[Finding]:
             yield Finding(package, True, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             yield Finding(package, False, f"not installed. Run `pip install {package}`.")
-    home_dir().mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(home_dir()).free / 2**30
-    yield Finding("disk", free > _FREE_GIB, f"{free:.0f} GiB free for {home_dir()}")
+    home = database_file().parent
+    free = shutil.disk_usage(home).free / 2**30
+    yield Finding("disk", free > _FREE_GIB, f"{free:.0f} GiB free for {home}")
     yield _tried("database", lambda: Store(database_file()).prepare(None), str(database_file()))
 
 

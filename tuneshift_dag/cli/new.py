@@ -7,6 +7,7 @@ import csv
 import functools
 import io
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -21,7 +22,8 @@ from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer, files
 from tuneshift_dag.config.files import Rows
 from tuneshift_dag.config.schema_models import Mode
-from tuneshift_dag.models.references import check_adapter_folder, check_reference, is_hub_id
+from tuneshift_dag.models.checks import check_adapter_folder
+from tuneshift_dag.models.references import check_loadable, check_reference, hub_id_of, is_hub_id
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -140,20 +142,9 @@ def check_name(root: Path, name: str) -> Path:
 
 def check_adapter(value: str) -> None:
     """`TuneshiftError` when a folder can't be used; a hub id is checked when it is first fetched."""
-    folder = Path(value).expanduser()
+    folder = _path(value)
     if not folder.exists() and is_hub_id(value):
         return
-    if folder.is_dir() and not (folder / "adapter_config.json").is_file():
-        inside = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
-        if inside:
-            raise TuneshiftError(
-                f"--adapter {value!r}: no adapter_config.json there, but in {', '.join(inside)}. Give one of these."
-            )
-        if (folder / "config.json").is_file():
-            raise TuneshiftError(
-                f"--adapter {value!r}: this is a whole model, not an adapter. The method compares a model with and"
-                " without its fine-tune, so it needs the LoRA adapter alone, from before it was merged."
-            )
     check_adapter_folder(folder, "--adapter")
 
 
@@ -161,7 +152,8 @@ def named_base(adapter: str) -> str:
     """The base model that a local adapter says it was trained on; empty when it doesn't say or is on the hub."""
     folder = _local_folder(adapter)
     config = check_adapter_folder(folder, "--adapter") if folder else {}
-    return str(config.get("base_model_name_or_path") or "")
+    named = str(config.get("base_model_name_or_path") or "")
+    return named if Path(named).exists() else hub_id_of(named)
 
 
 def check_base(value: str, adapter: str) -> str:
@@ -221,9 +213,10 @@ def _read_csv(file: Path, columns: list[str]) -> Rows:
 def _model(value: str, flag: str) -> str:
     """A model reference that means the same in the transfer's folder as it does here."""
     reference = value
-    if not value.startswith("package://") and Path(value).expanduser().exists():
-        reference = str(Path(value).expanduser().resolve())
+    if not value.startswith("package://") and _path(value).exists():
+        reference = str(_path(value).resolve())
     check_reference(reference, Path.cwd(), flag)
+    check_loadable(reference, Path.cwd(), flag)
     return reference
 
 
@@ -235,8 +228,13 @@ def _usable(reference: str) -> bool:
     return bool(reference)
 
 
+def _path(value: str) -> Path:
+    """With the home for ``~``, and as it is where there is no such user (`Path.expanduser` raises then)."""
+    return Path(os.path.expanduser(value))
+
+
 def _local_folder(adapter: str) -> Path | None:
-    folder = Path(adapter).expanduser()
+    folder = _path(adapter)
     return folder.resolve() if folder.is_dir() else None
 
 

@@ -20,7 +20,8 @@ from tuneshift_dag.config.schema import Evaluation, TransferConfig
 from tuneshift_dag.method.evaluation import expected_number
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.models import references
-from tuneshift_dag.models.references import Kind, check_adapter_folder, check_reference, is_on_hub
+from tuneshift_dag.models.checks import check_adapter_folder, tokens_without_row
+from tuneshift_dag.models.references import Kind, check_reference, hub_id_of, is_on_hub
 
 Rows = list[tuple[str, dict[str, Any]]]
 """Examples as read from a file, each with its place there, for messages."""
@@ -67,6 +68,9 @@ def load_transfer(folder: Path) -> Transfer:
     # One on the hub is looked at when it is first needed.
     if config.source.adapter and not is_on_hub(config.source.adapter, folder):
         _check_base_of_adapter(config.source.adapter, config.source.base, folder, f"{config_file}: source.adapter")
+    pairs = {"heldout.jsonl": heldout, str(config.compare and config.compare.labelled): labelled}
+    texts = {"seeds.jsonl": seeds} | {name: [text for pair in found for text in pair] for name, found in pairs.items()}
+    _check_tokens(config, folder, texts)
     return _with_fingerprints(Transfer(folder.resolve(), config, seeds, heldout, labelled))
 
 
@@ -103,7 +107,17 @@ def refresh(transfer: Transfer, warn: Callable[[str], None]) -> Transfer:
     for key, (reference, kind) in _references(transfer.config).items():
         if problem := references.refresh(reference, transfer.folder, key, kind):
             warn(problem)
-    return _with_fingerprints(transfer)
+    transfer = _with_fingerprints(transfer)
+    check_models(transfer)
+    return transfer
+
+
+def check_models(transfer: Transfer) -> None:
+    """What `load_transfer` leaves out, since it may import torch: whether transformers can load the models."""
+    for key, (_, kind) in _references(transfer.config).items():
+        if kind == "model":
+            where = f"{transfer.folder / 'transfer.yaml'}: {key}"
+            references.check_loadable(transfer.reference(key), transfer.folder, where)
 
 
 def name_problem(name: str) -> str:
@@ -156,8 +170,9 @@ def read_jsonl(file: Path, shape: str) -> Rows:
 
 
 def is_same_base(reference: str, other: str) -> bool:
-    """Whether two references end in the same name: a model may be named by hub id, folder or package."""
-    one, two = (name.split("@")[0].rstrip("/").rsplit("/", 1)[-1].lower() for name in (reference, other))
+    """Whether two references end in the same name: a model may be named by hub id, package, or folder of any system."""
+    paths = (hub_id_of(name).split("@")[0].replace("\\", "/") for name in (reference, other))
+    one, two = (path.rstrip("/").rsplit("/", 1)[-1].lower() for path in paths)
     return one == two
 
 
@@ -317,6 +332,23 @@ def _read_labelled(
         return []
     rows = read_jsonl((folder / config.compare.labelled).expanduser(), HELD_OUT_SHAPE)
     return _pairs(rows, [prompt for prompt, _ in heldout], "also in heldout.jsonl, so its answer would be trained on")
+
+
+def _check_tokens(config: TransferConfig, folder: Path, texts: dict[str, list[str]]) -> None:
+    """Refuse an example, of the ``texts`` by file, with a token that a model that is here has no embedding of."""
+    found = _references(config)
+    adapters = [(folder / reference).expanduser() for reference, kind in found.values() if kind == "adapter"]
+    if any((path / name).is_file() for path in adapters for name in ("tokenizer.json", "tokenizer.model")):
+        del found["source.base"]  # the adapter has a tokenizer of its own, and may have its embeddings
+    for key, (reference, kind) in found.items():
+        file = None if kind == "adapter" else references.known_config(reference, folder, key)
+        for token in tokens_without_row(file.parent) if file else ():
+            for name, text in ((name, text) for name, those in texts.items() for text in those if token in text):
+                raise TuneshiftError(
+                    f"{folder / name}: {text!r} holds the token {token!r}, which the tokenizer of {key} ({reference})"
+                    " knows, but its embeddings have no row of. Write the text without it, or give the model the row"
+                    " (`resize_token_embeddings`)."
+                )
 
 
 def _check_base_of_adapter(adapter: str, base: str, folder: Path, key: str) -> None:

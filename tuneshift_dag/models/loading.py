@@ -9,6 +9,7 @@ silently has no gradients, and merging and saving give garbage. So a model is lo
 import contextlib
 import json
 import logging
+import shutil
 import tempfile
 import types
 import warnings
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 import bitsandbytes
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.bnb import Linear4bit
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
@@ -27,6 +28,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.models import memory
 from tuneshift_dag.models.capabilities import attention_of, experts_bytes
+from tuneshift_dag.models.checks import adapter_config, tokens_without_row
 from tuneshift_dag.models.references import ModelFiles, quantized_copy
 
 Quantization = Literal["nf4", "fp4", "none"]
@@ -40,12 +42,50 @@ _LOG = logging.getLogger("tuneshift_dag")
 def load_tokenizer(files: ModelFiles) -> Tokenizer:
     """The model's tokenizer, with a padding token (its own, or the end-of-sequence token). One object for everyone in
     the process: reading a large vocabulary takes seconds."""
-    tokenizer = AutoTokenizer.from_pretrained(files.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(files.path)
+        if beyond := tokens_without_row(files.path):
+            tokenizer = _without(tokenizer, list(beyond), files.path)
+    except Exception as error:  # a tokenizer's files, or code of its own that isn't run, may raise anything
+        told = " ".join(str(error).split())[:300]
+        raise TuneshiftError(
+            f"{files.reference}: its tokenizer can't be loaded ({type(error).__name__}: {told}). Save that of its base"
+            f" model to {files.path}."
+        ) from error
     if tokenizer.eos_token_id is None:
-        raise TuneshiftError(f"{files.reference}: the tokenizer has no end-of-sequence token.")
+        tokenizer.eos_token = _end_of_model(tokenizer, files)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _without(tokenizer: Tokenizer, tokens: list[str], folder: Path) -> Tokenizer:
+    """The tokenizer without some added tokens, whose text is then text like any other: a prompt that holds one would
+    end in an index error where the model looks up its embedding."""
+    with tempfile.TemporaryDirectory() as edited:
+        tokenizer.save_pretrained(edited)
+        shutil.copy(folder / "config.json", edited)  # says which class of tokenizer it is
+        file, settings = Path(edited) / "tokenizer.json", Path(edited) / "tokenizer_config.json"
+        saved = json.loads(file.read_text("utf-8"))
+        saved["added_tokens"] = [token for token in saved["added_tokens"] if token["content"] not in tokens]
+        file.write_text(json.dumps(saved, ensure_ascii=False), "utf-8")
+        named = {k: v for k, v in json.loads(settings.read_text("utf-8")).items() if v not in tokens}
+        named = {k: [x for x in v if x not in tokens] if isinstance(v, list) else v for k, v in named.items()}
+        settings.write_text(json.dumps(named), "utf-8")
+        return AutoTokenizer.from_pretrained(edited)
+
+
+def _end_of_model(tokenizer: Tokenizer, files: ModelFiles) -> str:
+    """The token that ends a text as the model's settings name it."""
+    for name in ("generation_config.json", "config.json"):
+        file = files.path / name
+        ids = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
+        if ids not in (None, []):
+            return str(tokenizer.convert_ids_to_tokens(ids[0] if isinstance(ids, list) else ids))
+    raise TuneshiftError(
+        f"{files.reference}: neither its tokenizer nor generation_config.json says which token ends a text. Set"
+        f" eos_token in {files.path / 'tokenizer_config.json'}."
+    )
 
 
 def dtype_name(setting: str) -> str:
@@ -102,7 +142,8 @@ def _attached(model: Any, files: ModelFiles, adapter: ModelFiles) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it warns of is refused below
-            adapted = PeftModel.from_pretrained(model, adapter.path, ADAPTER, autocast_adapter_dtype=False)
+            how = {"config": _peft_config(adapter), "autocast_adapter_dtype": False}
+            adapted = PeftModel.from_pretrained(model, adapter.path, ADAPTER, **how)
             # Only this says what didn't fit; the weights are the same.
             found = adapted.load_adapter(adapter.path, ADAPTER, autocast_adapter_dtype=False)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -133,6 +174,13 @@ def _add_tokens(model: Any, count: int) -> None:
     model.resize_token_embeddings(count, mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         layer.weight[before:] = layer.weight[:before].mean(0)
+
+
+def _peft_config(adapter: ModelFiles) -> PeftConfig:
+    """As PEFT reads it, but in any encoding of JSON; it opens the file as UTF-8 without a byte-order mark."""
+    settings = adapter_config(adapter.path, adapter.reference)
+    settings.pop("runtime_config", None)
+    return PeftConfig.from_peft_type(**settings)
 
 
 def load_for_training(

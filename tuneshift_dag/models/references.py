@@ -15,11 +15,10 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Literal, NamedTuple
 import platformdirs
 
 from tuneshift_dag import TuneshiftError
+from tuneshift_dag.models import checks
 
 Kind = Literal["model", "tokenizer", "adapter"]
 
@@ -83,6 +83,12 @@ def is_hub_id(reference: str) -> bool:
     return bool(_HUB_ID.match(reference)) and not reference.startswith((".", "/", "~"))
 
 
+def hub_id_of(reference: str) -> str:
+    """The hub id behind a path into a hub cache (``…/models--org--name/snapshots/COMMIT``); else what was given."""
+    found = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$", reference)
+    return found[1].replace("--", "/", 1) if found else reference
+
+
 def is_on_hub(reference: str, folder: Path) -> bool:
     """Whether a reference names something on the hub: it is a hub id, and there is no file or folder of that name."""
     return is_hub_id(reference) and not (folder / reference).expanduser().exists()
@@ -99,22 +105,33 @@ def check_reference(reference: str, folder: Path, key: str, kind: Kind = "model"
     path = (folder / reference).expanduser()
     if kind == "adapter":
         if not is_on_hub(reference, folder):
-            check_adapter_folder(path, key)
+            _check_folder(path, key, kind)
     elif reference.startswith("package://"):
         _package_file(reference, key)
     elif path.is_file():
         if path.suffix != ".gguf":
             raise TuneshiftError(f"{key}: {reference!r} is no .gguf file. Name a model folder or a .gguf file.")
-    elif path.is_dir() and kind == "model":
-        _check_model_folder(path, key)
+        checks.check_gguf(path, key)
     elif path.is_dir():
-        if not _files(path, "tokenizer"):
-            raise TuneshiftError(f"{key}: {path} holds no tokenizer (tokenizer.json or tokenizer.model).")
+        _check_folder(path, key, kind)
     elif not is_hub_id(reference) or path.suffix == ".gguf":
         raise TuneshiftError(
             f"{key}: {reference!r} is no model: {path} doesn't exist, and it isn't a hub id"
             " ('org/name' or 'org/name@revision') nor 'package://<package>/<file.gguf>'."
         )
+    if is_on_hub(reference, folder) and (here := _snapshot(reference)):
+        # Maybe in part: what is missing is fetched, and then all of it is checked.
+        if kind == "model" and (here / "config.json").is_file():
+            checks.check_config(here / "config.json", key)
+        elif kind == "adapter" and all(file.is_file() for file in _files(here, kind)):
+            _check_folder(here, key, kind)
+
+
+def check_loadable(reference: str, folder: Path, key: str) -> None:
+    """Raise `TuneshiftError` when a model is here that the installed transformers can't load. Imports torch when it
+    sees a model's settings for the first time."""
+    if file := known_config(reference, folder, key):
+        _once(checks.check_architecture, file, key, importlib.metadata.version("transformers"))
 
 
 def resolve_model(reference: str, folder: Path, key: str) -> ModelFiles:
@@ -179,7 +196,7 @@ def refresh(reference: str, folder: Path, key: str, kind: Kind = "model") -> str
     try:
         commit = HfApi().model_info(repo, revision=revision or None, timeout=30).sha
         # The files, and then the branch's name: an interrupted download leaves the commit that was here.
-        snapshot_download(repo, revision=commit, allow_patterns=_HUB_FILES[kind])
+        path = snapshot_download(repo, revision=commit, allow_patterns=_HUB_FILES[kind])
         if commit != (here.name if (here := _snapshot(reference)) else None):
             snapshot_download(repo, revision=revision or None, allow_patterns=_HUB_FILES[kind])
     except OfflineModeIsEnabled:
@@ -187,38 +204,13 @@ def refresh(reference: str, folder: Path, key: str, kind: Kind = "model") -> str
     except Exception as error:
         # Whatever it was: a model that isn't here is refused when it is needed.
         return f"{key}: can't ask the hub whether {reference!r} has changed ({type(error).__name__}: {error})."
+    _check_folder(Path(path), key, kind)
     return ""
 
 
 def hub_files_here(reference: str, folder: Path) -> bool:
     """Whether nothing is to be fetched for a reference: it is no hub id, or the hub's cache has it (maybe in part)."""
     return not is_on_hub(reference, folder) or _snapshot(reference) is not None
-
-
-def check_adapter_folder(path: Path, key: str) -> dict[str, object]:
-    """The adapter's ``adapter_config.json``; `TuneshiftError` when the folder can't be used."""
-    config_file = path / "adapter_config.json"
-    if not path.is_dir():
-        raise TuneshiftError(f"{key}: the adapter folder {path} doesn't exist. Put the PEFT adapter there.")
-    if not config_file.is_file():
-        raise TuneshiftError(f"{key}: {config_file} is missing; {path} is not a PEFT adapter folder.")
-    weights = path / "adapter_model.safetensors"
-    pickles = sorted(p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"})
-    if pickles and not weights.is_file():
-        raise TuneshiftError(
-            f"{key}: {path} holds a pickle adapter ({', '.join(pickles)}), which can run code when it is loaded. Save"
-            " it again with `model.save_pretrained(folder, safe_serialization=True)`."
-        )
-    if not weights.is_file():
-        raise TuneshiftError(f"{key}: {weights} is missing.")
-    try:
-        config: dict[str, object] = json.loads(config_file.read_text("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise TuneshiftError(f"{key}: {config_file} is not valid JSON: {error}.") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
-        raise TuneshiftError(f"{key}: {config_file} says peft_type {kind!r}; only LORA adapters can be used.")
-    return config
 
 
 def fingerprint_of(files: Iterable[Path]) -> str:
@@ -266,16 +258,28 @@ def _files(path: Path, kind: Kind) -> list[Path]:
     return tokenizer if kind == "tokenizer" else weights + tokenizer
 
 
-def _check_model_folder(path: Path, key: str) -> None:
-    if not (path / "config.json").is_file():
-        raise TuneshiftError(f"{key}: {path / 'config.json'} is missing; {path} is not a model folder.")
-    if not any(path.glob("*.safetensors")):
-        lacking, repair = "*.safetensors weights (pickles are never loaded)", "Save the model again with `model."
-    elif not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        lacking, repair = "tokenizer", "Save its base's with `AutoTokenizer.from_pretrained(BASE)."
-    else:
+def _check_folder(path: Path, key: str, kind: Kind) -> None:
+    """Raise `TuneshiftError` when a folder's files can't be used."""
+    if kind == "adapter":
+        checks.check_adapter_folder(path, key)
+        _once(checks.check_finite, path / "adapter_model.safetensors", key)
         return
-    raise TuneshiftError(f"{key}: {path} holds no {lacking}. {repair}save_pretrained(folder)`.")
+    tokenizer = _files(path, "tokenizer")
+    if kind == "model":
+        checks.check_model_folder(path, key)
+    elif not tokenizer:
+        raise TuneshiftError(f"{key}: {path} holds no tokenizer (tokenizer.json or tokenizer.model).")
+    for file in tokenizer:
+        checks.check_tokenizer_file(file, key)
+
+
+def _once(check: Callable[[Path, str], None], file: Path, key: str, version: str = "") -> None:
+    """A check that takes seconds, unless a file of this content has passed it before (with this ``version``)."""
+    note = cache_dir() / "checked" / f"{check.__name__}-{version}-{file_hash(file)}"
+    if not note.is_file():
+        check(file, key)
+        with _whole(note) as unfinished:
+            unfinished.touch()
 
 
 def _resolve(reference: str, folder: Path, key: str, kind: Kind) -> ModelFiles:
@@ -284,11 +288,15 @@ def _resolve(reference: str, folder: Path, key: str, kind: Kind) -> ModelFiles:
     if gguf := _gguf_file(reference, path, key):
         converted = _converted(gguf)
         if not converted.is_dir():
-            _convert_gguf(gguf, converted)
+            _convert_gguf(gguf, converted, key)
         return ModelFiles(reference, converted, file_hash(gguf))
     if path.is_dir():
-        return ModelFiles(reference, path.resolve(), fingerprint_of(_files(path, kind)))
-    return _from_hub(reference, key, kind)
+        files = ModelFiles(reference, path.resolve(), fingerprint_of(_files(path, kind)))
+    else:
+        files = _from_hub(reference, key, kind)
+    if kind == "model":
+        check_loadable(reference, folder, key)
+    return files
 
 
 def _package_file(reference: str, key: str) -> Path | None:
@@ -332,15 +340,22 @@ def _converted(file: Path) -> Path:
     return cache_dir() / "models" / f"{file.stem}-{file_hash(file)[:16]}"
 
 
-def _convert_gguf(file: Path, folder: Path) -> None:
+def _convert_gguf(file: Path, folder: Path, key: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     how = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
-    with _whole(folder) as unfinished:
-        AutoTokenizer.from_pretrained(**where).save_pretrained(unfinished)
-        AutoModelForCausalLM.from_pretrained(**where, **how).save_pretrained(unfinished)
+    try:
+        with _whole(folder) as unfinished:
+            AutoTokenizer.from_pretrained(**where).save_pretrained(unfinished)
+            AutoModelForCausalLM.from_pretrained(**where, **how).save_pretrained(unfinished)
+    except Exception as error:  # whatever a file that is cut off, or of an unknown family, leads to
+        told = " ".join(str(error).split())[:300]
+        raise TuneshiftError(
+            f"{key}: {file} can't be converted ({type(error).__name__}: {told}). It is cut off, or of a family whose"
+            " GGUF transformers can't read: download it again, or name the model that it was made from."
+        ) from error
 
 
 def _snapshot(reference: str) -> Path | None:
@@ -370,7 +385,6 @@ def _from_hub(reference: str, key: str, kind: Kind) -> ModelFiles:
             f"{key}: the hub model {reference!r} could not be fetched ({type(error).__name__}: {error})."
             " Check the name and the network, run `hf auth login` for a gated model, or name a local folder."
         ) from error
-    if kind == "adapter":
-        check_adapter_folder(path, key)
+    _check_folder(path, key, kind)
     # A snapshot's folder is named by its commit, which pins every file.
     return ModelFiles(reference, path, f"{repo}@{path.name}")
