@@ -27,6 +27,7 @@ from tuneshift_dag.engines.kv_cache import (
 from tuneshift_dag.method import Decoding, Response
 from tuneshift_dag.models import memory
 from tuneshift_dag.models.capabilities import head_inputs, head_logits, keys_values_bytes
+from tuneshift_dag.models.prompts import response_text
 
 # Share of a batch that has finished before it leaves: copying the cache costs as much as decoding a row in eight.
 _COMPACT_AT = 1 / 8
@@ -277,9 +278,7 @@ class _Rows:
 
     def responses(self) -> list[Response]:
         return [
-            Response(
-                self.tokenizer.decode(ids, skip_special_tokens=True), ids, "stop" if done else "length", total, eos
-            )
+            Response(response_text(self.tokenizer, ids), ids, "stop" if done else "length", total, eos)
             for ids, done, total, eos in zip(self.tokens, self.done, self.sums, self.eos, strict=True)
         ]
 

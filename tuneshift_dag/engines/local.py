@@ -14,7 +14,7 @@ from safetensors import safe_open
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.engines import decoding as loop
 from tuneshift_dag.engines.kv_cache import KVDtype
-from tuneshift_dag.method import SIDES, AdapterCheck, Decoding, Engine, Pair, Response, Side
+from tuneshift_dag.method import SIDES, AdapterCheck, Decoding, Engine, Pair, PromptFormat, Response, Side
 from tuneshift_dag.models import memory
 from tuneshift_dag.models.capabilities import check_head, head_logits, start_ids
 from tuneshift_dag.models.loading import (
@@ -26,6 +26,7 @@ from tuneshift_dag.models.loading import (
     load_tokenizer,
     pack,
 )
+from tuneshift_dag.models.prompts import prompt_ids
 from tuneshift_dag.models.references import ModelFiles, quantized_dir
 
 T = TypeVar("T")
@@ -93,15 +94,17 @@ class LocalEngine(Engine):
         chat = [{"role": "user", "content": message}]
         return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
-    def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
+    def prompt_ids(self, prompt: str, format: PromptFormat) -> list[int]:
+        return prompt_ids(self.tokenizer, format, prompt)
+
+    def check_adapter(self, prompts: Sequence[list[int]]) -> AdapterCheck:
         assert self.adapter is not None, "only an engine with an adapter can be checked"
         with safe_open(self.adapter.path / "adapter_model.safetensors", "pt") as saved:
             problems = unplaced_tensors(self.model, list(saved.keys()))
-        ids = [self.encode(prompt) for prompt in prompts]
         logits = {}
         for side in SIDES:
             with self.side(side) as model:
-                logits[side] = head_logits(model, loop.prefill(model, ids).hidden)
+                logits[side] = head_logits(model, loop.prefill(model, prompts).hidden)
         update_norm = _update_norm(self.model)
         if update_norm == 0:
             problems.append("the adapter's weights are zero: it changes nothing")
