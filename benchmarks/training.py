@@ -25,7 +25,7 @@ def _pairs() -> list[tuple[str, str]]:
 def training_vs_trl() -> dict[str, Any]:
     """Response tokens per second and final loss, same data, LoRA, dtype, batch size and schedule."""
     tokenizer = load_tokenizer(target_files())
-    examples = [tokenize_example(tokenizer, TRANSFER.config.prompt_template, p, r) for p, r in _pairs()]
+    examples = [tokenize_example(tokenizer, TRANSFER.config.target_format, p, r) for p, r in _pairs()]
     tokens = sum(len(e.response_ids) for e in examples) * SETTINGS.epochs
     runs = {
         "ours": lambda: _ours(examples),

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.method import AdapterCheck, Decoding, Engine, Pair, Response, Side
+from tuneshift_dag.method import AdapterCheck, Decoding, Engine, Pair, PromptFormat, Response, Side
 from tuneshift_dag.resources import EngineResource
 
 EOS = 0
@@ -81,7 +81,13 @@ class FakeEngine(Engine):
     def render_chat(self, message: str) -> str:
         return f"<user>{message}</user>"
 
-    def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
+    def prompt_ids(self, prompt: str, format: PromptFormat) -> list[int]:
+        before, after = format.around()
+        if format.template is None:
+            before, after = f"<system>{format.system}</system><user>" if format.system else "<user>", "</user>"
+        return self.encode(f"{before}{prompt}{after}")
+
+    def check_adapter(self, prompts: Sequence[list[int]]) -> AdapterCheck:
         return self.check
 
     def generate(

@@ -8,7 +8,7 @@ from tests.conftest import Project, write_jsonl
 from tests.fakes import FakeEngine
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.files import load_transfer
-from tuneshift_dag.method import Side
+from tuneshift_dag.method import SIDES, PromptFormat, Side
 from tuneshift_dag.reports import report
 from tuneshift_dag.reports.export import model_card
 
@@ -55,6 +55,36 @@ def test_a_numeric_answer_counts_strictly_and_flexibly(sums: Project) -> None:
     card = model_card(sums.transfer, found)
     assert "## Held-out numeric answers" in card
     assert "| source base, strict | 0.000 |" in card and "| source base, flexible | 0.500 |" in card
+
+
+def test_each_model_is_asked_in_its_own_format(sums: Project, edit_config) -> None:
+    edit_config("prompt_template", None)
+    edit_config("source.prompt", {"format": "chat", "system": "Count."})
+    edit_config("target.prompt", "Q: {prompt}")
+    sums.run()
+    source, (*_, target) = sums.models.source, sums.models.targets.values()
+    for side in SIDES:
+        assert (side, "<system>Count.</system><user>What is 1 + 2?</user>") in source.answered
+        assert (side, "Q: What is 1 + 2?") in target.answered
+    assert all(prompt.startswith("<system>Count.</system><user>") for _, prompt in source.answered)
+    answers = sums.rows("SELECT DISTINCT response FROM evaluations WHERE model = 'source_fine_tuned'")
+    assert answers == [("One and one is 2.\n#### 2\nQuery: What is 3?",)], "in a chat no line opens a next question"
+
+
+def test_a_target_that_can_t_chat_is_named_before_a_model_works(project: Project, edit_config) -> None:
+    class Speechless(FakeEngine):
+        def prompt_ids(self, prompt: str, format: PromptFormat) -> list[int]:
+            raise TuneshiftError(f"{format.key}: no chat template")
+
+    edit_config("prompt_template", None)
+    edit_config("source.prompt", "chat")
+    project.models.targets["target|"] = Speechless()
+    result = project.materialize("seed_set")
+    assert not result.success and project.models.calls() == 0
+    [failure] = result.filter_events(lambda event: event.is_step_failure)
+    assert "target.prompt: no chat template" in str(failure.step_failure_data.error)
+    edit_config("target.prompt", "{prompt}:")
+    assert project.materialize("seed_set").success
 
 
 class TestStandardTasks:

@@ -10,6 +10,8 @@ import tuneshift_dag.method
 from tests.conftest import write_jsonl
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.files import find_transfers, is_same_base, load_all, load_transfer
+from tuneshift_dag.config.versions import code_version
+from tuneshift_dag.method import PromptFormat
 
 SERVED = {
     "type": "openai",
@@ -115,6 +117,23 @@ def test_references_have_fingerprints_of_what_is_here(transfer_folder, edit_conf
         ("evaluation.metric", "numbers", ["evaluation.metric", "'numbers'", "'exact_match' or 'numeric'"]),
         ("prompt_template", "Query:", ["prompt_template", "'Query:'", "must contain {prompt}"]),
         ("prompt_template", "{prompt} {prompt}", ["prompt_template", "exactly once"]),
+        ("prompt_template", None, ["neither prompt_template nor source.prompt"]),
+        ("source.prompt", "chat", ["prompt_template 'Query: {prompt}", "source.prompt", "remove one"]),
+        ("target.prompt", "Chat", ["target.prompt", "{prompt} exactly once", "the word chat", "'Chat'"]),
+        ("target.prompt", ["chat"], ["target.prompt", "['chat']"]),
+        ("target.prompt", {"system": "Be brief."}, ["target.prompt.format", "missing"]),
+        ("target.prompt", {"format": "chatml"}, ["target.prompt.format", "'chatml'", "'raw' or 'chat'"]),
+        ("target.prompt", {"format": "raw"}, ["target.prompt", "{prompt} exactly once"]),
+        ("target.prompt", {"format": "chat", "template": "{prompt}"}, ["target.prompt", "'{prompt}'", "remove it"]),
+        ("target.prompt", {"format": "chat", "sytem": "x"}, ["target.prompt.sytem", "correct its spelling"]),
+        ("target.prompt", {"format": "chat", "arguments": {"tokenize": True}}, ["target.prompt", "arguments tokenize"]),
+        ("target.prompt", {"format": "raw", "template": "{prompt}", "system": "x"}, ["target.prompt", "put {system}"]),
+        ("target.prompt", "{system} {prompt}", ["target.prompt", "holds {system}", "source.prompt.system"]),
+        (
+            "target.prompt",
+            {"format": "raw", "template": "{prompt}", "arguments": {"a": 1}},
+            ["target.prompt", "arguments are for format: chat"],
+        ),
         ("source", {"base": "models/tiny-base"}, ["source.adapter", "missing", "Add it"]),
         ("source.base", "models/tiny base", ["source.base", "'models/tiny base'", "doesn't exist"]),
         ("target.base", "./nowhere", ["target.base", "'./nowhere'", "hub id"]),
@@ -148,6 +167,82 @@ def test_a_bad_setting_names_file_key_value_and_repair(transfer_folder, edit_con
     with pytest.raises(TuneshiftError) as error:
         load_transfer(transfer_folder)
     for word in [str(transfer_folder / "transfer.yaml"), *words]:
+        assert word in str(error.value)
+
+
+def prompt_formats(folder: Path) -> tuple[PromptFormat, PromptFormat]:
+    config = load_transfer(folder).config
+    return config.source_format, config.target_format
+
+
+def test_each_model_is_asked_in_its_own_format(transfer_folder, edit_config):
+    both = PromptFormat("Query: {prompt}\nIntent:")
+    assert prompt_formats(transfer_folder) == (both, both)
+    edit_config("target.prompt", "chat")
+    assert prompt_formats(transfer_folder) == (both, PromptFormat())
+    edit_config("prompt_template", None)
+    edit_config("source.prompt", {"format": "chat", "system": "Be brief.", "arguments": {"enable_thinking": False}})
+    chat = PromptFormat(system="Be brief.", arguments={"enable_thinking": False})
+    assert prompt_formats(transfer_folder) == (chat, PromptFormat())
+    edit_config("target.prompt", None)
+    source, target = prompt_formats(transfer_folder)
+    assert source == target == chat, "by default the same messages"
+    assert (source.key, target.key) == ("source.prompt", "target.prompt")
+    edit_config("target.prompt", "{system}\n{prompt}\n")
+    assert str(prompt_formats(transfer_folder)[1]) == "Be brief.\n{prompt}\n"
+    edit_config("source.prompt", both.template)
+    edit_config("target.prompt", None)
+    assert prompt_formats(transfer_folder) == (both, both)
+
+
+def with_systems(folder: Path, *systems: str | None) -> None:
+    seeds = [{"prompt": "Where is my card?"}, {"prompt": "Why was I charged twice?"}]
+    rows = [*seeds, {"prompt": "Is my transfer late?", "response": "intent_1"}]
+    rows = [row if own is None else {**row, "system": own} for row, own in zip(rows, systems, strict=True)]
+    write_jsonl(folder / "seeds.jsonl", rows[:2])
+    write_jsonl(folder / "heldout.jsonl", rows[2:])
+
+
+def test_the_system_message_of_the_examples_is_the_transfers(transfer_folder, edit_config):
+    edit_config("prompt_template", "{system}\n{prompt}:")
+    with_systems(transfer_folder, "Sort.", "Sort.", "Sort.")
+    assert [str(format) for format in prompt_formats(transfer_folder)] == ["Sort.\n{prompt}:"] * 2
+    before = code_version(load_transfer(transfer_folder), "scored_pairs")
+    with_systems(transfer_folder, "Sort!", "Sort!", "Sort!")
+    assert code_version(load_transfer(transfer_folder), "scored_pairs") != before
+    edit_config("prompt_template", None)
+    edit_config("source.prompt", "chat")
+    edit_config("target.prompt", "{prompt}:")
+    assert prompt_formats(transfer_folder) == (PromptFormat(system="Sort!"), PromptFormat("{prompt}:"))
+
+
+@pytest.mark.parametrize(
+    ("systems", "prompt", "words"),
+    [
+        (
+            ["Sort.", "Sort.", "Weigh."],
+            "chat",
+            ["heldout.jsonl:1", "'Weigh.'", "'Sort.'", "seeds.jsonl:1", "every line"],
+        ),
+        (["Sort.", None, "Sort."], "chat", ["seeds.jsonl:2", "None here", "'Sort.'"]),
+        ([None, None, "Sort."], "chat", ["heldout.jsonl:1", "'Sort.' here"]),
+        (
+            ["Sort."] * 3,
+            {"format": "chat", "system": "Weigh."},
+            ["seeds.jsonl:1", "source.prompt.system", "Remove one"],
+        ),
+        (["Sort."] * 3, "{prompt}", ["seeds.jsonl:1", "put {system} into the template", "source.prompt"]),
+        ([7, 7, 7], "chat", ["seeds.jsonl:1", "must be a string", "7"]),
+        (["\ud83d"] * 3, "chat", ["seeds.jsonl:1", "'system'"]),
+    ],
+)
+def test_a_system_message_that_can_t_be_shown_is_named(transfer_folder, edit_config, systems, prompt, words):
+    edit_config("prompt_template", None)
+    edit_config("source.prompt", prompt)
+    with_systems(transfer_folder, *systems)
+    with pytest.raises(TuneshiftError) as error:
+        load_transfer(transfer_folder)
+    for word in words:
         assert word in str(error.value)
 
 

@@ -49,6 +49,8 @@ def changed(folder: Path, change: Callable[[], object]) -> set[str]:
         ("generator.calls_per_round", 4, {"seed_set", "synthetic_prompts", "filtered_dataset"}),
         ("generator.balance", "none", {"seed_set", "synthetic_prompts", "filtered_dataset"}),
         ("prompt_template", "Q: {prompt}", {"seed_set", "scored_pairs", "evaluation", *TRAINS}),
+        ("target.prompt", "chat", {"evaluation", *TRAINS}),
+        ("target.prompt", "Query: {prompt}\nIntent:", set()),
         ("engine", SERVED, {"seed_set", "scored_pairs", "evaluation", "comparison"}),
         ("models.quantization", "none", USES_MODELS),
         ("models.kv_cache_dtype", "int8", USES_MODELS),
@@ -97,6 +99,28 @@ def test_how_a_server_is_asked_has_no_effect_and_its_revision_has(transfer_folde
     generator = changed(transfer_folder, lambda: edit_config("generator.server.revision", "2"))
     assert generator == {"seed_set", "synthetic_prompts"}
     assert changed(transfer_folder, lambda: edit_config("engine.server.revision", "2")) == USES_ADAPTER - {"comparison"}
+
+
+def test_a_prompt_format_counts_for_the_model_that_is_asked_so(transfer_folder: Path, edit_config: Edit) -> None:
+    asked = {"seed_set", "scored_pairs", "evaluation", "comparison"}
+    trained = training_version(load_transfer(transfer_folder))
+
+    def respell(source: Any, target: Any) -> set[str]:
+        def change() -> None:
+            for key, value in [("prompt_template", None), ("source.prompt", source), ("target.prompt", target)]:
+                edit_config(key, value)
+
+        return changed(transfer_folder, change)
+
+    template = "Query: {prompt}\nIntent:"
+    assert respell(template, None) == set(), "another spelling of the same"
+    assert respell({"format": "raw", "template": template}, {"format": "raw", "template": template}) == set()
+    assert respell("chat", template) == asked
+    assert training_version(load_transfer(transfer_folder)) == trained
+    assert respell({"format": "chat", "system": "Sort."}, template) == asked
+    assert respell({"format": "chat", "system": "Sort."}, "chat") == {"evaluation", *TRAINS}
+    assert respell({"format": "chat", "system": "Sort."}, None) == {"evaluation", *TRAINS}
+    assert respell({"format": "chat", "system": "Sort.", "arguments": {"a": 1}}, None) == asked | TRAINS
 
 
 def test_samples_count_where_they_are_drawn_and_agreement_where_it_decides(

@@ -202,7 +202,7 @@ def test_without_a_prompt_a_response_follows_what_starts_a_text(exact: LocalEngi
 
 
 def test_packaged_adapter_passes_the_preflight(half: LocalEngine) -> None:
-    check = half.check_adapter(PROMPTS)
+    check = half.check_adapter([half.encode(p) for p in PROMPTS])
     assert check.problems == []
     assert check.delta_norm > 0
     assert check.largest_logit_difference > 1

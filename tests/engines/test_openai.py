@@ -23,7 +23,7 @@ from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.schema_models import ServedModel, Server
 from tuneshift_dag.engines.openai_client import OpenAIServer, ServedGenerator
 from tuneshift_dag.engines.openai_source import ServedSource
-from tuneshift_dag.method import SIDES, Decoding, Pair, Response, Side
+from tuneshift_dag.method import SIDES, AdapterCheck, Decoding, Pair, Response, Side
 from tuneshift_dag.method.scoring import Cost, generate, score_pairs
 from tuneshift_dag.models.references import ModelFiles
 from tuneshift_dag.resources import EngineResource
@@ -74,6 +74,10 @@ def source(url: str, tokenizer: Path, cross_scores: bool = True, **settings: Any
 def collect(batches: Iterator[list[tuple[int, Any]]]) -> list[Any]:
     found = dict(item for batch in batches for item in batch)
     return [found[i] for i in range(len(found))]
+
+
+def preflight(engine: ServedSource, texts: list[str]) -> AdapterCheck:
+    return engine.check_adapter([engine.encode(text) for text in texts])
 
 
 def all_pairs(engine: ServedSource, texts: list[str] = TEXTS) -> list[Pair]:
@@ -292,20 +296,20 @@ def test_ten_thousand_cached_prompts_need_no_server(tokenizer, cache):
 
 
 def test_preflight_passes_a_server_that_has_both_models(serve, tokenizer):
-    check = source(serve().url, tokenizer).check_adapter(TEXTS)
+    check = preflight(source(serve().url, tokenizer), TEXTS)
     assert (check.problems, check.warnings) == ([], [])
 
 
 def test_preflight_names_the_models_that_are_there(serve, tokenizer):
     server = serve(sides={"base": "base", "other-skill": "fine_tuned"})
-    (problem,) = source(server.url, tokenizer).check_adapter(TEXTS).problems
+    (problem,) = preflight(source(server.url, tokenizer), TEXTS).problems
     for word in [server.url, "no model 'skill'", "base, other-skill", "engine.fine_tuned.model"]:
         assert word in problem
 
 
 def test_preflight_stops_when_the_server_leaves_the_adapter_out(serve, tokenizer):
     server = serve(sides={"base": "base", "skill": "base"})
-    check = source(server.url, tokenizer).check_adapter(TEXTS)
+    check = preflight(source(server.url, tokenizer), TEXTS)
     assert "give the same answers" in check.problems[0]
     assert "doesn't apply the adapter" in check.problems[0]
 
@@ -315,16 +319,16 @@ def test_preflight_stops_when_the_base_gets_the_adapter_in_a_mixed_batch(serve, 
         if len(server.bodies) > len(TEXTS):
             server.sides["base"] = "fine_tuned"
 
-    (problem,) = source(serve(before=before).url, tokenizer).check_adapter(TEXTS).problems
+    (problem,) = preflight(source(serve(before=before).url, tokenizer), TEXTS).problems
     assert "'base' answers otherwise when 'skill' is asked at the same time" in problem
 
 
 def test_preflight_stops_when_prompt_log_probabilities_lack_the_adapter(serve, tokenizer):
     server = serve(echo_sides={"base": "base", "skill": "base"})
-    (problem,) = source(server.url, tokenizer).check_adapter(TEXTS).problems
+    (problem,) = preflight(source(server.url, tokenizer), TEXTS).problems
     for word in ["'skill'", "aren't those that", "engine.cross_scores: false"]:
         assert word in problem
-    assert source(server.url, tokenizer, cross_scores=False).check_adapter(TEXTS).problems == []
+    assert preflight(source(server.url, tokenizer, cross_scores=False), TEXTS).problems == []
 
 
 @pytest.mark.parametrize(
@@ -338,15 +342,15 @@ def test_preflight_stops_when_prompt_log_probabilities_lack_the_adapter(serve, t
 def test_a_server_without_prompt_log_probabilities_is_told_with_what_to_do(serve, tokenizer, options):
     server = serve(**options)
     with pytest.raises(TuneshiftError) as error:
-        source(server.url, tokenizer).check_adapter(TEXTS)
+        preflight(source(server.url, tokenizer), TEXTS)
     for word in [server.url, "log-probabilities of prompt tokens", "engine.cross_scores: false"]:
         assert word in str(error.value)
-    assert source(server.url, tokenizer, cross_scores=False).check_adapter(TEXTS).problems == []
+    assert preflight(source(server.url, tokenizer, cross_scores=False), TEXTS).problems == []
 
 
 def test_a_server_without_token_ids_is_told(serve, tokenizer):
     with pytest.raises(TuneshiftError, match="doesn't return the ids and log-probabilities"):
-        source(serve(style="plain").url, tokenizer).check_adapter(TEXTS)
+        preflight(source(serve(style="plain").url, tokenizer), TEXTS)
 
 
 def test_preflight_stops_when_the_tokenizer_is_another_models(serve, tokenizer, tmp_path):
@@ -357,7 +361,7 @@ def test_preflight_stops_when_the_tokenizer_is_another_models(serve, tokenizer, 
     vocabulary = text.replace('"n": ', '"?": ', 1).replace('"t": ', '"n": ', 1).replace('"?": ', '"t": ', 1)
     assert vocabulary != text
     (other / "tokenizer.json").write_text(vocabulary)
-    problems = source(serve().url, other).check_adapter(TEXTS).problems
+    problems = preflight(source(serve().url, other), TEXTS).problems
     assert "source.base isn't the model that is served" in problems[0]
 
 
@@ -496,7 +500,7 @@ def test_the_api_key_is_sent_and_written_nowhere(serve, served_project, monkeypa
 def test_another_services_key_is_not_sent(serve, tokenizer, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve()
-    source(server.url, tokenizer).check_adapter(TEXTS[:1])
+    preflight(source(server.url, tokenizer), TEXTS[:1])
     assert all(KEY not in str(headers) for headers in server.headers)
 
 

@@ -178,7 +178,7 @@ def test_a_batch_that_kills_every_actor_ends_the_run_and_no_other_batch_is_lost(
 def test_a_node_without_the_files_is_named(tmp_path: Path) -> None:
     engine = RayEngine(FakeEngine(), 2, CLUSTER, [tmp_path / "model"])
     with pytest.raises(TuneshiftError, match=rf"node 127\.0\.0\.1 has no {tmp_path / 'model'}\. Keep transfers"):
-        engine.check_adapter(["a"])
+        engine.check_adapter([[1]])
 
 
 def test_actors_that_fit_nowhere_are_refused() -> None:

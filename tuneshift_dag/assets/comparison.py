@@ -15,7 +15,7 @@ from tuneshift_dag.assets.common import LOG, Context, Step, definition, example_
 from tuneshift_dag.assets.distilled_model import trained_adapter
 from tuneshift_dag.assets.evaluation import Rows, answer_heldout, task_keys
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.method import Scorer, Side
+from tuneshift_dag.method import PromptFormat, Scorer, Side
 from tuneshift_dag.method.evaluation import Interval, bootstrap_runs
 from tuneshift_dag.method.filters import KEEP_RULES, RANKING_RULES
 from tuneshift_dag.method.prompting import distinct_bigrams, mean_similarity, prompt_id
@@ -69,7 +69,8 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
                 # One loaded model at a time, however many arms there are.
                 engines.release()
             measured.add("target_base", engines.target(transfer), "base", harness)
-            measured.add("source_fine_tuned", engines.source(transfer), "fine_tuned", harness=None)
+            source_format = transfer.config.source_format
+            measured.add("source_fine_tuned", engines.source(transfer), "fine_tuned", None, format=source_format)
 
             unlike = encoder.missing_packages()
             vectors = None if unlike else _embed(current, datasets)
@@ -164,10 +165,20 @@ class _Measured:
     answers: Rows = field(default_factory=list)
     tasks: Rows = field(default_factory=list)
 
-    def add(self, arm: str, engine: Scorer, side: Side, harness: Any, seed: int | None = None, label: str = "") -> None:
-        """A model's answers to the held-out file and, with a harness, its scores on standard tasks."""
-        own = {"arm": arm, "seed": seed}
-        self.answers += [{**own, **row} for row in answer_heldout(self.current, engine, side, label or arm)]
+    def add(
+        self,
+        arm: str,
+        engine: Scorer,
+        side: Side,
+        harness: Any,
+        seed: int | None = None,
+        label: str = "",
+        format: PromptFormat | None = None,
+    ) -> None:
+        """A model's answers to the held-out file and, with a harness, its scores on standard tasks. Without a format it
+        is asked as the target is."""
+        own, format = {"arm": arm, "seed": seed}, format or self.current.transfer.config.target_format
+        self.answers += [{**own, **row} for row in answer_heldout(self.current, engine, side, label or arm, format)]
         model = "target_base" if side == "base" else "target_distilled"
         keys = task_keys(self.current, harness, [(model, engine, side)])
         columns = "task, metric, filter, value, stderr, n"

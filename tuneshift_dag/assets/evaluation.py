@@ -8,7 +8,7 @@ import polars as pl
 
 from tuneshift_dag.assets.common import LOG, Context, Step, definition, example_rows, step
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.method import Decoding, Scorer, Side, scoring
+from tuneshift_dag.method import Decoding, PromptFormat, Scorer, Side, scoring
 from tuneshift_dag.method.evaluation import bootstrap_accuracy, general_texts, mark, retention
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.reports import plots
@@ -37,10 +37,12 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
             sources, targets = _models(current, engines)
             answers: Rows = []
             accuracies: Rows = []
-            for name, engine, side in sources + targets:
-                answered = answer_heldout(current, engine, side, name)
-                answers += [{"model": name, **row} for row in answered]
-                accuracies += [_accuracy(transfer, name, answered)] if answered else []
+            formats = (transfer.config.source_format, transfer.config.target_format)
+            for models, format in zip((sources, targets), formats, strict=True):
+                for name, engine, side in models:
+                    answered = answer_heldout(current, engine, side, name, format)
+                    answers += [{"model": name, **row} for row in answered]
+                    accuracies += [_accuracy(transfer, name, answered)] if answered else []
             retained = [_retention(current, *model) for model in targets]
             keys = task_keys(current, harness, targets)
             table, accuracy, forgot = EVALUATIONS.frame(answers), ACCURACY.frame(accuracies), RETENTION.frame(retained)
@@ -64,7 +66,8 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
             "chart": chart,
             "tasks": example_rows(tasks, tasks.columns, len(tasks)) if len(tasks) else None,
             "mistakes": example_rows(mistakes, ["prompt", "expected", "response"]),
-            "prompt_template": transfer.config.prompt_template,
+            "source_prompt": str(formats[0]),
+            "target_prompt": str(formats[1]),
         }
         return current.result(len(table), figures)
 
@@ -91,14 +94,14 @@ def _models(current: Step, engines: EngineResource) -> tuple[Models, Models]:
     )
 
 
-def answer_heldout(current: Step, engine: Scorer, side: Side, name: str) -> Rows:
+def answer_heldout(current: Step, engine: Scorer, side: Side, name: str, format: PromptFormat) -> Rows:
     """The model's greedy response to every held-out prompt, marked: rows of ``evaluations`` without the model."""
     transfer = current.transfer
-    template, settings = transfer.config.prompt_template, transfer.config.evaluation
+    settings = transfer.config.evaluation
     responses = scoring.generate(
         engine,
         current.cache,
-        [engine.encode(template.replace("{prompt}", prompt)) for prompt, _ in transfer.heldout],
+        [engine.prompt_ids(prompt, format) for prompt, _ in transfer.heldout],
         side,
         Decoding(settings.max_new_tokens, stops=transfer.stops),
         current.cost,

@@ -65,7 +65,7 @@ def _score_round(current: Step, engine: Scorer) -> Iterator[pl.DataFrame]:
         samples_progress = scoring.chunk_progress(current.progress("responses sampled"), total * settings.samples)
 
     def score(prompts: pl.DataFrame) -> pl.DataFrame:
-        ids = [engine.encode(transfer.config.prompt_template.replace("{prompt}", p)) for p in prompts["prompt"]]
+        ids = [engine.prompt_ids(prompt, transfer.config.source_format) for prompt in prompts["prompt"]]
         decoding = Decoding(settings.max_new_tokens, stops=transfer.stops)
         pairs = scoring.score_pairs(engine, current.cache, ids, decoding, current.cost, pairs_progress(len(ids)))
         agreements: Sequence[float | None] = [None] * len(pairs)

@@ -38,10 +38,13 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
             engines.harness(transfer)
         store.store().claim(transfer.name, transfer.folder)
         with step(context, store.store(), transfer, "seed_set") as current:
-            rendered = [transfer.config.prompt_template.replace("{prompt}", seed) for seed in transfer.seeds]
             with current.cost.model_time():
                 source = engines.source(transfer)
-                applied = source.check_adapter(rendered)
+                prompts = [source.prompt_ids(seed, transfer.config.source_format) for seed in transfer.seeds]
+                if transfer.config.target_format.template is None:
+                    # Now, not after hours of work: a target without the chat template that it shall be asked by.
+                    engines.target(transfer).prompt_ids(transfer.seeds[0], transfer.config.target_format)
+                applied = source.check_adapter(prompts)
             if applied.problems:
                 raise dg.Failure(_refusal(transfer, applied.problems), allow_retries=False)
             for warning in applied.warnings:
@@ -49,7 +52,7 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
             responses = scoring.generate(
                 source,
                 current.cache,
-                [source.encode(prompt) for prompt in rendered],
+                prompts,
                 "fine_tuned",
                 Decoding(transfer.config.response.max_new_tokens, stops=transfer.stops),
                 current.cost,

@@ -55,7 +55,9 @@ def make_transfer(
     adapter: Annotated[str, typer.Option(help="Your PEFT LoRA adapter: a folder, or a hub id.")] = "",
     base: Annotated[str, typer.Option(help="Its base model; else the one that adapter_config.json names.")] = "",
     target: Annotated[str, typer.Option(help="Base model that shall learn the skill.")] = "",
-    template: Annotated[str, typer.Option(help="Text of its training, with {prompt}; \\n is a new line.")] = "",
+    template: Annotated[
+        str, typer.Option(help="Text of its training, with {prompt}; \\n: a new line. Or `chat`.")
+    ] = "",
     seeds: Annotated[str, typer.Option(help="Prompts: .jsonl, .csv (column `prompt`) or .txt (one a line).")] = "",
     heldout: Annotated[str, typer.Option(help="To measure with: .jsonl, or .csv (`prompt` and `response`).")] = "",
     generator: Annotated[str, typer.Option(help="Model that writes prompts. Without it, the target.")] = "",

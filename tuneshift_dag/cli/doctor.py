@@ -142,9 +142,10 @@ def _loaded(transfer: Transfer, missing: Mapping[str, str]) -> Iterator[Finding]
             told = f"{generator.model} has a chat template"
             yield _tried(what, lambda: engines.generator(transfer).render_chat(""), told)
     if "source.base" not in missing and transfer.config.source.tuned[0] not in missing:
-        what, template = f"{transfer.name} preflight", transfer.config.prompt_template
+        what, format = f"{transfer.name} preflight", transfer.config.source_format
         try:
-            applied = engines.source(transfer).check_adapter([template.replace("{prompt}", s) for s in transfer.seeds])
+            source = engines.source(transfer)
+            applied = source.check_adapter([source.prompt_ids(seed, format) for seed in transfer.seeds])
             difference = applied.largest_logit_difference
             told = "adapter applied"
             told += "" if difference is None else f" (largest logit difference on the seeds {difference:.1f})"

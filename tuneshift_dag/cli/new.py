@@ -79,9 +79,10 @@ def create(root: Path, name: str, given: Answers) -> Transfer:
             made = Path(staging) / name
             made.mkdir()
             (made / "transfer.yaml").write_text(config, "utf-8")
-            _write_jsonl(made / "seeds.jsonl", [{"prompt": prompt} for prompt in seeds])
+            _write_jsonl(made / "seeds.jsonl", [{"prompt": prompt} for prompt in seeds], seed_rows)
             if heldout:
-                _write_jsonl(made / "heldout.jsonl", [{"prompt": p, "response": r} for p, r in heldout])
+                pairs = [{"prompt": prompt, "response": response} for prompt, response in heldout]
+                _write_jsonl(made / "heldout.jsonl", pairs, heldout_rows)
             if copied:
                 (made / "adapter").mkdir()
                 for file in _ADAPTER_FILES:
@@ -115,7 +116,7 @@ def ask_for_the_rest(given: Answers) -> Answers:
         told.generator = _ask("Model that writes prompts", lambda value: _model(value, "--generator"), told.target)
         modes = "chat (an instruct model), continuation (a base model), by_response (a fixed set of answers)"
         told.mode = cast(Mode, _ask(f"Its mode: {modes}", _check_mode, told.mode))
-    question = "Prompt template, as in the adapter's training, \\n for a new line"
+    question = "Prompt template, as in the adapter's training, \\n for a new line (or: chat, its own)"
     told.template = told.template or _ask(question, check_template)
     if not told.seeds and not told.typed_seeds:
         question = "File of example prompts (.jsonl, .csv, .txt; empty to type them)"
@@ -170,10 +171,10 @@ def check_base(value: str, adapter: str) -> str:
 def check_template(value: str) -> str:
     """The template with ``\\n`` as line breaks, which a shell passes as backslash and n."""
     text = value.replace("\\n", "\n")
-    if text.count("{prompt}") != 1:
+    if text != "chat" and text.count("{prompt}") != 1:
         raise TuneshiftError(
             f"--template {value!r} must contain {{prompt}} exactly once: it is all that a model sees before its"
-            " answer, for example 'Question: {prompt}\\nAnswer:'."
+            " answer, for example 'Question: {prompt}\\nAnswer:'. Or give 'chat' for the models' own chat templates."
         )
     return text
 
@@ -268,24 +269,29 @@ def _check_mode(value: str) -> None:
         raise TuneshiftError(f"one of {', '.join(get_args(Mode))}")
 
 
-def _write_jsonl(file: Path, rows: list[dict[str, str]]) -> None:
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+def _write_jsonl(file: Path, rows: list[dict[str, str]], given: Rows) -> None:
+    """Rows, each with the system message that it was given with."""
+    systems = [{"system": row["system"]} if row.get("system") is not None else {} for _, row in given]
+    lines = [json.dumps({**row, **system}, ensure_ascii=False) for row, system in zip(rows, systems, strict=True)]
+    file.write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
 
 def _config(answers: Answers) -> str:
     """``transfer.yaml``. A JSON string is a YAML string, whatever is in it."""
     text = functools.partial(json.dumps, ensure_ascii=False)
+    raw, chat = f"\nprompt_template: {text(answers.template)}", ""
+    if answers.template == "chat":
+        raw, chat = " `chat` is the model's own chat template.", "\n  prompt: chat"
     return f"""\
 # Every key and its default: docs/reference.md. A key that isn't here has its default.
 description: {text(answers.description or f"From {answers.base} to {answers.target}.")}
 
 source:
   base: {text(answers.base)}
-  adapter: {text(answers.adapter)}
+  adapter: {text(answers.adapter)}{chat}
 target:
   base: {text(answers.target)}
-# All that a model sees before its answer: the very text that the adapter was trained with.
-prompt_template: {text(answers.template)}
+# All that a model sees before its answer: the very text that the adapter was trained with.{raw}
 
 generator:
   model: {text(answers.generator)}

@@ -50,7 +50,8 @@ class Transfer:
     def stops(self) -> tuple[str, ...]:
         """Texts that end a response beside a model's end token, for scoring, sampling and evaluation alike: those of
         ``response.stop``, and where numbers are compared the next question that a model asks itself."""
-        asked = next_question(self.config.prompt_template) if self.config.evaluation.metric == "numeric" else ""
+        template = self.config.source_format.template
+        asked = next_question(template) if template and self.config.evaluation.metric == "numeric" else ""
         return (*self.config.response.stop, *([asked] if asked else []))
 
     def reference(self, key: str) -> str:

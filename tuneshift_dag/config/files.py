@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.schema import Evaluation, TransferConfig
+from tuneshift_dag.config.schema_prompt import Prompt
 from tuneshift_dag.method.evaluation import expected_number
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.models import references
@@ -55,6 +56,7 @@ def load_transfer(folder: Path) -> Transfer:
     heldout_file = folder / "heldout.jsonl"
     heldout_rows = read_jsonl(heldout_file, HELD_OUT_SHAPE) if heldout_file.exists() else []
     seeds, heldout = check_examples(seed_rows, heldout_rows)
+    config = _with_system(config, [*seed_rows, *heldout_rows], config_file)
     _check_tasks(config.evaluation, config_file, folder)
     for prompt, response in heldout if config.evaluation.metric == "numeric" else ():
         if expected_number(response) is None:
@@ -285,6 +287,39 @@ def _text(row: dict[str, Any], key: str, at: str) -> str:
     return value.strip()
 
 
+def _with_system(config: TransferConfig, rows: Rows, file: Path) -> TransferConfig:
+    """The settings with the system message of the examples, which is the transfer's: all have the same one, or none."""
+    first, system = rows[0][0], rows[0][1].get("system")
+    for at, row in rows:
+        own = row.get("system")
+        if own is not None and (not isinstance(own, str) or _half_character(own)):
+            raise TuneshiftError(f"{at}: 'system' must be a string (found {_short(own)}).")
+        if own != system:
+            raise TuneshiftError(
+                f"{at}: 'system' is {_short(own)} here and {_short(system)} in {first}. A transfer has one system"
+                " message, for the prompts that are generated have it too. Write the same one into every line of"
+                " seeds.jsonl and heldout.jsonl, or make a transfer of each."
+            )
+    prompt = config.source_prompt
+    if system is not None:
+        if prompt.system not in (None, system):
+            raise TuneshiftError(f"{first}: 'system' isn't source.prompt.system of {file}. Remove one of them.")
+        try:
+            prompt = Prompt.model_validate({**prompt.model_dump(), "system": system})
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise TuneshiftError(f"{first}: {problem} ({config.source_format.key} in {file}).") from error
+        source = config.source.model_copy(update={"prompt": prompt})
+        config = config.model_copy(update={"source": source, "prompt_template": None})
+    for given, format in ((config.source.prompt, config.source_format), (config.target.prompt, config.target_format)):
+        if given and "{system}" in (format.template or "") and format.system is None:
+            raise TuneshiftError(
+                f"{file}: {format.key}: {format.template!r} holds {{system}}, and there is no system message. Give one"
+                " in source.prompt.system, or remove {system}."
+            )
+    return config
+
+
 def _pairs(rows: Rows, elsewhere: list[str], why: str) -> list[tuple[str, str]]:
     """(prompt, response) of each row; ``why`` says what is wrong with a prompt that is ``elsewhere`` too."""
     pairs = [(_text(row, "prompt", at), _text(row, "response", at)) for at, row in rows]
@@ -331,6 +366,9 @@ def _read_labelled(
     if config.compare.labelled is None:
         return []
     rows = read_jsonl((folder / config.compare.labelled).expanduser(), HELD_OUT_SHAPE)
+    for at, row in rows:
+        if row.get("system") not in (None, config.source_format.system):
+            raise TuneshiftError(f"{at}: 'system' isn't that of seeds.jsonl. Write the same one there, or remove it.")
     return _pairs(rows, [prompt for prompt, _ in heldout], "also in heldout.jsonl, so its answer would be trained on")
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tuneshift_dag.config.schema_models import EngineConfig, Generator, Models, Probability, Quantization, Section
+from tuneshift_dag.config.schema_prompt import Prompt
+from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.method.evaluation import Metric
 from tuneshift_dag.method.filters import KEEP_RULES, Rule
 
@@ -23,6 +25,9 @@ class Source(Section):
     adapter: str | None = Field(None, description="PEFT adapter: a folder (relative to this one) or a hub id.")
     fine_tuned: str | None = Field(None, exclude_if=lambda value: value is None)
     """Model reference of the fine-tuned model, merged or fully tuned, in place of `adapter`."""
+    prompt: Prompt | None = Field(None, exclude_if=lambda value: value is None)
+    """How the source is asked, as its fine-tune was (docs/howto_port_your_adapter.md): a raw template, `chat`, or a
+    mapping. In its place `prompt_template` does for a raw template."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "Source":
@@ -45,6 +50,9 @@ class Target(Section):
     """Model B: the new base model that shall learn the skill."""
 
     base: str = Field(description="Model reference of the target base model.")
+    prompt: Prompt | None = Field(None, exclude_if=lambda value: value is None)
+    """How the target is asked and trained. By default as the source: with the same raw template, or with the same
+    messages in the target's own chat template."""
 
 
 class Response(Section):
@@ -243,7 +251,9 @@ class TransferConfig(Section):
     source: Source
     target: Target
     generator: Generator
-    prompt_template: str = Field(description="All that a model sees before the response; must hold `{prompt}` once.")
+    prompt_template: str | None = None
+    """All that a model sees before the response; must hold `{prompt}` once. The short form of a raw `source.prompt`, of
+    which one must be given."""
     engine: EngineConfig = EngineConfig()
     models: Models = Models()
     response: Response = Response()
@@ -260,10 +270,21 @@ class TransferConfig(Section):
 
     @field_validator("prompt_template")
     @classmethod
-    def _has_prompt(cls, value: str) -> str:
-        if value.count("{prompt}") != 1:
+    def _has_prompt(cls, value: str | None) -> str | None:
+        if value is not None and value.count("{prompt}") != 1:
             raise ValueError("must contain {prompt} exactly once")
         return value
+
+    @model_validator(mode="after")
+    def _source_is_asked_in_one_way(self) -> "TransferConfig":
+        if self.prompt_template is None and self.source.prompt is None:
+            raise ValueError("neither prompt_template nor source.prompt is there; add one: how the source is asked")
+        if self.prompt_template is not None and self.source.prompt is not None:
+            raise ValueError(
+                f"prompt_template {self.prompt_template!r} and source.prompt both say how the source is asked; remove"
+                " one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _number_can_be_reached(self) -> "TransferConfig":
@@ -303,6 +324,19 @@ class TransferConfig(Section):
             if rule in ("cross_ratio", "top_excess") and not self.engine.cross_scores:
                 raise ValueError(f"{key} {rule!r} needs scores that engine.cross_scores: false leaves out")
         return self
+
+    @property
+    def source_prompt(self) -> Prompt:
+        return self.source.prompt or Prompt(format="raw", template=self.prompt_template)
+
+    @property
+    def source_format(self) -> PromptFormat:
+        return self.source_prompt.as_format("source.prompt" if self.source.prompt else "prompt_template")
+
+    @property
+    def target_format(self) -> PromptFormat:
+        """That of `target.prompt`, or else the source's: a chat is then in the target's own template."""
+        return (self.target.prompt or self.source_prompt).as_format("target.prompt", self.source_prompt.system)
 
     @property
     def generator_quantization(self) -> str:

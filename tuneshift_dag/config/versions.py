@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.schema import SAMPLES, TransferConfig
 from tuneshift_dag.config.schema_models import Models
+from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.method.evaluation import general_texts
 from tuneshift_dag.method.filters import KEEP_RULES
 from tuneshift_dag.models import encoder
@@ -90,7 +91,7 @@ def code_version(transfer: Transfer, asset: str) -> str:
     for key, fingerprint in transfer.fingerprints.items():
         section, name = key.split(".")
         settings[section][name] = fingerprint.value or settings[section][name]
-    used = _chosen(settings, uses.sections)
+    used = _of_training(settings) if uses.sections == _TRAINING else _chosen(settings, uses.sections)
     code = (uses.code, _training_code(transfer.config) if "distill" in uses.sections else 0)
     rounds = transfer.config.rounds if any(of == "all" for _, of in INPUTS[asset]) else None
     return _hash([code, used, [_read(transfer, name) for name in uses.others], rounds])[:16]
@@ -102,16 +103,17 @@ def training_version(transfer: Transfer) -> str:
     It names a trained adapter in the store, so it is the same for the same settings in every release. Weights are
     compared apart, by the fingerprint that is stored with the adapter.
     """
-    return _hash([_training_code(transfer.config), _chosen(_settings(transfer), _TRAINING)])[:12]
+    return _hash([_training_code(transfer.config), _of_training(_settings(transfer))])[:12]
 
 
 def chain_version(transfer: Transfer) -> str:
     """Changes with what decides whether generator and target can do their work (16 characters): their files, how they
-    are loaded and trained, and the packages that do it."""
+    are loaded, asked and trained, and the packages that do it."""
     keys = [key for key in transfer.fingerprints if not key.startswith("source")]
     files = {key: transfer.fingerprints[key].value or transfer.reference(key) for key in keys}
     packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
-    used = _chosen(_settings(transfer), ("models", "distill", "generator.mode", "generator.quantization"))
+    settings = _settings(transfer)
+    used = _chosen(settings, ("models", "generator.mode", "generator.quantization")) | _of_training(settings)
     return _hash([files, used, packages])[:16]
 
 
@@ -154,6 +156,12 @@ def _settings(transfer: Transfer) -> dict[str, Any]:
     dump["models"]["batch_size"] = Models.model_fields["batch_size"].default
     if dump["models"]["compute_dtype"] == "auto":
         dump["models"]["compute_dtype"] = "bfloat16"  # which it is, but on old GPUs
+    source, target = _format(config.source_format), _format(config.target_format)
+    dump["source"].pop("prompt", None)
+    dump["target"].pop("prompt", None)
+    dump["prompt_template"] = source
+    if target != source:
+        dump["target"]["prompt"] = target
     response = config.response
     if transfer.stops:
         dump["response"]["stop"] = dump["evaluation"]["stop"] = list(transfer.stops)
@@ -165,6 +173,19 @@ def _settings(transfer: Transfer) -> dict[str, Any]:
     if config.filter.rule in KEEP_RULES and config.filter.threshold > 1:
         dump["filter"]["rounds"] = config.rounds  # which share the number
     return dump
+
+
+def _format(format: PromptFormat) -> Any:
+    """A prompt format as it is hashed: a raw template by its text, however it is spelled."""
+    own = {"system": format.system, "arguments": format.arguments}
+    return str(format) if format.template is not None else own
+
+
+def _of_training(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that a training depends on: of the prompt formats only the target's."""
+    target = {**settings["target"]}
+    own = {"target": target, "prompt_template": target.pop("prompt", settings["prompt_template"])}
+    return _chosen({**settings, **own}, _TRAINING)
 
 
 def _chosen(settings: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from tuneshift_dag.engines import decoding as own_loop
 from tuneshift_dag.engines import generic
 from tuneshift_dag.engines.kv_cache import KVDtype
 from tuneshift_dag.engines.rows import Rows
-from tuneshift_dag.method import SIDES, AdapterCheck, Decoding, Engine, Pair, Response, Side
+from tuneshift_dag.method import SIDES, AdapterCheck, Decoding, Engine, Pair, PromptFormat, Response, Side
 from tuneshift_dag.models import memory
 from tuneshift_dag.models.capabilities import check_finite, end_ids, has_own_loop, start_ids
 from tuneshift_dag.models.loading import (
@@ -30,6 +30,7 @@ from tuneshift_dag.models.loading import (
     load_tokenizer,
     pack,
 )
+from tuneshift_dag.models.prompts import prompt_ids
 from tuneshift_dag.models.references import ModelFiles, quantized_dir
 
 T = TypeVar("T")
@@ -159,6 +160,9 @@ class LocalEngine(Engine):
         chat = [{"role": "user", "content": message}]
         return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
+    def prompt_ids(self, prompt: str, format: PromptFormat) -> list[int]:
+        return prompt_ids(self.tokenizer, format, prompt)
+
     def check_answers(self, prompts: Sequence[list[int]]) -> list[str]:
         problems = []
         for side in SIDES if self.adapter or self.fine_tuned else SIDES[:1]:
@@ -174,15 +178,14 @@ class LocalEngine(Engine):
                 )
         return problems
 
-    def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
-        ids = [self.encode(prompt) for prompt in prompts]
+    def check_adapter(self, prompts: Sequence[list[int]]) -> AdapterCheck:
         logits = {}
         for side in SIDES:
             with self.side(side) as model:
-                logits[side] = self._loop.next_logits(model, self._loop.prefill(model, ids))
+                logits[side] = self._loop.next_logits(model, self._loop.prefill(model, prompts))
         update_norm = _update_norm(self._model("fine_tuned")) if self.adapter else None
         difference = float((logits["base"] - logits["fine_tuned"]).abs().max())
-        problems = self.check_answers(ids[:2])
+        problems = self.check_answers(prompts[:2])
         if difference == 0:
             why = " (the adapter's weights are zero)" if update_norm == 0 else ""
             problems.append(f"the base and the fine-tuned model give equal logits on every seed{why}")

@@ -20,9 +20,10 @@ from tuneshift_dag.engines.openai_client import (
     sampling_fields,
     token_logprobs,
 )
-from tuneshift_dag.method import CHUNK_SIZE, SIDES, AdapterCheck, Decoding, Pair, Response, Scorer, Side
+from tuneshift_dag.method import CHUNK_SIZE, SIDES, AdapterCheck, Decoding, Pair, PromptFormat, Response, Scorer, Side
 from tuneshift_dag.models.capabilities import start_ids
 from tuneshift_dag.models.loading import load_tokenizer
+from tuneshift_dag.models.prompts import prompt_ids, response_text
 from tuneshift_dag.models.references import ModelFiles
 
 T = TypeVar("T")
@@ -70,6 +71,9 @@ class ServedSource(Scorer):
     def encode(self, text: str, templated: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=not templated).input_ids)
 
+    def prompt_ids(self, prompt: str, format: PromptFormat) -> list[int]:
+        return prompt_ids(self.tokenizer, format, prompt)
+
     def generate(
         self, prompts: Sequence[list[int]], side: Side, decoding: Decoding, seeds: Sequence[int] | None = None
     ) -> Iterator[list[tuple[int, Response]]]:
@@ -108,11 +112,10 @@ class ServedSource(Scorer):
 
         yield from self.server.stream(f"{side} scores", len(prompts), work)
 
-    def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
+    def check_adapter(self, prompts: Sequence[list[int]]) -> AdapterCheck:
         """Whether the server has both models, whether they differ, and whether its log-probabilities can be used.
         Raises `TuneshiftError` when it can't be reached, or can't do what ``transfer.yaml`` asks of it."""
-        ids = [self.encode(prompt) for prompt in prompts]
-        decoding = Decoding(_CANARY_TOKENS)
+        ids, decoding = prompts, Decoding(_CANARY_TOKENS)
 
         async def both(requests: Requests, i: int) -> dict[Side, dict[str, Any]]:
             found = await asyncio.gather(*(self._choice(requests, side, ids[i], decoding) for side in SIDES))
@@ -252,7 +255,7 @@ class ServedSource(Scorer):
         ids, logprobs = [t for t, _ in tokens], [p for _, p in tokens]
         finished = choice.get("finish_reason") == "stop"
         eos = logprobs[-1] if finished and ids and ids[-1] in self.tokenizer.all_special_ids else None
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = response_text(self.tokenizer, ids)
         return Response(text, ids, "stop" if finished else "length", sum(logprobs), eos)
 
     async def _score(self, requests: Requests, side: Side, prompt: list[int], response: list[int]) -> float:

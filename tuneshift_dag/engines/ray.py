@@ -26,7 +26,7 @@ from ray.util import ActorPool
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.schema_models import RayCluster
-from tuneshift_dag.method import CHUNK_SIZE, AdapterCheck, Decoding, Engine, Pair, Response, Side
+from tuneshift_dag.method import CHUNK_SIZE, AdapterCheck, Decoding, Engine, Pair, PromptFormat, Response, Side
 
 # A batch that has killed this many more actors would kill the next one too.
 _RETRIES = 3
@@ -74,7 +74,10 @@ class RayEngine(Engine):
     def render_chat(self, message: str) -> str:
         return self.engine.render_chat(message)
 
-    def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
+    def prompt_ids(self, prompt: str, format: PromptFormat) -> list[int]:
+        return self.engine.prompt_ids(prompt, format)
+
+    def check_adapter(self, prompts: Sequence[list[int]]) -> AdapterCheck:
         [(_, check)] = self._run([methodcaller("check_adapter", prompts)], 1)
         assert isinstance(check, AdapterCheck)
         return check

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from tuneshift_dag.method import Decoding, Response, before_stop
+from tuneshift_dag.models.prompts import response_text
 
 # Logits turned into float32 at once, in elements: half a megabyte stays in a core's cache.
 _FLOAT_AT_ONCE = 1 << 17
@@ -59,7 +60,7 @@ class Rows:
         return Response(self._text(ids), ids, reason, sum(logprobs, 0.0), logprobs[-1] if ended else None)
 
     def _text(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return response_text(self.tokenizer, ids)
 
 
 def choose(logits: torch.Tensor, decoding: Decoding, generators: list[torch.Generator]) -> torch.Tensor:

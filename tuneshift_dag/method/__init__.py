@@ -1,15 +1,44 @@
 """What the method asks of whatever runs the models: the records and the protocols, no implementation."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 Side = Literal["base", "fine_tuned"]
 SIDES: tuple[Side, Side] = ("base", "fine_tuned")
 CHUNK_SIZE = 1024
 """`Scorer.chunk_size` of an engine that works on one batch after the other: 32 batches of 32."""
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a model is asked: by a raw ``template``, which holds ``{prompt}`` once and may hold ``{system}``, or without
+    one by the model's own chat template, to which the ``arguments`` go."""
+
+    template: str | None = None
+    system: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    key: str = field(default="prompt_template", compare=False)
+    """The key of ``transfer.yaml`` that says so, for messages."""
+
+    def around(self) -> tuple[str, str]:
+        """What a raw template puts before and after a prompt; nothing of a chat."""
+        before, _, after = (self.template or "").partition("{prompt}")
+        if self.system is None:
+            return before, after
+        return before.replace("{system}", self.system), after.replace("{system}", self.system)
+
+    def messages(self, prompt: str) -> list[dict[str, str]]:
+        """The prompt as a chat, after the system message if there is one."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": prompt}]
+
+    def __str__(self) -> str:
+        if self.template is not None:
+            return "{prompt}".join(self.around())
+        return "chat" if self.system is None else f"chat, system message {self.system!r}"
 
 
 @dataclass(frozen=True)
@@ -122,8 +151,11 @@ class Scorer(TextModel, Protocol):
         """While it is open, what the engine starts for one call stays for the next one."""
         return nullcontext()
 
-    def check_adapter(self, prompts: Sequence[str]) -> AdapterCheck:
-        """Whether the adapter is applied and changes the base's answers to rendered prompts."""
+    def prompt_ids(self, prompt: str, format: PromptFormat) -> list[int]:
+        """Token ids of a prompt as the model is to see it; `TuneshiftError` when it can't be asked so."""
+
+    def check_adapter(self, prompts: Sequence[list[int]]) -> AdapterCheck:
+        """Whether the adapter is applied and changes the base's answers to prompts."""
 
     def pairs(
         self, prompts: Sequence[list[int]], known: Sequence[dict[Side, Response]], decoding: Decoding

@@ -12,6 +12,7 @@ import polars as pl
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
+from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.method.evaluation import TITLES
 from tuneshift_dag.reports import arm_tasks, by_way, conclusion, describe_filter, diversity, escape_markdown, report
 from tuneshift_dag.store import Store
@@ -48,7 +49,7 @@ def export(store: Store, transfer: Transfer, to: Path) -> list[Path]:
             made = Path(staging) / "new"
             shutil.copytree(figures["model"]["path"], made / "adapter")
             (made / "adapter" / "README.md").write_text(model_card(transfer, figures), "utf-8")
-            _write_chat(pairs, made / "dataset.jsonl")
+            _write_chat(pairs, transfer.config.source_format, made / "dataset.jsonl")
             pairs.write_parquet(made / "dataset.parquet")
             (made / "README.md").write_text(_dataset_card(transfer, figures, pairs), "utf-8")
             _put(made, to, Path(staging) / "old")
@@ -78,7 +79,13 @@ def model_card(transfer: Transfer, figures: dict[str, Any]) -> str:
         for row in by_way(figures["accuracy"])
     ]
     seeds = "\n".join(f"- {escape_markdown(seed)}" for seed in transfer.seeds)
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", config.prompt_template)), default=0))
+    format, shown = config.target_format, str(config.target_format)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
+    asked = "The model sees exactly this before its response, tokenized with the tokenizer's default special tokens:"
+    if format.template is None:
+        asked = "The model is asked through the base model's chat template (`apply_chat_template`):"
+        shown = json.dumps(format.messages("{prompt}"), ensure_ascii=False, indent=1)
+        shown += f"\n{json.dumps(format.arguments)}" if format.arguments else ""
     front = f"---\nlibrary_name: peft\nbase_model: {json.dumps(config.target.base)}\ntags: [lora, tuneshift-kd]\n---\n"
     return f"""{front}
 # {transfer.name}: {config.target.base}
@@ -102,10 +109,10 @@ Seeds:
 
 ## Use
 
-The model sees exactly this before its response, tokenized with the tokenizer's default special tokens:
+{asked}
 
 {fence}
-{config.prompt_template}
+{shown}
 {fence}
 
 ## Held-out {TITLES[config.evaluation.metric]}
@@ -208,8 +215,8 @@ Synthetic text: it may hold mistakes of the models that wrote it, and is bound b
 """
 
 
-def _write_chat(pairs: pl.DataFrame, path: Path) -> None:
+def _write_chat(pairs: pl.DataFrame, format: PromptFormat, path: Path) -> None:
     with path.open("w", encoding="utf-8") as handle:
         for prompt, response in pairs.select("prompt", "response").iter_rows():
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response.strip()}]
+            messages = [*format.messages(prompt), {"role": "assistant", "content": response.strip()}]
             handle.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")

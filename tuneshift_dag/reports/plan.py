@@ -191,7 +191,9 @@ def memory(transfer: Transfer, needed: Work, total: float, usable: float) -> tup
     evaluating = weights.get("source", 0.0) + 2 * weights["target"]
     example = 1 + (needed.response if generator.mode == "by_response" else 0)
     call = len(generator.instruction) / _CHARACTERS_PER_TOKEN + generator.seeds_per_call * (needed.prompt + example)
-    template = (len(config.prompt_template) - len("{prompt}")) / _CHARACTERS_PER_TOKEN
+    # The markup of a chat template is some ten tokens, and left out.
+    around = "".join(config.source_format.around()) or config.source_format.system or ""
+    template = len(around) / _CHARACTERS_PER_TOKEN
     asked = template + needed.prompt
     calls, pairs = (needed.rows[step] // needed.rounds for step in STEPS[:2])
     measured = (evaluating, asked, config.evaluation.max_new_tokens, len(transfer.heldout))

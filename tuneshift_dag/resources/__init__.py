@@ -11,7 +11,7 @@ import dagster as dg
 from tuneshift_dag import TuneshiftError, training
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.versions import chain_version
-from tuneshift_dag.method import Engine, PromptWriter, Scorer
+from tuneshift_dag.method import Engine, PromptWriter, Scorer, TextModel
 from tuneshift_dag.models.references import ModelFiles, cache_dir, resolve_adapter, resolve_model, resolve_tokenizer
 from tuneshift_dag.store import Store
 
@@ -87,19 +87,16 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         note = cache_dir() / "preflight" / chain_version(transfer)
         if note.is_file():
             return
-        prompts = [prompt for prompt, _ in pairs]
-        generator = transfer.config.generator
+        prompts, generator = [prompt for prompt, _ in pairs], transfer.config.generator
         if generator.server is None:
-            writer = self.generator(transfer)
-            if generator.mode == "chat":
-                prompts = [writer.render_chat(prompt) for prompt in prompts]
-            _check_answers(writer, prompts, "generator.model")
+            writer, chat = self.generator(transfer), generator.mode == "chat"
+            requests = [writer.render_chat(prompt) for prompt in prompts] if chat else prompts
+            _check_answers(writer, [writer.encode(request, templated=chat) for request in requests], "generator.model")
         with tempfile.TemporaryDirectory() as home:
             folder = Path(home) / "adapter"
             self.distill(transfer.with_one_step(), list(pairs), folder, lambda step, total, loss: None)
-            template = transfer.config.prompt_template
-            rendered = [template.replace("{prompt}", prompt) for prompt, _ in pairs]
-            _check_answers(self.target(transfer, folder), rendered, "target.base")
+            target, asked = self.target(transfer, folder), transfer.config.target_format
+            _check_answers(target, [target.prompt_ids(prompt, asked) for prompt in prompts], "target.base")
         self.release()
         note.parent.mkdir(parents=True, exist_ok=True)
         note.touch()
@@ -155,8 +152,8 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return engine
 
 
-def _check_answers(engine: Engine | Scorer | PromptWriter, prompts: Sequence[str], key: str) -> None:
-    if problems := engine.check_answers([engine.encode(prompt) for prompt in prompts]):
+def _check_answers(engine: TextModel, prompts: Sequence[list[int]], key: str) -> None:
+    if problems := engine.check_answers(prompts):
         raise TuneshiftError(f"{key}: {'; '.join(problems)}.")
 
 

@@ -59,7 +59,7 @@ def distill(transfer: "Transfer", pairs: list[tuple[str, str]], folder: Path, on
     config, count = transfer.config, transfer.config.distill.processes
     files = resolve_model(transfer.reference("target.base"), transfer.folder, "target.base")
     tokenizer = load_tokenizer(files)
-    examples = [tokenize_example(tokenizer, config.prompt_template, p, r) for p, r in pairs]
+    examples = [tokenize_example(tokenizer, config.target_format, p, r) for p, r in pairs]
     checkpoint = checkpoint_file(folder, files.fingerprint)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging:

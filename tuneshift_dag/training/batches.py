@@ -19,6 +19,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
+from tuneshift_dag.method import PromptFormat
+from tuneshift_dag.models.prompts import continuation_ids, end_id, prompt_ids
+
 RARE = 0.25
 PROMPT_TOKENS = 4
 """Tokens of a prompt that are predicted in one step: each costs the head as much as one of the response."""
@@ -59,11 +62,10 @@ class Batch:
         return len(self.targets) - self.response_tokens
 
 
-def tokenize_example(tokenizer: Any, template: str, prompt: str, response: str) -> TokenizedExample:
+def tokenize_example(tokenizer: Any, format: PromptFormat, prompt: str, response: str) -> TokenizedExample:
     """The prompt is tokenized alone, as for generation, so that the response begins at the same token boundary."""
-    prompt_ids = tokenizer(template.replace("{prompt}", prompt)).input_ids
-    response_ids = tokenizer(response, add_special_tokens=False).input_ids
-    return TokenizedExample(prompt_ids, [*response_ids, tokenizer.eos_token_id])
+    response_ids = [*continuation_ids(tokenizer, response), end_id(tokenizer, format)]
+    return TokenizedExample(prompt_ids(tokenizer, format, prompt), response_ids)
 
 
 def with_prompt_places(example: TokenizedExample, rng: random.Random) -> TokenizedExample:
