@@ -55,7 +55,14 @@ def test_a_continuation_ends_where_the_next_prompt_begins() -> None:
 
 
 @pytest.mark.parametrize(
-    ("texts", "line"), [(["a"], "---"), (["a\n--\nb"], "---"), (["a\n---\nb", "c\n ----- \nd"], "------"), ([], "---")]
+    ("texts", "line"),
+    [
+        (["a"], "---"),
+        (["a\n--\nb"], "---"),
+        (["--- a/file\n--- b"], "----"),
+        (["a\n---\nb", "c\n ----- \nd"], "------"),
+        ([], "---"),
+    ],
 )
 def test_the_line_between_blocks_is_in_none_of_them(texts, line) -> None:
     assert separator(texts) == line

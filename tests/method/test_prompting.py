@@ -133,6 +133,7 @@ def test_a_near_copy_is_found_in_every_script(prompt, copy):
         ["Is 3 < 4 or not so?", "Is 3 > 4 or not so?", "Is 3 ≤ 4 or not so?", "Is 3 = 4 or not so?"],
         ["Solve x + y = z for y", "Solve x - y = z for y", "Solve x * y = z for y", "Solve x / y = z for y"],
         ["What is 2 * (3 + 4)?", "What is (2 * 3) + 4?"],
+        ["What is 5% of my 20 euros?", "What is 5 of my 20 euros?"],
         ["Where is order 123 of mine?", "Where is order 456 of mine?", "Where is order of mine?"],
         ["我有12个苹果，吃了5个，还剩几个？", "我有12个苹果，吃了7个，还剩几个？"],
         ["Tom habe 1,5 Liter im Topf", "Tom habe 15 Liter im Topf", "Tom habe 1.05 Liter im Topf"],

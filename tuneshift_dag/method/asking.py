@@ -14,9 +14,9 @@ any number of lines with a line of dashes between them."""
 
 
 def separator(texts: Iterable[str]) -> str:
-    """The line that stands between blocks: at least three dashes, and more than any line of dashes in ``texts``."""
-    lines = (line.strip() for text in texts for line in text.splitlines())
-    return "-" * max([3, *(len(line) + 1 for line in lines if line and not line.strip("-"))])
+    """The line that stands between blocks: at least three dashes, and more than any line of ``texts`` begins with."""
+    lines = (line.lstrip() for text in texts for line in text.splitlines())
+    return "-" * max([3, *(1 + len(line) - len(line.lstrip("-")) for line in lines)])
 
 
 def generator_request(

@@ -144,9 +144,9 @@ def _apart(text: str) -> str:
 
 def _bare(word: str) -> str:
     """Without the marks of other languages than English, which `normalize` leaves, and without invisible characters."""
-    kinds = [(character, unicodedata.category(character)) for character in word if not character.isascii()]
-    unheard = {character for character, kind in kinds if kind[0] == "P" or kind == "Cf"}
-    return "".join(character for character in word if character not in unheard) if unheard else word
+    if word.isascii():
+        return word
+    return "".join(c for c in word if c.isascii() or not unicodedata.category(c).startswith(("P", "Cf")))
 
 
 def _counted(prompt: str) -> str:
@@ -158,7 +158,9 @@ def _counted(prompt: str) -> str:
     def counts(place: int, sign: str, is_signed: bool) -> bool:
         if sign.isdecimal() or is_signed or unicodedata.category(sign[0]) == "Sm":
             return True
-        if sign in "-*/^%" and _is_operand(words[place]) and _is_operand(words[place + 2]):
+        if sign == "%" and words[place].isdecimal():
+            return True
+        if sign in "-*/^" and _is_operand(words[place]) and _is_operand(words[place + 2]):
             return True
         return is_code and not sign[0].isalpha() and sign not in ".,;:?!\"'`"
 
