@@ -88,6 +88,9 @@ def test_references_have_fingerprints_of_what_is_here(transfer_folder, edit_conf
     ("key", "value", "words"),
     [
         ("filter.treshold", 1.5, ["filter.treshold", "1.5", "correct its spelling"]),
+        ("generator.format", "yaml", ["generator.format", "'yaml'", "'list', 'json' or 'blocks'"]),
+        ("generator", {"model": "m", "mode": "by_response", "format": "json"}, ["generator", "'json'", "use blocks"]),
+        ("generator", {"model": "m", "max_prompt_tokens": 9, "max_prompt_characters": 99}, ["9 and", "99", "remove"]),
         ("rounds", "many", ["rounds", "'many'", "valid integer"]),
         ("rounds", 0, ["rounds", "found 0", "greater than or equal to 1"]),
         ("models.quantization", "int8", ["models.quantization", "'int8'", "'nf4', 'fp4' or 'none'"]),
@@ -244,6 +247,31 @@ def test_a_system_message_that_can_t_be_shown_is_named(transfer_folder, edit_con
         load_transfer(transfer_folder)
     for word in words:
         assert word in str(error.value)
+
+
+def test_seeds_of_several_lines_choose_the_format_and_the_limit(transfer_folder, edit_config):
+    assert (load_transfer(transfer_folder).prompt_format, load_transfer(transfer_folder).max_prompt_characters) == (
+        "list",
+        300,
+    )
+    write_jsonl(transfer_folder / "seeds.jsonl", [{"prompt": "Hi"}, {"prompt": "\n  Fix:\n    x\n\n"}])
+    transfer = load_transfer(transfer_folder)
+    assert transfer.seeds == ["Hi", "  Fix:\n    x"]
+    assert (transfer.prompt_format, transfer.max_prompt_characters) == ("blocks", None)
+    edit_config("generator.max_prompt_characters", 300)
+    assert load_transfer(transfer_folder).max_prompt_characters == 300
+    edit_config("generator.format", "json")
+    assert load_transfer(transfer_folder).prompt_format == "json"
+    edit_config("generator.format", "list")
+    with pytest.raises(TuneshiftError, match=r"seeds.jsonl:2: .*several lines .*generator.format 'list'.* blocks or"):
+        load_transfer(transfer_folder)
+
+
+def test_long_seeds_lift_the_limit_in_characters(transfer_folder, edit_config):
+    write_jsonl(transfer_folder / "seeds.jsonl", [{"prompt": "Why? " * 61}])
+    assert load_transfer(transfer_folder).max_prompt_characters is None
+    edit_config("generator.max_prompt_characters", 200)
+    assert load_transfer(transfer_folder).max_prompt_characters == 200
 
 
 def test_a_held_out_answer_without_a_number_is_named(transfer_folder, edit_config):

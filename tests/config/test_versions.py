@@ -46,6 +46,8 @@ def changed(folder: Path, change: Callable[[], object]) -> set[str]:
         ("target.base", "models/copied-base", {"evaluation", *TRAINS}),
         ("generator.model", "models/copied-base", {"seed_set", "synthetic_prompts"}),
         ("generator.temperature", 0.5, {"seed_set", "synthetic_prompts"}),
+        ("generator.format", "json", {"seed_set", "synthetic_prompts"}),
+        ("generator.max_prompt_tokens", 50, {"seed_set", "synthetic_prompts"}),
         ("generator.calls_per_round", 4, {"seed_set", "synthetic_prompts", "filtered_dataset"}),
         ("generator.balance", "none", {"seed_set", "synthetic_prompts", "filtered_dataset"}),
         ("prompt_template", "Q: {prompt}", {"seed_set", "scored_pairs", "evaluation", *TRAINS}),
@@ -70,6 +72,7 @@ def changed(folder: Path, change: Callable[[], object]) -> set[str]:
         ("seed", 1, {"seed_set", "synthetic_prompts", "filtered_dataset", *TRAINS}),
         # Defaults that are written down, and what changes no result.
         ("evaluation.metric", "exact_match", set()),
+        ("generator.max_prompt_characters", 300, set()),
         ("filter", {"rule": "both", "threshold": 1.5}, set()),
         ("models.compute_dtype", "bfloat16", set()),
         ("models.batch_size", 7, set()),
@@ -88,6 +91,16 @@ def test_a_setting_makes_out_of_date_what_uses_it(
     adapter = transfer_folder / "adapter" / "adapter_config.json"
     adapter.write_text(json.dumps({"peft_type": "LORA"}))
     assert changed(transfer_folder, lambda: edit_config(key, value)) == assets
+
+
+def test_prompts_without_a_limit_in_characters_depend_on_what_the_contexts_leave(
+    transfer_folder: Path, edit_config: Edit
+) -> None:
+    write_jsonl(transfer_folder / "seeds.jsonl", [{"prompt": "Fix:\n  x"}])
+    limited = changed(transfer_folder, lambda: edit_config("response.max_new_tokens", 9))
+    assert limited == {"seed_set", "scored_pairs", "synthetic_prompts"}
+    unlimited = changed(transfer_folder, lambda: edit_config("generator.max_prompt_characters", 300))
+    assert unlimited == {"seed_set", "synthetic_prompts"}
 
 
 def test_how_a_server_is_asked_has_no_effect_and_its_revision_has(transfer_folder: Path, edit_config: Edit) -> None:

@@ -212,3 +212,15 @@ def test_repetition_is_the_share_of_word_4_grams_that_were_there_before(store):
     found = store.read(query, {"texts": list(shares)})
     assert found["share"].to_list() == pytest.approx(list(shares.values()))
     assert [least > 0.5 for least in found["least"]] == [share > 0.5 for share in shares.values()]
+
+
+def test_repetition_counts_characters_where_words_have_no_spaces(store):
+    loop, text = "我的卡在哪里" * 4, "我昨天给朋友转账，但是她说没有收到，请问怎么办？"
+    texts = {loop: 15 / 21, text: 0, "ดี " * 8: 11 / 13}
+    query = f"SELECT {repetition_sql('text')} AS share FROM (SELECT unnest($texts) AS text)"
+    assert store.read(query, {"texts": list(texts)})["share"].to_list() == pytest.approx(list(texts.values()))
+    spaced = "a  b\nc é a  b\nc é a  b\nc é"
+    as_it_was = "SELECT string_split(text, ' ') AS w FROM (SELECT unnest($texts) AS text)"
+    words = store.read(as_it_was, {"texts": [spaced]})["w"].to_list()[0]
+    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    assert store.read(query, {"texts": [spaced]}).item() == pytest.approx(1 - len(set(grams)) / len(grams))

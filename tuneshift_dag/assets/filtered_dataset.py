@@ -170,7 +170,7 @@ def _nothing_kept(transfer: Transfer, round_: str, reasons: dict[str, int], drop
         "below_threshold": f"lower filter.threshold (now {config.filter.threshold:g})",
         "repetitive_response": f"raise filter.max_repetition (now {config.filter.max_repetition:g})",
         "samples_disagree": f"lower response.agreement (now {config.response.agreement:g})",
-        "overlong": f"raise generator.max_prompt_characters (now {config.generator.max_prompt_characters})",
+        "overlong": _longer_prompts(transfer),
         "duplicate": f"raise generator.temperature (now {config.generator.temperature:g}): it repeats itself",
         "near_duplicate": f"raise generator.near_duplicate (now {config.generator.near_duplicate:g})",
         "seed": f"raise generator.temperature (now {config.generator.temperature:g}): it repeats the seeds",
@@ -188,6 +188,14 @@ def _nothing_kept(transfer: Transfer, round_: str, reasons: dict[str, int], drop
         said = f"No prompt was written up to {round_}: no list was found in what the generator wrote."
     repair = repairs.get(commonest, other)
     return f"{said} In {transfer.folder / 'transfer.yaml'}, {repair}; or write seeds that are closer to the task."
+
+
+def _longer_prompts(transfer: Transfer) -> str:
+    if transfer.max_prompt_characters is not None:
+        return f"raise generator.max_prompt_characters (now {transfer.max_prompt_characters})"
+    if tokens := transfer.config.generator.max_prompt_tokens:
+        return f"raise generator.max_prompt_tokens (now {tokens})"
+    return "lower response.max_new_tokens, or name models with longer contexts: they have no room for the prompts"
 
 
 def _check_seeds(store: Store, transfer: Transfer, round_: str) -> dg.AssetCheckResult:

@@ -18,6 +18,7 @@ from tuneshift_dag.method import Decoding, scoring
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.method.seed_sampling import Candidate, draw_seeds
 from tuneshift_dag.resources import EngineResource, StoreResource
+from tuneshift_dag.resources.room import check_examples
 from tuneshift_dag.store import insert, now, records
 from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import MODELS, ROUND_SEEDS, SEED_SET
@@ -33,6 +34,7 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
         Before anything is computed, the source adapter is checked on them: a silently unapplied adapter
         would make both models equal and every later result meaningless. Reports the seeds of round_01.
         """
+        check_examples(transfer)
         if transfer.config.evaluation.tasks:
             # Now, not after hours of work: a misspelt task, or one whose data can't be had.
             engines.harness(transfer)
@@ -153,8 +155,8 @@ def write_seeds(
 def seed_candidates(current: Step) -> list[Candidate]:
     """The user's prompts, in the order of ``seeds.jsonl``, with the fine-tuned responses."""
     rows = current.read("SELECT prompt_id, prompt, response FROM seed_set").rows()
-    known = {row[0]: Candidate(*row) for row in rows}
-    return [known[prompt_id(prompt)] for prompt in current.transfer.seeds if prompt_id(prompt) in known]
+    known = {seed.prompt: seed for seed in (Candidate(*row) for row in rows)}
+    return [known[prompt] for prompt in current.transfer.seeds if prompt in known]
 
 
 def read_seeds(current: Step) -> list[list[Candidate]]:

@@ -9,10 +9,10 @@ import polars as pl
 from tuneshift_dag.assets.common import LOG, Context, Step, definition, example_rows, key, mean_repetition, step
 from tuneshift_dag.assets.seed_set import read_seeds
 from tuneshift_dag.config import Transfer, round_key, round_number
-from tuneshift_dag.config.schema_models import Generator
-from tuneshift_dag.method import Decoding, PromptWriter, Response, prompting, scoring
+from tuneshift_dag.method import Decoding, PromptWriter, Response, answers, asking, prompting, scoring
 from tuneshift_dag.method.seed_sampling import Candidate
 from tuneshift_dag.resources import EngineResource, StoreResource
+from tuneshift_dag.resources.room import overlong
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import content_version, seeds_reporter
 from tuneshift_dag.store.tables import PROPOSALS, REJECTED_PROMPTS, SYNTHETIC_PROMPTS
@@ -30,15 +30,15 @@ def build_synthetic_prompts(transfer: Transfer) -> dg.AssetsDefinition:
         """New prompts: the generator is shown a few kept prompts per call and asked for more like them.
 
         Items that are empty, too long, known from the seeds or an earlier round, nearly the same as a known prompt
-        (ROUGE-L), or in the held-out file are dropped and listed in `rejected_prompts`.
+        (ROUGE-L, and the same numbers), or in the held-out file are dropped and listed in `rejected_prompts`.
         """
         database, round_ = store.store(), context.partition_key
         with step(context, database, transfer, "synthetic_prompts", round_) as current:
             calls = read_seeds(current)
             if not calls:
                 LOG.info(f"{round_}: the dataset has reached target_pairs; nothing to generate.")
-            answers = _ask(engines.generator(transfer), current, calls) if calls else []
-            proposals, prompts, rejected = _sort_out(current, calls, answers)
+            written = _ask(engines.generator(transfer), current, calls) if calls else []
+            proposals, prompts, rejected = _sort_out(current, calls, written)
             current.write(
                 [(PROPOSALS, proposals), (SYNTHETIC_PROMPTS, prompts), (REJECTED_PROMPTS, rejected)],
                 content_version(prompts.select("prompt_id", "prompt")),
@@ -59,16 +59,16 @@ def build_synthetic_prompts(transfer: Transfer) -> dg.AssetsDefinition:
 def _ask(engine: PromptWriter, current: Step, calls: list[list[Candidate]]) -> list[Response]:
     """The generator's answer to every call, sampled with a seed of its own."""
     transfer, settings = current.transfer, current.transfer.config.generator
-    requests = [_request(engine, settings, call, first_round=current.round == round_key(1)) for call in calls]
+    line = _separator(calls)
+    requests = [_request(engine, current, call, line) for call in calls]
     last_item = settings.seeds_per_call + settings.prompts_per_call
-    stops = {"chat": (), "continuation": (f"\n{last_item + 1}.",), "by_response": ("\n\n",)}
     how = (settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
     return scoring.generate(
         engine,
         current.cache,
         [engine.encode(request, templated=settings.mode == "chat") for request in requests],
         "base",
-        Decoding(*how, stops=stops[settings.mode]),
+        Decoding(*how, stops=asking.stops(settings.mode, transfer.prompt_format, last_item, line)),
         current.cost,
         # The call's number keeps two calls with the same seeds apart.
         [_sampling_seed(transfer.config.seed, number, request) for number, request in enumerate(requests)],
@@ -76,25 +76,34 @@ def _ask(engine: PromptWriter, current: Step, calls: list[list[Candidate]]) -> l
     )
 
 
-def _request(engine: PromptWriter, settings: Generator, call: list[Candidate], first_round: bool) -> str:
+def _separator(calls: list[list[Candidate]]) -> str:
+    """The line between blocks, one for all calls since it may be what ends an answer."""
+    return asking.separator(text for call in calls for seed in call for text in (seed.prompt, seed.response))
+
+
+def _request(engine: PromptWriter, current: Step, call: list[Candidate], line: str) -> str:
     """What the generator sees in one call. In the first round nothing is known that could be asked for."""
+    settings, format = current.transfer.config.generator, current.transfer.prompt_format
     if settings.mode == "by_response":
-        shown, asked = (call, None) if first_round else (call[:-1], call[-1].response)
+        shown, asked = (call, None) if current.round == round_key(1) else (call[:-1], call[-1].response)
         examples = [(seed.prompt, seed.response) for seed in shown]
-        return prompting.labelled_request(settings.instruction, settings.example_template, examples, asked)
-    how = (settings.mode, settings.instruction)
-    prompts = [seed.prompt for seed in call]
-    return prompting.generator_request(*how, prompts, settings.prompts_per_call, engine.render_chat)
+        between = line if format == "blocks" else ""
+        return asking.labelled_request(settings.instruction, settings.example_template, examples, asked, between)
+    prompts, count = [seed.prompt for seed in call], settings.prompts_per_call
+    return asking.generator_request(
+        settings.mode, settings.instruction, prompts, count, engine.render_chat, format, line
+    )
 
 
-def _items(settings: Generator, answer: Response, first_round: bool) -> list[str]:
+def _items(current: Step, answer: Response, line: str) -> list[str]:
     """The prompts that the generator's answer to a `_request` lists."""
+    settings, format = current.transfer.config.generator, current.transfer.prompt_format
     finished = answer.finish_reason == "stop"
     if settings.mode == "by_response":
-        items = prompting.parse_labelled(answer.text, settings.example_template, not first_round, finished)
-    else:
-        items = prompting.parse_list(answer.text, settings.mode, finished)
-    return items[: settings.prompts_per_call]
+        asked, between = current.round != round_key(1), line if format == "blocks" else ""
+        items = answers.parse_labelled(answer.text, settings.example_template, asked, finished, between)
+        return items[: settings.prompts_per_call]
+    return answers.read_answer(answer.text, settings.mode, format, finished, settings.prompts_per_call, line)
 
 
 def _sampling_seed(seed: int, call: int, request: str) -> int:
@@ -102,21 +111,22 @@ def _sampling_seed(seed: int, call: int, request: str) -> int:
 
 
 def _sort_out(
-    current: Step, calls: list[list[Candidate]], answers: list[Response]
+    current: Step, calls: list[list[Candidate]], written: list[Response]
 ) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
     """Frames of proposals, new prompts and rejected items."""
     transfer, settings, round_ = current.transfer, current.transfer.config.generator, current.round
-    pool = prompting.PromptPool(settings.near_duplicate, settings.max_prompt_characters)
+    pool = prompting.PromptPool(settings.near_duplicate, overlong(transfer))
     pool.add(transfer.seeds, "seed")
     pool.add((prompt for prompt, _ in transfer.heldout), "held_out")
     pool.add(_earlier_prompts(current), "duplicate")
     proposals, prompts, rejected = [], [], []
-    for number, (call, answer) in enumerate(zip(calls, answers, strict=True)):
+    line = _separator(calls)
+    for number, (call, answer) in enumerate(zip(calls, written, strict=True)):
         seed_ids = [seed.prompt_id for seed in call]
         proposal_id = hashlib.sha256(f"{round_}|{number}|{seed_ids}|{answer.text}".encode()).hexdigest()[:16]
         own: dict[str, object] = {"round": round_, "proposal_id": proposal_id}
         proposals.append({**own, "call": number, "seed_ids": seed_ids, "text": answer.text})
-        accepted, dropped = pool.sort(_items(settings, answer, first_round=round_ == round_key(1)))
+        accepted, dropped = pool.sort(_items(current, answer, line))
         prompts += [{**own, **vars(item)} for item in accepted]
         rejected += [{**own, **vars(item)} for item in dropped]
     return PROPOSALS.frame(proposals), SYNTHETIC_PROMPTS.frame(prompts), REJECTED_PROMPTS.frame(rejected)

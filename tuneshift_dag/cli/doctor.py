@@ -130,7 +130,12 @@ def quantized_in_use(transfers: Sequence[Transfer]) -> set[str]:
 def _loaded(transfer: Transfer, missing: Mapping[str, str]) -> Iterator[Finding]:
     """What only loaded models can tell, of those that are here."""
     from tuneshift_dag.resources import EngineResource
+    from tuneshift_dag.resources.room import check_examples
 
+    try:
+        check_examples(transfer)
+    except TuneshiftError as error:
+        yield Finding(f"{transfer.name} examples", False, str(error))
     engines, generator = EngineResource(), transfer.config.generator
     # A base model has no chat template, and a run would notice only after the preflight.
     if "generator.model" not in missing and generator.mode == "chat":

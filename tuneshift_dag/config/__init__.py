@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tuneshift_dag.config.schema import TransferConfig
+from tuneshift_dag.method.asking import Format
 from tuneshift_dag.method.evaluation import next_question
 from tuneshift_dag.method.filters import Guards
 from tuneshift_dag.models.references import Fingerprint
@@ -54,6 +55,21 @@ class Transfer:
         asked = next_question(template) if template and self.config.evaluation.metric == "numeric" else ""
         return (*self.config.response.stop, *([asked] if asked else []))
 
+    @property
+    def prompt_format(self) -> Format:
+        return self.config.generator.format or ("blocks" if any(map(has_lines, self.seeds)) else "list")
+
+    @property
+    def max_prompt_characters(self) -> int | None:
+        """None when generated prompts are limited in tokens."""
+        generator = self.config.generator
+        most, given = generator.max_prompt_characters, generator.model_fields_set
+        if "max_prompt_characters" in given:
+            return most
+        # The default is for short questions; where not even the seeds are, it would drop all that is like them.
+        is_short = not any(has_lines(seed) or len(seed) > most for seed in self.seeds)
+        return most if is_short and generator.max_prompt_tokens is None else None
+
     def reference(self, key: str) -> str:
         """The model reference at a key of ``fingerprints``; on the hub with the commit that the fingerprint is of.
 
@@ -78,6 +94,11 @@ class Transfer:
     def with_rounds(self, most: int) -> "Transfer":
         """The same transfer with at most this many rounds (1 or more)."""
         return replace(self, config=self.config.model_copy(update={"rounds": min(most, self.config.rounds)}))
+
+
+def has_lines(text: str) -> bool:
+    """Whether a text has more than one line."""
+    return "\n" in text or "\r" in text
 
 
 def round_key(number: int) -> str:

@@ -15,9 +15,10 @@ import yaml
 from pydantic import ValidationError
 
 from tuneshift_dag import TuneshiftError
-from tuneshift_dag.config import Transfer
+from tuneshift_dag.config import Transfer, has_lines
 from tuneshift_dag.config.schema import Evaluation, TransferConfig
 from tuneshift_dag.config.schema_prompt import Prompt
+from tuneshift_dag.method.answers import trimmed
 from tuneshift_dag.method.evaluation import expected_number
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.models import references
@@ -57,6 +58,12 @@ def load_transfer(folder: Path) -> Transfer:
     heldout_rows = read_jsonl(heldout_file, HELD_OUT_SHAPE) if heldout_file.exists() else []
     seeds, heldout = check_examples(seed_rows, heldout_rows)
     config = _with_system(config, [*seed_rows, *heldout_rows], config_file)
+    for (at, _), seed in zip(seed_rows, seeds, strict=True):
+        if config.generator.format == "list" and has_lines(seed):
+            raise TuneshiftError(
+                f"{at}: a prompt of several lines doesn't fit into a numbered list ({config_file}: generator.format"
+                " 'list'). Set generator.format to blocks or json, or leave it out."
+            )
     _check_tasks(config.evaluation, config_file, folder)
     for prompt, response in heldout if config.evaluation.metric == "numeric" else ():
         if expected_number(response) is None:
@@ -130,7 +137,7 @@ def name_problem(name: str) -> str:
 
 
 def check_examples(seed_rows: Rows, heldout_rows: Rows) -> tuple[list[str], list[tuple[str, str]]]:
-    """Seeds and held-out (prompt, response) pairs, without surrounding space.
+    """Seeds and held-out (prompt, response) pairs, without surrounding space (but for the first line's indentation).
 
     Raises:
         TuneshiftError: naming the line of a text that is missing, of a prompt that is there twice, or of a
@@ -284,7 +291,7 @@ def _text(row: dict[str, Any], key: str, at: str) -> str:
         raise TuneshiftError(f"{at}: {key!r} must be a non-empty string (found {_short(value)}).")
     if half := _half_character(value):
         raise TuneshiftError(f"{at}: {key!r}: {half}.")
-    return value.strip()
+    return trimmed(value) if key == "prompt" else value.strip()
 
 
 def _with_system(config: TransferConfig, rows: Rows, file: Path) -> TransferConfig:

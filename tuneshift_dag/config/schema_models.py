@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from tuneshift_dag.method.asking import Format
+
 Mode = Literal["chat", "continuation", "by_response"]
 Quantization = Literal["nf4", "fp4", "none"]
 Probability = Annotated[float, Field(gt=0, le=1)]
@@ -167,6 +169,10 @@ class Generator(Section):
     list. `{count}` and `{seed_count}` are filled in."""
     example_template: str = "Topic: {response}\nQuestion: {prompt}"
     """`by_response`: how one seed is shown; `{response}` must stand before `{prompt}`."""
+    format: Format | None = Field(None, exclude_if=lambda value: value is None)
+    """How prompts are listed: `list`, a numbered list of single lines; for prompts of several lines `blocks`, with
+    lines of dashes between them, or `json`, a JSON list of strings. By default `blocks` when a seed has several lines,
+    else `list`."""
     calls_per_round: int = Field(16, ge=1, description="Generator calls in one round.")
     prompts_per_call: int = Field(20, ge=1, le=200, description="Prompts asked for in one call (paper: 20).")
     seeds_per_call: int = Field(5, ge=1, description="Example prompts shown in one call (paper: 5).")
@@ -182,7 +188,11 @@ class Generator(Section):
     own)."""
     top_p: Probability = Field(0.95, description="Sample within this probability mass of the `top_k` tokens.")
     max_new_tokens: int = Field(320, ge=8, description="Longest generator output, in tokens.")
-    max_prompt_characters: int = Field(300, ge=10, description="Longer prompts are dropped.")
+    max_prompt_characters: int = Field(300, ge=10)
+    """Longer prompts are dropped. Without this key and `max_prompt_tokens`, and with a seed of several lines or of more
+    characters than the default, those are that the models' contexts have no room for."""
+    max_prompt_tokens: int | None = Field(None, ge=4, exclude_if=lambda value: value is None)
+    """The same limit in tokens of the source model."""
     near_duplicate: Probability = 0.7
     """A prompt whose ROUGE-L with one in the pool exceeds this is dropped (Stanford Alpaca)."""
 
@@ -191,6 +201,13 @@ class Generator(Section):
         response, prompt = self.example_template.find("{response}"), self.example_template.find("{prompt}")
         if not 0 <= response < prompt:
             raise ValueError(f"example_template {self.example_template!r} must hold {{response}} and then {{prompt}}")
+        if self.mode == "by_response" and self.format == "json":
+            raise ValueError("format 'json' is no format of mode 'by_response', which asks for one prompt; use blocks")
+        if self.max_prompt_tokens is not None and "max_prompt_characters" in self.model_fields_set:
+            raise ValueError(
+                f"max_prompt_tokens {self.max_prompt_tokens} and max_prompt_characters {self.max_prompt_characters} are"
+                " one limit in two units; remove one of the two"
+            )
         if self.server is not None and self.quantization is not None:
             raise ValueError(
                 f"quantization {self.quantization!r} is for a generator in this process, and generator.server has"

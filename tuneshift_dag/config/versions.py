@@ -57,7 +57,7 @@ class _Uses(NamedTuple):
 
 _USES = {
     "seed_set": _Uses(("generator", "seed", "response", *_SOURCE), ("seeds",), code=3),
-    "synthetic_prompts": _Uses(("generator", "models", "seed"), ("heldout",)),
+    "synthetic_prompts": _Uses(("generator", "models", "seed"), ("heldout",), code=2),
     "scored_pairs": _Uses(("response", "samples", *_SOURCE)),
     "filtered_dataset": _Uses(("filter", "target_pairs", "seed", *_DRAWS), code=3),
     "threshold_report": _Uses(("filter",)),
@@ -91,7 +91,12 @@ def code_version(transfer: Transfer, asset: str) -> str:
     for key, fingerprint in transfer.fingerprints.items():
         section, name = key.split(".")
         settings[section][name] = fingerprint.value or settings[section][name]
+    if transfer.max_prompt_characters is None:
+        settings["generator"]["max_prompt_characters"] = None  # the default has no effect
     used = _of_training(settings) if uses.sections == _TRAINING else _chosen(settings, uses.sections)
+    if asset == "synthetic_prompts" and transfer.max_prompt_characters is None:
+        # Contexts limit the prompts. (A limit in characters is far below any, so that older versions stay valid.)
+        used |= _chosen(settings, ("source.base", "target.base", "response.max_new_tokens"))
     code = (uses.code, _training_code(transfer.config) if "distill" in uses.sections else 0)
     rounds = transfer.config.rounds if any(of == "all" for _, of in INPUTS[asset]) else None
     return _hash([code, used, [_read(transfer, name) for name in uses.others], rounds])[:16]

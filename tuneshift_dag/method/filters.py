@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from tuneshift_dag.method.prompting import UNSPACED
+
 Rule = Literal[
     "both", "difference", "ratio", "cross_ratio", "top_excess", "balanced_confidence", "random", "unfiltered"
 ]
@@ -130,10 +132,20 @@ def _flaws(rule: Rule, guards: Guards) -> str:
 
 def repetition_sql(text: str, least: float = 0.0) -> str:
     """SQL of the share of a text's word 4-grams that were there before ("seq-rep-4" of Welleck et al., arXiv
-    1908.04319), 0 for under 5 words. Values up to ``least`` may come out as 0: words are cheaper to count."""
+    1908.04319), 0 for under 5 words. In scripts without spaces a character counts as a word. Values up to ``least`` may
+    come out as 0: words are cheaper to count."""
     grams = "list_distinct(list_zip(w, w[2:], w[3:], w[4:])[:len(w) - 3])"
     return (
-        f"list_transform([string_split({text}, ' ')], lambda w:"
+        f"list_transform([string_split({apart_sql(text)}, ' ')], lambda w:"
         f" CASE WHEN len(w) >= 5 AND len(w) - list_unique(w) > {least} * (len(w) - 3)"
         f" THEN 1 - len({grams}) / (len(w) - 3) ELSE 0 END)[1]"
+    )
+
+
+def apart_sql(text: str) -> str:
+    """SQL of a text with spaces around every character of a script that has none between words."""
+    apart = f"regexp_replace({text}, '([{UNSPACED}])', ' \\1 ', 'g')"
+    return (
+        f"CASE WHEN regexp_matches({text}, '[{UNSPACED}]') THEN trim(regexp_replace({apart}, ' +', ' ', 'g'))"
+        f" ELSE {text} END"
     )

@@ -1,11 +1,9 @@
-"""Asking a generator for more prompts like the seeds, reading its answer, and which of them are new and how varied.
-
-TuneShift-KD (arXiv 2603.24518) §3 asks an instruction model to "Generate 20 more samples like these 5".
-A base model has no chat: it is shown the seeds as the beginning of a numbered list, and goes on."""
+"""Which prompts are the same, nearly the same or new, and how varied a set of them is."""
 
 import hashlib
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,9 +14,26 @@ from numpy.typing import NDArray
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
+from tuneshift_dag.method.answers import trimmed
+
 Reason = Literal["empty", "overlong", "seed", "held_out", "duplicate", "near_duplicate"]
-Mode = Literal["chat", "continuation"]
-_ITEM = re.compile(r"^\s*(?:\d+\s*[.):]|[-*•])\s*(.*)$")
+UNSPACED = (
+    "\u0e00-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf"  # Thai, Lao, Tibetan, Burmese, Khmer, Tai
+    "\u3005-\u3007\u3040-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"  # Japanese, Chinese
+    "\ua9e0-\ua9ff\uaa60-\uaadf\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+"""Characters of scripts that put no spaces between words, for a character class: each counts as a word."""
+_UNSPACED = re.compile(f"[{UNSPACED}]")
+# Marks carry meaning in code and formulas: a call or an index, a bracket beside an operator, indented or fenced lines.
+# "card(s)" is neither.
+_CODE = re.compile(
+    r"\w[(\[](?!e?s\))|[+*/^=<>×÷]\s*[(\[]|[)\]]\s*[+*/^=<>×÷]|[)\]]\s*-\s*\d|\d\s*-\s*[(\[]"
+    r"|\n[ \t]+\S|(?:^|\n)[ \t]*(?:```|~~~)"
+)
+_SUPERSCRIPT = re.compile(r"[⁰¹²³⁴-⁹]")
+# What isn't said by a number: "1,000" is "1000", "5.00" is "5" and "09" is "9".
+_SILENT = re.compile(r"(?<=\d),(?=\d{3}(?!\d))|(?<=\d)\.0+(?![\d.])|(?<![\d.,])0+(?=\d)")
+_TOKEN = re.compile(r"\d+|(?P<sign>(?<![^\s(\[])-(?=\d))|[^\W\d_]+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -36,10 +51,22 @@ class Accepted:
 
 
 def normalize(prompt: str) -> str:
-    """Lower case, no punctuation marks, single spaces: what makes two prompts the same. Other symbols stay: "3+4" and
-    "3-4" are different questions."""
-    text = re.sub(r"['’]", "", unicodedata.normalize("NFKC", prompt).lower())
+    """What makes two prompts the same: lower case, no punctuation marks, single spaces. Other symbols stay: "3+4" and
+    "3-4" are different questions. In code and formulas every character stays."""
+    if _CODE.search(prompt):
+        return "\n".join(line.rstrip() for line in trimmed(unicodedata.normalize("NFC", prompt)).split("\n"))
+    return _plain(prompt)
+
+
+def _plain(prompt: str) -> str:
+    text = re.sub(r"['’]", "", _fold(prompt))
     return " ".join(re.sub(r"[.,;:!?\"“”‘…()\[\]]", " ", text).split())
+
+
+def _fold(prompt: str) -> str:
+    """One spelling of what is written in several ways, but a power is no digit."""
+    text = _SUPERSCRIPT.sub(lambda power: f"^{unicodedata.digit(power[0])}", prompt)
+    return unicodedata.normalize("NFKC", text).lower()
 
 
 def prompt_id(prompt: str) -> str:
@@ -47,77 +74,22 @@ def prompt_id(prompt: str) -> str:
     return hashlib.sha256(normalize(prompt).encode()).hexdigest()[:16]
 
 
-def generator_request(
-    mode: Mode, instruction: str, seeds: Sequence[str], count: int, render_chat: Callable[[str], str]
-) -> str:
-    """The text that the generator sees; ``render_chat`` wraps a message in its chat template (mode ``chat`` only)."""
-    heading = instruction.replace("{count}", str(count)).replace("{seed_count}", str(len(seeds)))
-    listed = "\n".join(f"{number}. {seed}" for number, seed in enumerate(seeds, 1))
-    if mode == "continuation":
-        return f"{heading}\n{listed}\n{len(seeds) + 1}."
-    return render_chat(f"{heading}\n{listed}")
-
-
-def parse_list(text: str, mode: Mode, finished: bool) -> list[str]:
-    """The items of a generated numbered or bulleted list. In ``continuation`` the text begins inside the first one.
-    Unless the generator stopped by itself (``finished``), the last one may be cut off and is left out."""
-    lines = text.split("\n")
-    if mode == "continuation":
-        lines[0] = f"1. {lines[0]}"
-    if not finished:
-        lines = lines[:-1]
-    items = [match.group(1) for line in lines if (match := _ITEM.match(line))]
-    return [_unquote(item.strip()) for item in items]
-
-
-def _unquote(item: str) -> str:
-    match = re.fullmatch(r'"([^"]*)"|“([^”]*)”', item)
-    return (match.group(1) or match.group(2) or "").strip() if match else item
-
-
-def labelled_request(instruction: str, template: str, examples: Sequence[tuple[str, str]], asked: str | None) -> str:
-    """The text that a base model sees in mode ``by_response``: labelled (prompt, response) examples in ``template``,
-    which has ``{response}`` before ``{prompt}``, then an opening for the response ``asked``; None leaves it open.
-
-    Shown which response belongs to which prompt, even a weak generator writes prompts of the kind asked for."""
-    shown = [template.replace("{response}", _readable(r)).replace("{prompt}", p) for p, r in examples]
-    opening = template.split("{response}")[0]
-    if asked is not None:
-        opening = template.split("{prompt}")[0].replace("{response}", _readable(asked))
-    return "\n\n".join([instruction, *shown, opening.rstrip()])
-
-
-def parse_labelled(text: str, template: str, asked: bool, finished: bool) -> list[str]:
-    """The prompt that a generator wrote after `labelled_request`: one line, or nothing usable."""
-    if not asked:
-        marker = template.split("{response}")[1].split("{prompt}")[0].strip()
-        _, found, text = text.partition(marker)
-        if not found:
-            return []
-    line, newline, _ = text.lstrip().partition("\n")
-    return [_unquote(line.strip())] if newline or finished else []
-
-
-def _readable(response: str) -> str:
-    return response.strip().replace("_", " ")
-
-
 class PromptPool:
     """Decides which generated prompts are new: two are the same when they are equal after `normalize`, nearly so when
     the F-measure of their longest common word subsequence (ROUGE-L, as in Stanford Alpaca's pipeline) exceeds
-    ``near_duplicate``."""
+    ``near_duplicate`` and they have the same numbers and mathematical signs in the same order."""
 
-    def __init__(self, near_duplicate: float, max_characters: int) -> None:
+    def __init__(self, near_duplicate: float, overlong: Callable[[str], bool]) -> None:
         self.near_duplicate = near_duplicate
-        self.max_characters = max_characters
+        self.overlong = overlong
         self._reason: dict[str, Reason] = {}
-        self._known: list[str] = []
+        self._known: defaultdict[str, list[str]] = defaultdict(list)
         self._characters: dict[str, str] = {}
 
     def add(self, prompts: Iterable[str], reason: Reason) -> None:
         """Prompts that must not be accepted again, with the reason to give."""
         for prompt in prompts:
-            self._add(normalize(prompt), reason)
+            self._add(prompt, reason)
 
     def sort(self, items: Sequence[str]) -> tuple[list[Accepted], list[Rejected]]:
         """Split a generated list into new prompts (which join the pool) and rejected ones."""
@@ -128,31 +100,76 @@ class PromptPool:
                 rejected.append(Rejected(position, item, reason))
             else:
                 accepted.append(Accepted(position, item, prompt_id(item)))
-                self._add(normalize(item), "duplicate")
+                self._add(item, "duplicate")
         return accepted, rejected
 
     def _why_not(self, prompt: str) -> Reason | None:
         text = normalize(prompt)
         if not text:
             return "empty"
-        if len(prompt) > self.max_characters:
+        if self.overlong(prompt):
             return "overlong"
         if text in self._reason:
             return self._reason[text]
         # Of two sequences' lengths and longest common subsequence, Indel's similarity is ROUGE-L's F-measure.
         nearest = process.extractOne(
-            self._spell(text), self._known, scorer=Indel.normalized_similarity, score_cutoff=self.near_duplicate
+            self._spell(prompt),
+            self._known[_counted(prompt)],
+            scorer=Indel.normalized_similarity,
+            score_cutoff=self.near_duplicate,
         )
         return "near_duplicate" if nearest and nearest[1] > self.near_duplicate else None
 
-    def _add(self, text: str, reason: Reason) -> None:
-        if text not in self._reason:
+    def _add(self, prompt: str, reason: Reason) -> None:
+        if (text := normalize(prompt)) not in self._reason:
             self._reason[text] = reason
-            self._known.append(self._spell(text))
+            self._known[_counted(prompt)].append(self._spell(prompt))
 
-    def _spell(self, text: str) -> str:
+    def _spell(self, prompt: str) -> str:
         """A prompt with one character for each word: the library compares characters much faster than words."""
-        return "".join(self._characters.setdefault(word, chr(len(self._characters))) for word in text.split())
+        return "".join(self._characters.setdefault(word, chr(len(self._characters))) for word in _words(prompt))
+
+
+def _words(prompt: str) -> list[str]:
+    """Words in lower case without marks around them; characters of scripts without spaces; in code every sign too."""
+    if _CODE.search(prompt):
+        return re.findall(r"\w+|[^\w\s]", _apart(_fold(prompt)))
+    words = (_bare(word) for word in _apart(_plain(_SILENT.sub("", prompt))).split())
+    return [word for word in words if word]
+
+
+def _apart(text: str) -> str:
+    return _UNSPACED.sub(r" \g<0> ", text)
+
+
+def _bare(word: str) -> str:
+    """Without the marks of other languages than English, which `normalize` leaves, and without invisible characters."""
+    if word.isascii():
+        return word
+    return "".join(c for c in word if c.isascii() or not unicodedata.category(c).startswith(("P", "Cf")))
+
+
+def _counted(prompt: str) -> str:
+    """The numbers and mathematical signs of a prompt, in order, and in code the brackets and other signs: prompts that
+    differ in them are never nearly the same."""
+    tokens = list(_TOKEN.finditer(_SILENT.sub("", _fold(prompt))))
+    words, is_code = ["", *(token[0] for token in tokens), ""], bool(_CODE.search(prompt))
+
+    def counts(place: int, sign: str, is_signed: bool) -> bool:
+        if sign.isdecimal() or is_signed or unicodedata.category(sign[0]) == "Sm":
+            return True
+        if sign == "%" and words[place].isdecimal():
+            return True
+        if sign in "-*/^" and _is_operand(words[place]) and _is_operand(words[place + 2]):
+            return True
+        return is_code and not sign[0].isalpha() and sign not in ".,;:?!\"'`"
+
+    return " ".join(t[0] for place, t in enumerate(tokens) if counts(place, t[0], t["sign"] is not None))
+
+
+def _is_operand(token: str) -> bool:
+    """A number, the letter of a variable, or a bracket of a formula."""
+    return token.isdecimal() or (len(token) == 1 and (token.isalpha() or token in "()[]"))
 
 
 def distinct_bigrams(prompts: Iterable[str]) -> float | None:
@@ -180,4 +197,4 @@ def mean_similarity(vectors: NDArray[np.float32]) -> float | None:
 
 def _bigrams(prompts: Iterable[str]) -> Iterator[tuple[str, str]]:
     for prompt in prompts:
-        yield from pairwise(normalize(prompt).split())
+        yield from pairwise(_apart(_plain(prompt)).split())

@@ -216,7 +216,7 @@ def memory(transfer: Transfer, needed: Work, total: float, usable: float) -> tup
         if batch < wanted and step != "evaluation":
             more = "; models.kv_cache_dtype: int8 makes room for more" if kv_bytes == 2 else ""
             lines[step] = f"{step} has memory for batches of {batch}, not {wanted}: it runs, slower{more}."
-    longest = template + generator.max_prompt_characters / _CHARACTERS_PER_TOKEN + config.response.max_new_tokens
+    longest = template + _longest_prompt(transfer) + config.response.max_new_tokens
 
     def training(distill: Distill) -> float:
         return sizes["target"].training_bytes(distill, longest, needed.response)
@@ -230,6 +230,13 @@ def memory(transfer: Transfer, needed: Work, total: float, usable: float) -> tup
                 f" {usable / 1e9:.1f} GB: {repairs[step]}, or use more memory."
             )
     return found, [lines[step] for step in STEPS if step in lines]
+
+
+def _longest_prompt(transfer: Transfer) -> float:
+    """In tokens. No prompt is longer than what a generator call writes."""
+    if transfer.max_prompt_characters is not None:
+        return transfer.max_prompt_characters / _CHARACTERS_PER_TOKEN
+    return transfer.config.generator.max_prompt_tokens or transfer.config.generator.max_new_tokens
 
 
 def _smaller_models(transfer: Transfer, step: str) -> str:

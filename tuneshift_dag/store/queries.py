@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.method.filters import Rule, repetition_sql, verdict_sql
+from tuneshift_dag.method.filters import Rule, apart_sql, repetition_sql, verdict_sql
 from tuneshift_dag.store.tables import FILTERED_DATASET, SCORED_PAIRS, SYNTHETIC_PROMPTS
 
 
@@ -127,7 +127,7 @@ ROUND_SUMMARY = View(
         FROM (SELECT min(round) AS round FROM filtered_dataset GROUP BY trim(response)) GROUP BY round
     ),
     words AS (
-        SELECT round, string_split(trim(regexp_replace(regexp_replace(lower(prompt), '[''’]', '', 'g'),
+        SELECT round, string_split(trim(regexp_replace(regexp_replace(lower({apart_sql("prompt")}), '[''’]', '', 'g'),
             '[\\s.,;:!?"“”‘…()\\[\\]]+', ' ', 'g')), ' ') AS w
         FROM synthetic_prompts
     ),
