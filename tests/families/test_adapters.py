@@ -5,7 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.families.table import tiny_checkpoint
@@ -41,6 +53,13 @@ KINDS: dict[str, tuple[str, Any]] = {
         "qwen3_moe",
         LoraConfig(**SETTINGS, target_modules=ATTENTION, target_parameters=["mlp.experts.gate_up_proj"]),
     ),
+    "loha": ("llama", LoHaConfig(target_modules=ATTENTION, r=4, init_weights=False)),
+    "lokr": ("llama", LoKrConfig(target_modules=ATTENTION, r=4, init_weights=False)),
+    "oft": ("llama", OFTConfig(target_modules=ATTENTION, oft_block_size=8, r=0, init_weights=False)),
+    "boft": ("llama", BOFTConfig(target_modules=ATTENTION, boft_block_size=8, init_weights=False)),
+    "hra": ("llama", HRAConfig(target_modules=ATTENTION, r=4, init_weights=False)),
+    "vera": ("llama", VeraConfig(target_modules=ATTENTION, r=4, init_weights=False)),
+    "adalora": ("llama", AdaLoraConfig(**SETTINGS, target_modules=ATTENTION, init_r=4, target_r=4, total_step=9)),
     "ia3": (
         "llama",
         IA3Config(
@@ -66,7 +85,7 @@ def test_both_sides_equal_peft(kind: str, tmp_path: Path) -> None:
 
 def check_against_peft(home: Path) -> None:
     engine = LocalEngine(resolve_model("base", home, "b"), resolve_adapter("adapter", home, "a"), "none", "float32")
-    check = engine.check_adapter(["Where is it?", "Why so?"])
+    check = engine.check_adapter(PROMPTS)
     assert check.problems == []
     base = AutoModelForCausalLM.from_pretrained(home / "base")
     if len(engine.tokenizer) > base.config.vocab_size:
@@ -103,7 +122,7 @@ def test_tokens_that_the_fine_tune_added(tmp_path: Path) -> None:
     )
     added = engine.encode("<3> is where?")
     assert added[0] >= 256 and len(added) == len(" is where?") + 1
-    assert engine.check_adapter(["<3> is where?", "Why so?"]).problems == []
+    assert engine.check_adapter([added, *PROMPTS]).problems == []
     tuned = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
     ((_, score),) = next(iter(engine.score([added], [RESPONSES[0]], "fine_tuned")))
     with torch.inference_mode():
@@ -121,4 +140,4 @@ def test_an_adapter_of_another_model_is_refused_by_what_has_no_place(tmp_path: P
         resolve_model("base", tmp_path, "b"), resolve_adapter("adapter", tmp_path, "a"), "none", "float32"
     )
     with pytest.raises(TuneshiftError, match=r"can't put this adapter on base: 4 adapted layers .*layers\.1"):
-        engine.check_adapter(["Where?"])
+        engine.check_adapter(PROMPTS)

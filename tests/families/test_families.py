@@ -50,7 +50,7 @@ def reference(engine: LocalEngine, side: str) -> torch.nn.Module:
 
 
 def test_a_source_of_this_family(engine: LocalEngine) -> None:
-    check = engine.check_adapter(["Where is it?", "Why so?"])
+    check = engine.check_adapter(PROMPTS)
     assert check.problems == []
     kind = engine.model.config.model_type
     assert (engine._loop is generic) == (kind not in OWN_LOOP)

@@ -52,7 +52,7 @@ def test_a_merged_model_gives_the_pairs_of_its_adapter(home: Path, tmp_path: Pat
     adapter = LocalEngine(resolve_model("base", home, "b"), resolve_adapter("adapter", home, "a"), "none", "float32")
     expected = pairs(adapter, Store(tmp_path / "a.duckdb"), Cost())
     whole = merged(home)
-    assert whole.check_adapter(["Where?", "Why so?"]).problems == []
+    assert whole.check_adapter(PROMPTS).problems == []
     assert not whole.one_at_a_time
     assert_same(pairs(whole, Store(tmp_path / "b.duckdb"), Cost()), expected)
     assert whole.fingerprint("base") == adapter.fingerprint("base"), "the base's responses are shared"

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tuneshift_dag.method.asking import generator_request, labelled_request, separator, stop_text
+from tuneshift_dag.method.asking import generator_request, labelled_request, separator, stops
 
 TEXTS = ["Fix this:\n```python\nreturn x +\n```", "    return 1\n\n\tpass", "one line"]
 
@@ -88,4 +88,4 @@ def test_labelled_blocks_show_responses_as_they_are() -> None:
     ],
 )
 def test_what_ends_an_answer(mode, format, stop) -> None:
-    assert stop_text(mode, format, 25, "----") == stop
+    assert stops(mode, format, 25, "----") == ((stop,) if stop else ())

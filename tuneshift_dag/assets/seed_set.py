@@ -14,11 +14,11 @@ import polars as pl
 
 from tuneshift_dag.assets.common import LOG, Context, Step, definition, example_rows, key, shared, step, warning_check
 from tuneshift_dag.config import Transfer, round_key, round_number
+from tuneshift_dag.engines.contexts import check_examples
 from tuneshift_dag.method import Decoding, scoring
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.method.seed_sampling import Candidate, draw_seeds
 from tuneshift_dag.resources import EngineResource, StoreResource
-from tuneshift_dag.resources.room import check_examples
 from tuneshift_dag.store import insert, now, records
 from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import MODELS, ROUND_SEEDS, SEED_SET

@@ -9,10 +9,10 @@ import polars as pl
 from tuneshift_dag.assets.common import LOG, Context, Step, definition, example_rows, key, mean_repetition, step
 from tuneshift_dag.assets.seed_set import read_seeds
 from tuneshift_dag.config import Transfer, round_key, round_number
+from tuneshift_dag.engines.contexts import overlong
 from tuneshift_dag.method import Decoding, PromptWriter, Response, answers, asking, prompting, scoring
 from tuneshift_dag.method.seed_sampling import Candidate
 from tuneshift_dag.resources import EngineResource, StoreResource
-from tuneshift_dag.resources.room import overlong
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import content_version, seeds_reporter
 from tuneshift_dag.store.tables import PROPOSALS, REJECTED_PROMPTS, SYNTHETIC_PROMPTS

@@ -129,8 +129,8 @@ def quantized_in_use(transfers: Sequence[Transfer]) -> set[str]:
 
 def _loaded(transfer: Transfer, missing: Mapping[str, str]) -> Iterator[Finding]:
     """What only loaded models can tell, of those that are here."""
+    from tuneshift_dag.engines.contexts import check_examples
     from tuneshift_dag.resources import EngineResource
-    from tuneshift_dag.resources.room import check_examples
 
     try:
         check_examples(transfer)

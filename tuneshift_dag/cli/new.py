@@ -19,8 +19,8 @@ from typing import Literal, cast, get_args
 import typer
 
 from tuneshift_dag import TuneshiftError
-from tuneshift_dag.config import Transfer, files
-from tuneshift_dag.config.files import Rows
+from tuneshift_dag.config import Transfer, examples, files
+from tuneshift_dag.config.examples import Rows
 from tuneshift_dag.config.schema_models import Mode
 from tuneshift_dag.models.checks import check_adapter_folder
 from tuneshift_dag.models.references import check_loadable, check_reference, hub_id_of, is_hub_id
@@ -72,7 +72,7 @@ def create(root: Path, name: str, given: Answers) -> Transfer:
     seed_rows: Rows = [(f"prompt {n}", {"prompt": seed}) for n, seed in enumerate(given.typed_seeds, 1)]
     seed_rows = read_examples(Path(given.seeds), "--seeds") if given.seeds else seed_rows
     heldout_rows = read_examples(Path(given.heldout), "--heldout") if given.heldout else []
-    seeds, heldout = files.check_examples(seed_rows, heldout_rows)
+    seeds, heldout = examples.check_examples(seed_rows, heldout_rows)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".new-") as staging:
@@ -184,11 +184,11 @@ def read_examples(file: Path, flag: Literal["--seeds", "--heldout"]) -> Rows:
     if not file.is_file():
         raise TuneshiftError(f"{flag} {str(file)!r}: there is no such file.")
     if file.suffix == ".jsonl":
-        return files.read_jsonl(file, files.SEED_SHAPE if flag == "--seeds" else files.HELD_OUT_SHAPE)
+        return examples.read_jsonl(file, examples.SEED_SHAPE if flag == "--seeds" else examples.HELD_OUT_SHAPE)
     if file.suffix == ".csv":
         rows = _read_csv(file, ["prompt"] if flag == "--seeds" else ["prompt", "response"])
     elif file.suffix == ".txt" and flag == "--seeds":
-        lines = enumerate(files.read_text(file).split("\n"), 1)
+        lines = enumerate(examples.read_text(file).split("\n"), 1)
         rows = [(f"{file}:{number}", {"prompt": line}) for number, line in lines if line.strip()]
     else:
         kinds = ".jsonl, .csv or .txt" if flag == "--seeds" else ".jsonl or .csv"
@@ -199,7 +199,7 @@ def read_examples(file: Path, flag: Literal["--seeds", "--heldout"]) -> Rows:
 
 
 def _read_csv(file: Path, columns: list[str]) -> Rows:
-    reader = csv.DictReader(io.StringIO(files.read_text(file), newline=""))
+    reader = csv.DictReader(io.StringIO(examples.read_text(file), newline=""))
     try:
         found = list(reader.fieldnames or [])
         if any(column not in found for column in columns):

@@ -1,10 +1,9 @@
-"""Reading a transfer folder: ``transfer.yaml``, ``seeds.jsonl``, ``heldout.jsonl``.
+"""Reading a transfer folder: ``transfer.yaml``, the models that it names, and its examples (``examples.py``).
 
-The one place where bad input is turned into an error with its repair. Nothing here loads a model.
+Here bad input is turned into an error with its repair. Nothing here loads a model.
 """
 
 import importlib.util
-import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,19 +15,22 @@ from pydantic import ValidationError
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer, has_lines
+from tuneshift_dag.config.examples import (
+    HELD_OUT_SHAPE,
+    SEED_SHAPE,
+    check_examples,
+    half_character,
+    pairs_of,
+    read_jsonl,
+    read_text,
+    short,
+    with_system,
+)
 from tuneshift_dag.config.schema import Evaluation, TransferConfig
-from tuneshift_dag.config.schema_prompt import Prompt
-from tuneshift_dag.method.answers import trimmed
 from tuneshift_dag.method.evaluation import expected_number
-from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.models import references
 from tuneshift_dag.models.checks import check_adapter_folder, tokens_without_row
 from tuneshift_dag.models.references import Kind, check_reference, hub_id_of, is_on_hub
-
-Rows = list[tuple[str, dict[str, Any]]]
-"""Examples as read from a file, each with its place there, for messages."""
-SEED_SHAPE = '{"prompt": "..."}'
-HELD_OUT_SHAPE = '{"prompt": "...", "response": "..."}'
 
 # Schemas and catalogs that there are in every database of ours (its file is tuneshift.duckdb).
 _DUCKDBS_OWN = {"cache", "main", "temp", "system", "tuneshift", "information_schema", "pg_catalog"}
@@ -57,7 +59,7 @@ def load_transfer(folder: Path) -> Transfer:
     heldout_file = folder / "heldout.jsonl"
     heldout_rows = read_jsonl(heldout_file, HELD_OUT_SHAPE) if heldout_file.exists() else []
     seeds, heldout = check_examples(seed_rows, heldout_rows)
-    config = _with_system(config, [*seed_rows, *heldout_rows], config_file)
+    config = with_system(config, [*seed_rows, *heldout_rows], config_file)
     for (at, _), seed in zip(seed_rows, seeds, strict=True):
         if config.generator.format == "list" and has_lines(seed):
             raise TuneshiftError(
@@ -136,48 +138,6 @@ def name_problem(name: str) -> str:
     return f"the database has something of its own named {name!r}" if name.lower() in _DUCKDBS_OWN else ""
 
 
-def check_examples(seed_rows: Rows, heldout_rows: Rows) -> tuple[list[str], list[tuple[str, str]]]:
-    """Seeds and held-out (prompt, response) pairs, without surrounding space (but for the first line's indentation).
-
-    Raises:
-        TuneshiftError: naming the line of a text that is missing, of a prompt that is there twice, or of a
-            held-out prompt that is a seed.
-    """
-    seeds = [_text(row, "prompt", at) for at, row in seed_rows]
-    _refuse_doubles([at for at, _ in seed_rows], seeds)
-    return seeds, _pairs(heldout_rows, seeds, "also a seed, so it would be trained on")
-
-
-def read_text(file: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte-order mark."""
-    try:
-        return file.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TuneshiftError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from error
-    except OSError as error:
-        raise TuneshiftError(f"{file} can't be read ({error.strerror}). Correct its permissions.") from error
-
-
-def read_jsonl(file: Path, shape: str) -> Rows:
-    """(position, row) of every line; the position is for messages, and so is ``shape``, an example of a line."""
-    if not file.is_file():
-        raise TuneshiftError(f"{file} doesn't exist. Write one line of {shape} for each example.")
-    rows = []
-    for number, line in enumerate(read_text(file).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise TuneshiftError(f"{file}:{number}: not valid JSON ({error}). Write {shape}.") from error
-        if not isinstance(row, dict):
-            raise TuneshiftError(f"{file}:{number}: expected an object like {shape}, found {_short(line.strip())}.")
-        rows.append((f"{file}:{number}", row))
-    if not rows:
-        raise TuneshiftError(f"{file} is empty. Write at least one line of {shape}, or delete an optional file.")
-    return rows
-
-
 def is_same_base(reference: str, other: str) -> bool:
     """Whether two references end in the same name: a model may be named by hub id, package, or folder of any system."""
     paths = (hub_id_of(name).split("@")[0].replace("\\", "/") for name in (reference, other))
@@ -234,7 +194,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         value = super().construct_scalar(node)
-        if half := _half_character(str(value)):
+        if half := half_character(str(value)):
             raise yaml.constructor.ConstructorError(None, None, half, node.start_mark)
         return value
 
@@ -258,7 +218,7 @@ def _explain(file: Path, problem: Any) -> str:
     key = ".".join(map(str, problem["loc"]))
     last = key.rsplit(".", 1)[-1]
     # Somebody may have put an API key here.
-    found = "a value that isn't shown" if "key" in last else _short(problem["input"])
+    found = "a value that isn't shown" if "key" in last else short(problem["input"])
     what = f"{key} {found}" if last == "rule" else key
     if why := _TAKEN_OUT.get("ifd" if what.endswith(" 'ifd'") else what):
         return f"{file}: {what} was taken out, because {why} (docs/experiments.md); remove it."
@@ -268,81 +228,6 @@ def _explain(file: Path, problem: Any) -> str:
         return f"{file}: {key}: missing. Add it."
     message = problem["msg"].removeprefix("Value error, ")
     return f"{file}: {key}: {message} (found {found})." if key else f"{file}: {message}."
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 300 else f"{text[:300]}…"
-
-
-def _half_character(text: str) -> str:
-    """Why a text can't be stored: it holds half of a character that UTF-16 writes in two; empty if it can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = text[error.start]
-        return f"{half!r} is half of a character (a lone surrogate); write the whole one, or remove it"
-    return ""
-
-
-def _text(row: dict[str, Any], key: str, at: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise TuneshiftError(f"{at}: {key!r} must be a non-empty string (found {_short(value)}).")
-    if half := _half_character(value):
-        raise TuneshiftError(f"{at}: {key!r}: {half}.")
-    return trimmed(value) if key == "prompt" else value.strip()
-
-
-def _with_system(config: TransferConfig, rows: Rows, file: Path) -> TransferConfig:
-    """The settings with the system message of the examples, which is the transfer's: all have the same one, or none."""
-    first, system = rows[0][0], rows[0][1].get("system")
-    for at, row in rows:
-        own = row.get("system")
-        if own is not None and (not isinstance(own, str) or _half_character(own)):
-            raise TuneshiftError(f"{at}: 'system' must be a string (found {_short(own)}).")
-        if own != system:
-            raise TuneshiftError(
-                f"{at}: 'system' is {_short(own)} here and {_short(system)} in {first}. A transfer has one system"
-                " message, for the prompts that are generated have it too. Write the same one into every line of"
-                " seeds.jsonl and heldout.jsonl, or make a transfer of each."
-            )
-    prompt = config.source_prompt
-    if system is not None:
-        if prompt.system not in (None, system):
-            raise TuneshiftError(f"{first}: 'system' isn't source.prompt.system of {file}. Remove one of them.")
-        try:
-            prompt = Prompt.model_validate({**prompt.model_dump(), "system": system})
-        except ValidationError as error:
-            problem = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise TuneshiftError(f"{first}: {problem} ({config.source_format.key} in {file}).") from error
-        source = config.source.model_copy(update={"prompt": prompt})
-        config = config.model_copy(update={"source": source, "prompt_template": None})
-    for given, format in ((config.source.prompt, config.source_format), (config.target.prompt, config.target_format)):
-        if given and "{system}" in (format.template or "") and format.system is None:
-            raise TuneshiftError(
-                f"{file}: {format.key}: {format.template!r} holds {{system}}, and there is no system message. Give one"
-                " in source.prompt.system, or remove {system}."
-            )
-    return config
-
-
-def _pairs(rows: Rows, elsewhere: list[str], why: str) -> list[tuple[str, str]]:
-    """(prompt, response) of each row; ``why`` says what is wrong with a prompt that is ``elsewhere`` too."""
-    pairs = [(_text(row, "prompt", at), _text(row, "response", at)) for at, row in rows]
-    _refuse_doubles([at for at, _ in rows], [prompt for prompt, _ in pairs])
-    known = {prompt_id(prompt) for prompt in elsewhere}
-    for (at, _), (prompt, _) in zip(rows, pairs, strict=True):
-        if prompt_id(prompt) in known:
-            raise TuneshiftError(f"{at}: {prompt!r} is {why}. Remove one of them.")
-    return pairs
-
-
-def _refuse_doubles(places: list[str], prompts: list[str]) -> None:
-    first: dict[str, str] = {}
-    for at, prompt in zip(places, prompts, strict=True):
-        if first.setdefault(prompt_id(prompt), at) != at:
-            raise TuneshiftError(f"{at}: {prompt!r} is the prompt of {first[prompt_id(prompt)]} again. Remove one.")
 
 
 def _check_tasks(settings: Evaluation, config_file: Path, folder: Path) -> None:
@@ -376,7 +261,7 @@ def _read_labelled(
     for at, row in rows:
         if row.get("system") not in (None, config.source_format.system):
             raise TuneshiftError(f"{at}: 'system' isn't that of seeds.jsonl. Write the same one there, or remove it.")
-    return _pairs(rows, [prompt for prompt, _ in heldout], "also in heldout.jsonl, so its answer would be trained on")
+    return pairs_of(rows, [prompt for prompt, _ in heldout], "also in heldout.jsonl, so its answer would be trained on")
 
 
 def _check_tokens(config: TransferConfig, folder: Path, texts: dict[str, list[str]]) -> None:

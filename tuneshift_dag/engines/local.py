@@ -12,6 +12,8 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
+from peft.tuners.lora import Linear
+from peft.tuners.lora.bnb import Linear4bit
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.engines import decoding as own_loop
@@ -294,7 +296,7 @@ def _update_norm(model: Any) -> float:
     """Frobenius norm of the low-rank updates, summed over layers (a product B·A of zero adds nothing)."""
     total = 0.0
     for module in model.modules():
-        for name in getattr(module, "lora_A", {}):
+        for name in module.lora_A if isinstance(module, Linear | Linear4bit) else ():
             a, b = (part[name].weight.detach().float() for part in (module.lora_A, module.lora_B))
             total += float((b @ a).norm()) * abs(module.scaling[name])
     return total

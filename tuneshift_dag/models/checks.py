@@ -25,6 +25,8 @@ _TASKS = {
     "QUESTION_ANS": "it marks answers in a text",
     "FEATURE_EXTRACTION": "it turns texts into vectors",
 }
+# Those that tests/families tries, both on and off.
+_KINDS = ("LORA", "ADALORA", "BOFT", "HRA", "IA3", "LOHA", "LOKR", "OFT", "VERA")
 # Starts of a LoRA training that leave the base's weights alone. PEFT's others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ)
 # take from the base what they put into the adapter.
 _HARMLESS_STARTS = {"none", "true", "false", "gaussian", "eva", "orthogonal", "mica"}
@@ -302,10 +304,10 @@ def _instead_of_an_adapter(path: Path) -> str:
 def _adapter_problem(config: dict[str, Any]) -> str:
     """Why an adapter can't be used, after "it says"; empty if it can."""
     kind, task, bias = config.get("peft_type"), config.get("task_type"), config.get("bias")
-    if kind != "LORA":
+    if kind not in _KINDS:
         return (
-            f"peft_type {kind!r}; only LORA adapters can be used, which one loaded model switches on and off. Train a"
-            f" LoRA, or {_WHOLE_MODEL}."
+            f"peft_type {kind!r}; only adapters of the kinds {', '.join(_KINDS)} can be used, which one loaded model"
+            f" switches on and off. Train one of these, or {_WHOLE_MODEL}."
         )
     # Without a task PEFT notes the model's class, which may also be somebody's own.
     mapping = config.get("auto_mapping")

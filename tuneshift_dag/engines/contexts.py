@@ -6,16 +6,18 @@ from typing import Literal
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.config.files import HELD_OUT_SHAPE, SEED_SHAPE, read_jsonl
+from tuneshift_dag.config.examples import HELD_OUT_SHAPE, SEED_SHAPE, read_jsonl
 from tuneshift_dag.models.references import known_config, resolve_tokenizer
 
 Key = Literal["source.base", "target.base", "generator.model"]
+# Tokens that a tokenizer or a chat template puts around a text.
+_AROUND = 32
 _READERS: tuple[Key, Key] = ("source.base", "target.base")
 
 
 @dataclass(frozen=True)
-class Room:
-    """The context of the model at a key of ``transfer.yaml``."""
+class Reader:
+    """A model by its key of ``transfer.yaml``, and what it can read at once."""
 
     transfer: Transfer
     key: Key
@@ -29,13 +31,21 @@ class Room:
         text = AutoConfig.from_pretrained(file.parent).get_text_config() if file else None
         return getattr(text, "max_position_embeddings", None)
 
+    def shown(self, prompt: str) -> str:
+        """What source or target see of a prompt; of a chat the messages, without the template's few tokens."""
+        config = self.transfer.config
+        format = config.target_format if self.key == "target.base" else config.source_format
+        if format.template is not None:
+            return prompt.join(format.around())
+        return "\n".join(message["content"] for message in format.messages(prompt))
+
     def __str__(self) -> str:
         return f"{self.key} {self.transfer.reference(self.key)!r}"
 
     def lacks(self, text: str, most: int) -> int:
         """The tokens of a text, which are more than ``most``; else 0."""
-        # A token is a byte or more, beside the few around a text: of most texts nobody needs to know the tokens.
-        if len(text.encode()) + 8 <= most:
+        # A token is a byte or more, beside those around a text: of most texts nobody needs to know the tokens.
+        if len(text.encode()) + _AROUND <= most:
             return 0
         from tuneshift_dag.models.loading import load_tokenizer
 
@@ -47,27 +57,26 @@ class Room:
 def overlong(transfer: Transfer) -> Callable[[str], bool]:
     """Whether a generated prompt is too long, by the limit that ``transfer.yaml`` sets, or for the models."""
     generator, most_characters = transfer.config.generator, transfer.max_prompt_characters
-    new_tokens, template = transfer.config.response.max_new_tokens, transfer.config.prompt_template
-    readers = [(room, context - new_tokens) for room, context in _contexts(transfer, *_READERS)]
-    alone = [(Room(transfer, "source.base"), generator.max_prompt_tokens)] if generator.max_prompt_tokens else []
+    new_tokens = transfer.config.response.max_new_tokens
+    readers = [(reader, context - new_tokens) for reader, context in _contexts(transfer, *_READERS)]
+    alone = [(Reader(transfer, "source.base"), generator.max_prompt_tokens)] if generator.max_prompt_tokens else []
     if most_characters is None:
         # It must be possible to show it as a seed among the others, under the instruction.
-        for room, context in _contexts(transfer, "generator.model"):
-            alone.append((room, (context - generator.max_new_tokens) // (generator.seeds_per_call + 1)))
+        for reader, context in _contexts(transfer, "generator.model"):
+            alone.append((reader, (context - generator.max_new_tokens) // (generator.seeds_per_call + 1)))
 
     def is_overlong(prompt: str) -> bool:
         if most_characters is not None and len(prompt) > most_characters:
             return True
-        text = template.replace("{prompt}", prompt)
-        return any(room.lacks(prompt, most) for room, most in alone) or any(
-            room.lacks(text, most) for room, most in readers
+        return any(reader.lacks(prompt, most) for reader, most in alone) or any(
+            reader.lacks(reader.shown(prompt), most) for reader, most in readers
         )
 
     return is_overlong
 
 
 def check_examples(transfer: Transfer) -> None:
-    """Raise `TuneshiftError`, naming file and line, when a seed or held-out prompt leaves no room for a response, or
+    """Raise `TuneshiftError`, naming file and line, when a seed or held-out prompt leaves no reader for a response, or
     naming the key when the seeds of a generator call leave none for its answer."""
     config, generator = transfer.config, transfer.config.generator
     held_out = [prompt for prompt, _ in transfer.heldout]
@@ -75,29 +84,28 @@ def check_examples(transfer: Transfer) -> None:
         ("seeds.jsonl", SEED_SHAPE, transfer.seeds, "response", config.response.max_new_tokens),
         ("heldout.jsonl", HELD_OUT_SHAPE, held_out, "evaluation", config.evaluation.max_new_tokens),
     )
-    for room, context in _contexts(transfer, *_READERS):
+    for reader, context in _contexts(transfer, *_READERS):
         for name, shape, prompts, section, new_tokens in files:
             for number, prompt in enumerate(prompts):
-                text = config.prompt_template.replace("{prompt}", prompt)
-                if tokens := room.lacks(text, context - new_tokens):
+                if tokens := reader.lacks(reader.shown(prompt), context - new_tokens):
                     at, _ = read_jsonl(transfer.folder / name, shape)[number]
                     raise TuneshiftError(
-                        f"{at}: the prompt has {tokens} tokens, and the context of {room} is {context}, which leaves"
+                        f"{at}: the prompt has {tokens} tokens, and the context of {reader} is {context}, which leaves"
                         f" {context - new_tokens} beside {section}.max_new_tokens ({new_tokens}). Shorten it, lower"
                         f" {section}.max_new_tokens, or name a model with a longer context."
                     )
     longest = sorted(transfer.seeds, key=len)[-generator.seeds_per_call :]
-    for room, context in _contexts(transfer, "generator.model"):
-        if tokens := room.lacks("\n".join(longest), context - generator.max_new_tokens):
+    for reader, context in _contexts(transfer, "generator.model"):
+        if tokens := reader.lacks("\n".join(longest), context - generator.max_new_tokens):
             raise TuneshiftError(
                 f"{transfer.folder / 'transfer.yaml'}: generator.seeds_per_call: the {len(longest)} longest seeds have"
-                f" {tokens} tokens, and the context of {room} is {context}, which leaves"
+                f" {tokens} tokens, and the context of {reader} is {context}, which leaves"
                 f" {context - generator.max_new_tokens} beside generator.max_new_tokens ({generator.max_new_tokens})."
                 " Lower one of the two, or name a model with a longer context."
             )
 
 
-def _contexts(transfer: Transfer, *keys: Key) -> list[tuple[Room, int]]:
+def _contexts(transfer: Transfer, *keys: Key) -> list[tuple[Reader, int]]:
     """The models whose contexts are known; that of a generator on a server isn't."""
-    known = (Room(transfer, key) for key in keys if key in transfer.fingerprints)
-    return [(room, context) for room in known if (context := room.context)]
+    known = (Reader(transfer, key) for key in keys if key in transfer.fingerprints)
+    return [(reader, context) for reader in known if (context := reader.context)]

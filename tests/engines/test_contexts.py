@@ -12,7 +12,7 @@ from tests.conftest import edit, write_jsonl
 from tests.fake_server import save_tokenizer
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.files import load_transfer
-from tuneshift_dag.resources.room import check_examples, overlong
+from tuneshift_dag.engines.contexts import check_examples, overlong
 
 Edit = Callable[[str, Any], None]
 

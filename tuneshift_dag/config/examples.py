@@ -1,0 +1,138 @@
+"""The examples of a transfer, as rows of files and checked: ``seeds.jsonl``, ``heldout.jsonl`` and what is like them.
+
+Every error names the file and the line.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from tuneshift_dag import TuneshiftError
+from tuneshift_dag.config.schema import TransferConfig
+from tuneshift_dag.config.schema_prompt import Prompt
+from tuneshift_dag.method.answers import trimmed
+from tuneshift_dag.method.prompting import prompt_id
+
+Rows = list[tuple[str, dict[str, Any]]]
+"""Examples as read from a file, each with its place there, for messages."""
+SEED_SHAPE = '{"prompt": "..."}'
+HELD_OUT_SHAPE = '{"prompt": "...", "response": "..."}'
+
+
+def check_examples(seed_rows: Rows, heldout_rows: Rows) -> tuple[list[str], list[tuple[str, str]]]:
+    """Seeds and held-out (prompt, response) pairs, without surrounding space (but for the first line's indentation).
+
+    Raises:
+        TuneshiftError: naming the line of a text that is missing, of a prompt that is there twice, or of a
+            held-out prompt that is a seed.
+    """
+    seeds = [_text(row, "prompt", at) for at, row in seed_rows]
+    _refuse_doubles([at for at, _ in seed_rows], seeds)
+    return seeds, pairs_of(heldout_rows, seeds, "also a seed, so it would be trained on")
+
+
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte-order mark."""
+    try:
+        return file.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TuneshiftError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise TuneshiftError(f"{file} can't be read ({error.strerror}). Correct its permissions.") from error
+
+
+def read_jsonl(file: Path, shape: str) -> Rows:
+    """(position, row) of every line; the position is for messages, and so is ``shape``, an example of a line."""
+    if not file.is_file():
+        raise TuneshiftError(f"{file} doesn't exist. Write one line of {shape} for each example.")
+    rows = []
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TuneshiftError(f"{file}:{number}: not valid JSON ({error}). Write {shape}.") from error
+        if not isinstance(row, dict):
+            raise TuneshiftError(f"{file}:{number}: expected an object like {shape}, found {short(line.strip())}.")
+        rows.append((f"{file}:{number}", row))
+    if not rows:
+        raise TuneshiftError(f"{file} is empty. Write at least one line of {shape}, or delete an optional file.")
+    return rows
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}…"
+
+
+def half_character(text: str) -> str:
+    """Why a text can't be stored: it holds half of a character that UTF-16 writes in two; empty if it can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        return f"{half!r} is half of a character (a lone surrogate); write the whole one, or remove it"
+    return ""
+
+
+def _text(row: dict[str, Any], key: str, at: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise TuneshiftError(f"{at}: {key!r} must be a non-empty string (found {short(value)}).")
+    if half := half_character(value):
+        raise TuneshiftError(f"{at}: {key!r}: {half}.")
+    return trimmed(value) if key == "prompt" else value.strip()
+
+
+def with_system(config: TransferConfig, rows: Rows, file: Path) -> TransferConfig:
+    """The settings with the system message of the examples, which is the transfer's: all have the same one, or none."""
+    first, system = rows[0][0], rows[0][1].get("system")
+    for at, row in rows:
+        own = row.get("system")
+        if own is not None and (not isinstance(own, str) or half_character(own)):
+            raise TuneshiftError(f"{at}: 'system' must be a string (found {short(own)}).")
+        if own != system:
+            raise TuneshiftError(
+                f"{at}: 'system' is {short(own)} here and {short(system)} in {first}. A transfer has one system"
+                " message, for the prompts that are generated have it too. Write the same one into every line of"
+                " seeds.jsonl and heldout.jsonl, or make a transfer of each."
+            )
+    prompt = config.source_prompt
+    if system is not None:
+        if prompt.system not in (None, system):
+            raise TuneshiftError(f"{first}: 'system' isn't source.prompt.system of {file}. Remove one of them.")
+        try:
+            prompt = Prompt.model_validate({**prompt.model_dump(), "system": system})
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise TuneshiftError(f"{first}: {problem} ({config.source_format.key} in {file}).") from error
+        source = config.source.model_copy(update={"prompt": prompt})
+        config = config.model_copy(update={"source": source, "prompt_template": None})
+    for given, format in ((config.source.prompt, config.source_format), (config.target.prompt, config.target_format)):
+        if given and "{system}" in (format.template or "") and format.system is None:
+            raise TuneshiftError(
+                f"{file}: {format.key}: {format.template!r} holds {{system}}, and there is no system message. Give one"
+                " in source.prompt.system, or remove {system}."
+            )
+    return config
+
+
+def pairs_of(rows: Rows, elsewhere: list[str], why: str) -> list[tuple[str, str]]:
+    """(prompt, response) of each row; ``why`` says what is wrong with a prompt that is ``elsewhere`` too."""
+    pairs = [(_text(row, "prompt", at), _text(row, "response", at)) for at, row in rows]
+    _refuse_doubles([at for at, _ in rows], [prompt for prompt, _ in pairs])
+    known = {prompt_id(prompt) for prompt in elsewhere}
+    for (at, _), (prompt, _) in zip(rows, pairs, strict=True):
+        if prompt_id(prompt) in known:
+            raise TuneshiftError(f"{at}: {prompt!r} is {why}. Remove one of them.")
+    return pairs
+
+
+def _refuse_doubles(places: list[str], prompts: list[str]) -> None:
+    first: dict[str, str] = {}
+    for at, prompt in zip(places, prompts, strict=True):
+        if first.setdefault(prompt_id(prompt), at) != at:
+            raise TuneshiftError(f"{at}: {prompt!r} is the prompt of {first[prompt_id(prompt)]} again. Remove one.")
