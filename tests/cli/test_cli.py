@@ -18,6 +18,7 @@ from tests.conftest import Project, Run
 from tests.fakes import FakeEngine, FakeModels
 from tuneshift_dag.cli.doctor import quantized_in_use
 from tuneshift_dag.config.files import load_transfer
+from tuneshift_dag.config.schema_prompt import Prompt
 from tuneshift_dag.method import Decoding, Response
 from tuneshift_dag.reports import describe_filter, escape_markdown
 from tuneshift_dag.reports.export import export
@@ -403,6 +404,14 @@ class TestExport:
         card = (tmp_path / "to" / "adapter" / "README.md").read_text("utf-8")
         assert "- \\# \\<img src=x\\>\n" in card
         assert "\n````\n```\n{prompt}\n```\n````\n" in card
+        source = config.source.model_copy(update={"prompt": Prompt(format="chat", system="Sort.")})
+        chat = config.model_copy(update={"prompt_template": None, "source": source})
+        object.__setattr__(transfer, "config", chat)
+        export(done.store, transfer, tmp_path / "to")
+        card = (tmp_path / "to" / "adapter" / "README.md").read_text("utf-8")
+        assert "`apply_chat_template`" in card and '"content": "Sort."' in card and '"content": "{prompt}"' in card
+        line = json.loads((tmp_path / "to" / "dataset.jsonl").read_text("utf-8").splitlines()[0])
+        assert [message["role"] for message in line["messages"]] == ["system", "user", "assistant"]
 
     def test_before_any_run_is_an_error(self, tuneshift: Run, transfer_folder: Path, tmp_path: Path) -> None:
         status, out, err = tuneshift("export", "banking", "--to", str(tmp_path / "to"))

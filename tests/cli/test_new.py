@@ -16,6 +16,7 @@ from tuneshift_dag.cli import new as new_command
 from tuneshift_dag.cli.new import Answers, create
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.schema import TransferConfig
+from tuneshift_dag.method import PromptFormat
 
 New = Callable[..., Transfer]
 
@@ -71,6 +72,15 @@ class TestCreate:
         assert written == TransferConfig.model_validate(
             {**least, **shown, "generator": {"model": written.generator.model}}
         )
+
+    def test_a_chat_and_the_system_message_of_the_examples(self, new: New, tmp_path: Path) -> None:
+        seeds = [{"prompt": prompt, "system": "Be brief."} for prompt in ("Where is it?", "Who is it?")]
+        write_jsonl(tmp_path / "work" / "seeds.jsonl", seeds)
+        with pytest.raises(TuneshiftError, match=r"seeds\.jsonl:1: system is shown nowhere: put \{system\} into"):
+            new()
+        transfer = new(template="chat")
+        assert transfer.config.source_format == transfer.config.target_format == PromptFormat(system="Be brief.")
+        assert [json.loads(line) for line in (transfer.folder / "seeds.jsonl").open()] == seeds
 
     @pytest.mark.parametrize("mode", ["continuation", "by_response"])
     def test_the_other_modes_and_texts_with_odd_characters(self, new: New, mode: str) -> None:

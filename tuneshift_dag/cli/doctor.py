@@ -15,6 +15,8 @@ from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import check_models, find_transfers, load_transfer
 from tuneshift_dag.home import database_file, transfers_dir
+from tuneshift_dag.method import Scorer
+from tuneshift_dag.method.format_detection import best_fit, fits
 from tuneshift_dag.models.references import cached_as, hub_files_here, quantized_copy
 from tuneshift_dag.reports.plan import run_warnings
 from tuneshift_dag.store import Store
@@ -23,6 +25,8 @@ from tuneshift_dag.training import training_problem
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "dagster", "duckdb", "polars")
 # A 4-bit 7B model, its converted copy and a database fit in this.
 _FREE_GIB = 2
+# That are answered in every prompt format.
+_SEEDS = 8
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,18 @@ def quantized_in_use(transfers: Sequence[Transfer]) -> set[str]:
     return used
 
 
+def _prompt_format(transfer: Transfer, source: Scorer) -> Finding:
+    """Whether the fine-tune was made with the configured prompt format, as far as its answers tell."""
+    longest = transfer.config.response.max_new_tokens
+    found = fits(source, transfer.seeds[:_SEEDS], transfer.config.source_format, longest)
+    configured, best = found[0], best_fit(found)
+    what, key = f"{transfer.name} prompt format", configured.format.key
+    if best is configured:
+        return Finding(what, True, f"the fine-tuned model answers best in that of {key} ({configured})")
+    told = f"the fine-tuned model answers best in {str(best.format)!r} ({best}), not in that of {key} ({configured})"
+    return Finding(what, None, f"{told}. If it was trained with that, set source.prompt to it.")
+
+
 def _loaded(transfer: Transfer, missing: Mapping[str, str]) -> Iterator[Finding]:
     """What only loaded models can tell, of those that are here."""
     from tuneshift_dag.engines.contexts import check_examples
@@ -156,6 +172,15 @@ def _loaded(transfer: Transfer, missing: Mapping[str, str]) -> Iterator[Finding]
             told += "" if difference is None else f" (largest logit difference on the seeds {difference:.1f})"
             told = "; ".join([*applied.problems, *applied.warnings]) or told
             yield Finding(what, not applied.problems, told)
+            if not applied.problems:
+                yield _prompt_format(transfer, source)
+        except TuneshiftError as error:
+            yield Finding(what, False, str(error))
+    if "target.base" not in missing and transfer.config.target_format.template is None:
+        what = f"{transfer.name} target prompt"
+        try:
+            engines.target(transfer).prompt_ids(transfer.seeds[0], transfer.config.target_format)
+            yield Finding(what, True, f"{transfer.config.target.base} has a chat template")
         except TuneshiftError as error:
             yield Finding(what, False, str(error))
     if not missing.keys() & {"generator.model", "target.base"}:

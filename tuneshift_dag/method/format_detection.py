@@ -1,0 +1,99 @@
+"""Which prompt format was a fine-tune made with? The one in which the fine-tuned model answers with least doubt.
+
+It answers the seeds in every candidate format. What a fine-tune has learned shows in formats that it wasn't made with,
+too: it often gives the same answers there, about as surely. Two things tell the formats apart. How much of the base's
+surprise at an answer is left shows what was learned, whatever the answer is; and that an answer ends where it ends is
+learned with the format, and is as sure in no other, even while a half-trained model is unsure of what to answer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from statistics import fmean
+
+from tuneshift_dag import TuneshiftError
+from tuneshift_dag.method import Decoding, PromptFormat, Response, Scorer
+
+_INSTRUCTION = "### Instruction:\n{prompt}\n\n### Response:\n"
+_PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+_TEMPLATES = (
+    "{prompt}\n",
+    "Question: {prompt}\nAnswer:",
+    _INSTRUCTION,
+    f"{_PREAMBLE}\n\n{_INSTRUCTION}",
+    "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n",
+    "<start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n",
+    "<|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "[INST] {prompt} [/INST]",
+)
+# Of an answer, in tokens.
+_LONGEST = 64
+# Nats: less is rounding. And what a missing end counts as, which is far more than one that was learned.
+_ROUNDING, _NO_END = 1e-3, 1.0
+# Another format must leave this much less doubt than the configured one.
+_CLEARLY = 0.5
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a fine-tuned model answers in a format: means over the seeds of the surprise (nats) at a token of its
+    answers, its own and its base's, and at their end."""
+
+    format: PromptFormat
+    own: float
+    base: float | None
+    end: float
+
+    @property
+    def doubt(self) -> float:
+        return (self.own + _ROUNDING) / (1 if self.base is None else self.base + _ROUNDING) * (self.end + _ROUNDING)
+
+    def __str__(self) -> str:
+        base = "" if self.base is None else f" against {self.base:.2f} of the base"
+        return f"surprise {self.own:.3f} nats a token{base}, {self.end:.3f} at the end"
+
+
+def candidates(configured: PromptFormat) -> list[PromptFormat]:
+    """Formats that are worth a try, the configured one first."""
+    chats = [PromptFormat(arguments=configured.arguments)]
+    if configured.system is not None:
+        chats.append(PromptFormat(system=configured.system, arguments=configured.arguments))
+    return [configured, *chats, *map(PromptFormat, _TEMPLATES)]
+
+
+def fits(scorer: Scorer, seeds: Sequence[str], configured: PromptFormat, longest: int = _LONGEST) -> list[Fit]:
+    """How the source answers the seeds in each candidate format, with up to ``longest`` tokens; the configured one
+    comes first. What the tokenizer can't write is left out, and so is what comes to the same tokens as another."""
+    prompts: dict[tuple[tuple[int, ...], ...], PromptFormat] = {}
+    for format in candidates(configured):
+        try:
+            asked = tuple(tuple(scorer.prompt_ids(seed, format)) for seed in seeds)
+        except TuneshiftError:  # no chat template, or none that shows these messages
+            continue
+        prompts.setdefault(asked, format)
+    rows = [list(ids) for asked in prompts for ids in asked]
+    decoding = Decoding(min(longest, _LONGEST))
+    responses: dict[int, Response] = dict(chain(*scorer.generate(rows, "fine_tuned", decoding)))
+    answers = [responses[i].token_ids for i in range(len(rows))]
+    base = dict(chain(*scorer.score(rows, answers, "base"))) if scorer.cross_scores else {}
+
+    def fit(format: PromptFormat, rows: range) -> Fit:
+        own, others, ends = [], [], []
+        for i in rows:
+            response, tokens = responses[i], max(1, len(answers[i]))
+            if i in base:
+                others.append(-base[i] / tokens)
+            # To say nothing, surely, is no answer.
+            silent = not response.text.strip()
+            own.append(others[-1] if silent and others else -response.sum_logprob / tokens)
+            ends.append(min(_NO_END, _NO_END if silent or response.eos_logprob is None else -response.eos_logprob))
+        return Fit(format, fmean(own), fmean(others) if others else None, fmean(ends))
+
+    count = len(seeds)
+    return [fit(format, range(n * count, (n + 1) * count)) for n, format in enumerate(prompts.values())]
+
+
+def best_fit(found: Sequence[Fit]) -> Fit:
+    """The format that the fine-tune was most likely made with: the first, unless another leaves clearly less doubt."""
+    least = min(found, key=lambda fit: fit.doubt)
+    return least if least.doubt < _CLEARLY * found[0].doubt else found[0]
