@@ -47,7 +47,7 @@ class Transfer:
         return Guards(settings.allow_truncated, settings.max_repetition, settings.refusals, agreement)
 
     @property
-    def prompt_format(self) -> Format:
+    def generator_format(self) -> Format:
         return self.config.generator.format or ("blocks" if any(map(has_lines, self.seeds)) else "list")
 
     @property
