@@ -79,7 +79,9 @@ def _ask(engine: PromptWriter, current: Step, calls: list[list[Candidate]]) -> l
 
 def _separator(calls: list[list[Candidate]]) -> str:
     """The line between blocks, one for all calls since it may be what ends an answer."""
-    return asking.separator(text for call in calls for seed in call for text in (seed.prompt, seed.response))
+    # Seeds that an older version drew have no response.
+    shown = (text for call in calls for seed in call for text in (seed.prompt, seed.response or ""))
+    return asking.separator(shown)
 
 
 def _request(engine: PromptWriter, current: Step, call: list[Candidate], line: str) -> str:
