@@ -250,18 +250,18 @@ def test_a_system_message_that_can_t_be_shown_is_named(transfer_folder, edit_con
 
 
 def test_seeds_of_several_lines_choose_the_format_and_the_limit(transfer_folder, edit_config):
-    assert (load_transfer(transfer_folder).prompt_format, load_transfer(transfer_folder).max_prompt_characters) == (
+    assert (load_transfer(transfer_folder).generator_format, load_transfer(transfer_folder).max_prompt_characters) == (
         "list",
         300,
     )
     write_jsonl(transfer_folder / "seeds.jsonl", [{"prompt": "Hi"}, {"prompt": "\n  Fix:\n    x\n\n"}])
     transfer = load_transfer(transfer_folder)
     assert transfer.seeds == ["Hi", "  Fix:\n    x"]
-    assert (transfer.prompt_format, transfer.max_prompt_characters) == ("blocks", None)
+    assert (transfer.generator_format, transfer.max_prompt_characters) == ("blocks", None)
     edit_config("generator.max_prompt_characters", 300)
     assert load_transfer(transfer_folder).max_prompt_characters == 300
     edit_config("generator.format", "json")
-    assert load_transfer(transfer_folder).prompt_format == "json"
+    assert load_transfer(transfer_folder).generator_format == "json"
     edit_config("generator.format", "list")
     with pytest.raises(TuneshiftError, match=r"seeds.jsonl:2: .*several lines .*generator.format 'list'.* blocks or"):
         load_transfer(transfer_folder)

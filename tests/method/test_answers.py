@@ -97,6 +97,7 @@ def test_what_is_shown_reads_back_as_the_same_prompts(mode, format) -> None:
         '["a\\nb", "c", {"prompt": "cut',
         # Another form than the one that was asked for.
         "1. a\nb\n2. c\n3. cut o",
+        'a\nb\n---\nc\n---\nx: ["cut", "off"]',
         "a\nb\n---\nc\n---\ncut o",
     ],
 )

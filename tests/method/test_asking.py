@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tuneshift_dag.method.asking import generator_request, labelled_request, separator, stops
+from tuneshift_dag.method.asking import generator_request, labelled_request, separator, stop_texts
 
 TEXTS = ["Fix this:\n```python\nreturn x +\n```", "    return 1\n\n\tpass", "one line"]
 
@@ -76,16 +76,16 @@ def test_labelled_blocks_show_responses_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "format", "stop"),
+    ("mode", "format", "stops"),
     [
-        ("chat", "list", ""),
-        ("chat", "blocks", ""),
-        ("continuation", "list", "\n26."),
-        ("continuation", "json", "\n]"),
-        ("continuation", "blocks", ""),
-        ("by_response", "list", "\n\n"),
-        ("by_response", "blocks", "\n----"),
+        ("chat", "list", ()),
+        ("chat", "json", ()),
+        ("continuation", "list", ("\n26.",)),
+        ("continuation", "json", ("\n]",)),
+        ("continuation", "blocks", ()),
+        ("by_response", "list", ("\n\n",)),
+        ("by_response", "blocks", ("\n----",)),
     ],
 )
-def test_what_ends_an_answer(mode, format, stop) -> None:
-    assert stops(mode, format, 25, "----") == ((stop,) if stop else ())
+def test_what_ends_an_answer(mode, format, stops) -> None:
+    assert stop_texts(mode, format, 25, "----") == stops

@@ -62,13 +62,14 @@ def _ask(engine: PromptWriter, current: Step, calls: list[list[Candidate]]) -> l
     line = _separator(calls)
     requests = [_request(engine, current, call, line) for call in calls]
     last_item = settings.seeds_per_call + settings.prompts_per_call
+    stops = asking.stop_texts(settings.mode, transfer.generator_format, last_item, line)
     how = (settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
     return scoring.generate(
         engine,
         current.cache,
         [engine.encode(request, templated=settings.mode == "chat") for request in requests],
         "base",
-        Decoding(*how, stops=asking.stops(settings.mode, transfer.prompt_format, last_item, line)),
+        Decoding(*how, stops=stops),
         current.cost,
         # The call's number keeps two calls with the same seeds apart.
         [_sampling_seed(transfer.config.seed, number, request) for number, request in enumerate(requests)],
@@ -78,12 +79,14 @@ def _ask(engine: PromptWriter, current: Step, calls: list[list[Candidate]]) -> l
 
 def _separator(calls: list[list[Candidate]]) -> str:
     """The line between blocks, one for all calls since it may be what ends an answer."""
-    return asking.separator(text for call in calls for seed in call for text in (seed.prompt, seed.response))
+    # Seeds that an older version drew have no response.
+    shown = (text for call in calls for seed in call for text in (seed.prompt, seed.response or ""))
+    return asking.separator(shown)
 
 
 def _request(engine: PromptWriter, current: Step, call: list[Candidate], line: str) -> str:
     """What the generator sees in one call. In the first round nothing is known that could be asked for."""
-    settings, format = current.transfer.config.generator, current.transfer.prompt_format
+    settings, format = current.transfer.config.generator, current.transfer.generator_format
     if settings.mode == "by_response":
         shown, asked = (call, None) if current.round == round_key(1) else (call[:-1], call[-1].response)
         examples = [(seed.prompt, seed.response) for seed in shown]
@@ -97,7 +100,7 @@ def _request(engine: PromptWriter, current: Step, call: list[Candidate], line: s
 
 def _items(current: Step, answer: Response, line: str) -> list[str]:
     """The prompts that the generator's answer to a `_request` lists."""
-    settings, format = current.transfer.config.generator, current.transfer.prompt_format
+    settings, format = current.transfer.config.generator, current.transfer.generator_format
     finished = answer.finish_reason == "stop"
     if settings.mode == "by_response":
         asked, between = current.round != round_key(1), line if format == "blocks" else ""

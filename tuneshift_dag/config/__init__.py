@@ -56,7 +56,7 @@ class Transfer:
         return (*self.config.response.stop, *([asked] if asked else []))
 
     @property
-    def prompt_format(self) -> Format:
+    def generator_format(self) -> Format:
         return self.config.generator.format or ("blocks" if any(map(has_lines, self.seeds)) else "list")
 
     @property

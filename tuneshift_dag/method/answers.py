@@ -85,7 +85,8 @@ def _parse_texts(text: str, mode: Mode, format: Format, finished: bool, count: i
     if mode == "continuation" and format == "json":
         text = f"[{text}"
     lines = text.split("\n")
-    ends, numbers, json_at = _separators(lines, line), _numbers(lines), _json_start(text, format)
+    ends, numbers = _separators(lines, line), _numbers(lines)
+    json_at = _json_start(text, anywhere=format == "json" and not ends)
     # A base model goes on with a sample, and has no need to mark the end of it.
     alone = format == "blocks" and (mode == "continuation" or count == 1)
     if alone and numbers and "".join(lines[: numbers[0]]).strip():
@@ -105,12 +106,12 @@ def _parse_texts(text: str, mode: Mode, format: Format, finished: bool, count: i
     return [trimmed(text)] if alone and finished else []
 
 
-def _json_start(text: str, format: Format) -> int | None:
-    """Where JSON begins; when blocks were asked for, only a list that the answer begins with: they may hold JSON."""
+def _json_start(text: str, anywhere: bool) -> int | None:
+    """Where JSON begins; not ``anywhere`` only a list that the answer begins with, since blocks may hold JSON."""
     found = _JSON_START.search(text)
-    if not found or (format == "blocks" and not (_OPENING.fullmatch(text, 0, found.start()) and "[" in found[0])):
-        return None
-    return found.start()
+    if found and (anywhere or ("[" in found[0] and _OPENING.fullmatch(text, 0, found.start()))):
+        return found.start()
+    return None
 
 
 def _outside_fences(lines: Sequence[str]) -> list[int]:

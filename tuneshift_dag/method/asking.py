@@ -68,11 +68,13 @@ def labelled_request(
     return (f"\n{line}\n" if line else "\n\n").join([instruction, *examples_shown, opening.rstrip()])
 
 
-def stops(mode: Mode | Literal["by_response"], format: Format, last_item: int, line: str = "---") -> tuple[str, ...]:
+def stop_texts(
+    mode: Mode | Literal["by_response"], format: Format, last_item: int, line: str = "---"
+) -> tuple[str, ...]:
     """What ends a generator's answer beside its end token; ``last_item`` counts the seeds and the prompts asked for."""
     if mode == "by_response":
         return (f"\n{line}" if format == "blocks" else "\n\n",)
-    if mode == "chat" or format == "blocks":  # blocks can't be counted by a text
+    if mode == "chat" or format == "blocks":
         return ()
     # A JSON string has no line break, so this is the end of the list.
-    return (f"\n{last_item + 1}." if format == "list" else "\n]",)
+    return ("\n]" if format == "json" else f"\n{last_item + 1}.",)
