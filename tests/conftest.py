@@ -19,6 +19,8 @@ import dagster as dg
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from safetensors.numpy import save_file
 
 from tests.fakes import FakeModels
@@ -31,6 +33,13 @@ from tuneshift_dag.runner import Runner, RunResult
 from tuneshift_dag.store import Store
 
 Run = Callable[..., tuple[int, str, str]]
+# Tests that take a minute and more, and servers and clusters that are started.
+SLOWEST = ("test_end_to_end.py", "test_ui_agreement.py", "test_ray.py", "test_graph.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest first: at the end one worker would be left alone with them."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +148,20 @@ class Project:
 
 
 @pytest.fixture
-def models(monkeypatch: pytest.MonkeyPatch) -> FakeModels:
+def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are a dot: to draw them is half the time of a run with fake models. `finished` draws them all."""
+    draw_quickly(monkeypatch)
+
+
+def draw_quickly(patch: pytest.MonkeyPatch) -> None:
+    def save(figure: Figure, file: Any, **how: Any) -> None:
+        imsave(file, np.zeros((1, 1, 4)), format="png")
+
+    patch.setattr(Figure, "savefig", save)
+
+
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch, quick_pictures: None) -> FakeModels:
     """The models of every run that the command line starts."""
     models = FakeModels()
 
@@ -192,7 +214,7 @@ def tuneshift(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def project(transfer_folder: Path) -> Iterator[Project]:
+def project(transfer_folder: Path, quick_pictures: None) -> Iterator[Project]:
     with dg.DagsterInstance.ephemeral() as instance:
         yield Project(transfer_folder, instance)
 

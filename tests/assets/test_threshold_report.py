@@ -22,6 +22,11 @@ def metadata(project: Project, asset: str) -> dict:
     return dict(event.asset_materialization.metadata)
 
 
+@pytest.fixture
+def quick_pictures() -> None:
+    """Here the pictures themselves are looked at."""
+
+
 class TestThresholdReport:
     def test_runs_before_the_training_and_the_evaluation(self, finished: Project) -> None:
         order = [asset for asset, _ in finished.result.materialized]
