@@ -52,7 +52,8 @@ _GRID_HELP = f"1.1,1.2,1.5 or start:stop:step, of {', '.join(KEEP_RULES)} what t
 @app.command("new")
 def make_transfer(
     name: Annotated[str, typer.Argument(help="Name of the folder to make under transfers/.")],
-    adapter: Annotated[str, typer.Option(help="Your PEFT LoRA adapter: a folder, or a hub id.")] = "",
+    adapter: Annotated[str, typer.Option(help="Your PEFT adapter: a folder, or a hub id.")] = "",
+    fine_tuned: Annotated[str, typer.Option(help="In its place a whole fine-tuned model.")] = "",
     base: Annotated[str, typer.Option(help="Its base model; else the one that adapter_config.json names.")] = "",
     target: Annotated[str, typer.Option(help="Base model that shall learn the skill.")] = "",
     template: Annotated[
@@ -77,7 +78,18 @@ def make_transfer(
     from tuneshift_dag.cli import new as scaffold
 
     answers = scaffold.Answers(
-        adapter, base, target, template, seeds, heldout, generator, mode, instruction, description, copy_adapter
+        adapter,
+        fine_tuned,
+        base,
+        target,
+        template,
+        seeds,
+        heldout,
+        generator,
+        mode,
+        instruction,
+        description,
+        copy_adapter,
     )
     scaffold.check_name(transfers_dir(), name)
     if scaffold.missing(answers) and sys.stdin.isatty():

@@ -23,9 +23,9 @@ from tuneshift_dag.config import Transfer, examples, files
 from tuneshift_dag.config.examples import Rows
 from tuneshift_dag.config.schema_models import Mode
 from tuneshift_dag.models.checks import check_adapter_folder
-from tuneshift_dag.models.references import check_loadable, check_reference, hub_id_of, is_hub_id
+from tuneshift_dag.models.references import TOKENIZER_FILES, check_loadable, check_reference, hub_id_of, is_hub_id
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES)
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Answers:
     """What `tuneshift new` needs to know. Empty means: not said; paths are relative to the working folder."""
 
     adapter: str = ""
+    fine_tuned: str = ""
     base: str = ""
     target: str = ""
     template: str = ""
@@ -52,17 +53,22 @@ def create(root: Path, name: str, given: Answers) -> Transfer:
     folder = check_name(root, name)
     if absent := missing(given):
         raise TuneshiftError(f"{', '.join(absent)} missing: give them, or run this in a terminal to be asked.")
-    check_adapter(given.adapter)
+    if given.adapter and given.fine_tuned:
+        raise TuneshiftError("--adapter and --fine-tuned: give one of them, an adapter or a whole model.")
+    if given.adapter:
+        check_adapter(given.adapter)
     named = named_base(given.adapter)
     if not given.base and not _usable(named):
-        said = f"adapter_config.json names {named!r}, which is no model here" if named else "the adapter doesn't say it"
-        raise TuneshiftError(f"--base missing: {said}. Give the model that the adapter was trained on.")
+        said = "a whole model doesn't say it" if given.fine_tuned else "the adapter doesn't say it"
+        said = f"adapter_config.json names {named!r}, which is no model here" if named else said
+        raise TuneshiftError(f"--base missing: {said}. Give the model that was fine-tuned.")
     adapter = _local_folder(given.adapter)
     copied = adapter if given.copy_adapter else None
     config = _config(
         replace(
             given,
             adapter="adapter" if copied else str(adapter or given.adapter),
+            fine_tuned=given.fine_tuned and _model(given.fine_tuned, "--fine-tuned"),
             base=check_base(given.base or named, given.adapter),
             target=_model(given.target, "--target"),
             generator=_model(given.generator or given.target, "--generator"),
@@ -85,7 +91,7 @@ def create(root: Path, name: str, given: Answers) -> Transfer:
                 _write_jsonl(made / "heldout.jsonl", pairs, heldout_rows)
             if copied:
                 (made / "adapter").mkdir()
-                for file in _ADAPTER_FILES:
+                for file in (name for name in _ADAPTER_FILES if (copied / name).is_file()):
                     shutil.copyfile(copied / file, made / "adapter" / file)
             try:
                 files.load_transfer(made)
@@ -99,14 +105,20 @@ def create(root: Path, name: str, given: Answers) -> Transfer:
 
 def missing(given: Answers) -> list[str]:
     """Flags without which no folder can be written."""
-    needed = {"--adapter": given.adapter, "--target": given.target, "--template": given.template}
+    tuned = given.adapter or given.fine_tuned
+    needed = {"--adapter or --fine-tuned": tuned, "--target": given.target, "--template": given.template}
     return [flag for flag, value in {**needed, "--seeds": given.seeds or given.typed_seeds}.items() if not value]
 
 
 def ask_for_the_rest(given: Answers) -> Answers:
     """Ask in the terminal for what no flag said; a wrong answer is explained and asked for again."""
     told = replace(given)
-    told.adapter = told.adapter or _ask("Adapter (PEFT folder or hub id)", check_adapter)
+    if not told.fine_tuned and not told.adapter:
+        told.adapter = _ask(
+            "Adapter (PEFT folder or hub id; empty for a whole model)", lambda v: v and check_adapter(v), ""
+        )
+    if not told.adapter and not told.fine_tuned:
+        told.fine_tuned = _ask("Fine-tuned model (hub id, folder or package://…)", lambda v: _model(v, "--fine-tuned"))
     if not told.base:
         named = named_base(told.adapter)
         question, default = "Its base model (hub id, folder or package://…)", named if _usable(named) else None
@@ -142,7 +154,9 @@ def check_name(root: Path, name: str) -> Path:
 
 
 def check_adapter(value: str) -> None:
-    """`TuneshiftError` when a folder can't be used; a hub id is checked when it is first fetched."""
+    """`TuneshiftError` when a folder can't be used; a hub id is checked when it is first fetched. None is sound too."""
+    if not value:
+        return
     folder = _path(value)
     if not folder.exists() and is_hub_id(value):
         return
@@ -236,7 +250,7 @@ def _path(value: str) -> Path:
 
 def _local_folder(adapter: str) -> Path | None:
     folder = _path(adapter)
-    return folder.resolve() if folder.is_dir() else None
+    return folder.resolve() if adapter and folder.is_dir() else None
 
 
 def _type_seeds() -> tuple[str, ...]:
@@ -279,6 +293,7 @@ def _write_jsonl(file: Path, rows: list[dict[str, str]], given: Rows) -> None:
 def _config(answers: Answers) -> str:
     """``transfer.yaml``. A JSON string is a YAML string, whatever is in it."""
     text = functools.partial(json.dumps, ensure_ascii=False)
+    tuned = f"fine_tuned: {text(answers.fine_tuned)}" if answers.fine_tuned else f"adapter: {text(answers.adapter)}"
     raw, chat = f"\nprompt_template: {text(answers.template)}", ""
     if answers.template == "chat":
         raw, chat = " `chat` is the model's own chat template.", "\n  prompt: chat"
@@ -288,7 +303,7 @@ description: {text(answers.description or f"From {answers.base} to {answers.targ
 
 source:
   base: {text(answers.base)}
-  adapter: {text(answers.adapter)}{chat}
+  {tuned}{chat}
 target:
   base: {text(answers.target)}
 # All that a model sees before its answer: the very text that the adapter was trained with.{raw}

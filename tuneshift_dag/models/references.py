@@ -33,12 +33,12 @@ Kind = Literal["model", "tokenizer", "adapter"]
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
 _HUB_FILES: dict[Kind, list[str]] = {
     "model": ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
-    "tokenizer": ["config.json", *_TOKENIZER_FILES],
-    "adapter": ["adapter_*"],
+    "tokenizer": ["config.json", *TOKENIZER_FILES],
+    "adapter": ["adapter_*", *TOKENIZER_FILES],
 }
 
 
@@ -167,8 +167,10 @@ def known_fingerprint(reference: str, folder: Path, key: str, kind: Kind = "mode
     if gguf := _gguf_file(reference, path, key):
         return Fingerprint(file_hash(gguf))
     if path.is_dir():
-        ends = path / "generation_config.json"
-        return Fingerprint(fingerprint_of(_files(path, kind) + [ends] * (kind == "model" and ends.is_file())))
+        # An adapter may have a tokenizer beside it.
+        more = {"model": ("generation_config.json",), "adapter": TOKENIZER_FILES, "tokenizer": ()}[kind]
+        files = _files(path, kind) + [path / name for name in more if (path / name).is_file()]
+        return Fingerprint(fingerprint_of(files))
     repo, _, revision = reference.partition("@")
     here = _snapshot(reference)
     commit = here.name if here else revision if _COMMIT.fullmatch(revision) else None
@@ -254,7 +256,7 @@ def _files(path: Path, kind: Kind) -> list[Path]:
     if kind == "adapter":
         return [path / "adapter_config.json", path / "adapter_model.safetensors"]
     weights = [p for p in path.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"]
-    tokenizer = [path / name for name in _TOKENIZER_FILES if (path / name).is_file()]
+    tokenizer = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
     return tokenizer if kind == "tokenizer" else weights + tokenizer
 
 
