@@ -77,20 +77,8 @@ def make_transfer(
     """
     from tuneshift_dag.cli import new as scaffold
 
-    answers = scaffold.Answers(
-        adapter,
-        fine_tuned,
-        base,
-        target,
-        template,
-        seeds,
-        heldout,
-        generator,
-        mode,
-        instruction,
-        description,
-        copy_adapter,
-    )
+    models, files = (adapter, fine_tuned, base, target), (seeds, heldout)
+    answers = scaffold.Answers(*models, template, *files, generator, mode, instruction, description, copy_adapter)
     scaffold.check_name(transfers_dir(), name)
     if scaffold.missing(answers) and sys.stdin.isatty():
         answers = scaffold.ask_for_the_rest(answers)

@@ -114,9 +114,7 @@ def ask_for_the_rest(given: Answers) -> Answers:
     """Ask in the terminal for what no flag said; a wrong answer is explained and asked for again."""
     told = replace(given)
     if not told.fine_tuned and not told.adapter:
-        told.adapter = _ask(
-            "Adapter (PEFT folder or hub id; empty for a whole model)", lambda v: v and check_adapter(v), ""
-        )
+        told.adapter = _ask("Adapter (PEFT folder or hub id; empty for a whole model)", check_adapter, "")
     if not told.adapter and not told.fine_tuned:
         told.fine_tuned = _ask("Fine-tuned model (hub id, folder or package://…)", lambda v: _model(v, "--fine-tuned"))
     if not told.base:

@@ -118,7 +118,7 @@ def chain_version(transfer: Transfer) -> str:
     files = {key: transfer.fingerprints[key].value or transfer.reference(key) for key in keys}
     packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
     settings = _settings(transfer)
-    used = _chosen(settings, ("models", "generator.mode", "generator.quantization")) | _of_training(settings)
+    used = _chosen(settings, ("models", "generator")) | _of_training(settings)
     return _hash([files, used, packages])[:16]
 
 
