@@ -28,11 +28,11 @@ def test_a_small_transfer_of_the_packaged_models(tmp_path: Path) -> None:
     folder = tmp_path / "transfers" / "banking_intents"
     shutil.copytree(PACKAGED, folder)
     heldout = (folder / "heldout.jsonl").read_text().splitlines()
-    (folder / "heldout.jsonl").write_text("\n".join(heldout[::48]) + "\n")
+    (folder / "heldout.jsonl").write_text("\n".join(heldout[::24]) + "\n")
     edit(
         folder,
         {
-            "generator.calls_per_round": 7,
+            "generator.calls_per_round": 12,
             "response.samples": 2,
             "distill.epochs": 1,
             "models.workers": 1,  # the other core has tests of its own to run
