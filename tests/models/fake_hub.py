@@ -1,5 +1,6 @@
 """A Hugging Face hub on this machine: as much of its HTTP API as fetching a snapshot needs, and pushes."""
 
+import base64
 import hashlib
 import json
 import re
@@ -28,6 +29,7 @@ class FakeHub:
         """Method and path of each."""
         self.refused: set[str] = set()
         """Names of files that can't be had."""
+        self.private: bool | None = None
 
     def push(self, files: Files, *branches: str) -> str:
         """A commit that holds these files, and the branches or tags that it is from now on."""
@@ -35,6 +37,29 @@ class FakeHub:
         self.commits[commit] = files
         self.branches |= dict.fromkeys(branches or ("main",), commit)
         return commit
+
+    def receive(self, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of a request that makes a repository or uploads to it."""
+        path = path.partition("?")[0]
+        answer: Any = {}
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            self.start(f"{asked['organization']}/{asked['name']}")
+            self.private = asked.get("visibility") == "private"
+            answer = {"url": f"{self.endpoint}/{self.name}"}
+        elif path == "/api/validate-yaml":
+            answer = {"errors": [], "warnings": []}
+        elif path == f"/api/models/{self.name}/preupload/main":
+            files = json.loads(body)["files"]
+            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+        elif path == f"/api/models/{self.name}/commit/main":
+            lines = [json.loads(line) for line in body.splitlines()]
+            files = {x["value"]["path"]: base64.b64decode(x["value"]["content"]) for x in lines if x["key"] == "file"}
+            commit = self.push(files)
+            answer = {"success": True, "commitOid": commit, "commitUrl": f"{self.endpoint}/{self.name}/commit/{commit}"}
+        else:
+            return 404, {}, b""
+        return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body."""
@@ -80,6 +105,15 @@ def fake_hub() -> Iterator[FakeHub]:
                 self.wfile.write(body)
 
         do_HEAD = do_GET
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            status, headers, answer = hub.receive(self.path, body)
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(answer))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(answer)
 
         def log_message(self, *_: Any) -> None:
             pass

@@ -39,6 +39,7 @@ from huggingface_hub import hf_hub_download
 from tuneshift_dag.config import files, versions
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.models.references import *
+from tuneshift_dag.reports.export import push
 here = pathlib.Path(sys.argv[1])
 known = lambda name, kind='model': known_fingerprint(name, here, 'source.base', kind)
 renew = lambda name, kind='model': refresh(name, here, 'source.base', kind)
@@ -58,7 +59,7 @@ def process(home: Path, endpoint: str, offline: bool = False) -> Iterator[Ask]:
     """The values that expressions have in a process whose hub is at ``endpoint``; the text of what they raise."""
     environment = {
         **{"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))},
-        **{"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"},
+        **{"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", "HF_TOKEN": "hf_a_secret"},
     }
     with subprocess.Popen(
         [sys.executable, "-c", PROCESS, str(home)],
@@ -219,3 +220,23 @@ def test_a_push_makes_what_uses_the_model_out_of_date(
     _, after, later = ask(*now)
     assert later == training, "a trained adapter is still found by its settings"
     assert {name for name in before if before[name] != after[name]} == {"distilled_model", "evaluation", "comparison"}
+
+
+def test_an_exported_folder_is_pushed_to_a_private_repository(hub: FakeHub, ask: Ask, running: Any) -> None:
+    folder = running[1] / "exported"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "README.md").write_text("# A card: é")
+    (folder / "sub" / "adapter_model.safetensors").write_bytes(b"\x00weights")
+    (address,) = ask("str(push(here / 'exported', 'org/name'))")
+    assert list(hub.commits) == [address.rpartition("/")[2]], address
+    (commit,) = hub.commits
+    assert hub.private is True
+    assert hub.commits[commit] == {
+        "README.md": "# A card: é".encode(),
+        "sub/adapter_model.safetensors": b"\x00weights",
+    }
+
+
+def test_a_push_that_fails_says_what_to_do_and_no_token(hub: FakeHub, ask: Ask) -> None:
+    (problem,) = ask("push(here / 'nothing here', 'org/name')")
+    assert "--push" in problem and "hf auth login" in problem and "hf_a_secret" not in problem

@@ -214,12 +214,20 @@ def lineage(
 def export(
     transfer: TransferName,
     to: Annotated[Path, typer.Option("--to", help="Folder to write to; it is created.")],
+    merged: Annotated[bool, typer.Option("--merged", help="Also the whole model, with the adapter in it.")] = False,
+    push: Annotated[str, typer.Option(help="Repository of the hub that takes the adapter, or the merged model.")] = "",
 ) -> None:
-    """Write the distilled adapter (PEFT) and the dataset (chat JSONL and Parquet), with their cards."""
-    from tuneshift_dag.reports.export import export as write
+    """Write the distilled adapter (PEFT) and the dataset (chat JSONL and Parquet), with their cards.
 
-    for path in write(_store(), _load(transfer), to):
+    `--merged` adds a folder that plain transformers loads and that llama.cpp's `convert_hf_to_gguf.py` turns into GGUF.
+    """
+    from tuneshift_dag.reports.export import export as write
+    from tuneshift_dag.reports.export import push as upload
+
+    for path in write(_store(), _load(transfer), to, merged):
         rendering.out.print(str(path), soft_wrap=True)
+    if push:
+        rendering.out.print(upload(to / ("merged" if merged else "adapter"), push), soft_wrap=True)
 
 
 @cache_app.command("stats")

@@ -273,7 +273,7 @@ def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype, dev
 
 def is_quantized(folder: Path) -> bool:
     """Whether a model's weights were saved in 4 bits: they are used as they are."""
-    return "quantization_config" in json.loads((folder / "config.json").read_text("utf-8"))
+    return bool(json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config"))
 
 
 def _device_map(setting: DeviceMap) -> Placement:

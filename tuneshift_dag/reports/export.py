@@ -18,11 +18,12 @@ from tuneshift_dag.reports import arm_tasks, by_way, conclusion, describe_filter
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import content_version
 
-_WRITTEN = ("adapter", "dataset.jsonl", "dataset.parquet", "README.md")
+_WRITTEN = ("adapter", "merged", "dataset.jsonl", "dataset.parquet", "README.md")
 
 
-def export(store: Store, transfer: Transfer, to: Path) -> list[Path]:
-    """Write the adapter (PEFT), the dataset (chat and Parquet) and their cards; their paths.
+def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> list[Path]:
+    """Write the adapter (PEFT), if ``merged`` also the target with the adapter merged into it, the dataset (chat and
+    Parquet) and their cards; their paths.
 
     They replace those of an earlier export, all together at the end; what else is in the folder stays.
     """
@@ -48,14 +49,44 @@ def export(store: Store, transfer: Transfer, to: Path) -> list[Path]:
         with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as staging:
             made = Path(staging) / "new"
             shutil.copytree(figures["model"]["path"], made / "adapter")
-            (made / "adapter" / "README.md").write_text(model_card(transfer, figures), "utf-8")
+            card = model_card(transfer, figures)
+            (made / "adapter" / "README.md").write_text(card, "utf-8")
+            if merged:
+                _write_merged(transfer, made / "adapter", made / "merged")
+                (made / "merged" / "README.md").write_text(card.replace("peft", "transformers", 1), "utf-8")
             _write_chat(pairs, transfer.config.source_format, made / "dataset.jsonl")
             pairs.write_parquet(made / "dataset.parquet")
             (made / "README.md").write_text(_dataset_card(transfer, figures, pairs), "utf-8")
             _put(made, to, Path(staging) / "old")
     except OSError as error:
         raise TuneshiftError(f"--to {to}: {error.strerror or error}: name a folder that can be written.") from error
-    return [to / name for name in _WRITTEN]
+    return [to / name for name in _WRITTEN if (to / name).exists()]
+
+
+def push(folder: Path, repo: str) -> str:
+    """Upload an exported folder to a repository of the hub, which is made private if it isn't there; its address.
+
+    Raises:
+        TuneshiftError: the hub refuses it or can't be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, private=True, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Distilled with tuneshift_dag"))
+    except Exception as error:  # whatever it was, the folder is there
+        raise TuneshiftError(
+            f"--push {repo!r}: {folder} could not be uploaded ({type(error).__name__}: {error}). Run `hf auth login`,"
+            f" check the name, or upload it with `hf upload {repo} {folder}`."
+        ) from error
+
+
+def _write_merged(transfer: Transfer, adapter: Path, to: Path) -> None:
+    from tuneshift_dag.models.merging import merge
+    from tuneshift_dag.models.references import resolve_model
+
+    merge(resolve_model(transfer.reference("target.base"), transfer.folder, "target.base"), adapter, to)
 
 
 def _put(made: Path, to: Path, replaced: Path) -> None:
@@ -67,7 +98,8 @@ def _put(made: Path, to: Path, replaced: Path) -> None:
     for name in _WRITTEN:
         if (to / name).exists():
             (to / name).rename(replaced / name)
-        (made / name).rename(to / name)
+        if (made / name).exists():
+            (made / name).rename(to / name)
 
 
 def model_card(transfer: Transfer, figures: dict[str, Any]) -> str:
