@@ -29,7 +29,7 @@ _TEMPLATES = (
 # Of an answer, in tokens.
 _LONGEST = 64
 # Nats: less is rounding. And what a missing end counts as, which is far more than one that was learned.
-_ROUNDING, _NO_END = 1e-3, 1.0
+_ROUNDING, _NO_END = 1e-4, 1.0
 # Another format must leave this much less doubt than the configured one.
 _CLEARLY = 0.5
 
@@ -81,13 +81,13 @@ def fits(scorer: Scorer, seeds: Sequence[str], configured: PromptFormat, longest
         own, others, ends = [], [], []
         for i in rows:
             response, tokens = responses[i], max(1, len(answers[i]))
-            if i in base:
-                others.append(-base[i] / tokens)
+            others.append(-base[i] / tokens if base else 1.0)
             # To say nothing, surely, is no answer.
             silent = not response.text.strip()
-            own.append(others[-1] if silent and others else -response.sum_logprob / tokens)
-            ends.append(min(_NO_END, _NO_END if silent or response.eos_logprob is None else -response.eos_logprob))
-        return Fit(format, fmean(own), fmean(others) if others else None, fmean(ends))
+            own.append(others[-1] if silent else -response.sum_logprob / tokens)
+            ended = None if silent else response.eos_logprob
+            ends.append(_NO_END if ended is None else min(_NO_END, -ended))
+        return Fit(format, fmean(own), fmean(others) if base else None, fmean(ends))
 
     count = len(seeds)
     return [fit(format, range(n * count, (n + 1) * count)) for n, format in enumerate(prompts.values())]

@@ -91,7 +91,7 @@ def _with_names_as_text(tokenizer: Any, format: PromptFormat, prompt: str, text:
     # With the longest first, of two names that begin alike the one that is there is found.
     pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     cuts = [len(before) + name.start() + 1 for name in re.finditer(pattern, shown)]
-    ids = _plain(tokenizer, text[: cuts[0]])
+    ids = _plain(tokenizer, text[: cuts[0]] if cuts else text)
     for start, end in pairwise([*cuts, len(text)]):
         ids += continuation_ids(tokenizer, text[start:end])
     return ids
@@ -118,7 +118,7 @@ def _opening(tokenizer: Any) -> tuple[int, ...]:
 @lru_cache(maxsize=4)
 def _special_names(tokenizer: Any) -> frozenset[str]:
     named = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return frozenset(named.union(tokenizer.all_special_tokens))
+    return frozenset(name for name in named.union(tokenizer.all_special_tokens) if name.strip())
 
 
 @lru_cache(maxsize=4)
