@@ -5,6 +5,7 @@ too: it often gives the same answers there, about as surely. What tells them apa
 an answer is left, which doesn't depend on what the answer is, and how surely the answer ends where it does.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -48,8 +49,8 @@ class Fit:
 
     @property
     def doubt(self) -> float:
-        left = (self.own + _ROUNDING) / (1 if self.base is None else self.base)
-        return left * (self.end + _ROUNDING) ** _END_COUNTS
+        left = (self.own + _ROUNDING) / (1 if self.base is None else self.base + _ROUNDING)
+        return left * math.pow(self.end + _ROUNDING, _END_COUNTS)
 
     def __str__(self) -> str:
         base = "" if self.base is None else f" against {self.base:.2f} of the base"
