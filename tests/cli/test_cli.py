@@ -16,10 +16,11 @@ import yaml
 
 from tests.conftest import Project, Run
 from tests.fakes import FakeEngine, FakeModels
+from tests.method.test_format_detection import Tuned
 from tuneshift_dag.cli.doctor import quantized_in_use
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.config.schema_prompt import Prompt
-from tuneshift_dag.method import Decoding, Response
+from tuneshift_dag.method import Decoding, PromptFormat, Response
 from tuneshift_dag.reports import describe_filter, escape_markdown
 from tuneshift_dag.reports.export import export
 from tuneshift_dag.store import Store
@@ -449,6 +450,19 @@ class TestDoctor:
         (line,) = (line for line in out.splitlines() if line.startswith("ok   banking weights: "))
         assert f"source.base models/tiny-base ({fingerprint[:12]})" in line
         assert "source.adapter adapter (" in line
+
+    def test_names_the_prompt_format_that_the_fine_tune_was_made_with(
+        self, tuneshift: Run, transfer_folder: Path, edit_config: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        models = FakeModels(Tuned(PromptFormat(), load_transfer(transfer_folder).seeds))
+        monkeypatch.setattr("tuneshift_dag.resources.EngineResource", models.resource)
+        _, out, _ = tuneshift("doctor", "banking")
+        assert "note banking prompt format: the fine-tuned model answers best in 'chat' (surprise" in out
+        edit_config("prompt_template", None)
+        edit_config("source.prompt", "chat")
+        _, out, _ = tuneshift("doctor", "banking")
+        assert "ok   banking prompt format: the fine-tuned model answers best in that of source.prompt" in out
+        assert "ok   banking target prompt: models/tiny-base has a chat template" in out
 
     def test_a_server_that_was_not_asked_is_not_said_to_have_a_template(
         self, tuneshift: Run, transfer_folder: Path, edit_config: Callable[[str, Any], None]

@@ -1,5 +1,7 @@
 """Which prompt format a fine-tune was made with, by how it answers in each; tests/training has really trained ones."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from tests.fakes import FakeEngine
@@ -15,9 +17,11 @@ CONFIGURED = candidates(PromptFormat("{prompt} ->", key="source.prompt"))
 class Tuned(FakeEngine):
     """Sure in one format of what to answer and where to end; in others less so, and in brackets sure to say nothing."""
 
-    def __init__(self, made_with: PromptFormat, sure: float = -0.05, end: float = -0.004, chats: bool = True) -> None:
+    def __init__(
+        self, made_with: PromptFormat, seeds: Sequence[str] = SEEDS, sure: float = -0.05, chats: bool = True
+    ) -> None:
         super().__init__()
-        self.made_with, self.sure, self.end, self.chats = made_with, sure, end, chats
+        self.made_with, self.seeds, self.sure, self.chats = made_with, seeds, sure, chats
 
     def prompt_ids(self, prompt: str, format: PromptFormat) -> list[int]:
         if format.template is None and not self.chats:
@@ -25,8 +29,8 @@ class Tuned(FakeEngine):
         return super().prompt_ids(prompt, format)
 
     def _answer(self, ids: list[int], side: Side, decoding: Decoding, seed: int = 0) -> Response:
-        if ids in [self.prompt_ids(seed, self.made_with) for seed in SEEDS]:
-            sure, end, text = self.sure, self.end, " yes"
+        if ids in [self.prompt_ids(seed, self.made_with) for seed in self.seeds]:
+            sure, end, text = self.sure, -0.004, " yes"
         else:
             sure, end, text = (0.0, -1e-6, "") if ids[0] == ord("[") else (-0.04, -0.1, "yes")
         return Response(text, [*self.encode(text), 0], "stop", sure * len(text) + end, end)
@@ -44,7 +48,7 @@ def test_the_format_of_the_training_is_found_whichever_is_configured(made_with: 
 
 
 def test_a_half_trained_model_is_told_by_the_end_of_its_answers() -> None:
-    engine = Tuned(CONFIGURED[4], sure=-0.09)
+    engine = Tuned(CONFIGURED[4], sure=-0.06)
     assert best_fit(fits(engine, SEEDS, OWN)).format == CONFIGURED[4]
 
 

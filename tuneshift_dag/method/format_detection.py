@@ -1,11 +1,11 @@
 """Which prompt format was a fine-tune made with? The one in which the fine-tuned model answers with least doubt.
 
 It answers the seeds in every candidate format. What a fine-tune has learned shows in formats that it wasn't made with,
-too: it often gives the same answers there, about as surely. Two things tell the formats apart. How much of the base's
-surprise at an answer is left shows what was learned, whatever the answer is; and that an answer ends where it ends is
-learned with the format, and is as sure in no other, even while a half-trained model is unsure of what to answer.
+too: it often gives the same answers there, about as surely. What tells them apart is how much of the base's surprise at
+an answer is left, which doesn't depend on what the answer is, and how surely the answer ends where it does.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -30,6 +30,9 @@ _TEMPLATES = (
 _LONGEST = 64
 # Nats: less is rounding. And what a missing end counts as, which is far more than one that was learned.
 _ROUNDING, _NO_END = 1e-4, 1.0
+# Of six adapters whose format was known five were told by what was left of the surprise alone, and one needed the end.
+# With more weight the end misleads: instruct models end well in their own chat template, whatever they were taught in.
+_END_COUNTS = 0.25
 # Another format must leave this much less doubt than the configured one.
 _CLEARLY = 0.5
 
@@ -46,7 +49,8 @@ class Fit:
 
     @property
     def doubt(self) -> float:
-        return (self.own + _ROUNDING) / (1 if self.base is None else self.base + _ROUNDING) * (self.end + _ROUNDING)
+        left = (self.own + _ROUNDING) / (1 if self.base is None else self.base + _ROUNDING)
+        return left * math.pow(self.end + _ROUNDING, _END_COUNTS)
 
     def __str__(self) -> str:
         base = "" if self.base is None else f" against {self.base:.2f} of the base"
