@@ -133,6 +133,7 @@ class FakeEngine(Engine):
             text, logprob = " another intent", -2.0
         else:
             text, logprob = self._intent(prompt, side)
+        text = min((text.partition(stop)[0] for stop in decoding.stops), key=len, default=text)
         tokens = [*self.encode(text), EOS][: decoding.max_new_tokens]
         finished = tokens[-1] == EOS
         return Response(

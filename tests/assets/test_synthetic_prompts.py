@@ -15,7 +15,7 @@ NEW = [f"Fix:\n```python\n    y = {number}\n\n---\n```" for number in range(4)]
 
 
 class Writer(FakeEngine):
-    """A generator that always gives the same answer; ``asked`` is what it was asked, and with which stop."""
+    """A generator that always gives the same answer; ``asked`` is what it was asked, and with which stops."""
 
     def __init__(self, answer: str) -> None:
         super().__init__("generator")
@@ -23,7 +23,7 @@ class Writer(FakeEngine):
         self.asked: list[tuple[str, str]] = []
 
     def generate(self, prompts: Any, side: Any, decoding: Any, seeds: Any = None) -> Any:
-        self.asked += [("".join(map(chr, ids)), decoding.stop) for ids in prompts]
+        self.asked += [("".join(map(chr, ids)), decoding.stops) for ids in prompts]
         return super().generate(prompts, side, decoding, seeds)
 
     def _list(self, request: str, seed: int) -> str:
@@ -52,7 +52,7 @@ def grow(project: Project, answer: str, settings: dict[str, Any]) -> Writer:
 def test_prompts_keep_their_lines(project: Project, settings: Any, answer: str, shown: str, stop: str) -> None:
     write_jsonl(project.folder / "seeds.jsonl", [{"prompt": seed} for seed in SEEDS])
     writer = grow(project, answer, settings)
-    assert all(shown in request and found == stop for request, found in writer.asked)
+    assert all(shown in request and found == ((stop,) if stop else ()) for request, found in writer.asked)
     assert project.rows("SELECT prompt FROM synthetic_prompts ORDER BY proposal_id, position") == [(p,) for p in NEW]
     repeated = project.rows("SELECT reason, count(*) FROM rejected_prompts GROUP BY reason")
     assert repeated == [("duplicate", 2 * len(NEW))], "each of three calls gave the same answer"
@@ -62,7 +62,7 @@ def test_labelled_prompts_keep_their_lines(project: Project) -> None:
     write_jsonl(project.folder / "seeds.jsonl", [{"prompt": seed} for seed in SEEDS])
     settings = {"generator.mode": "by_response", "generator.prompts_per_call": 1}
     writer = grow(project, f" intent_1\nQuestion: {NEW[0]}\n----", settings)
-    assert all(stop == "\n----" and "\n----\nTopic: intent_" in request for request, stop in writer.asked)
+    assert all(stop == ("\n----",) and "\n----\nTopic: intent_" in request for request, stop in writer.asked)
     assert project.rows("SELECT prompt FROM synthetic_prompts") == [(NEW[0],)]
 
 

@@ -137,7 +137,11 @@ def test_references_have_fingerprints_of_what_is_here(transfer_folder, edit_conf
             {"format": "raw", "template": "{prompt}", "arguments": {"a": 1}},
             ["target.prompt", "arguments are for format: chat"],
         ),
-        ("source", {"base": "models/tiny-base"}, ["source.adapter", "missing", "Add it"]),
+        (
+            "source",
+            {"base": "models/tiny-base"},
+            ["source: needs source.adapter", "source.fine_tuned", "neither is given"],
+        ),
         ("source.base", "models/tiny base", ["source.base", "'models/tiny base'", "doesn't exist"]),
         ("target.base", "./nowhere", ["target.base", "'./nowhere'", "hub id"]),
         ("generator.model", "package://no_such_package", ["generator.model", "pip install no-such-package"]),

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -224,7 +225,9 @@ def test_actors_share_a_gpu() -> None:
     assert collect(engine.generate(prompts, "base", GREEDY)) == expected
 
 
-def test_the_setting_puts_source_and_generator_on_the_cluster(transfer_folder, edit_config) -> None:
+def test_the_setting_puts_source_and_generator_on_the_cluster(transfer_folder, edit_config, monkeypatch) -> None:
+    monkeypatch.setattr(LocalEngine, "ends", {0})
+    monkeypatch.setattr(LocalEngine, "tokenizer", SimpleNamespace(eos_token_id=0))
     edit_config("engine", {"type": "ray", "ray": {"actors": 3}})
     transfer, engines = load_transfer(transfer_folder), EngineResource()
     source, generator, target = engines.source(transfer), engines.generator(transfer), engines.target(transfer)

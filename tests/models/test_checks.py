@@ -198,8 +198,8 @@ class TestAdapters:
     @pytest.mark.parametrize(
         ("settings", "told"),
         [
-            ({"peft_type": "IA3"}, "peft_type 'IA3'; only LORA"),
-            ({"peft_type": None}, "peft_type None; only LORA"),
+            ({"peft_type": "PREFIX_TUNING"}, "peft_type 'PREFIX_TUNING'; only adapters of the kinds LORA, "),
+            ({"peft_type": None}, "peft_type None; only adapters of the kinds LORA, "),
             ({"task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS' (it sorts texts into classes)"),
             ({"task_type": "SEQ_2_SEQ_LM"}, "task_type 'SEQ_2_SEQ_LM' (it belongs to an encoder-decoder)"),
             ({"task_type": "FEATURE_EXTRACTION"}, "task_type CAUSAL_LM"),

@@ -115,7 +115,8 @@ class TestChoices:
         def load(folder: Path, **options: Any) -> object:
             asked.append(options)
             places = {"model.layers.0": 0, "model.layers.1": "cpu"} if self.full else {"": 0}
-            return SimpleNamespace(hf_device_map=places, save_pretrained=lambda path: path.mkdir())
+            sizes = {"parameters": lambda: [], "get_memory_footprint": lambda: 1}
+            return SimpleNamespace(hf_device_map=places, save_pretrained=lambda path: path.mkdir(), **sizes)
 
         monkeypatch.setattr(model_loading.AutoModelForCausalLM, "from_pretrained", load)
         return asked

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,15 @@ from tuneshift_dag.resources import EngineResource
 
 @pytest.mark.parametrize(("own", "expected"), [(None, "nf4"), ("none", "none")])
 def test_a_generator_has_a_quantization_of_its_own(
-    transfer_folder: Path, edit_config: Callable[[str, Any], None], own: str | None, expected: str
+    transfer_folder: Path,
+    edit_config: Callable[[str, Any], None],
+    monkeypatch: pytest.MonkeyPatch,
+    own: str | None,
+    expected: str,
 ) -> None:
     """Though it is the source's base here: with another quantization one model is loaded twice."""
+    monkeypatch.setattr(LocalEngine, "ends", {0})
+    monkeypatch.setattr(LocalEngine, "tokenizer", SimpleNamespace(eos_token_id=0))
     edit_config("generator.quantization", own)
     transfer, engines = load_transfer(transfer_folder), EngineResource()
     source, generator = engines.source(transfer), engines.generator(transfer)

@@ -77,8 +77,10 @@ def make_transfer(
     """
     from tuneshift_dag.cli import new as scaffold
 
-    models, files = (adapter, fine_tuned, base, target), (seeds, heldout)
-    answers = scaffold.Answers(*models, template, *files, generator, mode, instruction, description, copy_adapter)
+    files, texts = (seeds, heldout), (instruction, description)
+    answers = scaffold.Answers(
+        adapter, base, target, template, *files, generator, mode, *texts, copy_adapter, fine_tuned
+    )
     scaffold.check_name(transfers_dir(), name)
     if scaffold.missing(answers) and sys.stdin.isatty():
         answers = scaffold.ask_for_the_rest(answers)

@@ -33,7 +33,6 @@ class Answers:
     """What `tuneshift new` needs to know. Empty means: not said; paths are relative to the working folder."""
 
     adapter: str = ""
-    fine_tuned: str = ""
     base: str = ""
     target: str = ""
     template: str = ""
@@ -44,6 +43,8 @@ class Answers:
     instruction: str = ""
     description: str = ""
     copy_adapter: bool = True
+    fine_tuned: str = ""
+    """A whole model, in the place of the adapter."""
     typed_seeds: tuple[str, ...] = ()
     """Prompts typed in a terminal, instead of a file."""
 
@@ -106,7 +107,7 @@ def create(root: Path, name: str, given: Answers) -> Transfer:
 def missing(given: Answers) -> list[str]:
     """Flags without which no folder can be written."""
     tuned = given.adapter or given.fine_tuned
-    needed = {"--adapter or --fine-tuned": tuned, "--target": given.target, "--template": given.template}
+    needed = {"--adapter": tuned, "--target": given.target, "--template": given.template}
     return [flag for flag, value in {**needed, "--seeds": given.seeds or given.typed_seeds}.items() if not value]
 
 
