@@ -129,7 +129,7 @@ class TestModels:
             ({"model_type": "vit"}, "doesn't load model_type 'vit'"),
             ({"model_type": "llava"}, "doesn't load model_type 'llava'"),
             ({"model_type": "llama99"}, "'llama99' is unknown to transformers 5."),
-            ({"model_type": None}, "None is unknown to transformers"),
+            ({"model_type": None}, "names no model_type"),
             (
                 {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "modeling.Mine"}},
                 "code of its own (modeling.Mine)",

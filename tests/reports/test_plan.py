@@ -28,11 +28,13 @@ from tuneshift_dag.store.tables import DISTILLED_MODELS, STEPS
 Edit = Callable[[str, Any], None]
 # Small, and of a size that is known exactly.
 CONFIG = {
+    "model_type": "llama",
     "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 1000, "tie_word_embeddings": True,
 }  # fmt: skip
 # The layers of Llama 3.1 8B, which has 32 of them: 218 million parameters each.
 LARGE = {
+    "model_type": "llama",
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
     "vocab_size": 128256, "tie_word_embeddings": False,
 }  # fmt: skip

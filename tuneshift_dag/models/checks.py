@@ -120,6 +120,8 @@ def check_architecture(file: Path, key: str) -> None:
             f"{key}: {file}: model_type {kind!r} needs code of its own ({code}), and code that comes with a model is"
             f" never run. Name a model that transformers {installed} has the code of."
         )
+    elif not kind:
+        raise TuneshiftError(f"{key}: {file} names no model_type. Take config.json from where the model is from.")
     else:
         raise TuneshiftError(
             f"{key}: {file}: model_type {kind!r} is unknown to transformers {installed}, which is installed. A newer"
