@@ -76,7 +76,7 @@ def overlong(transfer: Transfer) -> Callable[[str], bool]:
 
 
 def check_examples(transfer: Transfer) -> None:
-    """Raise `TuneshiftError`, naming file and line, when a seed or held-out prompt leaves no reader for a response, or
+    """Raise `TuneshiftError`, naming file and line, when a seed or held-out prompt leaves no room for a response, or
     naming the key when the seeds of a generator call leave none for its answer."""
     config, generator = transfer.config, transfer.config.generator
     held_out = [prompt for prompt, _ in transfer.heldout]
