@@ -1,6 +1,8 @@
 """A whole fine-tuned model in the place of an adapter: the merged adapter gives the same pairs, also when the two
 models take turns in memory."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,15 @@ def test_models_that_take_turns_are_loaded_at_most_twice(
     again = Cost()
     assert_same(pairs(engine, store, again), expected)
     assert (again.model_calls, len(loads)) == (0, 3)
+
+
+def test_a_model_of_another_vocabulary_is_refused(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "merged", tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    saved = json.loads(file.read_text("utf-8"))
+    vocabulary = saved["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(saved), "utf-8")
+    other = resolve_model("other", tmp_path, "m")
+    engine = LocalEngine(resolve_model("base", home, "b"), None, "none", "float32", fine_tuned=other)
+    assert "2 tokens, such as 'a', have other ids" in engine.check_adapter(PROMPTS).problems[0]

@@ -118,6 +118,7 @@ def quantized_in_use(transfers: Sequence[Transfer]) -> set[str]:
         models, dtype = transfer.config.models, transfer.config.models.compute_dtype
         loaded = {
             ("source.base", models.quantization),
+            ("source.fine_tuned", models.quantization),
             ("generator.model", transfer.config.generator_quantization),
             ("target.base", models.quantization),
             ("target.base", transfer.config.distill.quantization),

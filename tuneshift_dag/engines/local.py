@@ -187,13 +187,26 @@ class LocalEngine(Engine):
                 logits[side] = self._loop.next_logits(model, self._loop.prefill(model, prompts))
         update_norm = _update_norm(self._model("fine_tuned")) if self.adapter else None
         difference = float((logits["base"] - logits["fine_tuned"]).abs().max())
-        problems = self.check_answers(prompts[:2])
+        problems = self._unlike_tokens() or self.check_answers(prompts[:2])
         if difference == 0:
             why = " (the adapter's weights are zero)" if update_norm == 0 else ""
             problems.append(f"the base and the fine-tuned model give equal logits on every seed{why}")
         surest = (float(logits[side].log_softmax(1).max(1).values.mean()) for side in SIDES)
         warnings = AdapterCheck.confidence_warnings("the first token", *surest)
         return AdapterCheck(problems, warnings, difference, update_norm)
+
+    def _unlike_tokens(self) -> list[str]:
+        """A problem when base and fine-tuned model know tokens by other ids: each reads what the other has written."""
+        if self.fine_tuned is None:
+            return []
+        own, tuned = load_tokenizer(self.base).get_vocab(), self.tokenizer.get_vocab()
+        unlike = sorted(token for token, number in own.items() if tuned.get(token, number) != number)
+        if not unlike:
+            return []
+        return [
+            f"{len(unlike)} tokens, such as {unlike[0]!r}, have other ids in source.base than in source.fine_tuned, so"
+            " the two can't score each other's responses: name the base that the model was tuned from"
+        ]
 
     def generate(
         self, prompts: Sequence[list[int]], side: Side, decoding: Decoding, seeds: Sequence[int] | None = None

@@ -91,12 +91,14 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         if generator.server is None:
             writer, chat = self.generator(transfer), generator.mode == "chat"
             requests = [writer.render_chat(prompt) for prompt in prompts] if chat else prompts
-            _check_answers(writer, [writer.encode(request, templated=chat) for request in requests], "generator.model")
+            if generator.model != transfer.config.target.base:  # which is tried below
+                asked = [writer.encode(request, templated=chat) for request in requests]
+                _check_answers(writer, asked, "generator.model")
         with tempfile.TemporaryDirectory() as home:
             folder = Path(home) / "adapter"
             self.distill(transfer.with_one_step(), list(pairs), folder, lambda step, total, loss: None)
-            target, asked = self.target(transfer, folder), transfer.config.target_format
-            _check_answers(target, [target.prompt_ids(prompt, asked) for prompt in prompts], "target.base")
+            target, format = self.target(transfer, folder), transfer.config.target_format
+            _check_answers(target, [target.prompt_ids(prompt, format) for prompt in prompts], "target.base")
         self.release()
         note.parent.mkdir(parents=True, exist_ok=True)
         note.touch()
