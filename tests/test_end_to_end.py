@@ -79,9 +79,9 @@ def test_a_small_transfer_of_the_packaged_models(tmp_path: Path) -> None:
 
 
 def check_export(store: Store, folder: Path, out: Path) -> None:
-    """The exported adapter works on the plain target with nothing of ours."""
+    """The exported adapter works on the plain target with nothing of ours, and the merged model alone gives the same."""
     transfer = load_transfer(folder)
-    export(store, transfer, out)
+    export(store, transfer, out, merged=True)
     files = resolve_model(transfer.config.target.base, folder, "target.base")
     base = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(base, out / "adapter")
@@ -90,7 +90,11 @@ def check_export(store: Store, folder: Path, out: Path) -> None:
         tuned = model(ids).logits
         with model.disable_adapter():
             plain = model(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.bfloat16)(ids).logits
     assert (tuned - plain).abs().max() > 0
+    # To what bfloat16 rounds: the weights' sum here, the layer's there.
+    assert (merged - tuned).abs().mean() < 0.1 * (tuned - plain).abs().mean()
+    assert "convert_hf_to_gguf.py" in (out / "merged" / "README.md").read_text()
     rows = pl.read_parquet(out / "dataset.parquet")
     chats = [json.loads(line) for line in (out / "dataset.jsonl").read_text().splitlines()]
     assert len(rows) == len(chats) == report(store, transfer)["model"]["pairs"]

@@ -18,6 +18,12 @@ from tuneshift_dag.reports import arm_tasks, by_way, conclusion, describe_filter
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import content_version
 
+_GGUF = """
+## Files
+
+The adapter is merged into its base here: `AutoModelForCausalLM.from_pretrained` loads this folder, and llama.cpp's
+`python convert_hf_to_gguf.py FOLDER --outfile model.gguf` turns it into GGUF.
+"""
 _WRITTEN = ("adapter", "merged", "dataset.jsonl", "dataset.parquet", "README.md")
 
 
@@ -53,7 +59,7 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
             (made / "adapter" / "README.md").write_text(card, "utf-8")
             if merged:
                 _write_merged(transfer, made / "adapter", made / "merged")
-                (made / "merged" / "README.md").write_text(card.replace("peft", "transformers", 1), "utf-8")
+                (made / "merged" / "README.md").write_text(card.replace("peft", "transformers", 1) + _GGUF, "utf-8")
             _write_chat(pairs, transfer.config.source_format, made / "dataset.jsonl")
             pairs.write_parquet(made / "dataset.parquet")
             (made / "README.md").write_text(_dataset_card(transfer, figures, pairs), "utf-8")
