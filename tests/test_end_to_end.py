@@ -79,7 +79,7 @@ def test_a_small_transfer_of_the_packaged_models(tmp_path: Path) -> None:
 
 
 def check_export(store: Store, folder: Path, out: Path) -> None:
-    """The exported adapter works on the plain target with nothing of ours, and the merged model alone gives the same."""
+    """The exported adapter works on the plain target with nothing of ours; the merged model alone gives the same."""
     transfer = load_transfer(folder)
     export(store, transfer, out, merged=True)
     files = resolve_model(transfer.config.target.base, folder, "target.base")
