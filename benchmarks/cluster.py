@@ -30,7 +30,7 @@ class TimedEngine(LocalEngine):
     log: str
 
     def pairs(self, prompts: Any, known: Any, decoding: Any) -> Iterator[Any]:
-        if self._model is None:
+        if not self._loaded:
             list(super().pairs(prompts[:1], [{}], decoding))
         started = time.time()
         yield from super().pairs(prompts, known, decoding)

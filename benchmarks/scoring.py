@@ -14,6 +14,7 @@ from benchmarks.common import GREEDY, REPETITIONS, interleaved, prompts, ratio, 
 from tuneshift_dag.engines import decoding as loop
 from tuneshift_dag.engines.kv_cache import KVDtype
 from tuneshift_dag.engines.local import LocalEngine
+from tuneshift_dag.engines.rows import Rows
 
 BATCH = 32
 
@@ -21,6 +22,10 @@ BATCH = 32
 def _engine(batch_size: int = BATCH, kv_cache_dtype: KVDtype = "auto") -> LocalEngine:
     base, adapter = source_files()
     return LocalEngine(base, adapter, "nf4", "bfloat16", batch_size, kv_cache_dtype=kv_cache_dtype)
+
+
+def _rows(engine: LocalEngine, batch: int) -> Rows:
+    return Rows(engine.tokenizer, engine.ends, batch, GREEDY)
 
 
 def _score(engine: LocalEngine, texts: list[str]) -> list[tuple[float, ...]]:
@@ -113,13 +118,13 @@ def fraction_of_limit() -> dict[str, Any]:
         tokens = sum(map(len, ids))
         # The base side decodes to the limit, so every step has the whole batch.
         with engine.side("base") as model:
-            loop.decode(model, engine.tokenizer, loop.prefill(model, ids), GREEDY)
+            loop.decode(model, _rows(engine, batch), loop.prefill(model, ids), GREEDY)
             rates = {"prefill": [], "decode": []}
             for _ in range(5):
                 started = time.perf_counter()
                 prefix = loop.prefill(model, ids)
                 middle = time.perf_counter()
-                responses = loop.decode(model, engine.tokenizer, prefix, GREEDY)
+                responses = loop.decode(model, _rows(engine, batch), prefix, GREEDY)
                 rates["prefill"].append(tokens / (middle - started))
                 rates["decode"].append(sum(len(r.token_ids) - 1 for r in responses) / (time.perf_counter() - middle))
         step_bytes = body / 2 + head * 2 + batch * (tokens / batch + 12) * _kv_bytes(config)
