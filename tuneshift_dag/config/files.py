@@ -29,7 +29,7 @@ from tuneshift_dag.config.examples import (
 from tuneshift_dag.config.schema import Evaluation, TransferConfig
 from tuneshift_dag.method.evaluation import expected_number
 from tuneshift_dag.models import references
-from tuneshift_dag.models.checks import check_adapter_folder, tokens_without_row
+from tuneshift_dag.models.checks import adapter_config, has_tokenizer, tokens_without_row
 from tuneshift_dag.models.references import Kind, check_reference, hub_id_of, is_on_hub
 
 # Schemas and catalogs that there are in every database of ours (its file is tuneshift.duckdb).
@@ -268,7 +268,7 @@ def _check_tokens(config: TransferConfig, folder: Path, texts: dict[str, list[st
     """Refuse an example, of the ``texts`` by file, with a token that a model that is here has no embedding of."""
     found = _references(config)
     adapters = [(folder / reference).expanduser() for reference, kind in found.values() if kind == "adapter"]
-    if any((path / name).is_file() for path in adapters for name in ("tokenizer.json", "tokenizer.model")):
+    if any(map(has_tokenizer, adapters)):
         del found["source.base"]  # the adapter has a tokenizer of its own, and may have its embeddings
     for key, (reference, kind) in found.items():
         file = None if kind == "adapter" else references.known_config(reference, folder, key)
@@ -283,7 +283,7 @@ def _check_tokens(config: TransferConfig, folder: Path, texts: dict[str, list[st
 
 def _check_base_of_adapter(adapter: str, base: str, folder: Path, key: str) -> None:
     path = (folder / adapter).expanduser()
-    named = check_adapter_folder(path, key).get("base_model_name_or_path")
+    named = adapter_config(path, key).get("base_model_name_or_path")
     if named and not is_same_base(str(named), base):
         raise TuneshiftError(
             f"{key}: {path / 'adapter_config.json'} was trained on the base model {named!r}, but source.base is"

@@ -23,11 +23,11 @@ from tuneshift_dag.engines.rows import Rows
 from tuneshift_dag.method import SIDES, AdapterCheck, Decoding, Engine, Pair, PromptFormat, Response, Side
 from tuneshift_dag.models import memory
 from tuneshift_dag.models.capabilities import check_finite, end_ids, has_own_loop, start_ids
+from tuneshift_dag.models.checks import has_tokenizer
 from tuneshift_dag.models.loading import (
     DeviceMap,
     Quantization,
     dtype_name,
-    has_tokenizer,
     load_for_inference,
     load_tokenizer,
     pack,
@@ -80,10 +80,13 @@ class LocalEngine(Engine):
     @property
     def tokenizer(self) -> Any:
         """That of the fine-tuned side, which may have learned tokens of its own; else the base's."""
-        if self.fine_tuned is not None:
-            return load_tokenizer(self.fine_tuned)
+        return load_tokenizer(self._own_tokenizer or self.base)
+
+    @property
+    def _own_tokenizer(self) -> ModelFiles | None:
+        """What holds a tokenizer of the fine-tuned side's own."""
         own = self.adapter is not None and has_tokenizer(self.adapter.path)
-        return load_tokenizer(self.adapter if self.adapter and own else self.base)
+        return self.fine_tuned or (self.adapter if own else None)
 
     @property
     def model(self) -> Any:
@@ -116,7 +119,7 @@ class LocalEngine(Engine):
         memory.keep_few_kernels()
         dtype = getattr(torch, self.compute_dtype)
         how = (self.quantization, dtype, self.device_map)
-        model = load_for_inference(files, self.adapter, *how, least_tokens=self._vocabulary())
+        model = load_for_inference(files, self.adapter, *how, len(self.tokenizer) if self._own_tokenizer else 0)
         pack(model)
         with own_loop.contiguous_head(model):
             check_finite(model)
@@ -127,17 +130,10 @@ class LocalEngine(Engine):
         memory.drop_file_pages(quantized_dir())
         return model
 
-    def _vocabulary(self) -> int:
-        """How many tokens the fine-tuned side has learned to use; 0 if they are the base's."""
-        learned = self.fine_tuned is not None or (self.adapter is not None and has_tokenizer(self.adapter.path))
-        return len(self.tokenizer) if learned else 0
-
     @cached_property
     def ends(self) -> frozenset[int]:
         """The tokens that end a response."""
-        return end_ids(self.tokenizer, self.base.path) | (
-            end_ids(self.tokenizer, self.fine_tuned.path) if self.fine_tuned else frozenset()
-        )
+        return end_ids(self.tokenizer, *{self._files(side).path for side in SIDES})
 
     def fingerprint(self, side: Side) -> str:
         parts = [_ENGINE_VERSION, self._files(side).fingerprint, self.quantization, self.compute_dtype]

@@ -62,17 +62,23 @@ def start_ids(tokenizer: Any) -> list[int]:
     return list(tokenizer("").input_ids) or [start]
 
 
-def end_ids(tokenizer: Any, folder: Path) -> frozenset[int]:
-    """Tokens that end a response: the tokenizer's, those of the model's ``generation_config.json`` and ``config.json``,
-    and the one that ends a turn in the chat template."""
-    found = {tokenizer.eos_token_id, turn_end(tokenizer)}
+def end_ids(tokenizer: Any, *folders: Path) -> frozenset[int]:
+    """Tokens that end a response: the tokenizer's, those of the models' settings, and the one that ends a turn in the
+    chat template."""
+    named = {tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
+    return frozenset(named.union(*map(settings_end_ids, folders)))
+
+
+def settings_end_ids(folder: Path) -> list[int]:
+    """The end tokens that a model's ``generation_config.json`` and then its ``config.json`` name."""
+    found: list[Any] = []
     for name in ("generation_config.json", "config.json"):
         file = folder / name
         settings = json.loads(file.read_text("utf-8")) if file.is_file() else {}
         for part in (settings, settings.get("text_config") or {}):
             ids = part.get("eos_token_id")
-            found |= set(ids) if isinstance(ids, list) else {ids}
-    return frozenset(i for i in found if isinstance(i, int))
+            found += ids if isinstance(ids, list) else [ids]
+    return [i for i in found if isinstance(i, int)]
 
 
 def turn_end(tokenizer: Any) -> int | None:

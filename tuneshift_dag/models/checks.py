@@ -214,6 +214,11 @@ def tensors_of(file: Path, key: str) -> tuple[int, dict[str, Any]]:
     return 8 + length, {name: tensor for name, tensor in header.items() if name != "__metadata__"}
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether an adapter's folder holds the tokenizer that it was trained with."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 def tokens_without_row(folder: Path) -> dict[str, int]:
     """Tokens that were added to a model's tokenizer, but not to its embeddings, which have no row of their number."""
     config_file, tokenizer = folder / "config.json", folder / "tokenizer.json"

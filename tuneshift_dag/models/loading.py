@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.models import memory
-from tuneshift_dag.models.capabilities import attention_of, experts_bytes
+from tuneshift_dag.models.capabilities import attention_of, experts_bytes, settings_end_ids
 from tuneshift_dag.models.checks import adapter_config, tokens_without_row
 from tuneshift_dag.models.references import ModelFiles, quantized_copy
 
@@ -77,11 +77,8 @@ def _without(tokenizer: Tokenizer, tokens: list[str], folder: Path) -> Tokenizer
 
 def _end_of_model(tokenizer: Tokenizer, files: ModelFiles) -> str:
     """The token that ends a text as the model's settings name it."""
-    for name in ("generation_config.json", "config.json"):
-        file = files.path / name
-        ids = json.loads(file.read_text("utf-8")).get("eos_token_id") if file.is_file() else None
-        if ids not in (None, []):
-            return str(tokenizer.convert_ids_to_tokens(ids[0] if isinstance(ids, list) else ids))
+    for number in settings_end_ids(files.path):
+        return str(tokenizer.convert_ids_to_tokens(number))
     raise TuneshiftError(
         f"{files.reference}: neither its tokenizer nor generation_config.json says which token ends a text. Set"
         f" eos_token in {files.path / 'tokenizer_config.json'}."
@@ -95,11 +92,6 @@ def dtype_name(setting: str) -> str:
     # A GPU without bfloat16 emulates it, in float32's time.
     emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
     return "float16" if emulated else "bfloat16"
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether an adapter's folder holds the tokenizer that it was trained with."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def load_for_inference(

@@ -71,9 +71,15 @@ def continuation_ids(tokenizer: Any, text: str) -> list[int]:
 
 def response_text(tokenizer: Any, ids: list[int]) -> str:
     """The text of a response as it continues its prompt, with the space that it begins with if it does."""
-    before = list(_plain(tokenizer, "a"))
-    text = str(tokenizer.decode([*before, *ids], skip_special_tokens=True))
-    return text[len(tokenizer.decode(before, skip_special_tokens=True)) :]
+    before, length = _before(tokenizer)
+    return str(tokenizer.decode([*before, *ids], skip_special_tokens=True))[length:]
+
+
+@lru_cache(maxsize=4)
+def _before(tokenizer: Any) -> tuple[tuple[int, ...], int]:
+    """A text that a response may continue, and its length once decoded."""
+    ids = tuple(_plain(tokenizer, "a"))
+    return ids, len(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def _with_names_as_text(tokenizer: Any, format: PromptFormat, prompt: str, text: str) -> list[int]:
