@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.common import TRANSFER, ratio, spread, target_files
 from tuneshift_dag.models.loading import load_for_training, load_tokenizer
 from tuneshift_dag.training.batches import TokenizedExample, collate, length_bucketed_batches, losses, tokenize_example
-from tuneshift_dag.training.loop import LoraTraining, add_lora, cosine_with_warmup, evaluate_loss, train
+from tuneshift_dag.training.loop import LoraTraining, cosine_with_warmup, evaluate_loss, train
+from tuneshift_dag.training.lora import add_lora
 
 PAIRS, BATCH, REPETITIONS = 48, 16, 5
 SETTINGS = LoraTraining(batch_size=BATCH, epochs=2, validation_fraction=0.0, warmup_ratio=0.05)

@@ -28,6 +28,7 @@ from tuneshift_dag import cli, definitions, runner
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.home import database_file
+from tuneshift_dag.method.evaluation import general_texts
 from tuneshift_dag.models import encoder
 from tuneshift_dag.runner import Runner, RunResult
 from tuneshift_dag.store import Store
@@ -48,6 +49,14 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESHIFT_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TUNESHIFT_TRANSFERS", str(tmp_path / "transfers"))
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home" / "dagster"))
+
+
+@pytest.fixture(autouse=True)
+def little_general_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One text of each kind: fakes score characters, and tiny models would take seconds for all of it."""
+    little = {kind: texts[:1] for kind, texts in general_texts().items()}
+    monkeypatch.setattr("tuneshift_dag.assets.retention.general_texts", lambda: little)
+    monkeypatch.setattr("tuneshift_dag.assets.retention.sampled_texts", lambda: little["prose"])
 
 
 @pytest.fixture
@@ -78,6 +87,7 @@ def make_transfer_folder(root: Path, name: str = "banking") -> Path:
                 "generator": {"model": "models/tiny-base", "calls_per_round": 3, "seeds_per_call": 2},
                 "prompt_template": "Query: {prompt}\nIntent:",
                 "rounds": 2,
+                "distill": {"retain": {"texts": 6}},
                 # It would load a sentence encoder; tests/resources/test_encoder.py does.
                 "diversity_map": False,
             }

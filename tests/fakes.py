@@ -10,12 +10,13 @@ intent or another one.
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.method import AdapterCheck, Decoding, Engine, Pair, PromptFormat, Response, Side
+from tuneshift_dag.method import AdapterCheck, Decoding, Engine, Pair, PromptFormat, Response, Side, Target
 from tuneshift_dag.resources import EngineResource
 
 EOS = 0
@@ -35,7 +36,7 @@ CONFIDENT_PAIR = {
 _SYLLABLES = ["ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "zu"]
 
 
-class FakeEngine(Engine):
+class FakeEngine(Engine, Target):
     """Both protocols of `tuneshift_dag.method`.
 
     ``answered`` and ``scored`` record the work done: (side, prompt) of every response that was generated
@@ -66,6 +67,7 @@ class FakeEngine(Engine):
         self.base = base or name
         self.batch_size = batch_size
         self.items = items
+        self.scale = 1.0
         self.fail_after = fail_after
         self.on_batch = on_batch
         self.check = check or AdapterCheck([], [], largest_logit_difference=1.0, delta_norm=1.0)
@@ -73,7 +75,7 @@ class FakeEngine(Engine):
         self.scored: list[tuple[Side, str]] = []
 
     def fingerprint(self, side: Side) -> str:
-        return f"{self.base if side == 'base' else self.name}|{side}"
+        return f"{self.base if side == 'base' else f'{self.name}, {self.scale:g}'}|{side}"
 
     def encode(self, text: str, templated: bool = False) -> list[int]:
         return [ord(character) for character in text]
@@ -86,6 +88,14 @@ class FakeEngine(Engine):
         if format.template is None:
             before, after = f"<system>{format.system}</system><user>" if format.system else "<user>", "</user>"
         return self.encode(f"{before}{prompt}{after}")
+
+    def opening(self, format: PromptFormat | None) -> list[int]:
+        return self.encode("<s>" if format is None else "<s><user>")
+
+    def scaled(self, scale: float) -> "FakeEngine":
+        other = copy(self)
+        other.scale = scale
+        return other
 
     def check_adapter(self, prompts: Sequence[list[int]]) -> AdapterCheck:
         return self.check
@@ -184,6 +194,9 @@ class FakeModels:
         self.generator = generator or FakeEngine("generator")
         self.targets: dict[str, FakeEngine] = {}
         self.trained: list[list[tuple[str, str]]] = []
+        self.texts: list[list[list[int]]] = []
+        """What each training was held to."""
+        self.target_kind = FakeEngine
         self.memory: list[str] = []
         """What came into memory and was released, as far as the engines were told to note it."""
         self.task_runs: list[tuple[str, str, Side]] = []
@@ -210,7 +223,7 @@ class FakeModels:
 
             def target(self, transfer: Transfer, adapter: Path | None = None) -> FakeEngine:
                 name = f"target|{adapter.name if adapter else ''}"
-                return models.targets.setdefault(name, FakeEngine(name, base="target|"))
+                return models.targets.setdefault(name, models.target_kind(name, base="target|"))
 
             def check_chain(self, transfer: Transfer, pairs: Any) -> None:
                 """They are right."""
@@ -218,8 +231,11 @@ class FakeModels:
             def harness(self, transfer: Transfer) -> Any:
                 return FakeHarness(transfer, models)
 
-            def distill(self, transfer: Transfer, pairs: list[tuple[str, str]], folder: Path, on_step: Any) -> Any:
+            def distill(
+                self, transfer: Transfer, pairs: list[tuple[str, str]], texts: Any, folder: Path, on_step: Any
+            ) -> Any:
                 models.trained.append(pairs)
+                models.texts.append(texts)
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "adapter_model.safetensors").write_bytes(b"weights")
                 (folder / "adapter_config.json").write_text("{}")
@@ -227,6 +243,9 @@ class FakeModels:
                 return SimpleNamespace(
                     steps=[{"step": 1, "loss": 0.5, "learning_rate": 5e-4}],
                     epochs=[{"epoch": 1, "train_loss": 0.5, "validation_loss": 0.4}],
+                    kept_epoch=1,
+                    cut=0,
+                    left_out=0,
                     seconds=0.1,
                 )
 

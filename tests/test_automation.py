@@ -18,7 +18,7 @@ ROUND_ASSETS = ["synthetic_prompts", "scored_pairs", "filtered_dataset"]
 WHOLE_LOOP: list[Step] = [
     (ROUND_ASSETS, "round_01"),
     (ROUND_ASSETS, "round_02"),
-    (["threshold_report", "distilled_model", "evaluation"], None),
+    (["threshold_report", "rehearsal_set", "distilled_model", "evaluation"], None),
 ]
 
 

@@ -35,6 +35,7 @@ def test_a_small_transfer_of_the_packaged_models(tmp_path: Path) -> None:
             "generator.calls_per_round": 12,
             "response.samples": 2,
             "distill.epochs": 1,
+            "distill.retain": {"texts": 12},
             "models.workers": 1,  # the other core has tests of its own to run
             "rounds": 2,
             "diversity_map": False,

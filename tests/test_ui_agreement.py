@@ -18,7 +18,7 @@ from tests.ui.server import Server
 from tuneshift_dag.home import use_dagster_home
 from tuneshift_dag.store.records import ROUND_ASSETS, Records, place
 
-WHOLE = ["seed_set", "threshold_report", "distilled_model", "evaluation"]
+WHOLE = ["seed_set", "threshold_report", "rehearsal_set", "distilled_model", "evaluation"]
 FILTERS = {"filtered_dataset/round_01", "filtered_dataset/round_02"}
 SCORES = {"scored_pairs/round_01", "scored_pairs/round_02"}
 PROMPTS = {"synthetic_prompts/round_01", "synthetic_prompts/round_02"}
@@ -107,7 +107,7 @@ CHANGES: list[tuple[str, Change, set[str], bool]] = [
     ("training", setting("distill.rank", 8), {"distilled_model"}, True),
     ("adapter", another_adapter, {"seed_set", *SCORES, "evaluation"}, False),
     ("template", another_template, {"distilled_model"}, True),
-    ("weights", other_weights, {"seed_set", *PROMPTS, *SCORES, "distilled_model", "evaluation"}, True),
+    ("weights", other_weights, {"seed_set", *PROMPTS, *SCORES, "rehearsal_set", "distilled_model", "evaluation"}, True),
     (
         "seeds",
         lambda p: write_jsonl(p.folder / "seeds.jsonl", [{"prompt": "Where is it?"}, {"prompt": "Why twice?"}]),

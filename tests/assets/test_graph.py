@@ -33,6 +33,7 @@ WHOLE_RUN = [
     ("seed_set", None),
     *((asset, round_) for round_ in ("round_01", "round_02") for asset in ROUND_ASSETS),
     ("threshold_report", None),
+    ("rehearsal_set", None),
     ("distilled_model", None),
     ("evaluation", None),
 ]
@@ -82,6 +83,8 @@ class TestWholeRun:
             "seeds_still_kept": {True},
             "dataset_not_empty": {True},
             "every_round_read": {True},
+            "keeps_skill": {True},
+            "keeps_general_text": {True},
         }
 
     def test_a_second_run_does_nothing_and_its_report_says_so(self, project: Project) -> None:
@@ -124,6 +127,7 @@ class TestDefinitions:
             "banking/scored_pairs",
             "banking/filtered_dataset",
             "banking/threshold_report",
+            "banking/rehearsal_set",
             "banking/distilled_model",
             "banking/evaluation",
         }
@@ -561,6 +565,19 @@ class TestChecks:
         assert (evaluation.check_name, evaluation.passed) == ("adapter_applied", False)
         assert evaluation.severity == dg.AssetCheckSeverity.WARN
         assert evaluation.description == "the fine-tuned model isn't more confident"
+
+    def test_what_would_spoil_all_that_follows_blocks_it(self, project: Project) -> None:
+        graph = build_definitions([project.transfer], project.store.path).resolve_asset_graph()
+        blocking = {key.name for key in graph.asset_check_keys if graph.get_check_spec(key).blocking}
+        assert blocking == {"adapter_applied", "no_held_out_prompts", "finite_perplexities"}
+
+    def test_a_held_out_prompt_among_the_prompts_stops_the_round(self, project: Project, monkeypatch: Any) -> None:
+        leaked = dg.AssetCheckResult(passed=False, check_name="no_held_out_prompts", metadata={"leaked": ["x"]})
+        monkeypatch.setattr("tuneshift_dag.assets.synthetic_prompts._check_held_out", lambda *arguments: leaked)
+        project.materialize("seed_set")
+        result = project.materialize(*ROUND_ASSETS, round="round_01")
+        assert not result.success
+        assert project.rows("SELECT count(*) FROM scored_pairs") == [(0,)]
 
     def test_no_duplicate_prompts(self, project: Project) -> None:
         add_prompts(project, "round_01", "a first")

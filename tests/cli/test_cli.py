@@ -136,6 +136,7 @@ class TestReport:
             "scored_pairs",
             "filtered_dataset",
             "threshold_report",
+            "rehearsal_set",
             "distilled_model",
             "evaluation",
         }

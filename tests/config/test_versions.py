@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import make_transfer_folder, write_jsonl
 from tuneshift_dag.config.files import load_transfer
+from tuneshift_dag.config.schema import Retain
 from tuneshift_dag.config.versions import INPUTS, code_version, training_version
 from tuneshift_dag.models import encoder
 
@@ -19,8 +20,8 @@ Edit = Callable[[str, Any], None]
 PACKAGED = Path(__file__).parents[2] / "transfers"
 LOCAL_SERVER = {"base_url": "http://127.0.0.1:8000/v1"}
 SERVED = {"type": "openai", "server": LOCAL_SERVER, "base": {"model": "base"}, "fine_tuned": {"model": "skill"}}
-USES_MODELS = {"seed_set", "synthetic_prompts", "scored_pairs", "evaluation", "comparison"}
-USES_ADAPTER = USES_MODELS - {"synthetic_prompts"}
+USES_MODELS = {"seed_set", "synthetic_prompts", "scored_pairs", "rehearsal_set", "evaluation", "comparison"}
+USES_ADAPTER = USES_MODELS - {"synthetic_prompts", "rehearsal_set"}
 TRAINS = {"distilled_model", "comparison"}
 FILTERS = {"filtered_dataset", "threshold_report", "comparison"}
 
@@ -43,7 +44,7 @@ def changed(folder: Path, change: Callable[[], object]) -> set[str]:
     [
         ("description", "for people", set()),
         ("source.base", "models/copied-base", USES_ADAPTER),
-        ("target.base", "models/copied-base", {"evaluation", *TRAINS}),
+        ("target.base", "models/copied-base", {"rehearsal_set", "evaluation", *TRAINS}),
         ("generator.model", "models/copied-base", {"seed_set", "synthetic_prompts"}),
         ("generator.temperature", 0.5, {"seed_set", "synthetic_prompts"}),
         ("generator.format", "json", {"seed_set", "synthetic_prompts"}),
@@ -51,7 +52,7 @@ def changed(folder: Path, change: Callable[[], object]) -> set[str]:
         ("generator.calls_per_round", 4, {"seed_set", "synthetic_prompts", "filtered_dataset"}),
         ("generator.balance", "none", {"seed_set", "synthetic_prompts", "filtered_dataset"}),
         ("prompt_template", "Q: {prompt}", {"seed_set", "scored_pairs", "evaluation", *TRAINS}),
-        ("target.prompt", "chat", {"evaluation", *TRAINS}),
+        ("target.prompt", "chat", {"rehearsal_set", "evaluation", *TRAINS}),
         ("target.prompt", "Query: {prompt}\nIntent:", set()),
         ("engine", SERVED, {"seed_set", "scored_pairs", "evaluation", "comparison"}),
         ("models.quantization", "none", USES_MODELS),
@@ -64,12 +65,16 @@ def changed(folder: Path, change: Callable[[], object]) -> set[str]:
         ("rounds", 3, {"threshold_report", "diversity_map", *TRAINS}),
         ("target_pairs", 500, {"filtered_dataset"}),
         ("distill.epochs", 1, TRAINS),
+        ("distill.retain", {"weight": 0.5, "texts": 6}, TRAINS),
+        ("distill.keep", 1.05, {"evaluation"}),
+        ("evaluation.keeps_skill", 0.9, {"evaluation"}),
+        ("distill.retain", {"texts": 100}, {"rehearsal_set", *TRAINS}),
         ("distill.gradient_accumulation", 4, TRAINS),
         ("distill.gradient_checkpointing", True, TRAINS),
         ("distill.optimizer", "paged_adamw_8bit", TRAINS),
         ("evaluation.bootstrap_samples", 500, {"evaluation", "comparison"}),
         ("compare", {}, {"comparison"}),
-        ("seed", 1, {"seed_set", "synthetic_prompts", "filtered_dataset", *TRAINS}),
+        ("seed", 1, {"seed_set", "synthetic_prompts", "filtered_dataset", "rehearsal_set", *TRAINS}),
         # Defaults that are written down, and what changes no result.
         ("evaluation.metric", "exact_match", set()),
         ("generator.max_prompt_characters", 300, set()),
@@ -131,9 +136,10 @@ def test_a_prompt_format_counts_for_the_model_that_is_asked_so(transfer_folder: 
     assert respell("chat", template) == asked
     assert training_version(load_transfer(transfer_folder)) == trained
     assert respell({"format": "chat", "system": "Sort."}, template) == asked
-    assert respell({"format": "chat", "system": "Sort."}, "chat") == {"evaluation", *TRAINS}
+    assert respell({"format": "chat", "system": "Sort."}, "chat") == {"rehearsal_set", "evaluation", *TRAINS}
     assert respell({"format": "chat", "system": "Sort."}, None) == {"evaluation", *TRAINS}
-    assert respell({"format": "chat", "system": "Sort.", "arguments": {"a": 1}}, None) == asked | TRAINS
+    changed_template = respell({"format": "chat", "system": "Sort.", "arguments": {"a": 1}}, None)
+    assert changed_template == {"rehearsal_set"} | asked | TRAINS
 
 
 def test_samples_count_where_they_are_drawn_and_agreement_where_it_decides(
@@ -233,10 +239,13 @@ def test_two_transfers_of_the_same_content_have_the_same_versions(transfer_folde
 )
 def test_adapters_that_were_trained_by_version_0_1_are_found(name: str, balanced: str, plain: str) -> None:
     transfer = load_transfer(PACKAGED / name)
-    assert training_version(transfer) == balanced
-    distill = transfer.config.distill.model_copy(update={"balance": "none"})
-    unbalanced = replace(transfer, config=transfer.config.model_copy(update={"distill": distill}))
-    assert training_version(unbalanced) == plain
+
+    def version(**settings: Any) -> str:
+        distill = transfer.config.distill.model_copy(update={"retain": Retain(weight=0), **settings})
+        return training_version(replace(transfer, config=transfer.config.model_copy(update={"distill": distill})))
+
+    assert version() == balanced
+    assert version(balance="none") == plain
 
 
 def test_a_training_is_named_by_its_settings_alone(transfer_folder: Path, edit_config: Edit) -> None:
@@ -249,6 +258,7 @@ def test_a_training_is_named_by_its_settings_alone(transfer_folder: Path, edit_c
         **{"distill": distill, "target": {"base": "models/tiny-base"}, "prompt_template": "Query: {prompt}\nIntent:"},
         **{"seed": 0, "models.compute_dtype": "bfloat16"},
     }
+    edit_config("distill", {"retain": 0})
     before = hashlib.sha256(json.dumps([1, parts], sort_keys=True).encode()).hexdigest()[:12]
     assert training_version(load_transfer(transfer_folder)) == before
     for key, value in [("models.device_map", "single"), ("models.quantization", "none"), ("distill.processes", 4)]:

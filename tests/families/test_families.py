@@ -17,7 +17,8 @@ from tuneshift_dag.models.capabilities import OWN_LOOP, linear_layers
 from tuneshift_dag.models.loading import load_for_inference, load_for_training
 from tuneshift_dag.models.references import resolve_adapter, resolve_model
 from tuneshift_dag.training.batches import TokenizedExample
-from tuneshift_dag.training.loop import LoraTraining, add_lora, train
+from tuneshift_dag.training.loop import LoraTraining, train
+from tuneshift_dag.training.lora import add_lora
 
 # Of unequal lengths: the shorter ones are padded where a family's loop pads.
 PROMPTS = [[7, 9, 11, 13, 15, 17, 19, 21, 23], [40, 41, 42], [90, 80, 70, 60, 50]]
@@ -78,12 +79,12 @@ def log_likelihood(model: torch.nn.Module, prompt: list[int], response: list[int
 
 
 def test_a_target_of_this_family(engine: LocalEngine, tmp_path: Path) -> None:
-    settings = LoraTraining(rank=4, epochs=1, batch_size=2, learning_rate=1e-2, validation_fraction=0)
+    settings = LoraTraining(rank=4, epochs=1, batch_size=2, learning_rate=1e-2, validation_fraction=0, retain=0.3)
     model = add_lora(load_for_training(engine.base, "none", torch.float32), settings)
     towers = [n for n, p in model.named_parameters() if p.requires_grad and ("vision" in n or "audio" in n)]
     assert towers == []
     examples = [TokenizedExample(p, r) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-    curve = train(model, examples, settings)  # raises when an adapter tensor gets no gradient
+    curve = train(model, examples, settings, texts=PROMPTS)  # raises when an adapter tensor gets no gradient
     assert [math.isfinite(step["loss"]) for step in curve.steps] == [True, True]
     assert all(p.isfinite().all() for p in model.parameters() if p.requires_grad)
     model.save_pretrained(tmp_path / "adapter")

@@ -6,6 +6,7 @@ import yaml
 
 from tuneshift_dag.method.evaluation import (
     bootstrap_accuracy,
+    bootstrap_share,
     expected_number,
     flexible_number,
     general_texts,
@@ -123,11 +124,25 @@ def test_responses_are_marked_as_the_harness_marks_them() -> None:
             assert mark("numeric", response, answer) == tuple(marks), (response, answer)
 
 
-def test_the_text_is_twenty_different_paragraphs():
-    texts = general_texts()
-    assert len(set(texts)) == 20
-    assert all(len(text) > 100 for text in texts)
-    assert all(text == text.strip() for text in texts)
+def test_the_general_text_is_many_different_paragraphs_of_several_kinds_and_languages():
+    kinds = general_texts()
+    assert list(kinds) == ["prose", "explanation", "code", "dialogue", "everyday", "german", "spanish", "french"]
+    texts = [text for kind in kinds.values() for text in kind]
+    assert len(set(texts)) == len(texts) and min(map(len, kinds.values())) >= 15
+    assert all(len(text) > 100 and text == text.strip() for text in texts)
+    # A token of Gemma 3 is 3.9 bytes of it.
+    assert sum(len(text.encode()) for text in texts) > 100_000
+
+
+def test_a_share_is_of_the_other_model_s_accuracy_and_its_interval_is_paired():
+    theirs = [True] * 80 + [False] * 20
+    same = bootstrap_share(theirs, theirs, samples=2000, seed=0)
+    assert (same.value, same.low, same.high) == (1, 1, 1), "the same answers have no spread"
+    share = bootstrap_share([True] * 60 + [False] * 40, theirs, samples=5000, seed=0)
+    assert share.value == 0.75
+    # Of 80 answers that the other one has right, 60: 0.75 ± 1.96 · sqrt(0.75 · 0.25 / 80).
+    assert share.low == pytest.approx(0.655, abs=0.015) and share.high == pytest.approx(0.845, abs=0.015)
+    assert bootstrap_share([True] * 3, [False] * 3, samples=100, seed=0) is None
 
 
 def test_longer_texts_count_for_more():

@@ -1,5 +1,6 @@
 """A merged model answers as the base with its adapter does, loaded by plain transformers."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from tests.families.table import tiny_checkpoint, tiny_tokenizer
 from tests.families.test_families import random_lora
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.engines.local import LocalEngine
-from tuneshift_dag.method import Decoding
-from tuneshift_dag.models.merging import merge
+from tuneshift_dag.method import Decoding, Side
+from tuneshift_dag.models.merging import merge, scale_adapter
 from tuneshift_dag.models.references import resolve_adapter, resolve_model
 
 CHAT = "{% for m in messages %}<turn>{{ m['content'] }}<turn_end>{% endfor %}"
@@ -41,6 +42,27 @@ def test_plain_transformers_gives_the_same_answers(home: Path) -> None:
     with torch.inference_mode():
         found = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=8, do_sample=False)
     assert found[0, len(ids) :].tolist() == answer.token_ids
+
+
+def test_a_scale_in_the_weights_is_the_scale_that_was_measured(home: Path) -> None:
+    base, adapter = resolve_model("base", home, "b"), resolve_adapter("adapter", home, "a")
+    whole = LocalEngine(base, adapter, "none", "float32")
+    half = whole.scaled(0.5)
+    shutil.copytree(home / "adapter", home / "baked")
+    scale_adapter(home / "baked", 0.5)
+    baked = LocalEngine(base, resolve_adapter("baked", home, "a"), "none", "float32")
+    ids, answer = [whole.encode("Where is it?")], [[5, 9, 12]]
+
+    def scored(engine: LocalEngine, side: Side = "fine_tuned") -> float:
+        return next(iter(engine.score(ids, answer, side)))[0][1]
+
+    assert scored(half) == pytest.approx(scored(baked), abs=1e-5)
+    assert abs(scored(half) - scored(whole)) > 1e-3 and abs(scored(half) - scored(whole, "base")) > 1e-3
+    assert scored(half, "base") == scored(whole, "base")
+    assert half.model is whole.model, "it isn't loaded twice"
+    assert half.fingerprint("fine_tuned") != whole.fingerprint("fine_tuned")
+    assert whole.scaled(1.0).fingerprint("fine_tuned") == whole.fingerprint("fine_tuned")
+    assert half.fingerprint("base") == whole.fingerprint("base")
 
 
 def test_weights_in_4_bits_are_not_merged_into(home: Path) -> None:

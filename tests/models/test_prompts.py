@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.method import PromptFormat
-from tuneshift_dag.models.prompts import continuation_ids, end_id, prompt_ids, response_text
+from tuneshift_dag.models.prompts import continuation_ids, end_id, opening_ids, prompt_ids, response_text
 from tuneshift_dag.training.batches import tokenize_example
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -157,3 +157,12 @@ def test_a_response_in_a_chat_ends_as_the_model_s_turn_does() -> None:
     own = tokenizer("bytes")
     assert (end_id(own, Q), end_id(own, CHAT)) == (EOS, END)
     assert end_id(tokenizer("bytes", "{{ messages[0].content }}|{{ messages[-1].content }}"), CHAT) == EOS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_opening_is_a_chat_up_to_the_users_message(kind: str) -> None:
+    made = tokenizer(kind)
+    opening, whole = opening_ids(made, CHAT), prompt_ids(made, CHAT, "foo")
+    assert opening == whole[: len(opening)] and opening[0] == START
+    assert shown(made, opening).replace(" ", "") == "<|im_start|>user\n"
+    assert shown(made, whole[len(opening) :]).strip().startswith("foo")

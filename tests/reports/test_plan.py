@@ -53,6 +53,7 @@ STEPS_RECORDED = [
     ("synthetic_prompts", "round_02", 23.5, 320),
     ("scored_pairs", "round_01", 36.8, 1040),
     ("scored_pairs", "round_02", 26.0, 1240),
+    ("rehearsal_set", None, 30.0, 384),
     ("evaluation", None, 48.9, 924),
 ]
 AFTER_ROUNDS = ["distilled_model", "evaluation"]
@@ -261,7 +262,8 @@ class TestRecordedSpeeds:
         assert made["steps"]["synthetic_prompts"]["seconds"] > 0
         assert (made["steps"]["evaluation"]["seconds"], made["total_seconds"]) == (None, None)
         assert made["warnings"] == [
-            "No speed of scored_pairs, distilled_model, evaluation is recorded yet: `tuneshift run banking` records it."
+            "No speed of scored_pairs, rehearsal_set, distilled_model, evaluation is recorded yet: `tuneshift run"
+            " banking` records it."
         ]
 
     def test_without_any_the_memory_is_still_told(self, sized: Path) -> None:
@@ -276,7 +278,7 @@ class TestToDo:
     def test_of_a_new_transfer_is_everything(self, sized: Path) -> None:
         transfer = load_transfer(sized)
         rounds = [(asset, round_) for round_ in transfer.round_keys for asset in ROUND_ASSETS]
-        last = [("threshold_report", None), ("distilled_model", None), ("evaluation", None)]
+        last = [(name, None) for name in ("threshold_report", "rehearsal_set", "distilled_model", "evaluation")]
         assert plans.to_do(Store(database_file()), transfer, False) == [("seed_set", None), *rounds, *last]
 
     def test_of_a_finished_one_is_nothing_and_after_a_change_what_follows(
@@ -436,7 +438,7 @@ class TestMemory:
 
     def test_a_run_that_does_not_fit_this_machine(self, huge: Path) -> None:
         warnings = plans.run_warnings(load_transfer(huge))
-        assert [line.split()[0] for line in warnings] == list(plans.STEPS)
+        assert [line.split()[0] for line in warnings] == [step for step in plans.STEPS if step != "rehearsal_set"]
 
     def test_models_on_a_server_or_on_other_nodes_need_no_memory_here(self, huge: Path, edit_config: Edit) -> None:
         server = {"base_url": "http://127.0.0.1:8000/v1"}

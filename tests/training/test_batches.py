@@ -12,6 +12,7 @@ from tuneshift_dag.training.batches import (
     TokenizedExample,
     balanced_epochs,
     collate,
+    cut_to,
     length_bucketed_batches,
     losses,
     mean_cross_entropy,
@@ -102,3 +103,10 @@ def test_logits_far_apart_overflow_nowhere() -> None:
     logits = torch.tensor([[1e30, -1e30], [-1e30, 1e30]], requires_grad=True)
     mean_cross_entropy(logits, torch.tensor([0, 1])).backward()
     assert torch.equal(logits.grad, torch.zeros(2, 2))
+
+
+def test_a_response_is_cut_to_what_has_room_and_a_prompt_without_room_is_left_out() -> None:
+    example = TokenizedExample([1, 2, 3], [4, 5, 6])
+    assert cut_to(example, 6) is example
+    assert cut_to(example, 5) == TokenizedExample([1, 2, 3], [4, 5])
+    assert cut_to(example, 3) is None and cut_to(example, 2) is None

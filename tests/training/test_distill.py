@@ -15,6 +15,7 @@ from tuneshift_dag import TuneshiftError
 from tuneshift_dag.cli.doctor import examine
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import load_transfer
+from tuneshift_dag.config.schema import Retain
 from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.method import Side
 from tuneshift_dag.method.evaluation import Retention, general_texts, retention
@@ -115,7 +116,7 @@ def test_a_small_training_has_the_memory_for_itself_and_counts_every_response_to
         assert model() is None, "the source models have the memory"
         losses.append(loss)
 
-    curve = models.distill(transfer, pairs, tmp_path / "adapter", on_step)
+    curve = models.distill(transfer, pairs, None, tmp_path / "adapter", on_step)
     tokenizer: Any = load_tokenizer(resolve_model(transfer.config.target.base, transfer.folder, "target.base"))
     ids = [tokenizer(response, add_special_tokens=False).input_ids for _, response in pairs]
     assert curve.response_tokens == sum(len(tokens) + 1 for tokens in ids), "with the end of each"
@@ -128,10 +129,9 @@ def test_a_small_training_has_the_memory_for_itself_and_counts_every_response_to
 def test_an_overtrained_target_is_worse_at_general_text_and_its_base_is_not(
     transfer: Transfer, pairs: list[tuple[str, str]], tmp_path: Path
 ) -> None:
-    models, texts = EngineResource(), general_texts()[::3]
-    models.distill(
-        with_distill(transfer, epochs=10, learning_rate=3e-3), pairs[:4], tmp_path / "adapter", lambda *step: None
-    )
+    models, texts = EngineResource(), [kind[0] for kind in general_texts().values()]
+    overtrained = with_distill(transfer, epochs=10, learning_rate=3e-3, retain=Retain(weight=0))
+    models.distill(overtrained, pairs[:4], [], tmp_path / "adapter", lambda *step: None)
 
     def measured(engine: LocalEngine, side: Side) -> Retention:
         tokens = [engine.encode(text, templated=True) for text in texts]

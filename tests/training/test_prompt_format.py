@@ -13,7 +13,8 @@ from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.method.format_detection import best_fit, fits
 from tuneshift_dag.models.references import ModelFiles
 from tuneshift_dag.training.batches import tokenize_example
-from tuneshift_dag.training.loop import LoraTraining, add_lora, train
+from tuneshift_dag.training.loop import LoraTraining, train
+from tuneshift_dag.training.lora import add_lora
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

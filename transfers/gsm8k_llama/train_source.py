@@ -18,7 +18,8 @@ from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.models.loading import load_for_training, load_tokenizer
 from tuneshift_dag.models.references import resolve_model
 from tuneshift_dag.training.batches import tokenize_example
-from tuneshift_dag.training.loop import LoraTraining, add_lora, train
+from tuneshift_dag.training.loop import LoraTraining, train
+from tuneshift_dag.training.lora import add_lora
 
 HERE = Path(__file__).parent
 TRANSFER = load_transfer(HERE).config

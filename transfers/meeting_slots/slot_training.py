@@ -7,7 +7,8 @@ import torch
 from tuneshift_dag.models.loading import load_for_training
 from tuneshift_dag.models.references import ModelFiles
 from tuneshift_dag.training.batches import TokenizedExample
-from tuneshift_dag.training.loop import LoraTraining, add_lora, train
+from tuneshift_dag.training.loop import LoraTraining, train
+from tuneshift_dag.training.lora import add_lora
 
 
 def train_adapter(files: ModelFiles, examples: list[TokenizedExample], settings: LoraTraining, to: Path) -> None:

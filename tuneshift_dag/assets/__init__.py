@@ -10,6 +10,7 @@ from tuneshift_dag.assets.distilled_model import build_distilled_model
 from tuneshift_dag.assets.diversity_map import build_diversity_map
 from tuneshift_dag.assets.evaluation import build_evaluation
 from tuneshift_dag.assets.filtered_dataset import build_filtered_dataset
+from tuneshift_dag.assets.rehearsal_set import build_rehearsal_set
 from tuneshift_dag.assets.scored_pairs import build_scored_pairs
 from tuneshift_dag.assets.seed_set import build_round_seeds, build_seed_set
 from tuneshift_dag.assets.synthetic_prompts import build_synthetic_prompts
@@ -20,7 +21,7 @@ Assets = list[dg.AssetsDefinition | dg.AssetSpec]
 
 
 def build_assets(transfer: Transfer) -> Assets:
-    """All assets; ``evaluation`` needs a held-out file or tasks; two have a switch in ``transfer.yaml``."""
+    """All assets; ``evaluation`` needs a held-out file or tasks; three have a switch in ``transfer.yaml``."""
     assets: Assets = [
         build_seed_set(transfer),
         build_round_seeds(transfer),
@@ -30,6 +31,8 @@ def build_assets(transfer: Transfer) -> Assets:
         build_threshold_report(transfer),
         build_distilled_model(transfer),
     ]
+    if transfer.config.distill.retain.weight:
+        assets.append(build_rehearsal_set(transfer))
     if transfer.heldout or transfer.config.evaluation.tasks:
         assets.append(build_evaluation(transfer))
     if transfer.config.diversity_map:

@@ -15,7 +15,7 @@ import polars as pl
 from tqdm import tqdm
 
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.config.versions import INPUTS, code_version
+from tuneshift_dag.config.versions import code_version, inputs_of
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.method.filters import repetition_sql
 from tuneshift_dag.method.scoring import Cost
@@ -35,6 +35,8 @@ MODEL_POOL = os.environ.get("TUNESHIFT_MODEL_POOL") or "models"
 EVERY_ROUND = {
     "every_round_read": "It was made from all rounds. Dagster runs an unpartitioned asset also when some don't exist."
 }
+# Nothing below is materialized on what fails one of these.
+BLOCKING = ("adapter_applied", "no_held_out_prompts", "finite_perplexities")
 # What is said here and below it reaches Dagster's log while a step runs, and whoever else listens.
 LOG = logging.getLogger("tuneshift_dag")
 LOG.setLevel(logging.INFO)
@@ -73,8 +75,11 @@ def definition(
     own = key(transfer, asset)
     return {
         **shared(transfer, asset, table, *kinds),
-        "deps": [key(transfer, source) for source, _ in INPUTS[asset] if source != asset],
-        "check_specs": [dg.AssetCheckSpec(name, asset=own, description=d) for name, d in (checks or {}).items()],
+        "deps": [key(transfer, source) for source, _ in inputs_of(transfer, asset) if source != asset],
+        "check_specs": [
+            dg.AssetCheckSpec(name, asset=own, description=d, blocking=name in BLOCKING)
+            for name, d in (checks or {}).items()
+        ],
         "pool": MODEL_POOL if models else None,
         "code_version": code_version(transfer, asset),
     }

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from tuneshift_dag.assets.common import LOG, Context, Step, definition, example_rows, mean_repetition, step
 from tuneshift_dag.assets.distilled_model import trained_adapter
-from tuneshift_dag.assets.evaluation import Rows, answer_heldout, task_keys
+from tuneshift_dag.assets.evaluation import answer_heldout, task_keys
+from tuneshift_dag.assets.retention import Rows
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.method import PromptFormat, Scorer, Side
 from tuneshift_dag.method.evaluation import Interval, bootstrap_runs

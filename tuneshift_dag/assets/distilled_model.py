@@ -23,6 +23,7 @@ from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import DISTILLED_MODELS, TRAINING_EXAMPLES
 from tuneshift_dag.training import check_training
 
+_CURVE = ("steps", "epochs", "kept_epoch", "cut", "left_out")
 CHECKS = {"dataset_not_empty": "There are pairs to train on.", **EVERY_ROUND}
 
 
@@ -33,7 +34,9 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
     def distilled_model(context: Context, store: StoreResource, engines: EngineResource) -> dg.MaterializeResult:
         """A LoRA adapter for the target model, trained on (prompt, fine-tuned response) of every kept pair.
 
-        The loss is on the response tokens only. Adapters are kept by the hash of dataset, target and settings, so a
+        The loss is on the response tokens; in every step the target is also held to what it predicted before in some
+        texts of `rehearsal_set` (`distill.retain`), so that it forgets little. The adapter is that of the epoch with
+        the lowest loss on the pairs held back. Adapters are kept by the hash of dataset, target and settings, so a
         dataset that was trained on before is not trained on again.
         """
         with step(context, store.store(), transfer, "distilled_model") as current:
@@ -62,6 +65,7 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
             "path": dg.MetadataValue.path(str(current.store.absolute(row["path"]))),
             "training_seconds": row["seconds"],
             "final_losses": curve["epochs"][-1],
+            **{name: curve.get(name) for name in _CURVE[2:]},
             "training_curve": picture,
         }
         not_empty = dg.AssetCheckResult(passed=True, check_name="dataset_not_empty", metadata={"pairs": len(pairs)})
@@ -99,11 +103,13 @@ def trained_adapter(current: Step, engines: EngineResource, transfer: Transfer, 
     """
     dataset_version = content_version(pairs.select("prompt_id", "prompt", "response"))
     weights = engines.target_weights(transfer)
-    model_id = _model_id(transfer, dataset_version)
+    # Nothing without rehearsal: what was trained so before there was any is found again.
+    rehearsed = [current.records.version("rehearsal_set")] if transfer.config.distill.retain.weight else []
+    model_id = _model_id(transfer, dataset_version, *rehearsed)
     row = _find(current, model_id)
     if row is not None and row["target_weights"] not in (weights, None):
         # The folder, or the hub's branch, that target.base names holds another model by now.
-        model_id = _model_id(transfer, dataset_version, weights)
+        model_id = _model_id(transfer, dataset_version, *rehearsed, weights)
         row = _find(current, model_id)
     if row is not None:
         LOG.info(f"model {model_id} is already trained: nothing to do")
@@ -136,6 +142,11 @@ def _train(
 ) -> dict[str, Any]:
     """Train, and return the new row of ``distilled_models``, without the versions of what it was trained on."""
     check_training(transfer)
+    texts = []
+    if transfer.config.distill.retain.weight:
+        texts = current.read("SELECT token_ids FROM rehearsal_set")["token_ids"].to_list()
+        if not texts:
+            raise dg.Failure("There is no rehearsal_set: materialize it first, then this again.", allow_retries=False)
     folder = output_dir(transfer.name) / "models" / model_id
     progress = current.progress("training steps")
 
@@ -145,13 +156,13 @@ def _train(
             LOG.info(f"training: step {number}/{total}, loss {loss:.3f} nats per token")
 
     with current.cost.model_time():
-        curve = engines.distill(transfer, pairs.select("prompt", "response").rows(), folder, on_step)
+        curve = engines.distill(transfer, pairs.select("prompt", "response").rows(), texts, folder, on_step)
     return {
         "model_id": model_id,
         "pairs": len(pairs),
         "target": transfer.config.target.base,
         "settings": transfer.config.distill.model_dump_json(),
-        "curve": json.dumps({"steps": curve.steps, "epochs": curve.epochs}),
+        "curve": json.dumps({name: getattr(curve, name) for name in _CURVE}),
         "seconds": curve.seconds,
         "path": current.store.relative(folder),
         "created_at": now(),

@@ -1,97 +1,146 @@
 """``evaluation``: how much of the skill has moved, on the held-out file, and what the target forgot meanwhile."""
 
 import hashlib
+from dataclasses import dataclass, field
 from typing import Any
 
 import dagster as dg
 import polars as pl
 
-from tuneshift_dag.assets.common import LOG, Context, Step, definition, example_rows, step
+from tuneshift_dag.assets.common import LOG, Context, Step, definition, example_rows, step, warning_check
+from tuneshift_dag.assets.retention import Rows, chosen_scale, measure_retention, sampled_perplexity
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.method import Decoding, PromptFormat, Scorer, Side, scoring
-from tuneshift_dag.method.evaluation import bootstrap_accuracy, general_texts, mark, retention
+from tuneshift_dag.method import Decoding, PromptFormat, Scorer, Side, Target, scoring
+from tuneshift_dag.method.evaluation import SCALES, bootstrap_accuracy, mark
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.reports import plots
+from tuneshift_dag.reports.verdicts import verdicts
 from tuneshift_dag.resources import EngineResource, StoreResource
 from tuneshift_dag.store.records import content_version
-from tuneshift_dag.store.tables import ACCURACY, EVALUATIONS, RETENTION, TASK_SCORES
+from tuneshift_dag.store.tables import ACCURACY, EVALUATIONS, FRONTIER, RETENTION, RETENTION_BY_KIND, TASK_SCORES
 
-Rows = list[dict[str, Any]]
 Models = list[tuple[str, Scorer, Side]]
 """Name, engine and side of each model that is measured."""
+CHECKS = {
+    "keeps_skill": "The target has at least `evaluation.keeps_skill` of the source's held-out accuracy.",
+    "keeps_general_text": "Its perplexity of general text is at most `evaluation.keeps_general_text` times the base's.",
+}
 
 
 def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
-    @dg.asset(**definition(transfer, "evaluation", EVALUATIONS, "pytorch", models=True))
+    @dg.asset(**definition(transfer, "evaluation", EVALUATIONS, "pytorch", models=True, checks=CHECKS))
     def evaluation(context: Context, store: StoreResource, engines: EngineResource) -> dg.MaterializeResult:
         """Accuracy on `heldout.jsonl` of four models: source base and fine-tuned, target before and after.
 
         By `evaluation.metric`, of greedy responses, with 95 % bootstrap intervals. The held-out file is used here and
         nowhere else.
 
-        For the target also the perplexity of a small general text, before and after: what it forgot; and with
-        `evaluation.tasks` its scores on standard tasks.
+        For the target also the perplexity of a general text, before and after: what it forgot; both measures again for
+        parts of the adapter's update, of which `distill.keep` chooses one; and with `evaluation.tasks` its scores on
+        standard tasks.
         """
         with step(context, store.store(), transfer, "evaluation") as current:
             harness = engines.harness(transfer) if transfer.config.evaluation.tasks else None
-            sources, targets = _models(current, engines)
-            answers: Rows = []
-            accuracies: Rows = []
-            formats = (transfer.config.source_format, transfer.config.target_format)
-            for models, format in zip((sources, targets), formats, strict=True):
-                for name, engine, side in models:
-                    answered = answer_heldout(current, engine, side, name, format)
-                    answers += [{"model": name, **row} for row in answered]
-                    accuracies += [_accuracy(transfer, name, answered)] if answered else []
-            retained = [_retention(current, *model) for model in targets]
-            keys = task_keys(current, harness, targets)
-            table, accuracy, forgot = EVALUATIONS.frame(answers), ACCURACY.frame(accuracies), RETENTION.frame(retained)
+            measured = _Measured(current)
+            source, target = engines.source(transfer), _distilled(current, engines)
+            measured.answer("source_base", source, "base")
+            measured.answer("source_fine_tuned", source, "fine_tuned")
+            measured.answer("target_base", target, "base")
+            measured.retain("target_base", target, "base")
+            frontier = [measured.at_scale(target, scale) for scale in SCALES]
+            scale = chosen_scale(frontier, transfer.config.distill.keep)
+            frontier = [{**row, "chosen": row["scale"] == scale} for row in frontier]
+            chosen = target.scaled(scale)
+            measured.answer("target_distilled", chosen, "fine_tuned")
+            measured.retain("target_distilled", chosen, "fine_tuned")
+            keys = task_keys(current, harness, [("target_base", target, "base"), (_DISTILLED, chosen, "fine_tuned")])
+            table, accuracy = EVALUATIONS.frame(measured.answers), ACCURACY.frame(measured.accuracies)
+            forgot, kinds = RETENTION.frame(measured.retained), RETENTION_BY_KIND.frame(measured.kinds)
+            scales = FRONTIER.frame(frontier)
 
             def make_tasks_current(connection: Any) -> str:
                 connection.execute("UPDATE task_scores SET current = key IN (SELECT unnest(?))", [keys])
-                return content_version(accuracy, forgot, connection.sql(_TASK_SCORES).pl())
+                return content_version(accuracy, forgot, kinds, scales, connection.sql(_TASK_SCORES).pl())
 
-            tables = [(EVALUATIONS, table), (ACCURACY, accuracy), (RETENTION, forgot)]
-            current.write(tables, statements=make_tasks_current)
+            tables = [(EVALUATIONS, table), (ACCURACY, accuracy), (RETENTION, forgot), (RETENTION_BY_KIND, kinds)]
+            current.write([*tables, (FRONTIER, scales)], statements=make_tasks_current)
             tasks = current.read(_TASK_SCORES)
-            chart = current.picture("accuracy", plots.accuracy_bars(accuracies)) if accuracies else None
-        mistakes = table.filter((pl.col("model") == "target_distilled") & ~pl.col("correct"))
-        measured = [column for column in accuracy.columns if accuracy[column].null_count() == 0]
+            chart = current.picture("accuracy", plots.accuracy_bars(measured.accuracies)) if len(accuracy) else None
+            picture = current.picture("frontier", plots.frontier(frontier, transfer.config.evaluation))
+            kept = verdicts(measured.answers, measured.retained, transfer.config.evaluation, transfer.config.seed)
+        for verdict in kept:
+            LOG.info(verdict.words)
+        mistakes = table.filter((pl.col("model") == _DISTILLED) & ~pl.col("correct"))
+        columns = [column for column in accuracy.columns if accuracy[column].null_count() == 0]
         figures = {
-            **{row["model"]: row["value"] for row in accuracies},
-            **{f"{row['model']}_flexible": row.get("flexible") for row in accuracies},
-            "accuracy": example_rows(accuracy, measured),
-            **{f"{row['model']}_perplexity": row["perplexity"] for row in retained},
+            **{row["model"]: row["value"] for row in measured.accuracies},
+            **{f"{row['model']}_flexible": row.get("flexible") for row in measured.accuracies},
+            "accuracy": example_rows(accuracy, columns),
+            **{f"{row['model']}_perplexity": row["perplexity"] for row in measured.retained},
             "retention": example_rows(forgot, ["model", "perplexity", "bits_per_byte", "tokens"]),
+            "retention_by_kind": example_rows(kinds, ["kind", "model", "perplexity", "tokens"], len(kinds)),
+            "frontier": picture,
+            "adapter_scale": scale,
             "chart": chart,
             "tasks": example_rows(tasks, tasks.columns, len(tasks)) if len(tasks) else None,
             "mistakes": example_rows(mistakes, ["prompt", "expected", "response"]),
-            "source_prompt": str(formats[0]),
-            "target_prompt": str(formats[1]),
+            "source_prompt": str(transfer.config.source_format),
+            "target_prompt": str(transfer.config.target_format),
         }
-        return current.result(len(table), figures)
+        checks = [warning_check(v.name, "" if v.passed else v.words, verdict=v.words) for v in kept]
+        return current.result(len(table), figures, *checks)
 
     return evaluation
 
 
+_DISTILLED = "target_distilled"
 _TASK_SCORES = """
     SELECT model, task, metric, filter, value, stderr, n FROM task_scores WHERE current
     ORDER BY task, metric, filter, model
 """
 
 
-def _models(current: Step, engines: EngineResource) -> tuple[Models, Models]:
-    """Those of the source and those of the target, which must have been distilled."""
+def _distilled(current: Step, engines: EngineResource) -> Target:
+    """The target with its adapter. (Its base is the very one that the adapter is attached to: a second copy would only
+    take memory.)"""
     distilled = current.read("SELECT path FROM distilled_models WHERE current")
     if distilled.is_empty():
         raise dg.Failure("There is no distilled model: materialize distilled_model first.", allow_retries=False)
-    source = engines.source(current.transfer)
-    # Its base is the very one that the adapter is attached to: a second copy would only take memory.
-    target = engines.target(current.transfer, current.store.absolute(distilled["path"][0]))
-    return (
-        [("source_base", source, "base"), ("source_fine_tuned", source, "fine_tuned")],
-        [("target_base", target, "base"), ("target_distilled", target, "fine_tuned")],
-    )
+    return engines.target(current.transfer, current.store.absolute(distilled["path"][0]))
+
+
+@dataclass
+class _Measured:
+    """Rows of ``evaluations``, ``accuracy``, ``retention`` and ``retention_by_kind``, model by model."""
+
+    current: Step
+    answers: Rows = field(default_factory=list)
+    accuracies: Rows = field(default_factory=list)
+    retained: Rows = field(default_factory=list)
+    kinds: Rows = field(default_factory=list)
+
+    def answer(self, name: str, engine: Scorer, side: Side) -> None:
+        config = self.current.transfer.config
+        format = config.source_format if name.startswith("source") else config.target_format
+        answered = answer_heldout(self.current, engine, side, name, format)
+        self.answers += [{"model": name, **row} for row in answered]
+        self.accuracies += [_accuracy(self.current.transfer, name, answered)] if answered else []
+
+    def retain(self, name: str, engine: Target, side: Side) -> None:
+        row, kinds = measure_retention(self.current, engine, name, side)
+        self.retained.append(row)
+        self.kinds += kinds
+
+    def at_scale(self, target: Target, scale: float) -> dict[str, Any]:
+        """A row of ``frontier``, but for which one is chosen."""
+        name, transfer, scaled = f"adapter at {scale:g}", self.current.transfer, target.scaled(scale)
+        answered = answer_heldout(self.current, scaled, "fine_tuned", name, transfer.config.target_format)
+        accuracy = _accuracy(transfer, name, answered) if answered else {}
+        perplexity = sampled_perplexity(self.current, scaled, "fine_tuned")
+        ratio = perplexity / sampled_perplexity(self.current, target, "base")
+        LOG.info(f"{name}: general text {ratio:.3f} times the base's perplexity")
+        interval = {key: accuracy.get(key) for key in ("value", "low", "high")}
+        return {"scale": scale, **interval, "perplexity": perplexity, "ratio": ratio}
 
 
 def answer_heldout(current: Step, engine: Scorer, side: Side, name: str, format: PromptFormat) -> Rows:
@@ -127,16 +176,6 @@ def _accuracy(transfer: Transfer, name: str, answers: Rows) -> dict[str, Any]:
         loose = bootstrap_accuracy([row["correct_flexible"] for row in answers], *how)
         row |= {"flexible": loose.value, "flexible_low": loose.low, "flexible_high": loose.high}
     return row
-
-
-def _retention(current: Step, name: str, engine: Scorer, side: Side) -> dict[str, Any]:
-    """A row of the table ``retention``. The base is scored once, however often it is distilled: scores are cached."""
-    texts = general_texts()
-    tokens = [engine.encode(text, templated=True) for text in texts]
-    logprobs = scoring.score(engine, current.cache, tokens, side, current.cost)
-    found = retention(texts, tokens, logprobs)
-    LOG.info(f"{name}: perplexity of general text {found.perplexity:.2f}")
-    return {"model": name, **vars(found)}
 
 
 def task_keys(current: Step, harness: Any, models: Models) -> list[str]:

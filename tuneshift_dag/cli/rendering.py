@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 out = Console()
 err = Console(stderr=True)
 # What a run draws into its output folder, in the order to look at it.
-_PICTURES = ("perplexity_scatter", "kept_by_threshold", "diversity_map", "training_curve", "accuracy")
+_PICTURES = ("perplexity_scatter", "kept_by_threshold", "diversity_map", "training_curve", "accuracy", "frontier")
 
 
 def as_json(found: Any) -> None:
@@ -95,6 +95,8 @@ def report(figures: dict[str, Any]) -> None:
     if figures["retention"]:
         retained = [{"model": name, **row} for name, row in figures["retention"].items()]
         rows("General text, before and after the distillation", retained)
+    if figures["frontier"]:
+        rows("Skill and general text by scale of the adapter", [_by_scale(row) for row in figures["frontier"]])
     if figures["tasks"]:
         rows("Standard tasks, ± standard error", by_column(figures["tasks"], "model", _with_error))
     rows("Cost of the last run", [{"asset": asset, "seconds": value} for asset, value in figures["seconds"].items()])
@@ -102,6 +104,15 @@ def report(figures: dict[str, Any]) -> None:
         f"Last run: {figures['model_calls']} model calls for the dataset,"
         f" {figures['evaluation_calls']} for the evaluation; {figures['cache_hits']} answers from the cache."
     )
+    for verdict in figures["verdicts"]:
+        message(*(("ok", "green") if verdict["passed"] else ("look", "yellow")), verdict["words"], out)
+
+
+def _by_scale(row: dict[str, Any]) -> dict[str, str]:
+    """A row of the table ``frontier``."""
+    accuracy = "-" if row["value"] is None else f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+    cells = {"scale": f"{row['scale']:g}", "accuracy": accuracy, "general text": f"{row['ratio']:.3f} x the base's"}
+    return {**cells, "": "exported" if row["chosen"] else ""}
 
 
 def _with_error(score: dict[str, Any]) -> str:

@@ -89,7 +89,8 @@ class Transfer:
         """The same transfer with a training of a few pairs in one step and one process."""
         changes = {"epochs": 1, "processes": 1, "gradient_accumulation": 1, "balance": "none"}
         distill = self.config.distill.model_copy(update=changes)
-        return replace(self, config=self.config.model_copy(update={"distill": distill}))
+        models = self.config.models.model_copy(update={"workers": 1})
+        return replace(self, config=self.config.model_copy(update={"distill": distill, "models": models}))
 
     def with_rounds(self, most: int) -> "Transfer":
         """The same transfer with at most this many rounds (1 or more)."""

@@ -155,6 +155,17 @@ def check_threshold(rule: Rule, threshold: float) -> None:
         raise ValueError(f"{impossible}no perplexity is below 1; use a value above 1 (the paper: 1.5)")
 
 
+class Retain(Section):
+    """Rehearsal: in every training step the target is also held to what it predicted before, in texts that it has
+    written itself. A number in the place of the section is its weight; 0 is off."""
+
+    weight: float = Field(1.0, ge=0, le=10)
+    """Weight of the divergence from the target without its adapter (KL, nats) beside the responses' loss."""
+    texts: int = Field(384, ge=2)
+    """Texts of up to 64 tokens that the target writes, once: for one that is asked in its chat format half of them are
+    answers to questions of its own."""
+
+
 class Distill(Section):
     """LoRA training of the target. The paper doesn't publish its values."""
 
@@ -168,6 +179,9 @@ class Distill(Section):
     learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
     epochs: int = Field(5, ge=1, description="Passes over the dataset.")
     batch_size: int = Field(16, ge=1, description="Pairs in one forward pass.")
+    max_length: int = Field(2048, ge=8, exclude_if=lambda value: value == 2048)
+    """Longest training example in tokens: a longer response is cut there, without its end token, and a pair whose
+    prompt alone reaches it is left out. How many were is said, and shown with `distilled_model`."""
     gradient_accumulation: int = Field(1, ge=1, exclude_if=lambda value: value == 1)
     """Forward passes in one optimizer step, so that it is on `batch_size` times as many pairs; its loss is the mean
     over all their tokens."""
@@ -183,6 +197,12 @@ class Distill(Section):
     """For tasks with a fixed set of answers `response` draws each epoch's pairs so that a response comes in proportion
     to the square root of its pairs, and over the epochs nearly every pair; one of a response with less than a quarter
     of the mean number of pairs is drawn as often as if there were that many. `none` takes every pair once."""
+    retain: Retain = Field(Retain(), exclude_if=lambda value: value.weight == 0)
+    """Keeps what the target knew."""
+    keep: float | None = Field(None, gt=0)
+    """The most that the perplexity of general text may become, as a multiple of the base's, such as 1.05: of the scales
+    of the adapter that keep it, the one with the best held-out accuracy is evaluated and exported. Nothing is trained
+    again. Without it, or when no scale keeps it, the adapter is taken as it was trained."""
     prompt_weight: float = Field(0.0, ge=0, le=1, exclude_if=lambda value: value == 0)
     """Weight of the loss of four tokens of each prompt, drawn anew in every step, beside that of its response: with 0.1
     the target forgets less of what it knew (`retention`). 0 trains on responses alone."""
@@ -190,6 +210,11 @@ class Distill(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping norm.")
     validation_fraction: float = Field(0.05, ge=0, lt=1, description="Share of the pairs held back from training.")
+
+    @field_validator("retain", mode="before")
+    @classmethod
+    def _weight_alone(cls, value: Any) -> Any:
+        return {"weight": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 class Arm(Section):
@@ -237,6 +262,10 @@ class Evaluation(Section):
     tasks: tuple[str, ...] = Field((), exclude_if=lambda value: not value)
     """Tasks of lm-evaluation-harness to measure the target on before and after, such as `[gsm8k, mbpp, bbh]`; needs the
     extra `lm-eval`."""
+    keeps_skill: float = Field(0.8, gt=0, le=1)
+    """Asset check: the least share of the source's held-out accuracy."""
+    keeps_general_text: float = Field(1.05, ge=1)
+    """Asset check: the most perplexity of general text, as a multiple of that of the target's base."""
     task_folder: str | None = Field(None, exclude_if=lambda value: value is None)
     """Folder of task files of your own (a path relative to this one), for other tasks or for data on this machine; its
     data files are named from that folder."""

@@ -39,7 +39,8 @@ class Models(Section):
     batch_size: int = Field(32, ge=1, le=1024, description="Most prompts decoded at once; fewer when memory is short.")
     workers: int = Field(1, ge=1, le=64, exclude_if=lambda value: value == 1)
     """Processes on a CPU that answer and score batches side by side, with one thread each and the model's weights in
-    common; as many as there are cores are fastest for small models. On a GPU it has no effect."""
+    common, and that share the batches of a training; as many as there are cores are fastest for small models. On a GPU
+    it has no effect."""
 
 
 class Server(Section):

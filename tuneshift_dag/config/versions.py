@@ -31,12 +31,13 @@ INPUTS: dict[str, tuple[tuple[str, Rounds], ...]] = {
     "scored_pairs": (("synthetic_prompts", "same"),),
     "filtered_dataset": (("scored_pairs", "same"),),
     "threshold_report": (("scored_pairs", "all"), ("filtered_dataset", "all")),
-    "distilled_model": (("filtered_dataset", "all"),),
+    "rehearsal_set": (),
+    "distilled_model": (("filtered_dataset", "all"), ("rehearsal_set", "none")),
     "evaluation": (("distilled_model", "none"),),
     "diversity_map": (("synthetic_prompts", "all"), ("filtered_dataset", "all")),
-    "comparison": (("scored_pairs", "all"),),
+    "comparison": (("scored_pairs", "all"), ("rehearsal_set", "none")),
 }
-"""What each asset is made from: assets, and of which rounds."""
+"""What each asset is made from: assets, and of which rounds. See `inputs_of`."""
 
 _SOURCE = ("source", "engine", "models", "prompt_template")
 _DRAWS = tuple(
@@ -61,8 +62,9 @@ _USES = {
     "scored_pairs": _Uses(("response", "samples", *_SOURCE)),
     "filtered_dataset": _Uses(("filter", "target_pairs", "seed", *_DRAWS), code=3),
     "threshold_report": _Uses(("filter",)),
+    "rehearsal_set": _Uses(("target.base", "models", "seed")),
     "distilled_model": _Uses(_TRAINING),
-    "evaluation": _Uses(("evaluation", "target", *_SOURCE), ("heldout", "tasks", "general_text")),
+    "evaluation": _Uses(("evaluation", "target", *_SOURCE), ("heldout", "tasks", "general_text", "checked"), code=2),
     "diversity_map": _Uses((), ("encoder",), code=2),
     "comparison": _Uses(("compare", "filter", "evaluation", "models", "source", *_TRAINING), _COMPARED, code=2),
 }
@@ -75,8 +77,15 @@ _WITHOUT_EFFECT: Any = {
     "models": {"device_map", "workers"},
     # Nor do samples change the greedy responses.
     "response": SAMPLES,
-    "distill": {"processes"},
+    "distill": {"processes", "keep"},
+    "evaluation": {"keeps_skill", "keeps_general_text"},
 }
+
+
+def inputs_of(transfer: Transfer, asset: str) -> tuple[tuple[str, Rounds], ...]:
+    """`INPUTS` of an asset, as far as this transfer has them."""
+    rehearses = transfer.config.distill.retain.weight > 0
+    return tuple(source for source in INPUTS[asset] if rehearses or source[0] != "rehearsal_set")
 
 
 def code_version(transfer: Transfer, asset: str) -> str:
@@ -97,6 +106,9 @@ def code_version(transfer: Transfer, asset: str) -> str:
     if asset == "synthetic_prompts" and transfer.max_prompt_characters is None:
         # Contexts limit the prompts. (A limit in characters is far below any, so that older versions stay valid.)
         used |= _chosen(settings, ("source.base", "target.base", "response.max_new_tokens"))
+    if asset == "rehearsal_set":
+        format = transfer.config.target_format
+        used["texts"] = [transfer.config.distill.retain.texts, format.arguments if format.template is None else None]
     code = (uses.code, _training_code(transfer.config) if "distill" in uses.sections else 0)
     rounds = transfer.config.rounds if any(of == "all" for _, of in INPUTS[asset]) else None
     return _hash([code, used, [_read(transfer, name) for name in uses.others], rounds])[:16]
@@ -127,6 +139,9 @@ def _read(transfer: Transfer, name: str) -> Any:
         return tasks_hash(transfer)
     if name == "general_text":
         return general_texts()
+    if name == "checked":
+        settings = transfer.config.evaluation
+        return [transfer.config.distill.keep, settings.keeps_skill, settings.keeps_general_text]
     if name == "encoder":
         return encoder.missing_packages() is None  # installing it makes out of date what was made without
     return list(getattr(transfer, name))

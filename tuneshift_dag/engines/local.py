@@ -7,11 +7,13 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import Linear
 from peft.tuners.lora.bnb import Linear4bit
 
@@ -20,7 +22,7 @@ from tuneshift_dag.engines import decoding as own_loop
 from tuneshift_dag.engines import generic
 from tuneshift_dag.engines.kv_cache import KVDtype
 from tuneshift_dag.engines.rows import Rows
-from tuneshift_dag.method import SIDES, AdapterCheck, Decoding, Engine, Pair, PromptFormat, Response, Side
+from tuneshift_dag.method import SIDES, AdapterCheck, Decoding, Engine, Pair, PromptFormat, Response, Side, Target
 from tuneshift_dag.models import memory
 from tuneshift_dag.models.capabilities import check_finite, end_ids, has_own_loop, start_ids
 from tuneshift_dag.models.checks import has_tokenizer
@@ -32,7 +34,7 @@ from tuneshift_dag.models.loading import (
     load_tokenizer,
     pack,
 )
-from tuneshift_dag.models.prompts import prompt_ids
+from tuneshift_dag.models.prompts import opening_ids, prompt_ids
 from tuneshift_dag.models.references import ModelFiles, quantized_dir
 
 T = TypeVar("T")
@@ -47,7 +49,7 @@ _SAME_ANSWER = 0.3
 
 
 @dataclass(eq=False)
-class LocalEngine(Engine):
+class LocalEngine(Engine, Target):
     """A base model and its fine-tuned side with transformers, PEFT and bitsandbytes, loaded at first use: a step that
     finds everything in the cache loads nothing. Fine-tuned is the base with an adapter, or a model of its own."""
 
@@ -62,6 +64,8 @@ class LocalEngine(Engine):
     """Processes on a CPU that do batches side by side; without effect on a GPU."""
     fine_tuned: ModelFiles | None = None
     """The whole fine-tuned model, in the place of ``adapter``."""
+    scale: float = field(default=1.0, init=False)
+    """Factor of the adapter's update: see `scaled`."""
     _loaded: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     """By fingerprint."""
     _loop: Any = field(default=None, init=False, repr=False)
@@ -145,6 +149,8 @@ class LocalEngine(Engine):
             if self.adapter is None:
                 raise ValueError("this engine has no adapter")
             parts.append(self.adapter.fingerprint)
+            if self.scale != 1:
+                parts.append(f"scale-{self.scale:g}")
         return "|".join(parts)
 
     def encode(self, text: str, templated: bool = False) -> list[int]:
@@ -160,6 +166,15 @@ class LocalEngine(Engine):
 
     def prompt_ids(self, prompt: str, format: PromptFormat) -> list[int]:
         return prompt_ids(self.tokenizer, format, prompt)
+
+    def opening(self, format: PromptFormat | None) -> list[int]:
+        return start_ids(self.tokenizer) if format is None else opening_ids(self.tokenizer, format)
+
+    def scaled(self, scale: float) -> "LocalEngine":
+        self._model("fine_tuned")  # so that both have the same one
+        other = copy(self)
+        other.scale = scale
+        return other
 
     def check_answers(self, prompts: Sequence[list[int]]) -> list[str]:
         problems = []
@@ -284,6 +299,9 @@ class LocalEngine(Engine):
         with own_loop.contiguous_head(model):
             if side == "base" and self.adapter is not None:
                 with model.disable_adapter():
+                    yield model
+            elif side == "fine_tuned" and self.scale != 1:
+                with rescale_adapter_scale(model, self.scale):
                     yield model
             else:
                 yield model

@@ -170,6 +170,16 @@ class Scorer(TextModel, Protocol):
         stands for none: the model sees only what starts its texts."""
 
 
+class Target(Scorer, Protocol):
+    """A model that can also be let write without being asked, and weaken its adapter."""
+
+    def opening(self, format: PromptFormat | None) -> list[int]:
+        """Token ids that a text starts with; of a chat ``format`` those up to where a user's message begins."""
+
+    def scaled(self, scale: float) -> "Target":
+        """The same model, already loaded or not, with its adapter's update times ``scale``."""
+
+
 class Engine(PromptWriter, Scorer, Protocol):
     """A model that is loaded here or on a cluster: it can do both."""
 

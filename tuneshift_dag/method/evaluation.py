@@ -19,6 +19,10 @@ from numpy.typing import NDArray
 
 from tuneshift_dag.method import perplexity
 
+SCALES = (0.4, 0.6, 0.8, 1.0)
+"""Parts of an adapter's update at which skill and general text are measured."""
+# Of the general text for that, one in so many; the scale that is chosen is measured on all of it.
+_SAMPLED = 6
 Metric = Literal["exact_match", "numeric"]
 TITLES: dict[Metric, str] = {"exact_match": "exact match", "numeric": "numeric answers"}
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
@@ -115,6 +119,19 @@ def bootstrap_runs(values: NDArray[np.float64], samples: int, seed: int) -> Inte
     return Interval(float(values.mean()), float(low), float(high))
 
 
+def bootstrap_share(ours: Sequence[bool], theirs: Sequence[bool], samples: int, seed: int) -> Interval | None:
+    """How much of another model's accuracy a model has, with the 2.5 and 97.5 percentiles over resamples of the prompts
+    that both have answered; None when the other one answers none of them right."""
+    if not any(theirs):
+        return None
+    pairs = np.array([ours, theirs], np.float64)
+    drawn = np.random.default_rng(seed).multinomial(len(ours), np.full(len(ours), 1 / len(ours)), samples)
+    of_ours, of_theirs = pairs @ drawn.T
+    shares = of_ours[of_theirs > 0] / of_theirs[of_theirs > 0]
+    low, high = np.percentile(shares, [2.5, 97.5])
+    return Interval(float(pairs[0].sum() / pairs[1].sum()), float(low), float(high))
+
+
 @dataclass(frozen=True)
 class Retention:
     """How well a model predicts a text of ``tokens`` tokens (of its own) and ``bytes`` bytes (UTF-8). ``perplexity`` is
@@ -126,10 +143,20 @@ class Retention:
     bytes: int
 
 
-def general_texts() -> list[str]:
-    """The packaged paragraphs: prose, code, dialogue, lists, letters, some Spanish and German."""
-    texts: list[str] = yaml.safe_load((files("tuneshift_dag") / "general_text.yaml").read_text("utf-8"))
+def general_texts() -> dict[str, list[str]]:
+    """The packaged texts by kind: prose, explanations, code, dialogue, letters and lists, German, Spanish, French."""
+    texts: dict[str, list[str]] = yaml.safe_load((files("tuneshift_dag") / "general_text.yaml").read_text("utf-8"))
     return texts
+
+
+def sampled_texts() -> list[str]:
+    """A part of them, of every kind."""
+    return [text for kind in general_texts().values() for text in kind][::_SAMPLED]
+
+
+def texts_to_score() -> int:
+    """How many general texts an evaluation scores: all of them before and after, and a part at each other scale."""
+    return 2 * sum(map(len, general_texts().values())) + (len(SCALES) - 1) * len(sampled_texts())
 
 
 def retention(texts: Sequence[str], tokens: Sequence[Sequence[int]], logprobs: Sequence[float]) -> Retention:

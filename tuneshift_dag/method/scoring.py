@@ -97,13 +97,16 @@ def score(
     side: Side,
     cost: Cost,
     on_progress: OnProgress = lambda done, total: None,
+    prompts: Sequence[list[int]] | None = None,
 ) -> list[float]:
-    """log p(text) in nats of every given text (token ids), with nothing before it; equal texts are scored once."""
+    """log p(text) in nats of every given text (token ids), each after its prompt or, without prompts, with nothing
+    before it; equal ones are scored once."""
     fingerprint = model.fingerprint(side)
-    keys = [cache.score_key(fingerprint, [], text) for text in texts]
+    before: Sequence[list[int]] = prompts or [[] for _ in texts]
+    keys = [cache.score_key(fingerprint, *each) for each in zip(before, texts, strict=True)]
 
     def ask(missing: list[int]) -> Iterator[list[tuple[int, float]]]:
-        return model.score([[] for _ in missing], [texts[i] for i in missing], side)
+        return model.score([before[i] for i in missing], [texts[i] for i in missing], side)
 
     def keep(new: dict[str, float]) -> None:
         _check_finite(*new.values())

@@ -96,6 +96,13 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def release_unused() -> None:
+    """Give back what no tensor uses any more, for example after an allocation failed."""
+    gc.collect()
+    if cuda := _cuda():
+        cuda.empty_cache()
+
+
 def keep_few_kernels() -> None:
     """Bound what oneDNN, and PyTorch's wrapper around it, keep for every shape of a matrix product they have seen:
     1,024 shapes each by default, which grew with every batch. A forward pass needs about ten; a training step is 1.6
@@ -159,9 +166,7 @@ def in_batches(
             yield batch, result
             continue
         # Outside of the handler: there the traceback still holds the tensors.
-        gc.collect()
-        if cuda := _cuda():
-            cuda.empty_cache()
+        release_unused()
 
 
 def in_workers(

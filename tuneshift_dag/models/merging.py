@@ -4,12 +4,16 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.models.capabilities import end_ids
 from tuneshift_dag.models.loading import is_quantized, load_tokenizer
 from tuneshift_dag.models.references import ModelFiles
+
+# Of a LoRA's two matrices the second one, to which its update is proportional.
+_UP = ".lora_B."
 
 
 def merge(files: ModelFiles, adapter: Path, to: Path) -> None:
@@ -37,3 +41,10 @@ def merge(files: ModelFiles, adapter: Path, to: Path) -> None:
     tokenizer.save_pretrained(to)
     del merged
     torch.cuda.empty_cache()
+
+
+def scale_adapter(folder: Path, scale: float) -> None:
+    """Multiply the update of the LoRA adapter in ``folder`` (rank, alpha and all else stay) by ``scale``."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: t * scale if _UP in name else t for name, t in tensors.items()}, file, {"format": "pt"})

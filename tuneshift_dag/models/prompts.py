@@ -30,6 +30,11 @@ def prompt_ids(tokenizer: Any, format: PromptFormat, prompt: str) -> list[int]:
     return [*opening, *dropwhile(opening.__contains__, ids)]
 
 
+def opening_ids(tokenizer: Any, format: PromptFormat) -> list[int]:
+    """Token ids of a chat up to where the user's message begins; errors as of `prompt_ids`."""
+    return _plain(tokenizer, _frame(tokenizer, format)[0])
+
+
 def chat_text(tokenizer: Any, format: PromptFormat, message: str) -> str:
     """The chat template with the system message and a user's, up to the place of the answer."""
     if not tokenizer.chat_template:

@@ -1,10 +1,11 @@
 """The figures of one transfer: what ``tuneshift report`` prints, and what cards say of it in words."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tuneshift_dag.config import Transfer
+from tuneshift_dag.reports.verdicts import verdicts
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.queries import of_its_rounds
 
@@ -26,6 +27,9 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
     for step in steps:
         seconds[step["asset"]] = seconds.get(step["asset"], 0.0) + step["seconds"]
     trained = rows(_TRAINED)
+    retained = rows("SELECT * FROM retention")
+    settings = transfer.config.evaluation
+    judged = verdicts(rows("SELECT * FROM evaluations"), retained, settings, transfer.config.seed) if retained else []
     return {
         "transfer": name,
         **rows(_COUNTS.format(**tables))[0],
@@ -43,7 +47,10 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
             row.pop("model"): {column: value for column, value in row.items() if value is not None}
             for row in rows("SELECT * FROM accuracy")
         },
-        "retention": {row.pop("model"): row for row in rows("SELECT * FROM retention")},
+        "retention": {row.pop("model"): row for row in retained},
+        "retention_by_kind": rows("SELECT * FROM retention_by_kind ORDER BY kind, model"),
+        "frontier": rows("SELECT * FROM frontier ORDER BY scale"),
+        "verdicts": [vars(verdict) for verdict in judged],
         "tasks": rows(_TASKS),
         "comparison": comparison(store, transfer),
         # Relative to the store's folder; absolute in rows of older versions.
@@ -92,11 +99,17 @@ def arm_tasks(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     return by_column([{**score, "arm": row["arm"]} for row in rows for score in row["tasks"]], "arm", told)
 
 
-def by_column(scores: list[dict[str, Any]], column: str, told: Callable[[dict[str, Any]], str]) -> list[dict[str, str]]:
-    """Scores on standard tasks, in words, with a column for each value of ``column``."""
+def by_column(
+    scores: list[dict[str, Any]],
+    column: str,
+    told: Callable[[dict[str, Any]], str],
+    named: Sequence[str] = ("task", "metric", "filter", "n"),
+) -> list[dict[str, str]]:
+    """Scores (on standard tasks), in words: a row for each of the values of ``named``, a column for each of
+    ``column``."""
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for score in scores:
-        names = {name: str(score[name]) for name in ("task", "metric", "filter", "n")}
+        names = {name: str(score[name]) for name in named}
         found.setdefault(tuple(names.values()), names)[score[column]] = told(score)
     return list(found.values())
 

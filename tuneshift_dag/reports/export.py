@@ -14,7 +14,16 @@ from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.method.evaluation import TITLES
-from tuneshift_dag.reports import arm_tasks, by_way, conclusion, describe_filter, diversity, escape_markdown, report
+from tuneshift_dag.reports import (
+    arm_tasks,
+    by_column,
+    by_way,
+    conclusion,
+    describe_filter,
+    diversity,
+    escape_markdown,
+    report,
+)
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import content_version
 
@@ -33,6 +42,8 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
 
     They replace those of an earlier export, all together at the end; what else is in the folder stays.
     """
+    from tuneshift_dag.models.merging import scale_adapter
+
     figures = report(store, transfer)
     if figures["model"] is None or not Path(figures["model"]["path"]).is_dir():
         raise TuneshiftError(f"{transfer.name} has no distilled model yet: `tuneshift run {transfer.name}` first.")
@@ -55,6 +66,9 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
         with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as staging:
             made = Path(staging) / "new"
             shutil.copytree(figures["model"]["path"], made / "adapter")
+            scale = exported_scale(figures)
+            if scale != 1:
+                scale_adapter(made / "adapter", scale)
             card = model_card(transfer, figures)
             (made / "adapter" / "README.md").write_text(card, "utf-8")
             if merged:
@@ -67,6 +81,11 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
     except OSError as error:
         raise TuneshiftError(f"--to {to}: {error.strerror or error}: name a folder that can be written.") from error
     return [to / name for name in _WRITTEN if (to / name).exists()]
+
+
+def exported_scale(figures: dict[str, Any]) -> float:
+    """Factor of the adapter's update that ``distill.keep`` has chosen; 1 before an evaluation."""
+    return next((float(row["scale"]) for row in figures["frontier"] if row["chosen"]), 1.0)
 
 
 def push(folder: Path, repo: str) -> str:
@@ -166,21 +185,36 @@ def _retention(figures: dict[str, Any]) -> str:
     if not figures["retention"]:
         return ""
     tokens = next(iter(figures["retention"].values()))["tokens"]
-    rows = [
+    by_kind = by_column(
+        [{**row, "what": row["kind"]} for row in figures["retention_by_kind"]],
+        "model",
+        lambda row: f"{row['perplexity']:.2f}",
+        ("what",),
+    )
+    whole = {"what": "all", **{name: f"{row['perplexity']:.2f}" for name, row in figures["retention"].items()}}
+    scales = [
         {
-            "model": _words(name),
-            "perplexity": f"{row['perplexity']:.2f}",
-            "bits per byte": f"{row['bits_per_byte']:.3f}",
+            "scale": f"{row['scale']:g}",
+            "held-out accuracy": "-" if row["value"] is None else _interval(row["value"], row["low"], row["high"]),
+            "general text": f"{row['ratio']:.3f} times",
+            "this adapter": "yes" if row["chosen"] else "",
         }
-        for name, row in figures["retention"].items()
+        for row in figures["frontier"]
     ]
+    words = "\n".join(f"- {verdict['words']}" for verdict in figures["verdicts"])
     return f"""
-## What was forgotten
+## What was kept, and what forgotten
 
-Perplexity of a small general text ({tokens} tokens of prose, code, dialogue and lists), before and after. A rise shows
-that the adapter changed more than its task; equal figures don't show that nothing was lost.
+{words}
 
-{_table(rows)}
+Perplexity of a general text ({tokens} tokens in several kinds and languages), before and after; own answers are what
+the model answered before to questions that it wrote itself. With the adapter switched off the model is what it was.
+
+{_table([whole, *by_kind])}
+
+Skill against general text for parts of the adapter's update:
+
+{_table(scales)}
 """
 
 

@@ -16,12 +16,14 @@ from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer, round_number
 from tuneshift_dag.config.schema import Distill
 from tuneshift_dag.home import database_file
+from tuneshift_dag.method.evaluation import SCALES, texts_to_score
+from tuneshift_dag.method.rehearsal import TOKENS
 from tuneshift_dag.models.memory import BATCH_SHARE, gpu_count, total_bytes
 from tuneshift_dag.models.references import known_config
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import Records, next_step, seeds_reporter
 
-STEPS = ("synthetic_prompts", "scored_pairs", "distilled_model", "evaluation")
+STEPS = ("synthetic_prompts", "scored_pairs", "rehearsal_set", "distilled_model", "evaluation")
 # English text and these models' tokenizers: 3.9 over the packaged transfer's prompts.
 _CHARACTERS_PER_TOKEN = 4
 # QLoRA (arXiv 2305.14314) §3: 4 bits, and with double quantization 0.127 bits of constants, per parameter.
@@ -46,14 +48,15 @@ def models_of(transfer: Transfer, asset: str) -> str | None:
     """The models of a step whose speed is recorded; None for another one."""
     config = transfer.config
     source = config.engine.base.model if config.engine.base else config.source.base
-    models = (config.generator.model, source, config.target.base, f"{source}, {config.target.base}")
+    target = config.target.base
+    models = (config.generator.model, source, target, target, f"{source}, {target}")
     return dict(zip(STEPS, models, strict=True)).get(asset)
 
 
 def engine_of(transfer: Transfer, asset: str) -> str | None:
     """What runs `models_of` the step, as far as speed depends on it."""
     engine = transfer.config.engine
-    if asset not in STEPS or asset == "distilled_model":
+    if asset not in STEPS or asset in ("rehearsal_set", "distilled_model"):
         return "local" if asset in STEPS else None
     server = transfer.config.generator.server if asset == "synthetic_prompts" else engine.server
     if server is not None:
@@ -170,7 +173,13 @@ def work(store: Store, transfer: Transfer) -> Work:
     rounds = min(config.rounds, enough)
     pairs = min(round(rounds * prompts * share), config.target_pairs + prompts)
     examples = max(1, round(pairs * (1 - config.distill.validation_fraction))) * config.distill.epochs
-    rows = (rounds * generator.calls_per_round, rounds * prompts, examples, 4 * len(transfer.heldout))
+    retain = config.distill.retain
+    texts = retain.texts if retain.weight else 0
+    if config.target_format.template is None:
+        texts += texts // 2  # half of them are answers, to questions of its own
+    # Source and target before, the target at every scale.
+    measured = (3 + len(SCALES)) * len(transfer.heldout) + texts_to_score() if transfer.heldout else 0
+    rows = (rounds * generator.calls_per_round, rounds * prompts, texts, examples, measured)
     characters = row["characters"] or sum(map(len, transfer.seeds)) / len(transfer.seeds)
     response = min(row["response"] or math.inf, config.response.max_new_tokens)
     counted = {step: number for step, number in zip(STEPS, rows, strict=True) if number}
@@ -200,6 +209,7 @@ def memory(transfer: Transfer, needed: Work, total: float, usable: float) -> tup
     answered = [
         ("synthetic_prompts", "generator", answering, call, generator.max_new_tokens, calls),
         ("scored_pairs", "source", answering, asked, config.response.max_new_tokens, pairs),
+        ("rehearsal_set", "target", weights["target"], 0, TOKENS, needed.rows.get("rehearsal_set", 0)),
         ("evaluation", "source", *measured),
         ("evaluation", "target", *measured),
     ]
@@ -213,7 +223,7 @@ def memory(transfer: Transfer, needed: Work, total: float, usable: float) -> tup
         batch = max(1, min(wanted, int(BATCH_SHARE * (total - resident) / row)))
         found[step] = max(found.get(step, 0.0), _PROCESS_BYTES + resident + batch * row)
         repairs[step] = _smaller_models(transfer, step)
-        if batch < wanted and step != "evaluation":
+        if batch < wanted and step not in ("rehearsal_set", "evaluation"):
             more = "; models.kv_cache_dtype: int8 makes room for more" if kv_bytes == 2 else ""
             lines[step] = f"{step} has memory for batches of {batch}, not {wanted}: it runs, slower{more}."
     longest = template + _longest_prompt(transfer) + config.response.max_new_tokens
@@ -224,7 +234,7 @@ def memory(transfer: Transfer, needed: Work, total: float, usable: float) -> tup
     found["distilled_model"] = training(config.distill)
     repairs["distilled_model"] = _smaller_training(config.distill, lambda distill: training(distill) <= usable)
     for step, bytes_ in found.items():
-        if bytes_ > usable:
+        if bytes_ > usable and step != "rehearsal_set":  # the training needs more, and says so
             lines[step] = (
                 f"{step} needs about {bytes_ / 1e9:.1f} GB, and of this machine's memory a run can plan with"
                 f" {usable / 1e9:.1f} GB: {repairs[step]}, or use more memory."
@@ -302,7 +312,8 @@ _SPEEDS = """
         SELECT asset AS step, sum(seconds) AS seconds, sum(model_calls) / if(asset = 'scored_pairs', $calls, 1) AS done,
             max(finished_at) AS finished, models, engine
         FROM steps
-        WHERE model_calls > 0 AND cache_hits = 0 AND asset IN ('synthetic_prompts', 'scored_pairs', 'evaluation')
+        WHERE model_calls > 0 AND cache_hits = 0
+            AND asset IN ('synthetic_prompts', 'scored_pairs', 'rehearsal_set', 'evaluation')
         GROUP BY asset, models, engine, batch_id
         UNION ALL
         SELECT 'distilled_model', seconds, (settings ->> 'epochs')::INTEGER

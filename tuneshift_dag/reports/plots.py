@@ -13,6 +13,7 @@ import polars as pl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from tuneshift_dag.config.schema import Evaluation
 from tuneshift_dag.reports import by_way
 
 _TEXT = "#7d8590"
@@ -69,6 +70,26 @@ def accuracy_bars(rows: Sequence[dict[str, Any]]) -> bytes:
         axes.text(row["high"] + 0.02, place, f"{row['value']:.2f}", va="center", color=_TEXT)
     axes.set_xlim(0, 1.1)
     axes.invert_yaxis()
+    return _png(figure)
+
+
+def frontier(rows: Sequence[dict[str, Any]], settings: Evaluation) -> bytes:
+    """The table ``frontier``: held-out accuracy against what general text costs, for each scale of the adapter."""
+    figure, axes = _axes("Perplexity of general text, as a multiple of the base's", "Held-out accuracy")
+    ratios = [row["ratio"] for row in rows]
+    values = [row["value"] or 0.0 for row in rows]
+    axes.plot(ratios, values, color=_COLORS[0], alpha=0.5)
+    for row, ratio, value in zip(rows, ratios, values, strict=True):
+        color = _KEPT if row["chosen"] else _COLORS[0]
+        if row["value"] is not None:
+            axes.vlines(ratio, row["low"], row["high"], color=color, alpha=0.5)
+        axes.plot(ratio, value, "D" if row["chosen"] else "o", color=color, markersize=8)
+        axes.annotate(f"{row['scale']:g}", (ratio, value), (6, 6), textcoords="offset points", color=_TEXT)
+    axes.axvline(settings.keeps_general_text, color=_TEXT, linestyle="--")
+    low, high = _span(min(1.0, *ratios), max(settings.keeps_general_text, *ratios))
+    _log_axis(axes.xaxis, low, high)
+    axes.set_ylim(0, 1.05)
+    axes.set_title("Scale of the adapter; the diamond is what is exported", color=_TEXT, fontsize=10)
     return _png(figure)
 
 

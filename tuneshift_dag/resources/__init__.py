@@ -4,14 +4,14 @@ import importlib
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import dagster as dg
 
 from tuneshift_dag import TuneshiftError, training
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.versions import chain_version
-from tuneshift_dag.method import Engine, PromptWriter, Scorer, TextModel
+from tuneshift_dag.method import Engine, PromptWriter, Scorer, Target, TextModel
 from tuneshift_dag.models.references import ModelFiles, cache_dir, resolve_adapter, resolve_model, resolve_tokenizer
 from tuneshift_dag.store import Store
 
@@ -71,10 +71,10 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         served: PromptWriter = client.ServedGenerator(server, settings.model, chat=settings.mode == "chat")
         return served
 
-    def target(self, transfer: Transfer, adapter: Path | None = None) -> Scorer:
+    def target(self, transfer: Transfer, adapter: Path | None = None) -> Target:
         """The target base model, with a distilled adapter when a folder is given."""
         files = resolve_adapter(str(adapter), transfer.folder, "distilled adapter") if adapter else None
-        return self._engine(transfer, "target.base", files)
+        return cast("Target", self._engine(transfer, "target.base", files))
 
     def check_chain(self, transfer: Transfer, pairs: Sequence[tuple[str, str]]) -> None:
         """Run generator and target on a few (prompt, response) pairs as the rounds and the training will, before any of
@@ -96,7 +96,7 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
                 _check_answers(writer, asked, "generator.model")
         with tempfile.TemporaryDirectory() as home:
             folder = Path(home) / "adapter"
-            self.distill(transfer.with_one_step(), list(pairs), folder, lambda step, total, loss: None)
+            self.distill(transfer.with_one_step(), list(pairs), None, folder, lambda step, total, loss: None)
             target, format = self.target(transfer, folder), transfer.config.target_format
             _check_answers(target, [target.prompt_ids(prompt, format) for prompt in prompts], "target.base")
         self.release()
@@ -114,11 +114,16 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return Harness(transfer)
 
     def distill(
-        self, transfer: Transfer, pairs: list[tuple[str, str]], folder: Path, on_step: Callable[[int, int, float], None]
+        self,
+        transfer: Transfer,
+        pairs: list[tuple[str, str]],
+        texts: list[list[int]] | None,
+        folder: Path,
+        on_step: Callable[[int, int, float], None],
     ) -> "TrainingCurve":
-        """Train the target on (prompt, response) pairs and save the adapter to ``folder``."""
+        """Train the target on (prompt, response) pairs and save the adapter to ``folder``; see `training.distill`."""
         self.release()
-        return training.distill(transfer, pairs, folder, on_step)
+        return training.distill(transfer, pairs, texts, folder, on_step)
 
     def release(self) -> None:
         """Forget every loaded model, for example before a training needs the memory."""

@@ -14,7 +14,7 @@ from typing import Any
 import polars as pl
 
 from tuneshift_dag.config import Transfer, round_key
-from tuneshift_dag.config.versions import INPUTS, Rounds, code_version
+from tuneshift_dag.config.versions import Rounds, code_version, inputs_of
 from tuneshift_dag.store import Spool, Store, in_chunks, insert, now
 from tuneshift_dag.store.tables import ATTEMPTS, MATERIALIZATIONS
 
@@ -68,7 +68,11 @@ class Records:
             "all": keys,
             "none": [None],
         }
-        return {place(name, one): self.version(name, one) for name, of in INPUTS[asset] for one in rounds[of]}
+        return {
+            place(name, one): self.version(name, one)
+            for name, of in inputs_of(self.transfer, asset)
+            for one in rounds[of]
+        }
 
     def version(self, asset: str, round_: str | None = None) -> str:
         """The data version that there is; empty when nothing was made."""
@@ -107,7 +111,11 @@ def next_step(records: Records, regrow: bool) -> Due | None:
             if causes and not (keeps and records.grown(round_)):
                 return Due(ROUND_ASSETS[number:], round_)
     # The report comes before the training: it is cheap, and says what to do when too little was kept.
-    after = ["threshold_report", "distilled_model"]
+    after = [
+        "threshold_report",
+        *(["rehearsal_set"] if transfer.config.distill.retain.weight else []),
+        "distilled_model",
+    ]
     after += ["evaluation"] if transfer.heldout or transfer.config.evaluation.tasks else []
     after += ["diversity_map"] if transfer.config.diversity_map else []
     stale = [asset for asset in after if records.causes(asset)]

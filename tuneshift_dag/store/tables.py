@@ -95,9 +95,9 @@ _SHARED = {
 
 (
     SEED_SET, ROUND_SEEDS, PROPOSALS, SYNTHETIC_PROMPTS, REJECTED_PROMPTS, SCORED_PAIRS, FILTERED_DATASET,
-    REJECTED_PAIRS, THRESHOLD_REPORT, DIVERSITY_MAP, ROUND_SIMILARITY, DISTILLED_MODELS, TRAINING_EXAMPLES,
-    EVALUATIONS, ACCURACY, RETENTION, TASK_SCORES, COMPARISON, COMPARISON_ANSWERS, COMPARISON_TASKS, STEPS, RUNS,
-    CACHE_REFERENCES, MATERIALIZATIONS, ATTEMPTS, MODELS,
+    REJECTED_PAIRS, THRESHOLD_REPORT, DIVERSITY_MAP, ROUND_SIMILARITY, REHEARSAL_SET, DISTILLED_MODELS,
+    TRAINING_EXAMPLES, EVALUATIONS, ACCURACY, RETENTION, RETENTION_BY_KIND, FRONTIER, TASK_SCORES, COMPARISON,
+    COMPARISON_ANSWERS, COMPARISON_TASKS, STEPS, RUNS, CACHE_REFERENCES, MATERIALIZATIONS, ATTEMPTS, MODELS,
 ) = TRANSFER_TABLES = _tables("""
 seed_set (prompt_id): The example prompts that the user wrote.
     prompt_id, prompt
@@ -169,6 +169,12 @@ round_similarity (round): How alike the prompts of a round are, by meaning.
     round
     prompts INTEGER: Prompts that were compared, all or a sample of them.
     similarity DOUBLE: Mean cosine similarity of all their pairs (MiniLM); NULL for one prompt.
+rehearsal_set: What the target writes by itself: a sample of what it knows, to hold it to while it is trained.
+    kind VARCHAR: start (from its start token alone) or chat (its answer to a question of its own).
+    prompt VARCHAR: That question; empty for start.
+    response VARCHAR: What it wrote.
+    token_ids INTEGER[]: The prompt, or what starts a text, and the response as token ids.
+    prompt_tokens INTEGER: How many of them are the prompt's.
 distilled_models (model_id): Trained target adapters, each identified by its dataset, base model and settings.
     model_id VARCHAR: Hash of dataset version, target and distillation settings.
     dataset_version VARCHAR: Hash of the training pairs.
@@ -207,6 +213,21 @@ retention (model): How well the target predicts general text, before and after: 
     bits_per_byte DOUBLE: The same per byte, which compares models with different tokenizers.
     tokens INTEGER: Tokens of the text.
     bytes INTEGER: Its bytes (UTF-8).
+retention_by_kind (model, kind): The same for each kind of text.
+    model VARCHAR: target_base or target_distilled.
+    kind VARCHAR: Such as prose, code or german; own_answers: of a chat target, its former answers to its own questions.
+    perplexity DOUBLE: Per token.
+    bits_per_byte DOUBLE: The same per byte.
+    tokens INTEGER: Tokens of the texts.
+    bytes INTEGER: Their bytes (UTF-8).
+frontier (scale): Skill against general text, for parts of the adapter's update.
+    scale DOUBLE: Factor of the update; 1 is as it was trained.
+    value DOUBLE: Held-out accuracy; NULL without a held-out file.
+    low DOUBLE: Lower end of its 95 % interval.
+    high DOUBLE: Upper end.
+    perplexity DOUBLE: Of a sample of the general text.
+    ratio DOUBLE: The same as a multiple of the base's.
+    chosen BOOLEAN: Whether it is the scale of target_distilled, and of what is exported (`distill.keep`).
 task_scores (key, task, metric, filter): What lm-evaluation-harness measured, for the target before and after.
     key VARCHAR: SHA-256 of model fingerprint, task, examples, settings, limit, harness version.
     model VARCHAR: target_base or target_distilled.

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.models.prompts import continuation_ids, end_id, prompt_ids
 
+T = TypeVar("T")
 RARE = 0.25
 PROMPT_TOKENS = 4
 """Tokens of a prompt that are predicted in one step: each costs the head as much as one of the response."""
@@ -68,6 +69,14 @@ def tokenize_example(tokenizer: Any, format: PromptFormat, prompt: str, response
     return TokenizedExample(prompt_ids(tokenizer, format, prompt), response_ids)
 
 
+def cut_to(example: TokenizedExample, length: int) -> TokenizedExample | None:
+    """The example with at most ``length`` tokens, the response cut; None when its prompt leaves no room for any."""
+    if len(example) <= length:
+        return example
+    response = example.response_ids[: max(0, length - len(example.prompt_ids))]
+    return replace(example, response_ids=response) if response else None
+
+
 def with_prompt_places(example: TokenizedExample, rng: random.Random) -> TokenizedExample:
     """The example with up to `PROMPT_TOKENS` places of its prompt drawn; the first token is predicted by none."""
     places = range(1, len(example.prompt_ids))
@@ -99,7 +108,7 @@ def length_bucketed_batches(examples: Examples, batch_size: int, rng: random.Ran
     return batches
 
 
-def chunks(items: Examples, size: int) -> Iterator[list[TokenizedExample]]:
+def chunks(items: Sequence[T], size: int) -> Iterator[list[T]]:
     """``items`` in order, ``size`` at a time; the last ones may be fewer."""
     for start in range(0, len(items), size):
         yield list(items[start : start + size])
@@ -155,7 +164,7 @@ def mean_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
 class _MeanCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        totals = torch.cat([_log_sum_exp(rows) for rows in torch.split(logits, _rows_at_once(logits))])
+        totals = torch.cat([_log_sum_exp(rows) for rows in torch.split(logits, rows_at_once(logits))])
         ctx.save_for_backward(logits, targets, totals)
         return (totals - logits.gather(1, targets[:, None])[:, 0].float()).mean()
 
@@ -165,7 +174,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
         logits, targets, totals = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         scale = outputs[0] / len(targets)
-        size = _rows_at_once(logits)
+        size = rows_at_once(logits)
         parts = (torch.split(part, size) for part in (logits, targets, totals, gradient))
         for rows, right, total, out in zip(*parts, strict=True):
             softmax = rows.to(torch.float32, copy=True).sub_(total[:, None]).exp_()
@@ -181,5 +190,6 @@ def _log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
     return values.sub_(most).exp_().sum(1).log_() + most[:, 0]
 
 
-def _rows_at_once(logits: torch.Tensor) -> int:
+def rows_at_once(logits: torch.Tensor) -> int:
+    """Rows of logits (N, V) that are turned into float32 together: on a CPU as many as its cache holds."""
     return max(1, _FLOAT_AT_ONCE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)

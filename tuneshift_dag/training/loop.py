@@ -1,14 +1,14 @@
-"""The training loop: a LoRA on (prompt, response) pairs, its settings, its optimizer, and a state that it goes on from.
+"""The training loop: its settings, its optimizer, and a state that it goes on from.
 
 A step may be divided into several forward passes, and each of these among the processes of a group. Every part's loss
 is weighted by its tokens, so that the step's gradient is that of all its examples at once."""
 
+import logging
 import math
 import os
 import pickle
 import random
 import time
-import types
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +17,10 @@ from typing import Any, Literal
 
 import bitsandbytes
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear
-from peft.tuners.lora.bnb import Linear4bit
-from torch.autograd.function import once_differentiable
+from peft import PeftModel
 
 from tuneshift_dag import TuneshiftError
-from tuneshift_dag.models.capabilities import linear_layers
-from tuneshift_dag.models.loading import is_plain
+from tuneshift_dag.models.memory import is_out_of_memory, release_unused
 from tuneshift_dag.training.batches import (
     TokenizedExample,
     balanced_epochs,
@@ -35,7 +31,9 @@ from tuneshift_dag.training.batches import (
     with_prompt_places,
 )
 from tuneshift_dag.training.processes import add_over_processes, is_first_process, own_share
+from tuneshift_dag.training.rehearsal import HeldTo, Rehearsal, divergence
 
+_LOG = logging.getLogger("tuneshift_dag")
 # Writing a checkpoint takes at most this share of the training's time.
 _SHARE = 0.02
 
@@ -59,6 +57,7 @@ class LoraTraining:
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     balance: Literal["response", "none"] = "none"
     prompt_weight: float = 0.0
+    retain: float = 0.0
     warmup_ratio: float = 0.05
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -68,12 +67,17 @@ class LoraTraining:
 
 @dataclass
 class TrainingCurve:
-    """What the training reported: one row per step and per epoch, and the response tokens seen over all steps."""
+    """What the training reported: one row per step and per epoch, and the response tokens seen over all steps. The
+    adapter is that after ``kept_epoch``, the one with the lowest loss on the pairs held back. ``cut`` responses were
+    longer than the limit, and ``left_out`` pairs had no room in it."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
     epochs: list[dict[str, float]] = field(default_factory=list)
+    kept_epoch: int = 0
     response_tokens: int = 0
     seconds: float = 0.0
+    cut: int = 0
+    left_out: int = 0
 
 
 class TrainingCheckpoint:
@@ -90,7 +94,10 @@ class TrainingCheckpoint:
         if not self.file.exists():
             return None
         try:
-            return dict(torch.load(self.file, map_location="cpu", weights_only=True))
+            state = dict(torch.load(self.file, map_location="cpu", weights_only=True))
+            if missing := {"kept", "draws"} - state.keys():
+                raise EOFError(f"an older version wrote it, without {', '.join(sorted(missing))}")
+            return state
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             warnings.warn(f"{self.file} can't be read, so the training starts anew: {error}", stacklevel=2)
             return None
@@ -107,33 +114,16 @@ class TrainingCheckpoint:
         self._next = ended + max(self.every, (ended - started) / _SHARE)
 
 
-def add_lora(model: Any, settings: LoraTraining) -> PeftModel:
-    """A fresh LoRA on every linear layer of the language model that takes one, in float32, reproducible from the
-    seed."""
-    torch.manual_seed(settings.seed)
-    if settings.gradient_checkpointing:
-        with warnings.catch_warnings():
-            # It was renamed in a later transformers than the oldest that is supported.
-            warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-    sizes = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
-    # The output head is no part of PEFT's "all-linear".
-    head = model.get_output_embeddings()
-    left_out = [name for name in linear_layers(model)[1] if model.get_submodule(name) is not head] or None
-    chosen = LoraConfig(target_modules="all-linear", exclude_modules=left_out, task_type="CAUSAL_LM", **sizes)
-    adapted = get_peft_model(model, chosen)
-    shorten(adapted)
-    return adapted
-
-
 def train(
     model: PeftModel,
     examples: Sequence[TokenizedExample],
     settings: LoraTraining,
     on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
     checkpoint: TrainingCheckpoint | None = None,
+    texts: Sequence[list[int]] = (),
 ) -> TrainingCurve:
-    """Train the adapter in place with AdamW and a cosine schedule; return the curve.
+    """Train the adapter in place with AdamW and a cosine schedule; return the curve. Where a forward pass runs out of
+    memory it is halved, and the step done again in more passes.
 
     In a process group each process must call this with the same arguments; all end with the same adapter and curve.
 
@@ -141,12 +131,12 @@ def train(
         model: a PEFT model in train mode whose base was loaded for training.
         examples: all pairs; a slice of ``validation_fraction`` is held back for the epoch losses.
         on_step: called after each optimizer step with (step, total steps, loss in nats per token).
-        checkpoint: what an earlier call began and a later one goes on with; the result is that of one call, but for the
-            draws of dropout.
+        checkpoint: what an earlier call began and a later one goes on with; the result is that of one call, to the bit.
+        texts: token ids of what the model wrote itself, for ``settings.retain``.
 
     Raises:
         RuntimeError: when a trainable parameter gets no gradient in the first step.
-        TuneshiftError: when a loss or gradient isn't finite, naming the step.
+        TuneshiftError: when a loss, a gradient or a weight isn't finite, naming the step.
     """
     rng, prompt_rng = random.Random(settings.seed), random.Random(settings.seed)
     shuffled = rng.sample(list(examples), len(examples))
@@ -164,6 +154,9 @@ def train(
         vars(curve).update(saved["curve"])
     started = time.monotonic() - curve.seconds
     step, done = 0, len(curve.steps)
+    rehearsal = Rehearsal(texts, total, settings.seed) if settings.retain and texts else None
+    if rehearsal:
+        rehearsal.remember(model, done, lambda: _autocast(model))
     balanced = settings.balance == "response"
     epochs = balanced_epochs(training, settings.epochs, rng) if balanced else [training] * settings.epochs
     for epoch, drawn in enumerate(epochs):
@@ -175,12 +168,14 @@ def train(
             step += 1
             if step <= done:
                 continue  # it was only drawn, so that the next ones are those of a training in one go
-            loss = _backward(model, chosen, settings, optimizer, first=step == done + 1)
-            if not math.isfinite(loss):
-                raise TuneshiftError(_diverged(f"loss is {loss}", step, model))
-            norm = optimizer.step()
-            if not math.isfinite(norm):
-                raise TuneshiftError(_diverged(f"norm of the gradient is {norm}", step, model))
+            held = rehearsal.of_step(step - 1, settings.retain) if rehearsal else HeldTo([], 0.0)
+            if settings.dropout and torch.distributed.is_initialized():
+                # Each process draws for passes of its own, so its state isn't that of the first one.
+                torch.manual_seed(settings.seed * total + step + torch.distributed.get_rank() * total**2)
+            loss = _backward(model, chosen, held, settings, optimizer, first=step == done + 1)
+            _check_finite(loss, "loss", step, model)
+            _check_finite(optimizer.step(), "norm of the gradient", step, model)
+            _check_finite(optimizer.norm(), "norm of the adapter's weights", step, model)
             next_rate = float(optimizer.schedule.get_last_lr()[0])
             curve.steps.append({"step": step, "loss": loss, "learning_rate": next_rate})
             curve.response_tokens += sum(len(e.response_ids) for e in chosen)
@@ -191,7 +186,15 @@ def train(
         if len(curve.epochs) <= epoch:
             train_loss = sum(row["loss"] for row in curve.steps[first:step]) / (step - first)
             validation_loss = evaluate_loss(model, validation, settings.batch_size)
+            if validation:
+                _check_finite(validation_loss, "loss on the pairs held back", step, model)
+            best = min((row["validation_loss"] for row in curve.epochs), default=math.inf)
             curve.epochs.append({"epoch": epoch + 1, "train_loss": train_loss, "validation_loss": validation_loss})
+            if not validation_loss >= best:
+                curve.kept_epoch = epoch + 1
+                optimizer.keep()
+    if curve.kept_epoch < len(epochs):
+        optimizer.take_kept()
     curve.seconds = time.monotonic() - started
     return curve
 
@@ -223,6 +226,9 @@ class _Optimizer:
 
     def __init__(self, model: PeftModel, settings: LoraTraining, steps: int) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.rows = settings.batch_size
+        """The most rows of a forward pass."""
+        self.kept: list[torch.Tensor] = []
         self.max_grad_norm = settings.max_grad_norm
         options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
         self.adamw: torch.optim.Optimizer = (
@@ -247,38 +253,69 @@ class _Optimizer:
         self.schedule.step()
         return norm if math.isfinite(norm) or not self.scaler.is_enabled() else 0.0
 
+    def norm(self) -> float:
+        """Norm of all weights of the adapter."""
+        return float(torch.nn.utils.get_total_norm(parameter.detach() for parameter in self.parameters))
+
+    def keep(self) -> None:
+        """Keep a copy of the adapter as it is now."""
+        self.kept = [parameter.detach().cpu().clone() for parameter in self.parameters]
+
+    def take_kept(self) -> None:
+        """Make the adapter what it was when it was last kept."""
+        self._set(self.kept)
+
     def state(self) -> dict[str, Any]:
         """What a training needs to go on; its examples and their order follow from its arguments."""
         parts = {name: part.state_dict() for name, part in self._parts.items()}
-        return {"parameters": [parameter.detach() for parameter in self.parameters], **parts}
+        device = self.parameters[0].device
+        draws = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        own = {"parameters": [parameter.detach() for parameter in self.parameters], "kept": self.kept, "draws": draws}
+        return {**own, **parts}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
-                parameter.copy_(saved)
+        self._set(state["parameters"])
+        self.kept = state["kept"]
+        device = self.parameters[0].device
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["draws"], device)
+        else:
+            torch.set_rng_state(state["draws"])
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
 
+    def _set(self, weights: list[torch.Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, weight in zip(self.parameters, weights, strict=True):
+                parameter.copy_(weight)
+
 
 def _backward(
-    model: PeftModel, chosen: list[TokenizedExample], settings: LoraTraining, optimizer: _Optimizer, first: bool
+    model: PeftModel,
+    chosen: list[TokenizedExample],
+    held: HeldTo,
+    settings: LoraTraining,
+    optimizer: _Optimizer,
+    first: bool,
 ) -> float:
-    """Gradients of the mean loss over all tokens that count of ``chosen``, in passes of ``batch_size``; the responses'
-    part of that loss. Passes have unequal tokens, so each is weighted by its share of them."""
-    tokens = sum(len(e.response_ids) for e in chosen)
-    prompt_tokens = sum(len(e.prompt_places) for e in chosen)
-    loss = torch.zeros((), device=next(model.parameters()).device)
-    shares = [share for share in map(own_share, chunks(chosen, settings.batch_size)) if share]
-    for share in shares:
-        batch = collate(share)
-        with _autocast(model):
-            response, prompt = losses(model, batch)
-            part = response * (batch.response_tokens / tokens)
-            of_prompts = prompt * (settings.prompt_weight * batch.prompt_tokens / max(1, prompt_tokens))
-        optimizer.scaler.scale(part + of_prompts).backward()  # type: ignore[no-untyped-call]
-        loss += part.detach().to(loss.device)
+    """Gradients of the mean loss over all tokens that count of ``chosen``, and of how far the model has come from what
+    it is ``held`` to; the responses' part of the loss."""
+    # Shares of a group are the same whatever a process has memory for.
+    own = [share for share in map(own_share, chunks(chosen, settings.batch_size)) if share]
+    while True:
+        try:
+            loss = _gradients(model, chosen, own, held, settings, optimizer)
+            break
+        except Exception as error:
+            if optimizer.rows == 1 or not is_out_of_memory(error):
+                raise
+        # Outside of the handler: there the traceback still holds the tensors.
+        optimizer.adamw.zero_grad(set_to_none=True)
+        release_unused()
+        optimizer.rows //= 2
+        _LOG.warning(f"a training pass ran out of memory: from now on at most {optimizer.rows} rows in each")
     missing = sum(p.grad is None for p in optimizer.parameters)
-    if first and shares and missing:
+    if first and own and missing:
         raise RuntimeError(
             f"{missing} of {len(optimizer.parameters)} adapter tensors got no gradient: the base model was used for"
             " inference before this training. Load it again for training."
@@ -290,12 +327,40 @@ def _backward(
     return loss.item()
 
 
-def _diverged(what: str, step: int, model: PeftModel) -> str:
-    return (
-        f"the training stopped: at step {step} the {what}, so nothing of it was saved. At the first step the base model"
-        f" overflows in {_base_dtype(model)}: set models.compute_dtype: float32. Later it has diverged: lower"
-        " distill.learning_rate."
-    )
+def _gradients(
+    model: PeftModel,
+    chosen: list[TokenizedExample],
+    own: Sequence[Sequence[TokenizedExample]],
+    held: HeldTo,
+    settings: LoraTraining,
+    optimizer: _Optimizer,
+) -> torch.Tensor:
+    """This process's part of the gradients and of the loss, in passes of at most ``optimizer.rows``. Passes have
+    unequal tokens, so each is weighted by its share of all."""
+    tokens = sum(len(e.response_ids) for e in chosen)
+    prompt_tokens = sum(len(e.prompt_places) for e in chosen)
+    loss = torch.zeros((), device=next(model.parameters()).device)
+    for batch in (collate(part) for share in own for part in chunks(share, optimizer.rows)):
+        with _autocast(model):
+            response, prompt = losses(model, batch)
+            part = response * (batch.response_tokens / tokens)
+            of_prompts = prompt * (settings.prompt_weight * batch.prompt_tokens / max(1, prompt_tokens))
+        optimizer.scaler.scale(part + of_prompts).backward()  # type: ignore[no-untyped-call]
+        loss += part.detach().to(loss.device)
+    for texts in chunks(held.texts, optimizer.rows):
+        with _autocast(model):
+            apart = divergence(model, texts) * held.weight
+        optimizer.scaler.scale(apart).backward()  # type: ignore[no-untyped-call]
+    return loss
+
+
+def _check_finite(value: float, what: str, step: int, model: PeftModel) -> None:
+    if not math.isfinite(value):
+        raise TuneshiftError(
+            f"the training stopped: at step {step} the {what} is {value}, so nothing of it was saved. At the first step"
+            f" the base model overflows in {_base_dtype(model)}: set models.compute_dtype: float32. Later it has"
+            " diverged: lower distill.learning_rate."
+        )
 
 
 def _base_dtype(model: PeftModel) -> torch.dtype | None:
@@ -315,53 +380,3 @@ def cosine_with_warmup(step: int, total: int, warmup_ratio: float) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def shorten(model: torch.nn.Module) -> None:
-    """Give every plain LoRA layer without dropout a forward pass with fewer operations.
-
-    PEFT casts the layer's input to float32 and autocast casts it back; scaling, product and sum each have a gradient.
-    Here result + scaling * (x A^T) B^T is one operation, in the dtype of the layer's output, and the weights float32.
-    """
-    for module in model.modules():
-        if not isinstance(module, Linear | Linear4bit) or not is_plain(module):
-            continue
-        if all(isinstance(dropout, torch.nn.Identity) for dropout in module.lora_dropout.values()):
-            module.forward = types.MethodType(_lora_forward, module)
-
-
-def _lora_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = module.base_layer(x)
-    if module.disable_adapters:
-        return result
-    (name,) = module.active_adapters
-    updated: torch.Tensor = _AddUpdate.apply(  # type: ignore[no-untyped-call]
-        result, x, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
-    )
-    # Not within the function: some families go on in place.
-    return updated.view_as(result)
-
-
-class _AddUpdate(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, result: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """Shapes: result (..., out), x (..., in), a (rank, in), b (out, rank); returns (N, out)."""
-        rows, a, b = x.flatten(0, -2).to(result.dtype), a.to(result.dtype), b.to(result.dtype)
-        ctx.scaling, ctx.x_shape, ctx.x_dtype, ctx.result_shape = scaling, x.shape, x.dtype, result.shape
-        # A float32 result, of a layer after a LayerNorm, stays so: the backward pass, without autocast, has to match.
-        with torch.autocast(x.device.type, enabled=False):
-            low = rows @ a.T
-            ctx.save_for_backward(rows, low, a, b)
-            return torch.addmm(result.flatten(0, -2), low, b.T, alpha=scaling)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, low, a, b = ctx.saved_tensors
-        gradient = outputs[0]
-        of_low = (gradient @ b).mul_(ctx.scaling)
-        of_x = (of_low @ a).view(ctx.x_shape).to(ctx.x_dtype) if ctx.needs_input_grad[1] else None
-        of_b = (gradient.T @ low).float().mul_(ctx.scaling)
-        return gradient.view(ctx.result_shape), of_x, (of_low.T @ rows).float(), of_b, None

@@ -1,0 +1,153 @@
+"""Rehearsal: texts that the target wrote itself keep the adapted model near the one that it was.
+
+Beside the responses' loss a step has the KL divergence from the model without its adapter to the adapted one, at a few
+positions of a few texts that were sampled from the target's start token alone: context-free replay of what it knows
+(arXiv 2505.13811), which needs no data from outside.
+
+What the model predicts without its adapter is computed once, before the first step, for the texts that will be drawn.
+It is kept as the hidden states that go into the head, which are small: the head, which isn't trained, makes the whole
+distributions of them again. (The likeliest 1,024 of 262,144 tokens alone let a target forget the rare ones.)"""
+
+import random
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
+
+from tuneshift_dag.models.memory import in_batches
+from tuneshift_dag.training.batches import head_only_at, rows_at_once
+from tuneshift_dag.training.processes import own_share
+
+EVERY = 2
+"""Steps of which one rehearses, for all of them: a pass costs the same however little it holds, since 4-bit weights are
+unpacked for it."""
+TEXTS = 4
+"""Texts of such a step."""
+POSITIONS = 16
+"""Positions of a text at which the models are compared: each costs the head as much as a token of a response."""
+_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What the model without its adapter predicts in one text: what goes into its head (P, width) at ``positions``."""
+
+    ids: list[int]
+    positions: list[int]
+    states: torch.Tensor
+
+
+@dataclass(frozen=True)
+class HeldTo:
+    """Texts of one step, and the weight of each of their positions in its loss."""
+
+    texts: list[Remembered]
+    weight: float
+
+
+class Rehearsal:
+    """The texts of every step, drawn from a seed, and what the model predicted in them before the training."""
+
+    def __init__(self, texts: Sequence[list[int]], steps: int, seed: int) -> None:
+        """``texts`` are token ids, two or more of each, with what starts them."""
+        rng = random.Random(seed)
+        drawn = min(TEXTS, len(texts))
+        self.steps = [rng.sample(range(len(texts)), 0 if step % EVERY else drawn) for step in range(steps)]
+        self._texts = texts
+        self._positions = [sorted(rng.sample(range(len(text) - 1), min(POSITIONS, len(text) - 1))) for text in texts]
+        self._known: dict[int, Remembered] = {}
+
+    def remember(self, model: Any, first: int, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Compute what this process's share of the steps from number ``first`` on (from 0) needs; the model's adapter
+        is off meanwhile."""
+        needed = sorted({text for step in self.steps[first:] for text in own_share(step)})
+
+        def work(batch: list[int]) -> list[Remembered]:
+            chosen = [needed[i] for i in batch]
+            positions = [self._positions[text] for text in chosen]
+            with autocast():
+                states = _head_inputs(model, [self._texts[text] for text in chosen], positions)
+            parts = torch.split(states.cpu(), [len(each) for each in positions])
+            return list(map(Remembered, [self._texts[text] for text in chosen], positions, parts))
+
+        # The embeddings of a text, and as much again in every layer, are most of what a row takes.
+        width = model.get_input_embeddings().weight.shape[1]
+        with torch.no_grad(), model.disable_adapter():
+            lengths = [len(self._texts[text]) for text in needed]
+            for batch, results in in_batches(lengths, _AT_ONCE, lambda length: 64 * length * width, work):
+                self._known |= dict(zip((needed[i] for i in batch), results, strict=True))
+
+    def of_step(self, step: int, weight: float) -> HeldTo:
+        """What this process does of a step (from 0), as `remember` has computed it; ``weight`` is that of the mean over
+        the positions of all processes."""
+        drawn = self.steps[step]
+        positions = sum(len(self._positions[text]) for text in drawn)
+        return HeldTo([self._known[text] for text in own_share(drawn)], EVERY * weight / max(1, positions))
+
+
+def _padded(texts: Sequence[list[int]], positions: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, L), padded on the right (under a causal mask no real token sees that), and the places of all
+    positions in the flattened ids."""
+    length = max(map(len, texts))
+    ids = torch.tensor([text + [0] * (length - len(text)) for text in texts])
+    return ids, torch.tensor([row * length + at for row, own in enumerate(positions) for at in own])
+
+
+def _head_inputs(model: Any, texts: Sequence[list[int]], positions: Sequence[Sequence[int]]) -> torch.Tensor:
+    """What goes into the head (N, width) at the positions of each text."""
+    ids, places = _padded(texts, positions)
+    seen: list[torch.Tensor] = []
+    head: torch.nn.Module = model.get_output_embeddings()
+    with head_only_at(model, places), head.register_forward_hook(lambda module, given, out: seen.append(given[0])):
+        model(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    return seen[0].squeeze(0)
+
+
+def divergence(model: Any, texts: Sequence[Remembered]) -> torch.Tensor:
+    """Sum over all positions of KL(model without adapter || model) in nats, over the whole vocabulary."""
+    ids, places = _padded([text.ids for text in texts], [text.positions for text in texts])
+    known = torch.cat([text.states for text in texts])
+    # One pass makes both logits, the known states beside the new ones: what follows the head (a soft cap, a scale) is
+    # the model's own.
+    with head_only_at(model, places), known_states(model, known):
+        logits = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits.squeeze(0)
+    after, before = logits[: len(known)], logits[len(known) :].detach()
+    apart: torch.Tensor = _Divergence.apply(after, before)  # type: ignore[no-untyped-call]
+    return apart
+
+
+def known_states(model: Any, states: torch.Tensor) -> RemovableHandle:
+    """Within it the head also sees ``states`` (N, width), after its own inputs."""
+
+    def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return torch.cat([inputs[0], states.to(inputs[0]).unsqueeze(0)], 1)
+
+    head: torch.nn.Module = model.get_output_embeddings()
+    return head.register_forward_pre_hook(add)
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """Sum over rows of KL(softmax(before) || softmax(after)), both (N, V), in float32 a few rows at a time."""
+        total, gradient = torch.zeros((), device=after.device), torch.empty_like(after)
+        size = rows_at_once(after)
+        for rows, known, out in zip(
+            torch.split(after, size), torch.split(before, size), torch.split(gradient, size), strict=True
+        ):
+            new, old = rows.float().log_softmax(1), known.float().log_softmax(1)
+            share = old.exp()
+            total += (share * (old - new)).sum()
+            out.copy_(new.exp_().sub_(share))
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outputs[0], None
