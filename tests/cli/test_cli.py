@@ -46,7 +46,7 @@ class TestRun:
         figures = json.loads(out)
         assert figures["rounds"] == 2
         assert figures["model_calls"] > 0
-        assert "banking: 10 steps to do, 2 rounds (round_01 to round_02); no recorded speed yet." in err
+        assert "banking: 11 steps to do, 2 rounds (round_01 to round_02); no recorded speed yet." in err
         assert "\nsynthetic_prompts round_01 of 2\n" in err and "\nevaluation\n" in err
 
         # The same again: nothing to do, and so nothing was spent.
@@ -64,13 +64,13 @@ class TestRun:
     ) -> None:
         status, out, err = tuneshift("run", "banking", "--rounds", "1")
         assert status == 0
-        assert "banking: 7 steps to do, 1 rounds (round_01 to round_01)" in err
+        assert "banking: 8 steps to do, 1 rounds (round_01 to round_01)" in err
         assert "round_02" not in out + err
         # What to look at: the pictures that there are, and what to type.
         output = tmp_path / "home" / "output" / "banking"
         shown = [line.strip() for line in err.partition("Pictures:\n")[2].partition("Next:")[0].splitlines()]
-        names = ("perplexity_scatter.png", "kept_by_threshold.png", "training_curve.png", "accuracy.png")
-        assert shown == [str(output / name) for name in names] and all(Path(path).is_file() for path in shown)
+        drawn = ("perplexity_scatter", "kept_by_threshold", "training_curve", "accuracy", "frontier")
+        assert shown == [str(output / f"{name}.png") for name in drawn] and all(Path(path).is_file() for path in shown)
         assert all(f"tuneshift {command} banking" in err for command in ("report", "sweep", "export"))
 
         status, out, err = tuneshift("run", "banking", "--json")
