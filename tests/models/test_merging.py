@@ -48,6 +48,7 @@ def test_a_scale_in_the_weights_is_the_scale_that_was_measured(home: Path) -> No
     base, adapter = resolve_model("base", home, "b"), resolve_adapter("adapter", home, "a")
     whole = LocalEngine(base, adapter, "none", "float32")
     half = whole.scaled(0.5)
+    assert not whole._loaded, "a step that finds all in the cache loads nothing"
     shutil.copytree(home / "adapter", home / "baked")
     scale_adapter(home / "baked", 0.5)
     baked = LocalEngine(base, resolve_adapter("baked", home, "a"), "none", "float32")

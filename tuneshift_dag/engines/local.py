@@ -70,6 +70,8 @@ class LocalEngine(Engine, Target):
     """By fingerprint."""
     _loop: Any = field(default=None, init=False, repr=False)
     """The module `decoding`, or `generic` for a family that it doesn't serve."""
+    _lender: "LocalEngine | None" = field(default=None, init=False, repr=False)
+    """Whose model this one uses, with another scale."""
     _fits: bool | None = field(default=None, init=False, repr=False)
     cross_scores = True
 
@@ -108,6 +110,10 @@ class LocalEngine(Engine, Target):
         return not self._fits
 
     def _model(self, side: Side) -> Any:
+        if self._lender is not None:
+            model = self._lender._model(side)
+            self._loop = self._lender._loop
+            return model
         files = self._files(side)
         if files.fingerprint not in self._loaded:
             if self._loaded and self.one_at_a_time:
@@ -171,9 +177,8 @@ class LocalEngine(Engine, Target):
         return start_ids(self.tokenizer) if format is None else opening_ids(self.tokenizer, format)
 
     def scaled(self, scale: float) -> "LocalEngine":
-        self._model("fine_tuned")  # so that both have the same one
         other = copy(self)
-        other.scale = scale
+        other.scale, other._lender = scale, self._lender or self
         return other
 
     def check_answers(self, prompts: Sequence[list[int]]) -> list[str]:
