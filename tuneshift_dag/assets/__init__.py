@@ -31,7 +31,7 @@ def build_assets(transfer: Transfer) -> Assets:
         build_threshold_report(transfer),
         build_distilled_model(transfer),
     ]
-    if transfer.config.distill.retain.weight:
+    if transfer.rehearses:
         assets.append(build_rehearsal_set(transfer))
     if transfer.heldout or transfer.config.evaluation.tasks:
         assets.append(build_evaluation(transfer))

@@ -104,7 +104,7 @@ def trained_adapter(current: Step, engines: EngineResource, transfer: Transfer, 
     dataset_version = content_version(pairs.select("prompt_id", "prompt", "response"))
     weights = engines.target_weights(transfer)
     # Nothing without rehearsal: what was trained so before there was any is found again.
-    rehearsed = [current.records.version("rehearsal_set")] if transfer.config.distill.retain.weight else []
+    rehearsed = [current.records.version("rehearsal_set")] if transfer.rehearses else []
     model_id = _model_id(transfer, dataset_version, *rehearsed)
     row = _find(current, model_id)
     if row is not None and row["target_weights"] not in (weights, None):
@@ -143,7 +143,7 @@ def _train(
     """Train, and return the new row of ``distilled_models``, without the versions of what it was trained on."""
     check_training(transfer)
     texts = []
-    if transfer.config.distill.retain.weight:
+    if transfer.rehearses:
         texts = current.read("SELECT token_ids FROM rehearsal_set")["token_ids"].to_list()
         if not texts:
             raise dg.Failure("There is no rehearsal_set: materialize it first, then this again.", allow_retries=False)

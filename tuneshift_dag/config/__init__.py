@@ -56,6 +56,11 @@ class Transfer:
         return (*self.config.response.stop, *([asked] if asked else []))
 
     @property
+    def rehearses(self) -> bool:
+        """Whether the target is held to texts of its own while it is trained."""
+        return self.config.distill.retain.weight > 0
+
+    @property
     def generator_format(self) -> Format:
         return self.config.generator.format or ("blocks" if any(map(has_lines, self.seeds)) else "list")
 

@@ -84,8 +84,7 @@ _WITHOUT_EFFECT: Any = {
 
 def inputs_of(transfer: Transfer, asset: str) -> tuple[tuple[str, Rounds], ...]:
     """`INPUTS` of an asset, as far as this transfer has them."""
-    rehearses = transfer.config.distill.retain.weight > 0
-    return tuple(source for source in INPUTS[asset] if rehearses or source[0] != "rehearsal_set")
+    return tuple(source for source in INPUTS[asset] if transfer.rehearses or source[0] != "rehearsal_set")
 
 
 def code_version(transfer: Transfer, asset: str) -> str:

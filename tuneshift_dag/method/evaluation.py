@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from typing import Literal
 
@@ -143,6 +144,7 @@ class Retention:
     bytes: int
 
 
+@cache
 def general_texts() -> dict[str, list[str]]:
     """The packaged texts by kind: prose, explanations, code, dialogue, letters and lists, German, Spanish, French."""
     texts: dict[str, list[str]] = yaml.safe_load((files("tuneshift_dag") / "general_text.yaml").read_text("utf-8"))

@@ -173,8 +173,7 @@ def work(store: Store, transfer: Transfer) -> Work:
     rounds = min(config.rounds, enough)
     pairs = min(round(rounds * prompts * share), config.target_pairs + prompts)
     examples = max(1, round(pairs * (1 - config.distill.validation_fraction))) * config.distill.epochs
-    retain = config.distill.retain
-    texts = retain.texts if retain.weight else 0
+    texts = config.distill.retain.texts if transfer.rehearses else 0
     if config.target_format.template is None:
         texts += texts // 2  # half of them are answers, to questions of its own
     # Source and target before, the target at every scale.

@@ -113,7 +113,7 @@ def next_step(records: Records, regrow: bool) -> Due | None:
     # The report comes before the training: it is cheap, and says what to do when too little was kept.
     after = [
         "threshold_report",
-        *(["rehearsal_set"] if transfer.config.distill.retain.weight else []),
+        *(["rehearsal_set"] if transfer.rehearses else []),
         "distilled_model",
     ]
     after += ["evaluation"] if transfer.heldout or transfer.config.evaluation.tasks else []

@@ -101,8 +101,13 @@ def _head_inputs(model: Any, texts: Sequence[list[int]], positions: Sequence[Seq
     """What goes into the head (N, width) at the positions of each text."""
     ids, places = _padded(texts, positions)
     seen: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        seen.append(inputs[0])
+        return inputs[0][:, :1]  # the head itself has nothing to do
+
     head: torch.nn.Module = model.get_output_embeddings()
-    with head_only_at(model, places), head.register_forward_hook(lambda module, given, out: seen.append(given[0])):
+    with head_only_at(model, places), head.register_forward_pre_hook(keep):
         model(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
     return seen[0].squeeze(0)
 
