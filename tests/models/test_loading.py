@@ -1,5 +1,6 @@
 """One load, one role: a load that was used for inference must not be trained."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,13 @@ repacks = pytest.mark.skipif(
 )
 
 
+@pytest.fixture
+def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights stay in 4 bits."""
+    monkeypatch.setattr(model_loading.memory, "free_bytes", lambda: 1 << 20)
+
+
+@pytest.mark.usefixtures("no_room")
 def test_training_load_keeps_its_layout_even_after_a_forward_in_eval_mode() -> None:
     model = load_for_training(resolve_model(SMOLLM2, HERE, "test"), "nf4", torch.bfloat16)
     with torch.no_grad():
@@ -38,6 +46,7 @@ def test_training_load_keeps_its_layout_even_after_a_forward_in_eval_mode() -> N
 
 
 @repacks
+@pytest.mark.usefixtures("no_room")
 def test_repacked_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
     model = load_for_inference(resolve_model(SMOLLM2, HERE, "test"), None, "nf4", torch.bfloat16)
@@ -49,6 +58,7 @@ def test_repacked_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @repacks
+@pytest.mark.usefixtures("no_room")
 def test_on_a_cpu_with_tiles_the_layout_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     model = load_for_inference(resolve_model(SMOLLM2, HERE, "test"), None, "nf4", torch.bfloat16)
@@ -58,11 +68,26 @@ def test_on_a_cpu_with_tiles_the_layout_stays(monkeypatch: pytest.MonkeyPatch) -
     assert_trainable_layout(model)
 
 
+@pytest.mark.usefixtures("no_room")
 def test_four_bit_base_is_really_four_bit() -> None:
     model = load_for_inference(resolve_model(SMOLLM2, HERE, "test"), None, "nf4", torch.bfloat16)
     layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
     assert len(layers) == 30 * 7
     assert model.get_memory_footprint() < 130e6
+
+
+@pytest.mark.parametrize("load", [load_for_training, lambda *how: load_for_inference(how[0], None, *how[1:])])
+def test_on_a_cpu_with_room_four_bit_weights_are_unpacked_once(
+    monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]
+) -> None:
+    how = (resolve_model(SMOLLM2, HERE, "test"), "nf4", torch.float32)
+    unpacked = load(*how)
+    assert not any(isinstance(module, Linear4bit) for module in unpacked.modules())
+    monkeypatch.setattr(model_loading.memory, "free_bytes", lambda: 1 << 20)
+    packed, ids = load(*how), torch.tensor([[1, 2, 3, 400]])
+    assert sum(isinstance(module, Linear4bit) for module in packed.modules()) == 30 * 7
+    with torch.inference_mode():
+        assert torch.equal(unpacked.eval()(input_ids=ids).logits, packed.eval()(input_ids=ids).logits)
 
 
 def test_weights_are_quantized_once_and_the_kept_ones_are_the_same(
@@ -135,8 +160,22 @@ class TestChoices:
         assert LocalEngine(self.FILES).fingerprint("base").endswith(f"|nf4|{name}")
         assert [dtype_name(given) for given in ("bfloat16", "float16", "float32")] == ["bfloat16", "float16", "float32"]
 
-    def test_without_a_gpu_it_is_bfloat16_on_the_cpu(self, asked: list[dict[str, Any]]) -> None:
-        assert LocalEngine(self.FILES).fingerprint("base") == "local-1|fingerprint|nf4|bfloat16"
+    @pytest.mark.parametrize(
+        ("capabilities", "name"),
+        [
+            ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, "float32"),
+            ({"avx512_bf16": True, "amx_bf16": False}, "bfloat16"),
+            ({"arm_bf16": True}, "bfloat16"),
+            ({}, "bfloat16"),
+        ],
+    )
+    def test_a_cpu_without_bfloat16_computes_in_float32(
+        self, monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], name: str
+    ) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+        assert LocalEngine(self.FILES).fingerprint("base") == f"local-1|fingerprint|nf4|{name}"
+
+    def test_without_a_gpu_nothing_is_placed(self, asked: list[dict[str, Any]]) -> None:
         model_loading._read(HERE, "sdpa", "none", torch.bfloat16, model_loading._device_map("auto"))
         assert asked == [{"dtype": torch.bfloat16, "attn_implementation": "sdpa"}]
 

@@ -124,8 +124,8 @@ def quantized_in_use(transfers: Sequence[Transfer]) -> set[str]:
             ("target.base", transfer.config.distill.quantization),
         }
         for key, quantization in loaded:
-            # `auto` is one or the other, as the machine has bfloat16. A generator on a server has no fingerprint.
-            for name in ("bfloat16", "float16") if dtype == "auto" else (dtype,):
+            # `auto` is one of three, as the machine has bfloat16. A generator on a server has no fingerprint.
+            for name in ("bfloat16", "float16", "float32") if dtype == "auto" else (dtype,):
                 if key in transfer.fingerprints and quantization != "none":
                     weights = cached_as(transfer.reference(key), transfer.folder, key)
                     used.add(quantized_copy(weights, quantization, f"torch.{name}").name)

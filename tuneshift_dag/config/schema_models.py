@@ -28,8 +28,8 @@ class Models(Section):
     quantization: Quantization = "nf4"
     """4-bit data type of every scoring model; `none` keeps the compute dtype."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Dtype of activations and of weights that aren't 4-bit. `auto` is bfloat16, and float16 on a GPU that has no
-    bfloat16 of its own (before NVIDIA's Ampere)."""
+    """Dtype of activations and of weights that aren't 4-bit. `auto` is bfloat16; without instructions for it float16 on
+    a GPU (before NVIDIA's Ampere), and float32 on a CPU (before Intel's Cooper Lake and AMD's Zen 4)."""
     device_map: Literal["auto", "single"] = "auto"
     """With several GPUs: `auto` spreads each model's layers over all of them (accelerate), `single` puts each model on
     the first one."""

@@ -174,7 +174,7 @@ def _settings(transfer: Transfer) -> dict[str, Any]:
     # that versions from when it counted stay valid.)
     dump["models"]["batch_size"] = Models.model_fields["batch_size"].default
     if dump["models"]["compute_dtype"] == "auto":
-        dump["models"]["compute_dtype"] = "bfloat16"  # which it is, but on old GPUs
+        dump["models"]["compute_dtype"] = "bfloat16"  # which it is, but on old machines
     source, target = _format(config.source_format), _format(config.target_format)
     dump["source"].pop("prompt", None)
     dump["target"].pop("prompt", None)

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import types
 import warnings
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,8 @@ Quantization = Literal["nf4", "fp4", "none"]
 DeviceMap = Literal["auto", "single"]
 Placement = str | dict[str, int] | None
 ADAPTER = "fine_tuned"
+# Of the free memory of a machine without a GPU, what unpacked 4-bit weights may take.
+_UNPACKED_SHARE = 0.25
 _LOG = logging.getLogger("tuneshift_dag")
 
 
@@ -89,9 +92,11 @@ def dtype_name(setting: str) -> str:
     """The name of the dtype that ``models.compute_dtype`` means on this machine."""
     if setting != "auto":
         return setting
-    # A GPU without bfloat16 emulates it, in float32's time.
-    emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return "float16" if emulated else "bfloat16"
+    # What has no bfloat16 emulates it: a GPU in float32's time, a CPU in seven times that.
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    known = _cpu_capabilities()
+    return "bfloat16" if not known or any(has for name, has in known.items() if "bf16" in name) else "float32"
 
 
 def load_for_inference(
@@ -111,7 +116,7 @@ def load_for_inference(
     Raises:
         TuneshiftError: the GPUs haven't the memory, or PEFT can't put the adapter on this model.
     """
-    model: Any = _load(files, quantization, dtype, device_map)
+    model: Any = _unpacked(_load(files, quantization, dtype, device_map))
     if model.get_input_embeddings().weight.shape[0] < least_tokens:
         _add_tokens(model, least_tokens)
     if dtype != torch.bfloat16 or not _repacking_pays():
@@ -180,7 +185,7 @@ def load_for_training(
 ) -> PreTrainedModel:
     """A base model in train mode whose 4-bit weights stay in the layout that has gradients; raises `TuneshiftError`
     when the GPUs haven't the memory."""
-    model = _load(files, quantization, dtype, device_map)
+    model = _unpacked(_load(files, quantization, dtype, device_map))
     _keep_layout(model)
     return model.requires_grad_(False).train()
 
@@ -230,9 +235,13 @@ def assert_trainable_layout(model: torch.nn.Module) -> None:
 def _repacking_pays() -> bool:
     """Not on CPUs that multiply in tiles (AMX), where dequantizing and one large product are faster. A layer of
     640 x 2,048 on two such cores: 0.5 against 0.3 ms for 16 rows, 0.5 against 1.1 for 64, 1.3 against 16.5 for 1024."""
-    # The oldest torch that is supported can't tell; there bitsandbytes decides, as on other CPUs.
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return not capabilities.get("amx_bf16", False)
+    # Where they aren't known, bitsandbytes decides.
+    return not _cpu_capabilities().get("amx_bf16", False)
+
+
+def _cpu_capabilities() -> Mapping[str, Any]:
+    """What the CPU can do, by name; empty with the oldest torch that is supported, which can't tell."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def _keep_layout(model: torch.nn.Module) -> None:
@@ -261,6 +270,17 @@ def _load(files: ModelFiles, quantization: Quantization, dtype: torch.dtype, dev
             _LOG.warning(f"{files.reference}: its experts, {experts / 1e9:.1f} GB, stay in {dtype}, not in 4 bits.")
         del model
     return _read(folder, attention, "saved", dtype, placed)
+
+
+def _unpacked(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the values of its 4-bit weights in the dtype that it computes in, where it is on a CPU that has
+    much more memory than these take. Else every pass unpacks them anew, or multiplies 4-bit weights at the speed of few
+    rows."""
+    layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    size = sum(layer.in_features * layer.out_features for layer in layers) * model.dtype.itemsize
+    if layers and model.device.type == "cpu" and size < memory.free_bytes() * _UNPACKED_SHARE:
+        model.dequantize()
+    return model
 
 
 def is_quantized(folder: Path) -> bool:
