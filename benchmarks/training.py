@@ -11,7 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import TRANSFER, ratio, spread, target_files
 from tuneshift_dag.models.loading import load_for_training, load_tokenizer
-from tuneshift_dag.training.batches import TokenizedExample, collate, length_bucketed_batches, losses, tokenize_example
+from tuneshift_dag.training.batches import (
+    TokenizedExample,
+    collate,
+    length_bucketed_batches,
+    mean_loss,
+    tokenize_example,
+)
 from tuneshift_dag.training.loop import LoraTraining, cosine_with_warmup, evaluate_loss, train
 from tuneshift_dag.training.lora import add_lora
 
@@ -167,10 +173,10 @@ def gradient_cosine(examples: list[TokenizedExample]) -> float:
             if "lora_B" in name:  # zero at the start, which would leave no gradient for A
                 torch.nn.init.normal_(parameter, std=0.01, generator=torch.Generator().manual_seed(len(name)))
         if batched:
-            losses(model, collate(examples))[0].backward()
+            mean_loss(model, collate(examples)).backward()
         else:
             total = sum(len(e.response_ids) for e in examples)
             for example in examples:
-                (losses(model, collate([example]))[0] * len(example.response_ids) / total).backward()
+                (mean_loss(model, collate([example])) * len(example.response_ids) / total).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     return float(torch.cosine_similarity(*gradients, dim=0))

@@ -327,6 +327,7 @@ def test_a_rule_without_its_scores_is_refused(transfer_folder, edit_config):
         ("filter.discriminator", {}),
         ("distill.token_mask", 0.7),
         ("distill.token_mask", None),
+        ("distill.prompt_weight", 0.1),
         ("filter.rule", "ifd"),
         ("compare", {"arms": [{"rule": "ifd", "threshold": 0.7}]}),
     ],

@@ -1,14 +1,12 @@
 """The loop on tiny random models: what a step is, that silent failures are loud, and that a training goes on."""
 
 import math
-import random
 from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.training.tiny import (
@@ -17,19 +15,14 @@ from tests.training.tiny import (
     TEXTS,
     examples,
     one_step,
-    reference_loss,
     tiny_gemma,
     tiny_model,
-    with_lora,
 )
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.training import loop
 from tuneshift_dag.training.batches import (
-    PROMPT_TOKENS,
     collate,
-    length_bucketed_batches,
-    losses,
-    with_prompt_places,
+    mean_loss,
 )
 from tuneshift_dag.training.loop import LoraTraining, TrainingCheckpoint, train
 from tuneshift_dag.training.lora import add_lora
@@ -44,38 +37,8 @@ def test_a_step_in_several_passes_is_that_of_all_its_examples_at_once() -> None:
     order = sorted(examples(16), key=lambda e: len(e.prompt_ids) + len(e.response_ids))
     passes = [collate(order[start : start + 4]) for start in range(0, 16, 4)]
     assert len({len(batch.targets) for batch in passes}) > 1
-    means = [float(losses(tiny_model(), batch)[0]) for batch in passes]
-    assert abs(sum(means) / 4 - float(losses(tiny_model(), collate(order))[0])) > 1e-4
-
-
-def test_tokens_of_prompts_count_with_their_weight() -> None:
-    """The step's gradients against the objective written out, one unpadded example at a time."""
-    settings = replace(ONE_STEP, prompt_weight=0.3)
-    loss, gradients = one_step(settings)
-    rng, prompt_rng = random.Random(settings.seed), random.Random(settings.seed)
-    [step] = length_bucketed_batches(rng.sample(examples(16), 16), 16, rng)
-    drawn = [with_prompt_places(e, prompt_rng) for e in step]
-    assert all(0 < len(e.prompt_places) <= PROMPT_TOKENS and 0 not in e.prompt_places for e in drawn)
-
-    model = with_lora(tiny_model(), settings)
-    of_prompts = []
-    for e in drawn:
-        logits = model(input_ids=torch.tensor([e.prompt_ids]), use_cache=False).logits[0]
-        of_prompts += [cross_entropy(logits[p - 1], torch.tensor(e.prompt_ids[p])) for p in e.prompt_places]
-    responses = reference_loss(model, drawn)
-    assert loss == pytest.approx(responses.item(), rel=1e-5), "what is reported is the responses' loss"
-    (responses + 0.3 * torch.stack(of_prompts).mean()).backward()
-    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-    torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-6)
-
-
-def test_tokens_of_prompts_count_alike_in_one_pass_and_in_several() -> None:
-    whole_loss, whole = one_step(replace(ONE_STEP, prompt_weight=0.3))
-    loss, gradients = one_step(replace(ONE_STEP, prompt_weight=0.3, batch_size=4, gradient_accumulation=4))
-    assert loss == pytest.approx(whole_loss, rel=1e-5)
-    torch.testing.assert_close(gradients, whole, rtol=1e-4, atol=1e-6)
-    without = one_step(ONE_STEP)[1]
-    assert float((whole - without).abs().max()) > 1e-3
+    means = [float(mean_loss(tiny_model(), batch)) for batch in passes]
+    assert abs(sum(means) / 4 - float(mean_loss(tiny_model(), collate(order)))) > 1e-4
 
 
 def test_steps_are_those_of_the_optimizer() -> None:
@@ -202,7 +165,7 @@ def trained(settings: LoraTraining, checkpoint: TrainingCheckpoint | None, end_a
     ("changes", "dtype"),
     [
         ({}, None),
-        ({"balance": "response", "prompt_weight": 0.1, "batch_size": 2, "gradient_accumulation": 2}, None),
+        ({"balance": "response", "batch_size": 2, "gradient_accumulation": 2}, None),
         ({"retain": 1.0, "dropout": 0.3}, None),
         ({}, torch.float16),
         ({"rank": 64, "optimizer": "paged_adamw_8bit"}, None),
@@ -252,7 +215,7 @@ def test_a_pass_that_has_no_memory_is_halved_and_changes_no_gradient(
 ) -> None:
     settings = replace(ONE_STEP, retain=1.0)
     whole_loss, whole = one_step(settings, texts=TEXTS)
-    real = (loop.losses, loop.divergence)
+    real = (loop.mean_loss, loop.divergence)
     sizes: list[int] = []
 
     def crowded(count: int) -> None:
@@ -270,7 +233,7 @@ def test_a_pass_that_has_no_memory_is_halved_and_changes_no_gradient(
         crowded(len(texts))
         return real[1](model, texts)
 
-    monkeypatch.setattr(loop, "losses", few_examples)
+    monkeypatch.setattr(loop, "mean_loss", few_examples)
     monkeypatch.setattr(loop, "divergence", few_texts)
     loss, gradients = one_step(settings, texts=TEXTS)
     assert loss == pytest.approx(whole_loss, rel=1e-5)
@@ -283,7 +246,7 @@ def test_one_row_without_memory_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(model, batch):
         raise MemoryError("full")
 
-    monkeypatch.setattr(loop, "losses", full)
+    monkeypatch.setattr(loop, "mean_loss", full)
     with pytest.raises(MemoryError, match="full"):
         one_step(ONE_STEP)
 

@@ -33,7 +33,6 @@ def transfer(tmp_path: Path) -> Transfer:
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "tiny")
     settings = {"epochs": 2, "rank": 4, "learning_rate": 1e-2, "batch_size": 2, "validation_fraction": 0.25}
     changed = {"quantization": "none", "balance": "none", "gradient_accumulation": 2, **settings}
-    changed["prompt_weight"] = 0.5
     config = packaged.config.model_copy(
         update={
             "target": packaged.config.target.model_copy(update={"base": "./tiny"}),

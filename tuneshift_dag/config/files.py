@@ -40,6 +40,7 @@ _TAKEN_OUT = {
     "filter.target": "it was never shown to help",
     "filter.target_share": "it was never shown to help",
     "filter.discriminator": "it learned hardly more than how the seeds are written",
+    "distill.prompt_weight": "distill.retain keeps more of what the target knew, at no less skill",
     "distill.token_mask": "models trained with it were right half as often",
 }
 

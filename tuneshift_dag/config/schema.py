@@ -203,9 +203,6 @@ class Distill(Section):
     """The most that the perplexity of general text may become, as a multiple of the base's, such as 1.05: of the scales
     of the adapter that keep it, the one with the best held-out accuracy is evaluated and exported. Nothing is trained
     again. Without it, or when no scale keeps it, the adapter is taken as it was trained."""
-    prompt_weight: float = Field(0.0, ge=0, le=1, exclude_if=lambda value: value == 0)
-    """Weight of the loss of four tokens of each prompt, drawn anew in every step, beside that of its response: with 0.1
-    the target forgets less of what it knew (`retention`). 0 trains on responses alone."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps with a rising learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping norm.")

@@ -1,7 +1,4 @@
-"""Pairs as token ids, what an epoch and a step hold of them, and the loss of a batch.
-
-The loss is on the response tokens, and in part on a few tokens of each prompt (`with_prompt_places`): these keep the
-model near the language that it knew, which an answer of a few tokens doesn't.
+"""Pairs as token ids, what an epoch and a step hold of them, and the loss of a batch, which is on the response tokens.
 
 Examples are padded on the right: under a causal mask no real token sees the padding, so no attention mask is needed and
 the fast causal kernel applies. Logits are computed only where they predict a token that counts: with a small body and a
@@ -24,20 +21,16 @@ from tuneshift_dag.models.prompts import continuation_ids, end_id, prompt_ids
 
 T = TypeVar("T")
 RARE = 0.25
-PROMPT_TOKENS = 4
-"""Tokens of a prompt that are predicted in one step: each costs the head as much as one of the response."""
 # Logits turned into float32 at once on a CPU, in elements: 2 MB.
 _FLOAT_AT_ONCE = 1 << 19
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """Prompt and response as token ids, the response with its end-of-sequence token; ``prompt_places`` are those of the
-    prompt's tokens that are predicted too."""
+    """Prompt and response as token ids, the response with its end-of-sequence token."""
 
     prompt_ids: list[int]
     response_ids: list[int]
-    prompt_places: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -50,17 +43,11 @@ Examples = Sequence[TokenizedExample]
 class Batch:
     """Right-padded examples. Shapes: ids (B, L); predicts and targets (N,).
 
-    ``predicts[i]`` is the position, in the flattened ids, whose logits predict ``targets[i]``. The first
-    ``response_tokens`` of the N are all those of the responses, the others are tokens of prompts."""
+    ``predicts[i]`` is the position, in the flattened ids, whose logits predict ``targets[i]``: all response tokens."""
 
     ids: torch.Tensor
     predicts: torch.Tensor
     targets: torch.Tensor
-    response_tokens: int
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.targets) - self.response_tokens
 
 
 def tokenize_example(tokenizer: Any, format: PromptFormat, prompt: str, response: str) -> TokenizedExample:
@@ -75,12 +62,6 @@ def cut_to(example: TokenizedExample, length: int) -> TokenizedExample | None:
         return example
     response = example.response_ids[: max(0, length - len(example.prompt_ids))]
     return replace(example, response_ids=response) if response else None
-
-
-def with_prompt_places(example: TokenizedExample, rng: random.Random) -> TokenizedExample:
-    """The example with up to `PROMPT_TOKENS` places of its prompt drawn; the first token is predicted by none."""
-    places = range(1, len(example.prompt_ids))
-    return replace(example, prompt_places=sorted(rng.sample(places, min(PROMPT_TOKENS, len(places)))))
 
 
 def balanced_epochs(examples: Examples, epochs: int, rng: random.Random) -> list[list[TokenizedExample]]:
@@ -120,23 +101,19 @@ def collate(examples: Examples) -> Batch:
     # The final token predicts nothing, so it is left out.
     length = max(map(len, rows)) - 1
     padded = [row[:-1] + [0] * (length + 1 - len(row)) for row in rows]
-    responses = [(i, len(e.prompt_ids) + place) for i, e in enumerate(examples) for place in range(len(e.response_ids))]
-    prompts = [(i, place) for i, e in enumerate(examples) for place in e.prompt_places]
+    places = [(i, len(e.prompt_ids) + place) for i, e in enumerate(examples) for place in range(len(e.response_ids))]
     # The logits at position t predict token t + 1.
-    predicts = [i * length + place - 1 for i, place in responses + prompts]
-    targets = [rows[i][place] for i, place in responses + prompts]
-    return Batch(torch.tensor(padded), torch.tensor(predicts), torch.tensor(targets), len(responses))
+    predicts = [i * length + place - 1 for i, place in places]
+    targets = [rows[i][place] for i, place in places]
+    return Batch(torch.tensor(padded), torch.tensor(predicts), torch.tensor(targets))
 
 
-def losses(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean negative log-likelihood (nats) of the response tokens, and of the prompts' that count; 0 where none do."""
+def mean_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """Mean negative log-likelihood (nats) of the response tokens."""
     ids = batch.ids.to(next(model.parameters()).device)
     with head_only_at(model, batch.predicts):
         logits = model(input_ids=ids, use_cache=False).logits.squeeze(0)
-    n, targets = batch.response_tokens, batch.targets.to(logits.device)
-    response = mean_cross_entropy(logits[:n], targets[:n])
-    prompt = mean_cross_entropy(logits[n:], targets[n:]) if batch.prompt_tokens else torch.zeros_like(response)
-    return response, prompt
+    return mean_cross_entropy(logits, batch.targets.to(logits.device))
 
 
 def head_only_at(model: Any, positions: torch.Tensor) -> RemovableHandle:

@@ -27,8 +27,7 @@ from tuneshift_dag.training.batches import (
     chunks,
     collate,
     length_bucketed_batches,
-    losses,
-    with_prompt_places,
+    mean_loss,
 )
 from tuneshift_dag.training.processes import add_over_processes, is_first_process, own_share
 from tuneshift_dag.training.rehearsal import HeldTo, Rehearsal, divergence
@@ -43,8 +42,8 @@ class LoraTraining:
     """Hyper-parameters of one LoRA training; the paper doesn't publish its own values.
 
     An optimizer step is on ``batch_size`` times ``gradient_accumulation`` examples. ``gradient_checkpointing`` computes
-    all but each layer's input again for the backward pass (arXiv 1604.06174). ``prompt_weight`` is that of the prompts'
-    tokens beside the responses'."""
+    all but each layer's input again for the backward pass (arXiv 1604.06174). ``retain`` is the
+    weight of the rehearsal beside the responses' loss."""
 
     rank: int = 16
     alpha: int = 32
@@ -56,7 +55,6 @@ class LoraTraining:
     gradient_checkpointing: bool = False
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     balance: Literal["response", "none"] = "none"
-    prompt_weight: float = 0.0
     retain: float = 0.0
     warmup_ratio: float = 0.05
     weight_decay: float = 0.0
@@ -138,7 +136,7 @@ def train(
         RuntimeError: when a trainable parameter gets no gradient in the first step.
         TuneshiftError: when a loss, a gradient or a weight isn't finite, naming the step.
     """
-    rng, prompt_rng = random.Random(settings.seed), random.Random(settings.seed)
+    rng = random.Random(settings.seed)
     shuffled = rng.sample(list(examples), len(examples))
     held_back = int(len(shuffled) * settings.validation_fraction)
     validation, training = shuffled[:held_back], shuffled[held_back:]
@@ -162,9 +160,6 @@ def train(
     for epoch, drawn in enumerate(epochs):
         first = step
         for chosen in length_bucketed_batches(drawn, pairs_a_step, rng):
-            if settings.prompt_weight:
-                # Before the step is divided, so that the division changes nothing.
-                chosen = [with_prompt_places(example, prompt_rng) for example in chosen]
             step += 1
             if step <= done:
                 continue  # it was only drawn, so that the next ones are those of a training in one go
@@ -211,8 +206,8 @@ def evaluate_loss(model: PeftModel, examples: Sequence[TokenizedExample], batch_
         module.eval()
     with torch.no_grad(), _autocast(model):
         for batch in map(collate, shares):
-            total += float(losses(model, batch)[0]) * batch.response_tokens
-            tokens += batch.response_tokens
+            total += float(mean_loss(model, batch)) * len(batch.targets)
+            tokens += len(batch.targets)
     for module in dropouts:
         module.train()
     sums = torch.tensor([total, tokens], dtype=torch.float64, device=next(model.parameters()).device)
@@ -338,14 +333,11 @@ def _gradients(
     """This process's part of the gradients and of the loss, in passes of at most ``optimizer.rows``. Passes have
     unequal tokens, so each is weighted by its share of all."""
     tokens = sum(len(e.response_ids) for e in chosen)
-    prompt_tokens = sum(len(e.prompt_places) for e in chosen)
     loss = torch.zeros((), device=next(model.parameters()).device)
     for batch in (collate(part) for share in own for part in chunks(share, optimizer.rows)):
         with _autocast(model):
-            response, prompt = losses(model, batch)
-            part = response * (batch.response_tokens / tokens)
-            of_prompts = prompt * (settings.prompt_weight * batch.prompt_tokens / max(1, prompt_tokens))
-        optimizer.scaler.scale(part + of_prompts).backward()  # type: ignore[no-untyped-call]
+            part = mean_loss(model, batch) * (len(batch.targets) / tokens)
+        optimizer.scaler.scale(part).backward()  # type: ignore[no-untyped-call]
         loss += part.detach().to(loss.device)
     for texts in chunks(held.texts, optimizer.rows):
         with _autocast(model):
