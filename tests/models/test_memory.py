@@ -86,6 +86,13 @@ class TestWorkers:
         processes = {process for _, (_, process) in in_batches(self.LENGTHS, 2, lambda n: 1, with_process, 2)}
         assert os.getpid() not in processes and len(processes) == 2
 
+    @pytest.mark.parametrize(
+        ("rows", "sizes"), [(231, [116, 115]), (40, [20, 20]), (640, [160] * 4), (330, [83, 83, 83, 81]), (31, [31])]
+    )
+    def test_have_as_many_rows_each(self, rows: int, sizes: list[int]) -> None:
+        found = in_batches([1] * rows, 160, lambda n: 1, lambda batch: None, 2)
+        assert sorted((len(batch) for batch, _ in found), reverse=True) == sizes
+
     def test_one_that_dies_costs_its_batch_which_is_done_here(self) -> None:
         here = os.getpid()
 

@@ -37,10 +37,11 @@ class Models(Section):
     """What the keys and values of a batch are kept in: the compute dtype (`auto`), or 8 bits, which is half the memory
     a row (docs/concepts.md)."""
     batch_size: int = Field(32, ge=1, le=1024, description="Most prompts decoded at once; fewer when memory is short.")
-    workers: int = Field(1, ge=1, le=64, exclude_if=lambda value: value == 1)
+    workers: int | None = Field(None, ge=1, le=64, exclude_if=lambda value: value is None)
     """Processes on a CPU that answer and score batches side by side, with one thread each and the model's weights in
-    common, and that share the batches of a training; as many as there are cores are fastest for small models. On a GPU
-    it has no effect."""
+    common; by default as many as PyTorch has threads (the cores, or `OMP_NUM_THREADS`), since threads on a small model
+    wait for each other. A number given here also shares the batches of a training, where each process loads the model.
+    On a GPU it has no effect."""
 
 
 class Server(Section):

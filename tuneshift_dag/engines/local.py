@@ -60,8 +60,8 @@ class LocalEngine(Engine, Target):
     batch_size: int = 32
     device_map: DeviceMap = "auto"
     kv_cache_dtype: KVDtype = "auto"
-    workers: int = 1
-    """Processes on a CPU that do batches side by side; without effect on a GPU."""
+    workers: int | None = None
+    """Processes on a CPU that do batches side by side; None for one per thread that PyTorch has."""
     fine_tuned: ModelFiles | None = None
     """The whole fine-tuned model, in the place of ``adapter``."""
     scale: float = field(default=1.0, init=False)
@@ -77,8 +77,7 @@ class LocalEngine(Engine, Target):
 
     def __post_init__(self) -> None:
         self.compute_dtype = dtype_name(self.compute_dtype)
-        if torch.cuda.is_available():
-            self.workers = 1
+        self.workers = 1 if torch.cuda.is_available() else self.workers or torch.get_num_threads()
         if self.fine_tuned is not None:
             # Where the models take turns in memory, each is loaded at most twice for all that is given at once.
             self.chunk_size = _WHOLE_ROUND
@@ -320,7 +319,9 @@ class LocalEngine(Engine, Target):
             # Two prefills, the tokens that follow one, and a copy of a prefill where some responses are known.
             return own_loop.bytes_per_row(model, 3 * length + new_tokens, logits=1, kv_dtype=self.kv_cache_dtype)
 
-        for batch, results in memory.in_batches([len(p) for p in prompts], self.batch_size, row, work, self.workers):
+        for batch, results in memory.in_batches(
+            [len(p) for p in prompts], self.batch_size, row, work, self.workers or 1
+        ):
             yield list(zip(batch, results, strict=True))
 
 

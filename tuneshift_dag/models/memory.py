@@ -22,6 +22,8 @@ BATCH_SHARE = 0.5
 """Share of the free memory that a batch may plan with: estimates leave out activations and the allocator's waste."""
 _PROC = Path("/proc/self")
 _MADV_PAGEOUT = 21
+# Rows from which on a batch is divided among workers.
+_WORTH_A_WORKER = 16
 
 
 def _cuda() -> Any:
@@ -147,6 +149,9 @@ def in_batches(
 
     if workers > 1 and left:
         size = batch_size(workers)
+        if len(left) >= _WORTH_A_WORKER * workers:
+            # As many for each, or one would work on the last batch while the others wait.
+            size = -(-len(left) // (workers * -(-len(left) // (size * workers))))
         done: set[int] = set()
         batches = [left[i : i + size] for i in range(0, len(left), size)]
         for batch, result in in_workers(batches, work, workers) if len(batches) > 1 else ():

@@ -69,7 +69,7 @@ def distill(
 
     config, count = transfer.config, transfer.config.distill.processes
     if not gpu_count():
-        count = max(count, config.models.workers)
+        count = max(count, config.models.workers or 1)
     files = resolve_model(transfer.reference("target.base"), transfer.folder, "target.base")
     tokenizer = load_tokenizer(files)
     whole = [tokenize_example(tokenizer, config.target_format, p, r) for p, r in pairs]
