@@ -29,6 +29,11 @@ def save_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(folder)
 
 
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # whoever finds no place in it comes back a second later
+
+
 class FakeServer:
     """``with FakeServer(...) as server:`` serves the models "base" and "skill" at ``server.url``."""
 
@@ -40,7 +45,6 @@ class FakeServer:
         sides: dict[str, Side] | None = None,
         echo_sides: dict[str, Side] | None = None,
         before: Callable[["FakeServer", dict[str, Any]], tuple[int, str] | None] = lambda server, body: None,
-        address: tuple[str, int] = ("127.0.0.1", 0),
     ) -> None:
         """
         Args:
@@ -50,7 +54,6 @@ class FakeServer:
             echo_sides: the same for log-probabilities of prompt tokens.
             before: called with the body of a request before it is answered, in a thread of its own; it may
                 return a status and a text to answer instead.
-            address: host and port, by default a free one.
         """
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.style = style
@@ -58,7 +61,6 @@ class FakeServer:
         self.sides: dict[str, Side] = sides or {"base": "base", "skill": "fine_tuned"}
         self.echo_sides = echo_sides or self.sides
         self.before = before
-        self.address = address
         self.engine = FakeEngine()
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -111,8 +113,7 @@ class FakeServer:
                 except OSError:
                     pass  # the client has gone
 
-        self._http = ThreadingHTTPServer(self.address, Handler)
-        self._http.daemon_threads = True
+        self._http = _Listener(("127.0.0.1", 0), Handler)
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return self
 

@@ -1,49 +1,83 @@
-"""`python -m tests.fake_vllm serve MODEL …`: stands in for `vllm serve`, and answers what `FakeServer` answers.
+"""`python tests/fake_vllm.py serve MODEL …`: stands in for `vllm serve`, and starts at once, since it has no model.
+What it is asked under its own key and its models' names goes on to the `FakeServer` of the test.
 
-It writes a line about itself to the file that FAKE_VLLM_NOTES names, starts a process of its own as vLLM does, and
-fails as FAKE_VLLM_FAILS says: "start" ends it before it listens, "never" lets it never listen, and a number ends it at
-that request. The first of its arguments is its model, whose tokenizer it reads.
+Variables: FAKE_VLLM_SERVER has the port of that one, FAKE_VLLM_NOTES a file that gets a line about every start. By
+FAKE_VLLM_FAILS it ends before it listens ("start"), never listens ("never"), or ends at a request (its number).
 """
 
+import http.client
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+
+KEY, FAILS = os.environ["VLLM_API_KEY"], os.environ.get("FAKE_VLLM_FAILS", "")
+HELLO = "INFO 11-29 12:00:00 vLLM says hello"
 
 
 def value(option: str) -> str:
     return sys.argv[sys.argv.index(option) + 1]
 
 
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    names: tuple[str, ...] = ()
+    asked = 0
+    lock = threading.Lock()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        names = [{"id": name, "parent": None if name == self.names[0] else self.names[0]} for name in self.names]
+        self._answer(200 if self.path == "/health" or self._knows_key() else 401, json.dumps({"data": names}).encode())
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        with self.lock:
+            Handler.asked += 1
+            if FAILS.isdigit() and Handler.asked >= int(FAILS):
+                print(f"RuntimeError: the engine core is dead (key {KEY})", flush=True)
+                os._exit(1)
+        if not self._knows_key() or json.loads(body)["model"] not in self.names:
+            self._answer(401 if not self._knows_key() else 404, b"{}")
+            return
+        there = http.client.HTTPConnection("127.0.0.1", int(os.environ["FAKE_VLLM_SERVER"]))
+        there.request("POST", self.path, body)
+        self._answer(200, there.getresponse().read())
+        there.close()
+
+    def _knows_key(self) -> bool:
+        return self.headers["Authorization"] == f"Bearer {KEY}"
+
+    def _answer(self, status: int, data: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class Listener(ThreadingHTTPServer):
+    request_queue_size = 128  # whoever finds no place in it comes back a second later
+
+
 def main() -> None:
-    fails, key = os.environ.get("FAKE_VLLM_FAILS", ""), os.environ["VLLM_API_KEY"]
-    engine = subprocess.Popen(["sleep", "600"])
-    note = {"arguments": sys.argv[1:], "pids": [os.getpid(), engine.pid], "key": key}
+    engine = subprocess.Popen(["sleep", "600"])  # vLLM has such a process too
+    note = {"arguments": sys.argv[1:], "pids": [os.getpid(), engine.pid], "key": KEY}
     with Path(os.environ["FAKE_VLLM_NOTES"]).open("a") as notes:
         notes.write(json.dumps(note) + "\n")
-    print(f"INFO 11-29 12:00:00 vLLM says hello, with the key {key}", flush=True)
-    if fails == "start":
+    print(HELLO, flush=True)
+    if FAILS == "start":
         sys.exit("ValueError: no memory for the KV cache")
-    while fails == "never":
+    while FAILS == "never":
         time.sleep(1)
-    from tests.fake_server import FakeServer
-
-    names = [value("--served-model-name")]
-    if "--lora-modules" in sys.argv:
-        names.append(json.loads(value("--lora-modules"))["name"])
-
-    def before(server: FakeServer, body: dict[str, Any]) -> tuple[int, str] | None:
-        if fails.isdigit() and len(server.bodies) >= int(fails):
-            print("RuntimeError: the engine core is dead", flush=True)
-            os._exit(1)
-        return None if server.headers[-1].get("authorization") == f"Bearer {key}" else (401, "Unauthorized")
-
-    sides: Any = {name: "fine_tuned" if name == "fine_tuned" else "base" for name in names}
-    with FakeServer(Path(sys.argv[2]), sides=sides, before=before, address=(value("--host"), int(value("--port")))):
-        time.sleep(600)
+    adapters = [json.loads(value("--lora-modules"))["name"]] if "--lora-modules" in sys.argv else []
+    Handler.names = (value("--served-model-name"), *adapters)
+    Listener((value("--host"), int(value("--port"))), Handler).serve_forever()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The vLLM that a step starts: how it is started, asked and ended. In its place runs `tests.fake_vllm`;
+"""The vLLM that a step starts: how it is started, asked and ended. In its place runs tests/fake_vllm.py;
 tests/servers has the same with vLLM itself."""
 
 import json
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import dagster as dg
 import psutil
@@ -17,7 +18,7 @@ import pytest
 
 from tests.conftest import Project
 from tests.engines.test_openai import ServedModels
-from tests.fake_server import save_tokenizer
+from tests.fake_server import FakeServer, save_tokenizer
 from tests.fakes import FakeEngine
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.files import load_transfer
@@ -32,7 +33,7 @@ from tuneshift_dag.store import Store
 from tuneshift_dag.store.cache import ResponseCache
 
 ROOT = Path(__file__).parents[2]
-FAKE = [sys.executable, "-m", "tests.fake_vllm", "serve"]
+FAKE = [sys.executable, str(ROOT / "tests" / "fake_vllm.py"), "serve"]
 GREEDY = Decoding(64)
 TEXTS = [f"Query: {'x' * (i * 7 % 5)} {i}\nIntent:" for i in range(10)]
 Edit = Callable[[str, Any], None]
@@ -43,7 +44,6 @@ def engines(transfer_folder: Path, edit_config: Edit, monkeypatch: pytest.Monkey
     """The engines of a transfer whose source and generator are on a vLLM of its own."""
     base = transfer_folder / "models" / "tiny-base"
     save_tokenizer(base)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("FAKE_VLLM_NOTES", str(transfer_folder / "notes"))
     # A proxy of this name is nowhere: whoever asked it for this machine would get no answer.
     monkeypatch.setenv("HTTP_PROXY", "http://proxy.invalid:1")
@@ -51,9 +51,11 @@ def engines(transfer_folder: Path, edit_config: Edit, monkeypatch: pytest.Monkey
     edit_config("engine", {"type": "vllm", "vllm": {"command": FAKE}})
     edit_config("generator.server", {"type": "vllm", "command": FAKE})
     edit_config("generator.mode", "continuation")
-    resource = EngineResource()
-    yield resource
-    resource.release()
+    resource, sides = EngineResource(), {"base": "base", "fine_tuned": "fine_tuned", "generator": "base"}
+    with FakeServer(base, sides=sides) as server:
+        monkeypatch.setenv("FAKE_VLLM_SERVER", str(urlsplit(server.url).port))
+        yield resource
+        resource.release()
 
 
 def notes(folder: Path) -> list[dict[str, Any]]:
@@ -154,6 +156,22 @@ def test_what_is_cached_starts_no_server_and_where_it_runs_makes_nothing_anew(
         responses()
 
 
+def test_the_memory_is_a_servers_or_that_of_models_in_this_process(
+    engines: EngineResource, transfer_folder: Path
+) -> None:
+    transfer = load_transfer(transfer_folder)
+    target, source = engines.target(transfer), engines.source(transfer)
+    assert engines.target(transfer) is target
+    answers(source, "base")
+    assert engines.target(transfer) is not target, "dropped before the server was started"
+    [note] = notes(transfer_folder)
+    assert alive(note)
+    (transfer_folder / "models" / "tiny-base" / "config.json").write_text('{"model_type": "of_no_kind"}')
+    with pytest.raises(Exception, match="of_no_kind"):
+        answers(target, "base")
+    assert alive(note) == [], "ended before a model is loaded"
+
+
 def test_a_server_that_dies_is_named_with_its_log_and_what_had_finished_is_kept(
     engines: EngineResource, transfer_folder: Path, edit_config: Edit, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +185,7 @@ def test_a_server_that_dies_is_named_with_its_log_and_what_had_finished_is_kept(
         assert word in str(error.value)
     [dead] = notes(transfer_folder)
     assert dead["key"] not in str(error.value)
-    assert "with the key ***" in str(error.value)
+    assert "dead (key ***)" in str(error.value)
     assert alive(dead) == [], "what it had started is ended too"
     monkeypatch.delenv("FAKE_VLLM_FAILS")
     cost = Cost()

@@ -60,6 +60,9 @@ class Server(Section):
     max_retries: int = Field(5, ge=0)
     """Retries of a request, with growing pauses, after a time-out or a status 408, 409, 429 or 5xx."""
 
+    def __str__(self) -> str:
+        return f"openai, {self.concurrency} requests at once, {self.base_url}"
+
     @field_validator("base_url")
     @classmethod
     def _is_address(cls, value: str) -> str:
@@ -106,7 +109,7 @@ class Vllm(Section):
 
     def __str__(self) -> str:
         spread = f", each model on {self.tensor_parallel_size} GPUs" if self.tensor_parallel_size > 1 else ""
-        return f"{self.concurrency} requests at once{spread}"
+        return f"vllm, {self.concurrency} requests at once{spread}"
 
     @field_validator("extra_args")
     @classmethod
@@ -190,6 +193,11 @@ class EngineConfig(Section):
                 " (vLLM's --lora-modules), or switch it on in fine_tuned.extra_body (llama.cpp's lora)"
             )
         return self
+
+    @property
+    def served_by(self) -> Server | Vllm | None:
+        """The server of the source models, if they are on one."""
+        return self.vllm if self.type == "vllm" else self.server
 
 
 def _server_of_type(value: Any) -> Any:

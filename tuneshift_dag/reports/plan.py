@@ -15,7 +15,6 @@ from typing import Any
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer, round_number
 from tuneshift_dag.config.schema import Distill
-from tuneshift_dag.config.schema_models import Vllm
 from tuneshift_dag.home import database_file
 from tuneshift_dag.method.evaluation import SCALES, texts_to_score
 from tuneshift_dag.method.rehearsal import TOKENS
@@ -59,12 +58,9 @@ def engine_of(transfer: Transfer, asset: str) -> str | None:
     engine = transfer.config.engine
     if asset not in STEPS or asset in ("rehearsal_set", "distilled_model"):
         return "local" if asset in STEPS else None
-    own = engine.vllm if engine.type == "vllm" else engine.server
-    server = transfer.config.generator.server if asset == "synthetic_prompts" else own
-    if isinstance(server, Vllm):
-        return f"vllm, {server}"
+    server = transfer.config.generator.server if asset == "synthetic_prompts" else engine.served_by
     if server is not None:
-        return f"openai, {server.concurrency} requests at once, {server.base_url}"
+        return str(server)
     return f"ray, {engine.ray}" if engine.type == "ray" else "local"
 
 
@@ -122,7 +118,7 @@ def model_sizes(transfer: Transfer) -> dict[str, ModelSize]:
     """Of the source, generator and target those that a process of ours loads; TuneshiftError when one's isn't known."""
     config = transfer.config
     elsewhere = {
-        "source.base": config.engine.server or config.engine.ray.address or config.engine.type == "vllm",
+        "source.base": config.engine.served_by or config.engine.ray.address,
         "generator.model": config.generator.server or config.engine.ray.address,
         "target.base": None,
     }
