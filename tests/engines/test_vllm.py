@@ -292,32 +292,29 @@ def test_a_server_that_does_not_end_by_itself_is_killed(tmp_path: Path, monkeypa
     assert server.ended() == 137
 
 
-def test_the_whole_graph_runs_on_servers_of_its_own(
-    engines: EngineResource, transfer_folder: Path, edit_config: Edit, quick_pictures: None
+def test_the_server_of_a_step_ends_with_it_also_when_it_fails(
+    engines: EngineResource, transfer_folder: Path, edit_config: Edit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step at a time: the server of each has ended when the step has."""
-    edit_config("rounds", 1)
-    left: list[list[int]] = []
+    edit_config("engine.vllm.concurrency", 1)
+
+    def run(asset: str, round: str | None = None) -> bool:
+        succeeded = project.materialize(asset, round=round).success
+        assert not any(map(alive, notes(transfer_folder)))
+        return succeeded
 
     with dg.DagsterInstance.ephemeral() as instance:
         project = Project(transfer_folder, instance)
         project.models = ServedModels()
-        runner = project.runner()
-        runner.on_step = lambda asset, round_: left.append([p for note in notes(transfer_folder) for p in alive(note)])
-        runner.run()
-        assert project.rows("SELECT count(*) > 0 FROM filtered_dataset") == [(True,)]
-        assert project.rows("SELECT DISTINCT engine FROM steps WHERE asset = 'scored_pairs'") == [
-            ("vllm, 128 requests at once",)
-        ]
-        started = notes(transfer_folder)
-        names = [note["arguments"][note["arguments"].index("--served-model-name") + 1] for note in started]
-        assert names == ["base", "generator", "base", "base"], "seed_set, synthetic_prompts, scored_pairs, evaluation"
-        assert not any(left) and not any(map(alive, started))
-        assert project.run().materialized == []
-        edit_config("engine.vllm.concurrency", 2)
-        edit_config("generator.server.gpu_memory_utilization", 0.5)
-        assert project.run().materialized == [], "how a server is started changes nothing"
-        assert len(notes(transfer_folder)) == len(started)
+        assert run("seed_set") and run("synthetic_prompts", "round_01")
+        monkeypatch.setenv("FAKE_VLLM_FAILS", "9")
+        assert not run("scored_pairs", "round_01")
+        monkeypatch.delenv("FAKE_VLLM_FAILS")
+        assert run("scored_pairs", "round_01")
+        asked = "SELECT engine, cache_hits > 0, model_calls > 0 FROM steps WHERE asset = 'scored_pairs'"
+        assert project.rows(asked) == [("vllm, 1 requests at once", True, True)]
+    told = [note["arguments"] for note in notes(transfer_folder)]
+    names = [arguments[arguments.index("--served-model-name") + 1] for arguments in told]
+    assert names == ["base", "generator", "base", "base"]
 
 
 def wait_until(is_so: Callable[[], bool], seconds: float = 20) -> None:
