@@ -29,6 +29,11 @@ def save_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(folder)
 
 
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # whoever finds no place in it comes back a second later
+
+
 class FakeServer:
     """``with FakeServer(...) as server:`` serves the models "base" and "skill" at ``server.url``."""
 
@@ -108,8 +113,7 @@ class FakeServer:
                 except OSError:
                     pass  # the client has gone
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
+        self._http = _Listener(("127.0.0.1", 0), Handler)
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return self
 

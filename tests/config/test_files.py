@@ -152,6 +152,15 @@ def test_references_have_fingerprints_of_what_is_here(transfer_folder, edit_conf
         ("engine", {**SERVED, "server": {"base_url": "a:8000"}}, ["engine.server.base_url", "'a:8000'", "http://"]),
         ("engine", {**SERVED, "fine_tuned": {"model": "base"}}, ["engine", "both 'base'", "--lora-modules"]),
         ("engine", {**SERVED, "server": {"base_url": "http://a/v1", "concurrency": 0}}, ["concurrency", "found 0"]),
+        ("engine", {"vllm": {}}, ["engine", "vllm has no meaning", "'local'", "set type: vllm"]),
+        ("engine", {"type": "vllm", "base": {"model": "base"}}, ["engine", "base must be given with type 'openai'"]),
+        (
+            "engine",
+            {"type": "vllm", "vllm": {"extra_args": ["--host=0.0.0.0", "--max_num_seqs", "8"]}},
+            ["engine.vllm.extra_args", "--host: set by the run", "127.0.0.1", "remove it"],
+        ),
+        ("generator.server", {"type": "vllm", "tensor_parallel_size": 0}, ["generator.server.tensor_par", "found 0"]),
+        ("generator.server", {"type": "sglang"}, ["generator.server", "type 'sglang' is none of openai, vllm"]),
         ("engine", {"ray": {"actors": 4}}, ["engine", "ray has no meaning", "'local'", "set type: ray"]),
         ("engine", {"type": "ray", "cross_scores": False}, ["engine", "cross_scores", "cost 'ray' little"]),
         ("engine", {"type": "ray", "ray": {"actors": 0}}, ["engine.ray.actors", "found 0"]),
@@ -290,6 +299,13 @@ def test_a_held_out_answer_without_a_number_is_named(transfer_folder, edit_confi
 def test_an_api_key_in_the_file_is_refused_and_not_shown(transfer_folder, edit_config, key):
     edit_config("engine", {**SERVED, "server": {"base_url": "http://a/v1", key: "sk-secret"}})
     with pytest.raises(TuneshiftError, match=f"engine.server.{key}") as error:
+        load_transfer(transfer_folder)
+    assert "sk-secret" not in str(error.value)
+
+
+def test_an_api_key_among_vllms_arguments_is_refused_and_not_shown(transfer_folder, edit_config):
+    edit_config("engine", {"type": "vllm", "vllm": {"extra_args": ["--api-key", "sk-secret"]}})
+    with pytest.raises(TuneshiftError, match=r"engine.vllm.extra_args: --api-key: set by the run") as error:
         load_transfer(transfer_folder)
     assert "sk-secret" not in str(error.value)
 

@@ -108,6 +108,21 @@ def test_prompts_without_a_limit_in_characters_depend_on_what_the_contexts_leave
     assert unlimited == {"seed_set", "synthetic_prompts"}
 
 
+def test_how_vllm_is_started_has_no_effect_and_its_other_arguments_have(
+    transfer_folder: Path, edit_config: Edit
+) -> None:
+    prompts, pairs = {"seed_set", "synthetic_prompts"}, {"seed_set", "scored_pairs", "evaluation"}
+    assert changed(transfer_folder, lambda: edit_config("generator.server", {"type": "vllm"})) == prompts
+    assert changed(transfer_folder, lambda: edit_config("engine", {"type": "vllm"})) == pairs
+    settings = [("command", ["a", "serve"]), ("gpu_memory_utilization", 0.5), ("tensor_parallel_size", 2)]
+    for key, value in [*settings, ("max_model_len", 99), ("start_timeout_s", 9), ("concurrency", 2)]:
+        for section in ("generator.server", "engine.vllm"):
+            assert changed(transfer_folder, lambda k=f"{section}.{key}", v=value: edit_config(k, v)) == set()
+    quantized = ["--quantization", "bitsandbytes"]
+    assert changed(transfer_folder, lambda: edit_config("generator.server.extra_args", quantized)) == prompts
+    assert changed(transfer_folder, lambda: edit_config("engine.vllm.extra_args", quantized)) == pairs
+
+
 def test_how_a_server_is_asked_has_no_effect_and_its_revision_has(transfer_folder: Path, edit_config: Edit) -> None:
     edit_config("generator", {"model": "gpt-4o", "server": {"base_url": "https://api.openai.com/v1"}})
     edit_config("engine", SERVED)

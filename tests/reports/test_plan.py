@@ -159,6 +159,9 @@ class TestModelsAndEngines:
         edit_config("engine", served)
         assert ran("scored_pairs") == ("b", "openai, 8 requests at once, http://a/v1")
         assert ran("synthetic_prompts") == ("other/generator", "local")
+        edit_config("engine", {"type": "vllm", "vllm": {"concurrency": 8, "tensor_parallel_size": 2}})
+        assert ran("scored_pairs") == ("models/tiny-base", "vllm, 8 requests at once, each model on 2 GPUs")
+        edit_config("engine", served)
         edit_config("generator.server", {"base_url": "http://g/v1"})
         assert ran("synthetic_prompts") == ("other/generator", "openai, 32 requests at once, http://g/v1")
 
@@ -445,6 +448,7 @@ class TestMemory:
         served = {"type": "openai", "server": server, "base": {"model": "a"}, "fine_tuned": {"model": "b"}}
         for engine, steps in (
             (served, ["synthetic_prompts", *AFTER_ROUNDS]),
+            ({"type": "vllm"}, ["synthetic_prompts", *AFTER_ROUNDS]),
             ({"type": "ray", "ray": {"address": "10.0.0.5:6379"}}, AFTER_ROUNDS),
         ):
             edit_config("engine", engine)

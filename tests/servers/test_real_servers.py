@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from tests.servers.agreement import KEEP_AGREEMENT, MEAN_TOLERANCE, TOLERANCE, a
 from tests.servers.lora_to_gguf import convert
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.files import load_transfer
-from tuneshift_dag.config.schema_models import ServedModel, Server
+from tuneshift_dag.config.schema_models import EngineConfig, ServedModel, Server, Vllm
 from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.engines.openai_client import OpenAIServer
 from tuneshift_dag.engines.openai_source import ServedSource
+from tuneshift_dag.home import output_dir
 from tuneshift_dag.method import AdapterCheck, Decoding
 from tuneshift_dag.models.references import _package_file, resolve_adapter, resolve_model
 from tuneshift_dag.resources import EngineResource
@@ -136,6 +138,39 @@ def test_vllm_without_the_adapter_is_found_out(vllm: Server, local: LocalEngine)
     assert "doesn't apply the adapter" in check.problems[0]
     check = preflight(served(vllm, local, ServedModel(model="banking"), ServedModel(model="skill")), seeds())
     assert "no model 'skill' (it has: banking, smollm2)" in check.problems[0]
+
+
+def test_a_vllm_of_its_own_agrees_with_the_local_engine(local: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `engine: {type: vllm}` starts: one server for base and adapter, then another one for the generator."""
+    if not VLLM_PYTHON:
+        pytest.skip("TUNESHIFT_VLLM_PYTHON isn't set")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    settings = Vllm(
+        command=(VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server"),
+        max_model_len=1024,
+        extra_args=("--enforce-eager",),
+        concurrency=1,  # as above, for the cross scores
+    )
+    writing = {"model": TRANSFER.config.source.base, "server": settings, "mode": "chat"}
+    generator = TRANSFER.config.generator.model_copy(update=writing)
+    models = TRANSFER.config.models.model_copy(update={"compute_dtype": "bfloat16"})
+    engine = EngineConfig(type="vllm", vllm=settings)
+    config = TRANSFER.config.model_copy(update={"engine": engine, "generator": generator, "models": models})
+    transfer, engines = replace(TRANSFER, config=config), EngineResource()
+    try:
+        source = engines.source(transfer)
+        assert isinstance(source, ServedSource)
+        assert preflight(source, seeds()).problems == []
+        figures = check_agreement(source, local, pairs=24)
+        assert figures["cross_nats_per_token"]["mean"] < MEAN_TOLERANCE
+        writer = engines.generator(transfer)
+        request = writer.encode(writer.render_chat("Write three questions to a bank, as a numbered list."), True)
+        [[(_, response)]] = writer.generate([request], "base", Decoding(64, temperature=1.0, top_p=0.95), seeds=[1])
+        assert len(response.text) > 20
+    finally:
+        engines.release()
+    log = output_dir(TRANSFER.name) / "vllm-generator.log"
+    assert log.is_file()
 
 
 def check_agreement(engine: ServedSource, local: LocalEngine, pairs: int = PAIRS) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.versions import code_version, inputs_of
+from tuneshift_dag.engines.server_process import stop_all
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.method.filters import repetition_sql
 from tuneshift_dag.method.scoring import Cost
@@ -265,12 +266,16 @@ class Step:
 def step(
     context: Context | dg.OpExecutionContext, store: Store, transfer: Transfer, asset: str, round_: str | None = None
 ) -> Iterator[Step]:
-    """A materialization, from its first note to its last: one that doesn't come to the end is taken up again."""
+    """A materialization, from its first note to its last: one that doesn't come to the end is taken up again. Servers
+    that it has started end with it."""
     reset_peak()
-    with store.spool(CACHE_REFERENCES) as references, _heard_by(context.log):
-        records.begin(store, transfer, asset, round_, context.run.run_id)
-        yield Step(transfer, store, asset, round_, context.run, references, records.Records(store, transfer))
-        records.end(store, transfer, asset, round_)
+    try:
+        with store.spool(CACHE_REFERENCES) as references, _heard_by(context.log):
+            records.begin(store, transfer, asset, round_, context.run.run_id)
+            yield Step(transfer, store, asset, round_, context.run, references, records.Records(store, transfer))
+            records.end(store, transfer, asset, round_)
+    finally:
+        stop_all()
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def _models(transfer: Transfer) -> pl.DataFrame:
 
 def _refusal(transfer: Transfer, problems: list[str]) -> str:
     said = "; ".join(problems) + "."
-    if transfer.config.engine.type == "openai":
+    if transfer.config.engine.type in ("vllm", "openai"):
         return f"{transfer.folder / 'transfer.yaml'}: {said}"
     key, reference = transfer.config.source.tuned
     check = "Check that source.base is the very model that it was trained on."

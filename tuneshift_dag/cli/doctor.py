@@ -14,6 +14,7 @@ from pathlib import Path
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import check_models, find_transfers, load_transfer
+from tuneshift_dag.config.schema_models import Server
 from tuneshift_dag.home import database_file, transfers_dir
 from tuneshift_dag.method import Scorer
 from tuneshift_dag.method.format_detection import best_fit, fits
@@ -157,7 +158,7 @@ def _loaded(transfer: Transfer, missing: Mapping[str, str]) -> Iterator[Finding]
     # A base model has no chat template, and a run would notice only after the preflight.
     if "generator.model" not in missing and generator.mode == "chat":
         what = f"{transfer.name} generator"
-        if generator.server is not None:
+        if isinstance(generator.server, Server):
             asked = f"{generator.model} on {generator.server.base_url} wasn't asked"
             yield Finding(what, None, f"{asked}: the server applies its own chat template")
         else:

@@ -22,7 +22,7 @@ class Transfer:
         heldout: (prompt, response) pairs of ``heldout.jsonl``; may be empty.
         labelled: pairs of ``compare.labelled``; may be empty.
         fingerprints: of the models and the adapter, by key of ``transfer.yaml`` such as ``"source.base"``, as they
-            were when the folder was read. A generator on a server has none.
+            were when the folder was read. A generator on a server of others has none.
     """
 
     folder: Path

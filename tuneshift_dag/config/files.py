@@ -27,6 +27,7 @@ from tuneshift_dag.config.examples import (
     with_system,
 )
 from tuneshift_dag.config.schema import Evaluation, TransferConfig
+from tuneshift_dag.config.schema_models import Server
 from tuneshift_dag.method.evaluation import expected_number
 from tuneshift_dag.models import references
 from tuneshift_dag.models.checks import adapter_config, has_tokenizer, tokens_without_row
@@ -160,7 +161,7 @@ def _refuse_twin(folder: Path, others: list[Path]) -> None:
 
 
 def _references(config: TransferConfig) -> dict[str, tuple[str, Kind]]:
-    """What names weights, a tokenizer or an adapter, by key; a generator on a server is only a name there."""
+    """What names weights, a tokenizer or an adapter, by key; a generator on a server of others is only a name there."""
     served: Kind = "tokenizer" if config.engine.type == "openai" else "model"
     key, tuned = config.source.tuned
     found: dict[str, tuple[str, Kind]] = {
@@ -168,7 +169,7 @@ def _references(config: TransferConfig) -> dict[str, tuple[str, Kind]]:
         key: (tuned, "adapter" if config.source.adapter else served),
         "target.base": (config.target.base, "model"),
     }
-    if config.generator.server is None:
+    if not isinstance(config.generator.server, Server):
         found["generator.model"] = (config.generator.model, "model")
     return found
 
@@ -219,7 +220,8 @@ def _explain(file: Path, problem: Any) -> str:
     key = ".".join(map(str, problem["loc"]))
     last = key.rsplit(".", 1)[-1]
     # Somebody may have put an API key here.
-    found = "a value that isn't shown" if "key" in last else short(problem["input"])
+    hidden = "key" in last or "--api-key" in problem["msg"]
+    found = "a value that isn't shown" if hidden else short(problem["input"])
     what = f"{key} {found}" if last == "rule" else key
     if why := _TAKEN_OUT.get("ifd" if what.endswith(" 'ifd'") else what):
         return f"{file}: {what} was taken out, because {why} (docs/experiments.md); remove it."

@@ -7,7 +7,7 @@ import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from tuneshift_dag.method.asking import Format
 
@@ -61,6 +61,9 @@ class Server(Section):
     max_retries: int = Field(5, ge=0)
     """Retries of a request, with growing pauses, after a time-out or a status 408, 409, 429 or 5xx."""
 
+    def __str__(self) -> str:
+        return f"openai, {self.concurrency} requests at once, {self.base_url}"
+
     @field_validator("base_url")
     @classmethod
     def _is_address(cls, value: str) -> str:
@@ -85,6 +88,44 @@ class ServedModel(Section):
     model: str = Field(description="Name of the model on the server.")
     extra_body: dict[str, Any] = {}
     """Fields added to the body of its requests, such as `lora` of llama.cpp's server."""
+
+
+class Vllm(Section):
+    """`vllm serve`, which a step starts on this machine when it first needs it and ends when it is done."""
+
+    command: tuple[str, ...] = ()
+    """The command to run, a word each; by default `[vllm, serve]`. Where vLLM has an environment of its own:
+    `[/opt/vllm/bin/vllm, serve]`, or `[/opt/vllm/bin/python, -m, vllm.entrypoints.openai.api_server]`."""
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    """Share of the GPU's memory that vLLM takes; by default its own default, about nine tenths."""
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs over which each model is spread.")
+    max_model_len: int | None = Field(None, ge=1)
+    """Longest prompt and response together, in tokens; by default the model's context, for which the memory may be
+    short."""
+    extra_args: tuple[str, ...] = ()
+    """More arguments of `vllm serve`, a word each, such as `[--quantization, bitsandbytes]`. A change makes results
+    anew: nobody can tell which arguments change what a model answers."""
+    start_timeout_s: float = Field(900, gt=0, description="Longest wait for a server that starts, in seconds.")
+    concurrency: int = Field(128, ge=1, le=4096, description="Most requests in flight at once.")
+
+    def __str__(self) -> str:
+        spread = f", each model on {self.tensor_parallel_size} GPUs" if self.tensor_parallel_size > 1 else ""
+        return f"vllm, {self.concurrency} requests at once{spread}"
+
+    @field_validator("extra_args")
+    @classmethod
+    def _are_not_ours(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        given = {word.partition("=")[0].replace("_", "-") for word in value}
+        if taken := sorted(given & _OWN_ARGUMENTS):
+            raise ValueError(
+                f"{', '.join(taken)}: set by the run itself, on 127.0.0.1 with a key of its own; remove it"
+            )
+        return value
+
+
+_OWN_ARGUMENTS = {
+    f"--{name}" for name in ("model", "served-model-name", "lora-modules", "host", "port", "uds", "api-key")
+}
 
 
 class RayCluster(Section):
@@ -119,18 +160,20 @@ class RayCluster(Section):
 class EngineConfig(Section):
     """What runs the source models; the target is always trained and run in this process."""
 
-    type: Literal["local", "openai", "ray"] = "local"
-    """`local` loads the source models in this process; `openai` asks a server such as vLLM's or llama.cpp's
-    (docs/servers.md). `source.base` then only names the tokenizer, and `source.adapter` (or `source.fine_tuned`) what
-    the server was given. `ray` loads the source models, and a generator without a server, in the actors of a Ray
-    cluster (docs/ray.md); the results are those of `local`."""
+    type: Literal["local", "vllm", "openai", "ray"] = "local"
+    """`local` loads the source models in this process; `vllm` starts `vllm serve` for them on this machine
+    (docs/howto_gpu.md). `openai` asks a server such as vLLM's or llama.cpp's (docs/servers.md): `source.base` then only
+    names the tokenizer, and `source.adapter` (or `source.fine_tuned`) what the server was given. `ray` loads the source
+    models, and a generator without a server, in the actors of a Ray cluster (docs/ray.md); the results are those of
+    `local`."""
+    vllm: Vllm = Field(Vllm(), description="`vllm`: how it is started.")
     ray: RayCluster = Field(RayCluster(), description="`ray`: the cluster.")
     server: Server | None = Field(None, description="`openai`: the server of the source models.")
     base: ServedModel | None = Field(None, description="`openai`: the source base model.")
     fine_tuned: ServedModel | None = Field(None, description="`openai`: the same with the adapter.")
     cross_scores: bool = True
-    """`openai`: whether each source model also scores the other's response. The server must give log-probabilities of
-    prompt tokens, which llama.cpp's doesn't; the rules `cross_ratio` and `top_excess` need it."""
+    """`vllm`, `openai`: whether each source model also scores the other's response. The server must give
+    log-probabilities of prompt tokens, which llama.cpp's doesn't; the rules `cross_ratio` and `top_excess` need it."""
 
     @model_validator(mode="after")
     def _complete(self) -> "EngineConfig":
@@ -138,11 +181,12 @@ class EngineConfig(Section):
             given = getattr(self, name) is not None
             if given != (self.type == "openai"):
                 raise ValueError(f"{name} must be given with type 'openai' and only then (type is {self.type!r})")
-        if self.type != "ray" and "ray" in self.model_fields_set:
-            raise ValueError(f"ray has no meaning with type {self.type!r}; remove it, or set type: ray")
-        if self.type != "openai" and not self.cross_scores:
+        for name in ("vllm", "ray"):
+            if self.type != name and name in self.model_fields_set:
+                raise ValueError(f"{name} has no meaning with type {self.type!r}; remove it, or set type: {name}")
+        if self.type in ("local", "ray") and not self.cross_scores:
             raise ValueError(
-                f"cross_scores can only be switched off with type 'openai': they cost {self.type!r} little"
+                f"cross_scores can only be switched off with type 'openai' or 'vllm': they cost {self.type!r} little"
             )
         if self.base is not None and self.base == self.fine_tuned:
             raise ValueError(
@@ -151,14 +195,32 @@ class EngineConfig(Section):
             )
         return self
 
+    @property
+    def served_by(self) -> Server | Vllm | None:
+        """The server of the source models, if they are on one."""
+        return self.vllm if self.type == "vllm" else self.server
+
+
+def _server_of_type(value: Any) -> Any:
+    """A generator's server as what its ``type`` says."""
+    if not isinstance(value, dict):
+        return value
+    kinds: dict[str, type[Section]] = {"openai": Server, "vllm": Vllm}
+    kind = str(value.get("type", "openai"))
+    if kind not in kinds:
+        raise ValueError(f"type {kind!r} is none of {', '.join(kinds)}")
+    return kinds[kind].model_validate({name: each for name, each in value.items() if name != "type"})
+
 
 class Generator(Section):
     """The instruction model that writes more prompts like the seeds."""
 
     model: str
-    """Model reference; a base model works in `continuation` mode. With `generator.server`, the model's name there."""
-    server: Server | None = None
-    """The server that runs the generator; without it, the generator is loaded in this process."""
+    """Model reference; a base model works in `continuation` mode. With a `generator.server` of others, the model's name
+    there."""
+    server: Annotated[Server | Vllm | None, BeforeValidator(_server_of_type)] = None
+    """The server that runs the generator; without it, the generator is loaded in this process. With `type: vllm` a
+    step starts `vllm serve` for it, and the other keys are those of `engine.vllm`."""
     quantization: Quantization | None = Field(None, exclude_if=lambda value: value is None)
     """4-bit data type of a generator in this process; by default `models.quantization`. It only writes prompts: no
     perplexity depends on it."""

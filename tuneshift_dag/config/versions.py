@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.schema import SAMPLES, TransferConfig
-from tuneshift_dag.config.schema_models import Models
+from tuneshift_dag.config.schema_models import Models, Vllm
 from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.method.evaluation import general_texts
 from tuneshift_dag.method.filters import KEEP_RULES
@@ -71,9 +71,10 @@ _USES = {
 
 # Where a server is and how it is asked doesn't change what it answers, nor does where a model lies or who trains it.
 _HOW_TO_ASK = {"base_url", "api_key_env", "concurrency", "timeout_seconds", "max_retries"}
+_HOW_TO_SERVE = Vllm.model_fields.keys() - {"extra_args"}
 _WITHOUT_EFFECT: Any = {
-    "engine": {"server": _HOW_TO_ASK, "ray": True},
-    "generator": {"server": _HOW_TO_ASK},
+    "engine": {"server": _HOW_TO_ASK, "ray": True, "vllm": True},
+    "generator": {"server": _HOW_TO_ASK | _HOW_TO_SERVE},
     "models": {"device_map", "workers"},
     # Nor do samples change the greedy responses.
     "response": SAMPLES,
@@ -170,6 +171,8 @@ def _settings(transfer: Transfer) -> dict[str, Any]:
     dump = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
     if dump["engine"]["type"] == "ray":
         dump["engine"]["type"] = "local"  # whose results are the same
+    if config.engine.vllm.extra_args:
+        dump["engine"]["vllm"] = config.engine.vllm.extra_args
     # How many prompts are answered at once doesn't change what a prompt is answered. (Not left out of the dump, so
     # that versions from when it counted stay valid.)
     dump["models"]["batch_size"] = Models.model_fields["batch_size"].default

@@ -22,6 +22,7 @@ from tuneshift_dag.engines import decoding as own_loop
 from tuneshift_dag.engines import generic
 from tuneshift_dag.engines.kv_cache import KVDtype
 from tuneshift_dag.engines.rows import Rows
+from tuneshift_dag.engines.server_process import stop_all
 from tuneshift_dag.method import SIDES, AdapterCheck, Decoding, Engine, Pair, PromptFormat, Response, Side, Target
 from tuneshift_dag.models import memory
 from tuneshift_dag.models.capabilities import check_finite, end_ids, has_own_loop, start_ids
@@ -125,6 +126,7 @@ class LocalEngine(Engine, Target):
         return self.fine_tuned if self.fine_tuned is not None and side == "fine_tuned" else self.base
 
     def _load(self, files: ModelFiles) -> Any:
+        stop_all()  # a server of this process, which would share the memory
         memory.keep_few_kernels()
         dtype = getattr(torch, self.compute_dtype)
         how = (self.quantization, dtype, self.device_map)

@@ -25,6 +25,8 @@ Work = Callable[["Requests", int], Awaitable[T]]
 Results = queue.SimpleQueue[tuple[int, T] | BaseException | None]
 # Raised by hand when a change to the requests changes what a model answers.
 _ENGINE_VERSION = "openai-1"
+# What the client sends when there is no key.
+_NO_KEY = "EMPTY"
 # Results wait at most this long to be stored: what a killed run loses.
 _BATCH_SECONDS = 2.0
 _LOGGER = logging.getLogger("tuneshift_dag.server")
@@ -62,7 +64,7 @@ class OpenAIServer:
         self.key = key
         self.log = log
         # The client would take OPENAI_API_KEY by itself and send it to whatever base_url names.
-        self._api_key = "EMPTY"
+        self._api_key = _NO_KEY
         if settings.api_key_env:
             self._api_key = os.environ.get(settings.api_key_env, "").strip()
             if not self._api_key:
@@ -114,6 +116,7 @@ class OpenAIServer:
             base_url=self.settings.base_url,
             timeout=self.settings.timeout_seconds,
             max_retries=self.settings.max_retries,
+            http_client=self.http_client(),
         ) as client:
             requests = Requests(client, self, totals)
             workers = [asyncio.create_task(worker(requests)) for _ in range(min(count, self.settings.concurrency))]
@@ -125,6 +128,10 @@ class OpenAIServer:
                     other.cancel()
                 await asyncio.gather(*unfinished, return_exceptions=True)
                 totals.seconds = time.monotonic() - started
+
+    def http_client(self) -> Any:
+        """What carries the requests, for one stream of them; None for the client's own."""
+        return None
 
     def explain(self, error: openai.APIError) -> TuneshiftError:
         """One message for what went wrong, with the repair, and without the API key."""
@@ -160,7 +167,7 @@ class OpenAIServer:
 
     def redact(self, text: str) -> str:
         """A server's words, without the key if it repeats it."""
-        return text.replace(self._api_key, "***") if self.settings.api_key_env else text
+        return text if self._api_key == _NO_KEY else text.replace(self._api_key, "***")
 
 
 class Requests:

@@ -6,8 +6,10 @@ Cross scores come from the legacy ``echo``: those of a prompt that ends with the
 
 import asyncio
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 from tuneshift_dag import TuneshiftError
@@ -27,38 +29,48 @@ from tuneshift_dag.models.prompts import prompt_ids, response_text
 from tuneshift_dag.models.references import ModelFiles
 
 T = TypeVar("T")
+_By = dict[Side, T]
 # Preflight: tokens of the answers to the seeds that are compared.
 _CANARY_TOKENS = 16
 # Preflight, mean nats per token on the seeds, beside how far the base was from itself when it was asked twice. With
 # llama.cpp two askings of SmolLM2 were up to 0.06 apart in six runs, and its packaged adapter 1.7 to 2.1.
 _SAME_MODEL = 0.1
 _SAME_SCORE = 0.2
+_WHOLE_ROUND = 1 << 20
 
 
 class ServedSource(Scorer):
-    """Base and fine-tuned model under two names of one server. Of the base only the files of its tokenizer are needed,
-    of the adapter only its fingerprint."""
+    """Base and fine-tuned model under two names of one server, or each on its own, when the two take turns. Of the base
+    only the files of its tokenizer are needed, of the adapter only its fingerprint."""
 
     def __init__(
         self,
         server: OpenAIServer,
         base: ServedModel,
         fine_tuned: ServedModel,
-        tokenizer: ModelFiles,
+        files: ModelFiles,
         adapter: ModelFiles,
         cross_scores: bool,
+        tokenizer: ModelFiles | None = None,
+        fine_tuned_server: OpenAIServer | None = None,
     ) -> None:
-        self.server = server
+        """``files`` are the base's, and ``tokenizer`` what holds another tokenizer, if that is to be used."""
+        self.servers: dict[Side, OpenAIServer] = {"base": server, "fine_tuned": fine_tuned_server or server}
         self.models: dict[Side, ServedModel] = {"base": base, "fine_tuned": fine_tuned}
-        self.files = tokenizer
+        self.files = files
         self.adapter = adapter
         self.cross_scores = cross_scores
-        # Requests run dry while a chunk's last responses come, which must be seldom.
-        self.chunk_size = max(CHUNK_SIZE, 64 * server.settings.concurrency)
+        self._tokenizer = tokenizer or files
+        # Requests run dry while a chunk's last responses come, which must be seldom. To take turns is seldom, too.
+        self.chunk_size = _WHOLE_ROUND if fine_tuned_server else max(CHUNK_SIZE, 64 * server.settings.concurrency)
+
+    @property
+    def one_at_a_time(self) -> bool:
+        return self.servers["base"] is not self.servers["fine_tuned"]
 
     @property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.files)
+        return load_tokenizer(self._tokenizer)
 
     def fingerprint(self, side: Side) -> str:
         """What the transfer says the server runs, without its address: a run whose results are all cached needs no
@@ -66,7 +78,7 @@ class ServedSource(Scorer):
         parts = [self.files.reference, self.files.fingerprint]
         if side == "fine_tuned":
             parts.append(self.adapter.fingerprint)
-        return model_fingerprint(self.server.settings, self.models[side], *parts)
+        return model_fingerprint(self.servers[side].settings, self.models[side], *parts)
 
     def encode(self, text: str, templated: bool = False) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=not templated).input_ids)
@@ -81,7 +93,7 @@ class ServedSource(Scorer):
             seed = seeds[i] if seeds else decoding.seed
             return self._response(await self._choice(requests, side, prompts[i], decoding, seed))
 
-        yield from self.server.stream(f"{side} responses", len(prompts), work)
+        yield from self.servers[side].stream(f"{side} responses", len(prompts), work)
 
     def pairs(
         self, prompts: Sequence[list[int]], known: Sequence[dict[Side, Response]], decoding: Decoding
@@ -100,7 +112,13 @@ class ServedSource(Scorer):
             )
             return Pair(base, fine_tuned, *scores)
 
-        yield from self.server.stream("pairs", len(prompts), work)
+        if not self.one_at_a_time:
+            yield from self.servers["base"].stream("pairs", len(prompts), work)
+            return
+        # All responses are known. The fine-tuned model, which gave the last of them, is there still.
+        on_base = dict(chain(*self.score(prompts, [k["base"].token_ids for k in known], "fine_tuned")))
+        for batch in self.score(prompts, [k["fine_tuned"].token_ids for k in known], "base"):
+            yield [(i, Pair(known[i]["base"], known[i]["fine_tuned"], value, on_base[i])) for i, value in batch]
 
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
@@ -110,37 +128,43 @@ class ServedSource(Scorer):
         async def work(requests: Requests, i: int) -> float:
             return await self._score(requests, side, prompts[i] or start, responses[i])
 
-        yield from self.server.stream(f"{side} scores", len(prompts), work)
+        yield from self.servers[side].stream(f"{side} scores", len(prompts), work)
 
     def check_adapter(self, prompts: Sequence[list[int]]) -> AdapterCheck:
         """Whether the server has both models, whether they differ, and whether its log-probabilities can be used.
         Raises `TuneshiftError` when it can't be reached, or can't do what ``transfer.yaml`` asks of it."""
         ids, decoding = prompts, Decoding(_CANARY_TOKENS)
+        turns: list[tuple[Side, ...]] = [(side,) for side in SIDES] if self.one_at_a_time else [SIDES]
 
-        async def both(requests: Requests, i: int) -> dict[Side, dict[str, Any]]:
-            found = await asyncio.gather(*(self._choice(requests, side, ids[i], decoding) for side in SIDES))
-            return dict(zip(SIDES, found, strict=True))
+        def ask(
+            what: str, sides: tuple[Side, ...], each: Callable[[Requests, int, Side], Awaitable[T]]
+        ) -> list[_By[T]]:
+            async def work(requests: Requests, i: int) -> _By[T]:
+                found = await asyncio.gather(*(each(requests, i, side) for side in sides))
+                return dict(zip(sides, found, strict=True))
 
-        async def score(requests: Requests, i: int) -> list[float]:
-            own = canaries[i].responses
-            return await asyncio.gather(*(self._score(requests, s, ids[i], own[s].token_ids) for s in SIDES))
+            return _in_order(self.servers[sides[0]].stream(what, len(ids), work))
 
-        [models] = _in_order(self.server.stream("models", 1, lambda requests, i: requests.models()))
-        if problems := self._names(models):
-            return AdapterCheck(problems, [], None, None)
-        alone = _in_order(
-            self.server.stream(
-                "preflight, base alone", len(ids), lambda r, i: self._choice(r, "base", ids[i], decoding)
-            )
-        )
-        mixed = _in_order(self.server.stream("preflight", len(ids), both))
+        async def choose(requests: Requests, i: int, side: Side) -> dict[str, Any]:
+            return await self._choice(requests, side, ids[i], decoding)
+
+        async def score(requests: Requests, i: int, side: Side) -> float:
+            return await self._score(requests, side, ids[i], canaries[i].responses[side].token_ids)
+
+        if not self.one_at_a_time:
+            [models] = _in_order(self.servers["base"].stream("models", 1, lambda requests, i: requests.models()))
+            if problems := self._names(models):
+                return AdapterCheck(problems, [], None, None)
+        alone = ask("preflight, base alone", ("base",), choose)
+        mixed = _merged(ask("preflight", sides, choose) for sides in turns)
         canaries = [
-            _Canary(choices, {side: self._response(choices[side]) for side in SIDES}, unmixed)
+            _Canary(choices, {side: self._response(choices[side]) for side in SIDES}, unmixed["base"])
             for choices, unmixed in zip(mixed, alone, strict=True)
         ]
         problems = self._tokenizer_problems(canaries) or self._differences(canaries)
         if self.cross_scores and not problems:
-            scores = _in_order(self.server.stream("preflight scores", len(ids), score))
+            # The one that was asked last is there still.
+            scores = _merged(ask("preflight scores", sides, score) for sides in reversed(turns))
             problems = self._score_problems(canaries, scores)
         return AdapterCheck(problems, self._warnings(canaries), None, None)
 
@@ -150,9 +174,10 @@ class ServedSource(Scorer):
             return []
         by_name = {str(model.get("id")): model for model in listed}
         names = {side: model.model for side, model in self.models.items()}
+        server = self.servers["base"]
         there = ", ".join(sorted(by_name)[:20])
         problems = [
-            f"{self.server.settings.base_url} has no model {name!r} (it has: {there});"
+            f"{server.settings.base_url} has no model {name!r} (it has: {there});"
             f" correct engine.{side}.model or start the server with it"
             for side, name in names.items()
             if name not in by_name
@@ -161,7 +186,7 @@ class ServedSource(Scorer):
             if name in by_name:
                 # vLLM's root is where the weights are, and an adapter's parent is its base; llama.cpp tells the size.
                 facts = {k: v for k, v in by_name[name].items() if k in ("root", "parent", "meta") and v}
-                self.server.log(f"{side}: {name} {json.dumps(facts)}")
+                server.log(f"{side}: {name} {json.dumps(facts)}")
         if problems:
             return problems
         parent, base, fine_tuned = by_name[names["fine_tuned"]].get("parent"), names["base"], names["fine_tuned"]
@@ -193,20 +218,20 @@ class ServedSource(Scorer):
                 " (vLLM on a CPU does so with --max-loras 1; start it with --max-loras 2)"
             ]
         if difference < _SAME_MODEL + 2 * noise:
+            why = "they are one model" if self.one_at_a_time else "the server doesn't apply the adapter"
             return [
-                f"{base!r} and {fine_tuned!r} give the same answers with the same log-probabilities on the seeds: the"
-                " server doesn't apply the adapter"
+                f"{base!r} and {fine_tuned!r} give the same answers with the same log-probabilities on the seeds: {why}"
             ]
         return []
 
-    def _score_problems(self, canaries: Sequence["_Canary"], scores: Sequence[Sequence[float]]) -> list[str]:
+    def _score_problems(self, canaries: Sequence["_Canary"], scores: Sequence[_By[float]]) -> list[str]:
         """A model must score its own response to each seed (``scores``) with the log-probability that it wrote it with.
 
         vLLM has been reported to leave an adapter on ``lm_head`` out of the log-probabilities of prompt tokens."""
         problems = []
-        for side, own in zip(SIDES, zip(*scores, strict=True), strict=True):
-            responses = [canary.responses[side] for canary in canaries]
-            apart = _mean(_per_token(r, abs(score - r.sum_logprob)) for score, r in zip(own, responses, strict=True))
+        for side in SIDES:
+            own = zip(scores, (canary.responses[side] for canary in canaries), strict=True)
+            apart = _mean(_per_token(r, abs(score[side] - r.sum_logprob)) for score, r in own)
             if apart > _SAME_SCORE:
                 problems.append(
                     f"the server's log-probabilities of prompt tokens aren't those that {self.models[side].model!r}"
@@ -249,7 +274,7 @@ class ServedSource(Scorer):
         tokens = token_logprobs(choice)
         if tokens is None:
             raise TuneshiftError(
-                f"{self.server}: the server doesn't return the ids and log-probabilities of the tokens that it"
+                f"{self.servers['base']}: the server doesn't return the ids and log-probabilities of the tokens that it"
                 " generates, without which there is no perplexity. docs/servers.md names servers that do."
             )
         ids, logprobs = [t for t, _ in tokens], [p for _, p in tokens]
@@ -274,9 +299,9 @@ class ServedSource(Scorer):
             said = f"; {error}"
         if tokens is None or [t for t, _ in tokens[: len(ids)]] != ids:
             raise TuneshiftError(
-                f"{self.server}: the server doesn't give log-probabilities of prompt tokens (vLLM does; llama.cpp's"
-                f" doesn't{said}), so the models can't score each other's responses. Set engine.cross_scores: false;"
-                " the rules both, difference and ratio don't need these scores."
+                f"{self.servers[side]}: the server doesn't give log-probabilities of prompt tokens (vLLM does;"
+                f" llama.cpp's doesn't{said}), so the models can't score each other's responses. Set"
+                " engine.cross_scores: false; the rules both, difference and ratio don't need these scores."
             )
         return sum((p for _, p in tokens[len(prompt) : len(ids)]), 0.0)
 
@@ -308,6 +333,11 @@ def _mean(values: Iterable[float]) -> float:
 
 def _per_token(response: Response, nats: float) -> float:
     return nats / max(1, len(response.token_ids))
+
+
+def _merged(turns: Iterable[list["_By[T]"]]) -> list["_By[T]"]:
+    """Of every prompt what all turns have found."""
+    return [dict(ChainMap(*each)) for each in zip(*turns, strict=True)]
 
 
 def _in_order(batches: Iterator[list[tuple[int, T]]]) -> list[T]:

@@ -58,9 +58,9 @@ def engine_of(transfer: Transfer, asset: str) -> str | None:
     engine = transfer.config.engine
     if asset not in STEPS or asset in ("rehearsal_set", "distilled_model"):
         return "local" if asset in STEPS else None
-    server = transfer.config.generator.server if asset == "synthetic_prompts" else engine.server
+    server = transfer.config.generator.server if asset == "synthetic_prompts" else engine.served_by
     if server is not None:
-        return f"openai, {server.concurrency} requests at once, {server.base_url}"
+        return str(server)
     return f"ray, {engine.ray}" if engine.type == "ray" else "local"
 
 
@@ -115,10 +115,10 @@ class ModelSize:
 
 
 def model_sizes(transfer: Transfer) -> dict[str, ModelSize]:
-    """Of the source, generator and target those that this machine loads; TuneshiftError when one's isn't known."""
+    """Of the source, generator and target those that a process of ours loads; TuneshiftError when one's isn't known."""
     config = transfer.config
     elsewhere = {
-        "source.base": config.engine.server or config.engine.ray.address,
+        "source.base": config.engine.served_by or config.engine.ray.address,
         "generator.model": config.generator.server or config.engine.ray.address,
         "target.base": None,
     }

@@ -10,8 +10,12 @@ import dagster as dg
 
 from tuneshift_dag import TuneshiftError, training
 from tuneshift_dag.config import Transfer
+from tuneshift_dag.config.schema_models import Vllm
 from tuneshift_dag.config.versions import chain_version
+from tuneshift_dag.engines.server_process import stop_all
+from tuneshift_dag.home import output_dir
 from tuneshift_dag.method import Engine, PromptWriter, Scorer, Target, TextModel
+from tuneshift_dag.models.memory import release_unused
 from tuneshift_dag.models.references import ModelFiles, cache_dir, resolve_adapter, resolve_model, resolve_tokenizer
 from tuneshift_dag.store import Store
 
@@ -27,6 +31,7 @@ _ENGINES: dict[str, Any] = {}
 _OPTIONAL = {
     "openai_client": ("openai", "servers", "transfer.yaml names a server"),
     "openai_source": ("openai", "servers", "transfer.yaml names a server"),
+    "vllm": ("openai", "servers", "transfer.yaml has a server of type vllm"),
     "ray": ("ray", "ray", "engine.type in transfer.yaml is ray"),
 }
 
@@ -46,17 +51,20 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     def source(self, transfer: Transfer) -> Scorer:
         """The source base and fine-tuned models, in this process, on a cluster or on a server."""
         settings, (key, _) = transfer.config.engine, transfer.config.source.tuned
-        whole = resolve_tokenizer if settings.server else resolve_model
-        resolve = resolve_adapter if key == "source.adapter" else whole
-        tuned = resolve(transfer.reference(key), transfer.folder, key)
-        if settings.server is None:
-            return self._engine(transfer, "source.base", tuned, whole=key == "source.fine_tuned")
-        tokenizer = resolve_tokenizer(transfer.reference("source.base"), transfer.folder, "source.base")
-        name = f"{tokenizer.fingerprint}|{tuned.fingerprint}|{settings.model_dump_json()}"
-        if name not in _ENGINES:
+        is_whole, dtype = key == "source.fine_tuned", transfer.config.models.compute_dtype
+        resolve = resolve_tokenizer if settings.server else resolve_model
+        tuned = (resolve if is_whole else resolve_adapter)(transfer.reference(key), transfer.folder, key)
+        if settings.type not in ("vllm", "openai"):
+            return self._engine(transfer, "source.base", tuned, whole=is_whole)
+        base = resolve(transfer.reference("source.base"), transfer.folder, "source.base")
+        name = f"{base.fingerprint}|{tuned.fingerprint}|{settings.model_dump_json()}|{dtype}"
+        if name not in _ENGINES and settings.type == "vllm":
+            how = (dtype, output_dir(transfer.name), _make_room)
+            _ENGINES[name] = _optional("vllm").served_source(settings, base, tuned, is_whole, *how)
+        elif name not in _ENGINES:
             server = _optional("openai_client").OpenAIServer(settings.server, "engine.server")
             _ENGINES[name] = _optional("openai_source").ServedSource(
-                server, settings.base, settings.fine_tuned, tokenizer, tuned, settings.cross_scores
+                server, settings.base, settings.fine_tuned, base, tuned, settings.cross_scores
             )
         served: Scorer = _ENGINES[name]
         return served
@@ -66,9 +74,15 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         settings = transfer.config.generator
         if settings.server is None:
             return self._engine(transfer, "generator.model", quantization=transfer.config.generator_quantization)
+        is_chat = settings.mode == "chat"
+        if isinstance(settings.server, Vllm):
+            files = resolve_model(transfer.reference("generator.model"), transfer.folder, "generator.model")
+            how = (transfer.config.models.compute_dtype, output_dir(transfer.name), _make_room)
+            started: PromptWriter = _optional("vllm").served_generator(settings.server, files, is_chat, *how)
+            return started
         client = _optional("openai_client")
         server = client.OpenAIServer(settings.server, "generator.server")
-        served: PromptWriter = client.ServedGenerator(server, settings.model, chat=settings.mode == "chat")
+        served: PromptWriter = client.ServedGenerator(server, settings.model, is_chat)
         return served
 
     def target(self, transfer: Transfer, adapter: Path | None = None) -> Target:
@@ -126,7 +140,8 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return training.distill(transfer, pairs, texts, folder, on_step)
 
     def release(self) -> None:
-        """Forget every loaded model, for example before a training needs the memory."""
+        """Stop every server and forget every loaded model, for example before a training needs the memory."""
+        stop_all()
         _ENGINES.clear()
 
     def _engine(
@@ -157,6 +172,12 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             _ENGINES[name] = ray.RayEngine(local, models.batch_size, settings.ray, needed) if ray else local
         engine: Engine = _ENGINES[name]
         return engine
+
+
+def _make_room() -> None:
+    """Free the memory of the models that are loaded in this process, for a server of its own."""
+    _ENGINES.clear()
+    release_unused()
 
 
 def _check_answers(engine: TextModel, prompts: Sequence[list[int]], key: str) -> None:
