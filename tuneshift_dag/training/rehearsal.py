@@ -6,7 +6,10 @@ positions of a few texts that were sampled from the target's start token alone: 
 
 What the model predicts without its adapter is computed once, before the first step, for the texts that will be drawn.
 It is kept as the hidden states that go into the head, which are small: the head, which isn't trained, makes the whole
-distributions of them again. (The likeliest 1,024 of 262,144 tokens alone let a target forget the rare ones.)"""
+distributions of them again. (The likeliest 1,024 of 262,144 tokens alone let a target forget the rare ones.)
+
+A text is compared where these states have changed most, which costs no more than where chance falls: half of the
+divergence is at a tenth of the positions. (Of whole memories, to rehearse what interferes most: arXiv 1908.04742.)"""
 
 import random
 from collections.abc import Callable, Sequence
@@ -28,16 +31,17 @@ unpacked for it."""
 TEXTS = 4
 """Texts of such a step."""
 POSITIONS = 16
-"""Positions of a text at which the models are compared: each costs the head as much as a token of a response."""
+"""Positions of a text at which the models are compared, of all that precede a token: each costs the head as much as a
+token of a response."""
 _AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class Remembered:
-    """What the model without its adapter predicts in one text: what goes into its head (P, width) at ``positions``."""
+    """What the model without its adapter predicts in one text: what goes into its head at each token but the last
+    (tokens - 1, width)."""
 
     ids: list[int]
-    positions: list[int]
     states: torch.Tensor
 
 
@@ -58,7 +62,6 @@ class Rehearsal:
         drawn = min(TEXTS, len(texts))
         self.steps = [rng.sample(range(len(texts)), 0 if step % EVERY else drawn) for step in range(steps)]
         self._texts = texts
-        self._positions = [sorted(rng.sample(range(len(text) - 1), min(POSITIONS, len(text) - 1))) for text in texts]
         self._known: dict[int, Remembered] = {}
 
     def remember(self, model: Any, first: int, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -67,12 +70,10 @@ class Rehearsal:
         needed = sorted({text for step in self.steps[first:] for text in own_share(step)})
 
         def work(batch: list[int]) -> list[Remembered]:
-            chosen = [needed[i] for i in batch]
-            positions = [self._positions[text] for text in chosen]
+            texts = [self._texts[needed[i]] for i in batch]
             with autocast():
-                states = _head_inputs(model, [self._texts[text] for text in chosen], positions)
-            parts = torch.split(states.cpu(), [len(each) for each in positions])
-            return list(map(Remembered, [self._texts[text] for text in chosen], positions, parts))
+                states = _head_inputs(model, texts)
+            return list(map(Remembered, texts, torch.split(states.cpu(), [len(text) - 1 for text in texts])))
 
         # The embeddings of a text, and as much again in every layer, are most of what a row takes.
         width = model.get_input_embeddings().weight.shape[1]
@@ -85,21 +86,25 @@ class Rehearsal:
         """What this process does of a step (from 0), as `remember` has computed it; ``weight`` is that of the mean over
         the positions of all processes."""
         drawn = self.steps[step]
-        positions = sum(len(self._positions[text]) for text in drawn)
+        positions = sum(_compared(self._texts[text]) for text in drawn)
         return HeldTo([self._known[text] for text in own_share(drawn)], EVERY * weight / max(1, positions))
 
 
-def _padded(texts: Sequence[list[int]], positions: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, L), padded on the right (under a causal mask no real token sees that), and the places of all
-    positions in the flattened ids."""
+def _compared(ids: list[int]) -> int:
+    return min(POSITIONS, len(ids) - 1)
+
+
+def _padded(texts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, L), padded on the right (under a causal mask no real token sees that), and the places of all tokens
+    but the last of each text in the flattened ids."""
     length = max(map(len, texts))
     ids = torch.tensor([text + [0] * (length - len(text)) for text in texts])
-    return ids, torch.tensor([row * length + at for row, own in enumerate(positions) for at in own])
+    return ids, torch.tensor([row * length + at for row, text in enumerate(texts) for at in range(len(text) - 1)])
 
 
-def _head_inputs(model: Any, texts: Sequence[list[int]], positions: Sequence[Sequence[int]]) -> torch.Tensor:
-    """What goes into the head (N, width) at the positions of each text."""
-    ids, places = _padded(texts, positions)
+def _head_inputs(model: Any, texts: Sequence[list[int]]) -> torch.Tensor:
+    """What goes into the head at each token but the last of each text (N, width)."""
+    ids, places = _padded(texts)
     seen: list[torch.Tensor] = []
 
     def keep(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -113,26 +118,35 @@ def _head_inputs(model: Any, texts: Sequence[list[int]], positions: Sequence[Seq
 
 
 def divergence(model: Any, texts: Sequence[Remembered]) -> torch.Tensor:
-    """Sum over all positions of KL(model without adapter || model) in nats, over the whole vocabulary."""
-    ids, places = _padded([text.ids for text in texts], [text.positions for text in texts])
-    known = torch.cat([text.states for text in texts])
+    """Sum of KL(model without adapter || model) in nats, over the whole vocabulary, at the positions of each text that
+    have changed most."""
+    ids, places = _padded([text.ids for text in texts])
     # One pass makes both logits, the known states beside the new ones: what follows the head (a soft cap, a scale) is
     # the model's own.
-    with head_only_at(model, places), known_states(model, known):
+    with head_only_at(model, places), changed_most(model, texts):
         logits = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits.squeeze(0)
-    after, before = logits[: len(known)], logits[len(known) :].detach()
-    apart: torch.Tensor = _Divergence.apply(after, before)  # type: ignore[no-untyped-call]
+    after, before = logits.chunk(2)
+    apart: torch.Tensor = _Divergence.apply(after, before.detach())  # type: ignore[no-untyped-call]
     return apart
 
 
-def known_states(model: Any, states: torch.Tensor) -> RemovableHandle:
-    """Within it the head also sees ``states`` (N, width), after its own inputs."""
+def changed_most(model: Any, texts: Sequence[Remembered]) -> RemovableHandle:
+    """Within it the head sees the states at the positions of each text that have changed most, and after these the
+    known ones there."""
 
-    def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return torch.cat([inputs[0], states.to(inputs[0]).unsqueeze(0)], 1)
+    def select(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        chosen: list[torch.Tensor] = []
+        known: list[torch.Tensor] = []
+        parts = torch.split(inputs[0].squeeze(0), [len(text.states) for text in texts])
+        for text, states in zip(texts, parts, strict=True):
+            before = text.states.to(states)
+            most = (states.detach() - before).float().norm(dim=1).topk(_compared(text.ids)).indices
+            chosen.append(states[most])
+            known.append(before[most])
+        return torch.cat(chosen + known).unsqueeze(0)
 
     head: torch.nn.Module = model.get_output_embeddings()
-    return head.register_forward_pre_hook(add)
+    return head.register_forward_pre_hook(select)
 
 
 class _Divergence(torch.autograd.Function):
