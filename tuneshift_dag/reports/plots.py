@@ -210,7 +210,7 @@ def precision_recall(pools: Sequence[dict[str, Any]]) -> bytes:
     """What `truth.sweep_truth` found: a panel a pool, a line a rule, a point a threshold; the dashed line is the share
     of right responses in the pool, the precision of a rule that knows nothing."""
     columns = min(3, len(pools))
-    figure = Figure(figsize=(3.6 * columns, 3.4 * -(-len(pools) // columns)), layout="constrained")
+    figure = Figure(figsize=(3.4 * columns, 3.4 * -(-len(pools) // columns)), layout="constrained")
     panels = figure.subplots(-(-len(pools) // columns), columns, squeeze=False, sharex=True, sharey=True)
     colors: dict[str, str] = dict(zip(RULES, _COLORS, strict=False))
     handles: dict[str, Any] = {}
