@@ -1,13 +1,15 @@
 """``comparison`` in the graph with fake models."""
 
+import polars as pl
 import pytest
 
 from tests.conftest import Project, write_jsonl
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.cli import rendering
 from tuneshift_dag.models import encoder
-from tuneshift_dag.reports import arm_tasks, conclusion, diversity, report
+from tuneshift_dag.reports import arm_tasks, conclusion, diversity, power, report
 from tuneshift_dag.reports.export import model_card
+from tuneshift_dag.store.tables import COMPARISON
 
 
 @pytest.fixture
@@ -36,6 +38,8 @@ def test_trains_every_arm_on_as_many_pairs_and_goes_on_after_a_failure(compared:
     with pytest.raises(TuneshiftError, match=r"comparison failed: .*killed"):
         compared.runner().compare()
     models.trained = list(models.trained)
+    assert "takes 1,742 held-out prompts" in power(compared.store, compared.transfer)
+    assert "heldout.jsonl has 1." in power(compared.store, compared.transfer)
     assert compared.runner().compare().materialized == [("comparison", None)]
     rows = {row["arm"]: row for row in report(compared.store, compared.transfer)["comparison"]}
     assert set(rows) == {
@@ -60,6 +64,11 @@ def test_trains_every_arm_on_as_many_pairs_and_goes_on_after_a_failure(compared:
     printed = capsys.readouterr().out
     assert "Held-out accuracy by filter" in printed and conclusion(figures["comparison"]) in printed
     assert "Diversity of the training pairs" in printed and "Standard tasks" not in printed
+    table = compared.store.read("SELECT * FROM comparison", schema="banking")
+    for row in table.to_dicts():
+        assert {name: rows[row["arm"]][name] for name in row} == row, "what the asset stored is what is shown"
+    compared.store.replace("banking", COMPARISON, table.with_columns(vs_random_low=pl.lit(-9.0)))
+    assert report(compared.store, compared.transfer)["comparison"] == figures["comparison"], "a store of before"
     calls = models.calls()
     assert compared.runner().compare().materialized == []
     assert models.calls() == calls

@@ -5,8 +5,6 @@ import pytest
 import yaml
 
 from tuneshift_dag.method.evaluation import (
-    bootstrap_accuracy,
-    bootstrap_share,
     expected_number,
     flexible_number,
     general_texts,
@@ -21,31 +19,6 @@ def test_exact_match_ignores_surrounding_white_space_only():
     assert mark("exact_match", " card_arrival\n", "card_arrival") == (True, None)
     assert mark("exact_match", "Card_arrival", "card_arrival") == (False, None)
     assert mark("exact_match", "card_arrival.", "card_arrival") == (False, None)
-
-
-def test_accuracy_is_the_share_of_correct_answers_inside_its_interval():
-    accuracy = bootstrap_accuracy([True] * 30 + [False] * 70, samples=5000, seed=0)
-    assert (accuracy.value, accuracy.n) == (0.3, 100)
-    # Normal approximation: 0.3 ± 1.96 · sqrt(0.3 · 0.7 / 100).
-    assert accuracy.low == pytest.approx(0.21, abs=0.02)
-    assert accuracy.high == pytest.approx(0.39, abs=0.02)
-
-
-def test_the_interval_is_reproducible_and_narrows_with_more_prompts():
-    few, many = [True, False] * 20, [True, False] * 500
-    assert bootstrap_accuracy(few, 1000, 3) == bootstrap_accuracy(few, 1000, 3)
-    wide, narrow = bootstrap_accuracy(few, 1000, 3), bootstrap_accuracy(many, 1000, 3)
-    assert narrow.high - narrow.low < (wide.high - wide.low) / 3
-
-
-def test_all_correct_has_no_spread():
-    accuracy = bootstrap_accuracy([True] * 5, 100, 0)
-    assert (accuracy.value, accuracy.low, accuracy.high) == (1, 1, 1)
-
-
-def test_no_prompts_is_an_error():
-    with pytest.raises(ValueError, match="no held-out prompts"):
-        bootstrap_accuracy([], 100, 0)
 
 
 FOUND = [
@@ -132,17 +105,6 @@ def test_the_general_text_is_many_different_paragraphs_of_several_kinds_and_lang
     assert all(len(text) > 100 and text == text.strip() for text in texts)
     # A token of Gemma 3 is 3.9 bytes of it.
     assert sum(len(text.encode()) for text in texts) > 100_000
-
-
-def test_a_share_is_of_the_other_model_s_accuracy_and_its_interval_is_paired():
-    theirs = [True] * 80 + [False] * 20
-    same = bootstrap_share(theirs, theirs, samples=2000, seed=0)
-    assert (same.value, same.low, same.high) == (1, 1, 1), "the same answers have no spread"
-    share = bootstrap_share([True] * 60 + [False] * 40, theirs, samples=5000, seed=0)
-    assert share.value == 0.75
-    # Of 80 answers that the other one has right, 60: 0.75 ± 1.96 · sqrt(0.75 · 0.25 / 80).
-    assert share.low == pytest.approx(0.655, abs=0.015) and share.high == pytest.approx(0.845, abs=0.015)
-    assert bootstrap_share([True] * 3, [False] * 3, samples=100, seed=0) is None
 
 
 def test_longer_texts_count_for_more():

@@ -57,6 +57,36 @@ def accuracies(flexible: float | None) -> list[dict]:
     return [{"model": model, "value": 0.5, "low": 0.4, "high": 0.6, "n": 9, **loose} for model in models]
 
 
+def compared(runs: int) -> list[dict]:
+    arms = {"both": 0.1, "random": None, "target_base": None}
+    return [
+        {"arm": arm, "pairs": None if arm == "target_base" else 9, "value": 0.5, "low": 0.4, "high": 0.6, "runs": runs}
+        | {"by_run": [0.5] * runs, "vs_random": by, "vs_random_low": by and by - 0.2, "vs_random_high": by and by + 0.2}
+        for arm, by in arms.items()
+    ]
+
+
+def pools(count: int) -> list[dict]:
+    """The first one has nothing right, and of a threshold nothing is kept."""
+    found = [
+        {"rule": rule, "threshold": t, "precision": None if t == 2 else 0.5, "recall": 0.5}
+        for rule in RULES
+        for t in (1, 2)
+    ]
+    nothing = [{**cell, "recall": None} for cell in found]
+    return [
+        {
+            "off_skill": i / count,
+            "right": min(i, 1),
+            "wrong": 1,
+            "off": i,
+            "rules": [],
+            "cells": found if i else nothing,
+        }
+        for i in range(count)
+    ]
+
+
 PICTURES: dict[str, Callable[[], bytes]] = {
     **{
         f"{kind} {rule} {count}": lambda draw=draw, rule=rule, count=count: draw(pairs(count), rule, 1.5)
@@ -72,6 +102,8 @@ PICTURES: dict[str, Callable[[], bytes]] = {
     "thresholds of three rules": lambda: plots.kept_by_threshold(cells("both", "ratio", "difference")),
     "thresholds of all rules": lambda: plots.kept_by_threshold(cells(*RULES)),
     **{f"{n} rounds": lambda n=n: plots.acceptance_by_round(verdicts(n)) for n in (0, 1, 3, 12, 40)},
+    **{f"comparison of {n} runs": lambda n=n: plots.comparison(compared(n)) for n in (1, 3)},
+    **{f"precision and recall of {n} pools": lambda n=n: plots.precision_recall(pools(n)) for n in (1, 2, 5)},
     "accuracies": lambda: plots.accuracy_bars(accuracies(None)),
     "accuracies of both ways to find a number": lambda: plots.accuracy_bars(accuracies(0.7)),
     **{f"{n} lengths": lambda n=n: plots.response_lengths(buckets(n, 1 + n)) for n in (0, 1, 12)},

@@ -17,9 +17,9 @@ from tuneshift_dag.assets.evaluation import answer_heldout, task_keys
 from tuneshift_dag.assets.retention import Rows
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.method import PromptFormat, Scorer, Side
-from tuneshift_dag.method.evaluation import Interval, bootstrap_runs
 from tuneshift_dag.method.filters import KEEP_RULES, RANKING_RULES
 from tuneshift_dag.method.prompting import distinct_bigrams, mean_similarity, prompt_id
+from tuneshift_dag.method.statistics import compared
 from tuneshift_dag.models import encoder
 from tuneshift_dag.reports import plots
 from tuneshift_dag.resources import EngineResource, StoreResource
@@ -77,7 +77,11 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
             vectors = None if unlike else _embed(current, datasets)
             diversity = {arm: _diversity(current, runs, vectors) for arm, runs in datasets.items()}
             correct = _correct(transfer, measured.answers)
-            rows = [_row(transfer, name, correct, candidates, datasets) | diversity.get(name, {}) for name in correct]
+            measures = compared(correct, datasets)
+            rows = [
+                _row(name, correct[name], candidates, datasets) | measures[name] | diversity.get(name, {})
+                for name in correct
+            ]
             summary, tasks = COMPARISON.frame(rows), COMPARISON_TASKS.frame(measured.tasks)
             answers = COMPARISON_ANSWERS.frame(measured.answers)
             tables = [(COMPARISON, summary), (COMPARISON_ANSWERS, answers), (COMPARISON_TASKS, tasks)]
@@ -219,39 +223,15 @@ def _diversity(
     }
 
 
-def _row(
-    transfer: Transfer,
-    name: str,
-    correct: dict[str, Correct],
-    candidates: dict[str, pl.DataFrame],
-    datasets: Datasets,
-) -> dict[str, Any]:
-    """A row of ``comparison``, without the columns `DIVERSITY`."""
-
-    def interval(values: Correct) -> Interval:
-        return bootstrap_runs(values, transfer.config.evaluation.bootstrap_samples, transfer.config.seed)
-
-    row = {
-        "arm": name,
-        "runs": len(correct[name]),
-        "by_run": [float(run.mean()) for run in correct[name]],
-        **vars(interval(correct[name])),
-    }
+def _row(name: str, correct: Correct, candidates: dict[str, pl.DataFrame], datasets: Datasets) -> dict[str, Any]:
+    """A row of ``comparison``, without the columns `DIVERSITY` and those of `compared`."""
+    row = {"arm": name, "runs": len(correct), "by_run": [float(run.mean()) for run in correct]}
     if name not in datasets:
         return row
     drawn, random = ([set(pairs["prompt_id"]) for pairs in datasets[arm]] for arm in (name, "random"))
     shared = [len(a & b) / len(a) for a, b in zip(drawn, random, strict=True)]
-    row |= {
-        "candidates": len(candidates[name]),
-        "pairs": len(datasets[name][0]),
-        "shared_with_random": sum(shared) / len(shared),
-    }
-    for reference in ("random", "unfiltered"):
-        if name != reference:
-            found = interval(correct[name] - correct[reference])
-            against = f"vs_{reference}"
-            row |= {against: found.value, f"{against}_low": found.low, f"{against}_high": found.high}
-    return row
+    counts = {"candidates": len(candidates[name]), "pairs": len(datasets[name][0])}
+    return {**row, **counts, "shared_with_random": sum(shared) / len(shared)}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

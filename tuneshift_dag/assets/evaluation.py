@@ -11,8 +11,9 @@ from tuneshift_dag.assets.common import LOG, Context, Step, definition, example_
 from tuneshift_dag.assets.retention import Rows, chosen_scale, measure_retention, sampled_perplexity
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.method import Decoding, PromptFormat, Scorer, Side, Target, scoring
-from tuneshift_dag.method.evaluation import SCALES, bootstrap_accuracy, mark
+from tuneshift_dag.method.evaluation import SCALES, mark
 from tuneshift_dag.method.prompting import prompt_id
+from tuneshift_dag.method.statistics import accuracy_of
 from tuneshift_dag.reports import plots
 from tuneshift_dag.reports.verdicts import verdicts
 from tuneshift_dag.resources import EngineResource, StoreResource
@@ -32,7 +33,7 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
     def evaluation(context: Context, store: StoreResource, engines: EngineResource) -> dg.MaterializeResult:
         """Accuracy on `heldout.jsonl` of four models: source base and fine-tuned, target before and after.
 
-        By `evaluation.metric`, of greedy responses, with 95 % bootstrap intervals. The held-out file is used here and
+        By `evaluation.metric`, of greedy responses, with 95 % intervals (Wilson). The held-out file is used here and
         nowhere else.
 
         For the target also the perplexity of a general text, before and after: what it forgot; both measures again for
@@ -168,12 +169,11 @@ def answer_heldout(current: Step, engine: Scorer, side: Side, name: str, format:
 def _accuracy(transfer: Transfer, name: str, answers: Rows) -> dict[str, Any]:
     """A row of the table ``accuracy``."""
     settings = transfer.config.evaluation
-    how = (settings.bootstrap_samples, transfer.config.seed)
-    strict = bootstrap_accuracy([row["correct"] for row in answers], *how)
+    strict = accuracy_of([row["correct"] for row in answers])
     LOG.info(f"{name}: {strict.value:.3f} [{strict.low:.3f}, {strict.high:.3f}]")
     row = {"model": name, **vars(strict)}
     if settings.metric == "numeric":
-        loose = bootstrap_accuracy([row["correct_flexible"] for row in answers], *how)
+        loose = accuracy_of([row["correct_flexible"] for row in answers])
         row |= {"flexible": loose.value, "flexible_low": loose.low, "flexible_high": loose.high}
     return row
 

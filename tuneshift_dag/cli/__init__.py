@@ -46,6 +46,11 @@ TransferName = Annotated[str, typer.Argument(help="Name of a folder under transf
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 AsJsonList = Annotated[bool, typer.Option("--json", help="Print one JSON list and nothing else.")]
 _RULE_HELP = f"{', '.join(RULES)}; may be repeated. Without it, all; with a grid, those that can take it."
+_TRUTH_HELP = (
+    ".jsonl or .csv of prompts with `truth`, which is right, wrong or off (the skill), or with `response`, the right"
+    " one, null off the skill."
+)
+_OFF_SKILL_HELP = "With --truth, also a part of the pairs with this share off the skill, such as 0.25; may be repeated."
 _GRID_HELP = f"1.1,1.2,1.5 or start:stop:step, of {', '.join(KEEP_RULES)} what to keep; without it, chosen."
 
 
@@ -165,13 +170,32 @@ def sweep(
     transfer: TransferName,
     rule: Annotated[list[str] | None, typer.Option(help=_RULE_HELP)] = None,
     grid: Annotated[str, typer.Option(help=_GRID_HELP)] = "",
-    as_json: AsJsonList = False,
+    truth: Annotated[Path | None, typer.Option(help=_TRUTH_HELP)] = None,
+    off_skill: Annotated[list[float] | None, typer.Option(help=_OFF_SKILL_HELP)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list, with --truth one object.")] = False,
 ) -> None:
-    """Show what each filter rule would keep at each threshold; loads no model and changes nothing."""
+    """Show what each filter rule would keep at each threshold; loads no model and changes nothing.
+
+    With --truth also whether that is what should be kept: precision, recall and AUC, and a picture of them.
+    """
     from tuneshift_dag.reports import thresholds
 
     loaded = _load(transfer)
-    cells = thresholds.sweep(_store(), loaded, rule or [], thresholds.parse_grid(grid) if grid else [])
+    tried = thresholds.parse_grid(grid) if grid else []
+    if truth:
+        from tuneshift_dag.reports import plots
+        from tuneshift_dag.reports.truth import sweep_truth
+
+        found = sweep_truth(_store(), loaded, truth, rule or [], tried, off_skill or [])
+        picture = output_dir(loaded.name) / "precision_recall.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_bytes(plots.precision_recall(found["pools"]))
+        rendering.as_json(found) if as_json else rendering.truth(found)
+        rendering.err.print(f"Picture: {picture}", soft_wrap=True)
+        return
+    if off_skill:
+        raise TuneshiftError("--off-skill needs --truth: a file that says which prompts are off the skill.")
+    cells = thresholds.sweep(_store(), loaded, rule or [], tried)
     rendering.as_json(cells) if as_json else rendering.sweep(cells)
     if not as_json and not any(cell["pairs_kept"] for cell in cells):
         rendering.err.print(f"Nothing is kept. If there are no scored pairs yet: tuneshift run {loaded.name}")
@@ -187,6 +211,8 @@ def compare(transfer: TransferName, as_json: AsJsonList = False) -> None:
     from tuneshift_dag import reports as summary
 
     loaded = _load(transfer)
+    if loaded.config.compare:
+        rendering.err.print(summary.power(_store(), loaded), soft_wrap=True, highlight=False)
     _runner(loaded).compare()
     rows = summary.comparison(_store(), loaded)
     rendering.as_json(rows) if as_json else rendering.comparison(rows)

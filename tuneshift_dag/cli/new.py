@@ -3,9 +3,7 @@
 Everything is checked before the folder appears, and the finished folder is loaded once like any other transfer.
 """
 
-import csv
 import functools
-import io
 import json
 import os
 import re
@@ -199,7 +197,7 @@ def read_examples(file: Path, flag: Literal["--seeds", "--heldout"]) -> Rows:
     if file.suffix == ".jsonl":
         return examples.read_jsonl(file, examples.SEED_SHAPE if flag == "--seeds" else examples.HELD_OUT_SHAPE)
     if file.suffix == ".csv":
-        rows = _read_csv(file, ["prompt"] if flag == "--seeds" else ["prompt", "response"])
+        rows = examples.read_csv(file, ["prompt"] if flag == "--seeds" else ["prompt", "response"])
     elif file.suffix == ".txt" and flag == "--seeds":
         lines = enumerate(examples.read_text(file).split("\n"), 1)
         rows = [(f"{file}:{number}", {"prompt": line}) for number, line in lines if line.strip()]
@@ -209,19 +207,6 @@ def read_examples(file: Path, flag: Literal["--seeds", "--heldout"]) -> Rows:
     if not rows:
         raise TuneshiftError(f"{flag} {str(file)!r}: no examples in it.")
     return rows
-
-
-def _read_csv(file: Path, columns: list[str]) -> Rows:
-    reader = csv.DictReader(io.StringIO(examples.read_text(file), newline=""))
-    try:
-        found = list(reader.fieldnames or [])
-        if any(column not in found for column in columns):
-            raise TuneshiftError(f"{file}: its first line must name the columns {columns} (found {found}).")
-        return [(f"{file}:{reader.line_num}", {column: row[column] for column in columns}) for row in reader]
-    except csv.Error as error:
-        raise TuneshiftError(
-            f"{file}:{reader.line_num + 1}: {error}. Close the quotation mark that is left open, or shorten the cell."
-        ) from error
 
 
 def _model(value: str, flag: str) -> str:

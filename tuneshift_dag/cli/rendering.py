@@ -176,10 +176,47 @@ def sweep(cells: list[dict[str, Any]]) -> None:
     out.print(table)
 
 
+def truth(found: dict[str, Any]) -> None:
+    """What `reports.truth.sweep_truth` found, pools beside one another."""
+    pools = found["pools"]
+    names = [f"{pool['off_skill']:.0%} off" for pool in pools]
+    counts = [
+        {"off the skill": name} | {c: pool[c] for c in ("right", "wrong", "off")}
+        for name, pool in zip(names, pools, strict=True)
+    ]
+    rows("Pairs with a truth: all of them, then those drawn", counts)
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    def told(rule: dict[str, Any]) -> str:
+        return number(rule["auc"]) + ("" if rule["auc"] is None else f" ({rule['low']:.3f} to {rule['high']:.3f})")
+
+    aucs = [
+        {"rule": of[0]["rule"] + ("" if of[0]["threshold"] is None else f", {of[0]['threshold']:g}")}
+        | {f"{place}. {name}": told(rule) for place, (name, rule) in enumerate(zip(names, of, strict=True), 1)}
+        for of in zip(*(pool["rules"] for pool in pools), strict=True)
+    ]
+    rows("AUC (95 % interval): right responses of the skill against all others", aucs)
+    title = "Precision and recall of right responses of the skill, by share off the skill; * is the current filter"
+    table = Table("rule", "threshold", *(f"{name}\nprec. recall" for name in names), title=title, title_justify="left")
+    for of in zip(*(pool["cells"] for pool in pools), strict=True):
+        values = (f"{number(cell['precision']):5} {number(cell['recall'])}" for cell in of)
+        threshold = f"{'* ' if of[0]['current'] else ''}{of[0]['threshold']:g}"
+        table.add_row(of[0]["rule"], threshold, *values, style="bold" if of[0]["current"] else None)
+    out.print(table)
+    left = {"scored pairs have no truth in the file": found["pairs_without_truth"]}
+    left |= {"prompts of the file aren't scored pairs": found["prompts_not_scored"]}
+    for what, count in left.items():
+        if count:
+            message("note", "yellow", f"{count} {what}; they count nowhere.")
+
+
 def comparison(found: list[dict[str, Any]]) -> None:
     from tuneshift_dag import reports as summary
 
-    table = Table(title="Held-out accuracy by filter, 95 % intervals", title_justify="left")
+    title = "Held-out accuracy by filter, 95 % intervals; those of differences corrected over the arms (Holm)"
+    table = Table(title=title, title_justify="left")
     for column in ("arm", "runs", "pairs", "of", "as random", "accuracy", "minus random", "minus unfiltered"):
         table.add_column(column, justify="left" if column == "arm" else "right")
 

@@ -3,9 +3,13 @@
 Every error names the file and the line.
 """
 
+import csv
+import io
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
@@ -13,12 +17,16 @@ from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.schema import TransferConfig
 from tuneshift_dag.config.schema_prompt import Prompt
 from tuneshift_dag.method.answers import trimmed
+from tuneshift_dag.method.evaluation import Metric, expected_number, mark
 from tuneshift_dag.method.prompting import prompt_id
 
 Rows = list[tuple[str, dict[str, Any]]]
 """Examples as read from a file, each with its place there, for messages."""
 SEED_SHAPE = '{"prompt": "..."}'
 HELD_OUT_SHAPE = '{"prompt": "...", "response": "..."}'
+TRUTH_SHAPE = '{"prompt": "...", "truth": "right"}'
+Label = Literal["right", "wrong", "off"]
+"""What is true of a scored pair: in the skill, with a right or a wrong response, or off the skill."""
 
 
 def check_examples(seed_rows: Rows, heldout_rows: Rows) -> tuple[list[str], list[tuple[str, str]]]:
@@ -61,6 +69,66 @@ def read_jsonl(file: Path, shape: str) -> Rows:
     if not rows:
         raise TuneshiftError(f"{file} is empty. Write at least one line of {shape}, or delete an optional file.")
     return rows
+
+
+def read_csv(file: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Rows:
+    """(position, row) of every line after the first, which names the columns; of the ``optional`` ones those there."""
+    reader = csv.DictReader(io.StringIO(read_text(file), newline=""))
+    try:
+        found = list(reader.fieldnames or [])
+        if any(column not in found for column in columns):
+            raise TuneshiftError(f"{file}: its first line must name the columns {list(columns)} (found {found}).")
+        wanted = [column for column in (*columns, *optional) if column in found]
+        return [(f"{file}:{reader.line_num}", {column: row[column] for column in wanted}) for row in reader]
+    except csv.Error as error:
+        raise TuneshiftError(
+            f"{file}:{reader.line_num + 1}: {error}. Close the quotation mark that is left open, or shorten the cell."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is true of a prompt's pair: a label, or the response that is right (None: the prompt is off the skill)."""
+
+    label: Label | None
+    expected: str | None = None
+
+    def of(self, response: str, metric: Metric) -> Label:
+        if self.label or self.expected is None:
+            return self.label or "off"
+        return "right" if mark(metric, response, self.expected)[0] else "wrong"
+
+
+def read_truth(file: Path, metric: Metric) -> dict[str, Truth]:
+    """By prompt_id, from a JSONL or CSV file with a column `truth` (`Label`) or `response` (null, or an empty cell, off
+    the skill)."""
+    if file.suffix == ".csv" and file.is_file():
+        rows = [
+            (at, {key: value or None for key, value in row.items()})
+            for at, row in read_csv(file, ["prompt"], ["truth", "response"])
+        ]
+    else:
+        rows = read_jsonl(file, TRUTH_SHAPE)
+    prompts = [_text(row, "prompt", at) for at, row in rows]
+    _refuse_doubles([at for at, _ in rows], prompts)
+    return {prompt_id(prompt): _truth(row, metric, at) for prompt, (at, row) in zip(prompts, rows, strict=True)}
+
+
+def _truth(row: dict[str, Any], metric: Metric, at: str) -> Truth:
+    if ("truth" in row) == ("response" in row):
+        which = "both 'truth' and 'response'" if "truth" in row else "neither 'truth' nor 'response'"
+        raise TuneshiftError(f"{at}: {which} (found {short(row)}). Write one of them, such as {TRUTH_SHAPE}.")
+    if "truth" in row:
+        if row["truth"] not in get_args(Label):
+            raise TuneshiftError(f"{at}: 'truth' must be right, wrong or off (found {short(row['truth'])}).")
+        return Truth(row["truth"])
+    expected = None if row["response"] is None else _text(row, "response", at)
+    if expected is not None and metric == "numeric" and expected_number(expected) is None:
+        raise TuneshiftError(
+            f"{at}: 'response' gives no number (found {short(expected)}), which evaluation.metric 'numeric' compares."
+            " Write the number alone or after '#### ', or null for a prompt off the skill."
+        )
+    return Truth(None, expected)
 
 
 def short(value: Any) -> str:

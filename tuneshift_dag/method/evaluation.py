@@ -1,4 +1,4 @@
-"""What a model can do and has forgotten: right answers with bootstrap intervals, and how it predicts general text.
+"""What a model can do and has forgotten: which answers are right, and how it predicts general text.
 
 A worked answer's number is found as lm-evaluation-harness does in its task ``gsm8k``, version 3: *strict* takes the
 number after the first ``#### ``, the format of GSM8K's own answers (Cobbe et al. 2021, arXiv 2110.14168); *flexible*,
@@ -14,9 +14,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal
 
-import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from tuneshift_dag.method import perplexity
 
@@ -68,69 +66,6 @@ def _normalize(text: str) -> str:
     """What the harness compares: no thousands separators or dollar signs, nothing up to ``#### ``, no final point."""
     text = re.sub(r"(?s).*#### ", "", text.replace(",", "").replace("$", ""))
     return re.sub(r"\.$", "", text)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Accuracy(Interval):
-    """Share of correct ones of ``n`` responses."""
-
-    n: int
-
-
-def bootstrap_accuracy(correct: Sequence[bool], samples: int, seed: int) -> Accuracy:
-    """Accuracy with the 2.5 and 97.5 percentiles over resamples of the held-out prompts, whose counts of correct
-    answers are binomial, so they are drawn directly."""
-    n = len(correct)
-    if n == 0:
-        raise ValueError("no held-out prompts")
-    value = sum(correct) / n
-    resampled = np.random.default_rng(seed).binomial(n, value, samples) / n
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Accuracy(value, float(low), float(high), n)
-
-
-def bootstrap_runs(values: NDArray[np.float64], samples: int, seed: int) -> Interval:
-    """Mean over training runs and prompts, for new runs *and* new prompts: both are resampled independently (the
-    pigeonhole bootstrap of Owen, Annals of Applied Statistics 1, 2007, for crossed factors).
-
-    Of few runs a bootstrap sees (runs - 1) / runs of their variance, so their deviations are widened by the inverse
-    first. In a simulation of equal arms with 3 runs and 231 prompts, the interval of their difference held zero in
-    100 %, 93 % and 88 % of the cases where runs differ by a standard deviation of 0, 0.3 and 0.6 in log-odds.
-
-    ``values`` (runs, prompts) are for example 1 where a run answers a prompt correctly; for a paired comparison of two
-    arms the differences of such tables, with the same seed in a row of both."""
-    runs, prompts = values.shape
-    mean = values.mean(axis=0)
-    spread = (runs / (runs - 1)) ** 0.5 if runs > 1 else 0.0
-    widened = mean + (values - mean) * spread
-    rng = np.random.default_rng(seed)
-    by_run = rng.multinomial(runs, np.full(runs, 1 / runs), samples)
-    by_prompt = rng.multinomial(prompts, np.full(prompts, 1 / prompts), samples)
-    means = ((by_run @ widened) * by_prompt).sum(axis=1) / (runs * prompts)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(values.mean()), float(low), float(high))
-
-
-def bootstrap_share(ours: Sequence[bool], theirs: Sequence[bool], samples: int, seed: int) -> Interval | None:
-    """How much of another model's accuracy a model has, with the 2.5 and 97.5 percentiles over resamples of the prompts
-    that both have answered; None when the other one answers none of them right."""
-    if not any(theirs):
-        return None
-    pairs = np.array([ours, theirs], np.float64)
-    drawn = np.random.default_rng(seed).multinomial(len(ours), np.full(len(ours), 1 / len(ours)), samples)
-    of_ours, of_theirs = pairs @ drawn.T
-    shares = of_ours[of_theirs > 0] / of_theirs[of_theirs > 0]
-    low, high = np.percentile(shares, [2.5, 97.5])
-    return Interval(float(pairs[0].sum() / pairs[1].sum()), float(low), float(high))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from tuneshift_dag.config import Transfer
+from tuneshift_dag.method.statistics import DIFFERENCE, DISCORDANCE, compared, prompts_needed
 from tuneshift_dag.reports.verdicts import verdicts
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.queries import of_its_rounds
@@ -74,14 +77,45 @@ def escape_markdown(text: str) -> str:
 
 
 def comparison(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
-    """The table ``comparison``, arms by accuracy and then the untrained models, each with its scores on ``tasks``."""
+    """The table ``comparison``, arms by accuracy and then the untrained models, each with its scores on ``tasks``.
+
+    Intervals are those of the stored answers as `compared` has them now, also where an older version wrote the table.
+    """
     query = "SELECT * FROM comparison ORDER BY pairs IS NULL, value DESC, arm"
     rows = {row["arm"]: {**row, "tasks": []} for row in store.read(query, schema=transfer.name).iter_rows(named=True)}
     for score in store.read(_ARM_TASKS, schema=transfer.name).iter_rows(named=True):
         rows[score.pop("arm")]["tasks"].append(score)
+    marks: dict[str, list[list[float]]] = {}
+    for arm, run in store.read(_MARKS, schema=transfer.name).iter_rows():
+        marks.setdefault(arm, []).append(run)
+    correct = {arm: np.array(runs) for arm, runs in marks.items()}
+    for arm, measures in compared(correct, [arm for arm in correct if rows[arm]["pairs"] is not None]).items():
+        rows[arm] |= measures
     return list(rows.values())
 
 
+def power(store: Store, transfer: Transfer) -> str:
+    """One sentence: how many held-out prompts show a small difference, and how many there are."""
+    found = store.read(_DISCORDANCE, schema=transfer.name).item()
+    # Accuracies can't differ by more than the share that tells the two models apart.
+    discordance = max(found or DISCORDANCE, DIFFERENCE)
+    known = "as in the last comparison" if found else "which is assumed"
+    return (
+        f"To see a difference of {DIFFERENCE:g} in the accuracy of two models takes"
+        f" {prompts_needed(DIFFERENCE, discordance):,} held-out prompts (paired, two-sided 5 %, 80 % power) when just"
+        f" one of the two is right on {discordance:.0%} of them, {known}; heldout.jsonl has {len(transfer.heldout):,}."
+        " Several trainings of an arm need fewer if they are alike; if they differ, only more of them help."
+    )
+
+
+_DISCORDANCE = """
+    SELECT avg((arm.correct <> random.correct)::INTEGER)
+    FROM comparison_answers arm JOIN comparison_answers random USING (seed, prompt_id)
+    WHERE random.arm = 'random' AND arm.arm <> 'random'
+"""
+_MARKS = """
+    SELECT arm, list(correct::DOUBLE ORDER BY prompt_id) FROM comparison_answers GROUP BY arm, seed ORDER BY arm, seed
+"""
 _ARM_TASKS = """
     SELECT arm, task, metric, filter, any_value(n) AS n, avg(value) AS value, list(value ORDER BY seed) AS by_run
     FROM comparison_tasks GROUP BY arm, task, metric, filter ORDER BY task, metric, filter, arm
@@ -123,14 +157,14 @@ def diversity(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def conclusion(rows: list[dict[str, Any]]) -> str:
-    """One sentence: which filters differ from random by an interval that excludes zero."""
+    """One sentence: which filters differ from random by a corrected interval that excludes zero."""
     arms = [row for row in rows if row["vs_random"] is not None and row["arm"] not in ("unfiltered", "oracle")]
     better = [row["arm"] for row in arms if row["vs_random_low"] > 0]
     worse = [row["arm"] for row in arms if row["vs_random_high"] < 0]
     said = [f"{', '.join(names)} {what} random" for names, what in ((better, "beats"), (worse, "loses to")) if names]
     if not said:
-        return "No filter differs from random by a 95 % interval that excludes zero."
-    return f"By a 95 % interval that excludes zero, {' and '.join(said)}."
+        return "No filter differs from random: every interval, corrected over the arms, holds zero."
+    return f"By an interval that excludes zero, corrected over the arms, {' and '.join(said)}."
 
 
 _COUNTS = """

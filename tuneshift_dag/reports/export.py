@@ -174,7 +174,7 @@ Seeds:
 
 ## Held-out {TITLES[config.evaluation.metric]}
 
-Greedy responses, 95 % bootstrap intervals, `heldout.jsonl`.
+Greedy responses, 95 % intervals (Wilson), `heldout.jsonl`.
 
 {_table(accuracy)}
 {_retention(figures)}{_comparison(figures)}"""
@@ -237,7 +237,8 @@ def _comparison(figures: dict[str, Any]) -> str:
 ## Is the filter worth it?
 
 Other models, trained on equally many pairs of each filter, several times each; held-out accuracy with 95 %
-bootstrap intervals over trainings and prompts, differences paired. {conclusion(rows)}
+intervals for new trainings and prompts; differences paired, their intervals corrected over the arms (Holm).
+{conclusion(rows)}
 
 {_table(arms)}
 """

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from tuneshift_dag.config.schema import Evaluation
+from tuneshift_dag.method.filters import RULES
 from tuneshift_dag.reports import by_way
 
 _TEXT = "#7d8590"
@@ -94,8 +95,13 @@ def frontier(rows: Sequence[dict[str, Any]], settings: Evaluation) -> bytes:
 
 
 def comparison(rows: Sequence[dict[str, Any]]) -> bytes:
-    """The table ``comparison``: each arm's accuracy with its 95 % interval, and a dot for every training."""
-    figure, axes = _axes("Held-out accuracy", "", (6.4, 1.2 + 0.42 * len(rows)))
+    """The table ``comparison``: each arm's accuracy with its 95 % interval, and a dot for every training; and its
+    difference from `random` with its corrected interval."""
+    figure = Figure(figsize=(9, 1.2 + 0.42 * len(rows)), layout="constrained")
+    axes, beside = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    _dress(axes, "Held-out accuracy, 95 %", "")
+    _dress(beside, "Minus random, corrected (Holm)", "").tick_params(labelleft=False)
+    beside.axvline(0, color=_TEXT, linestyle="--", linewidth=1)
     for place, row in enumerate(rows):
         color = _TEXT if row["pairs"] is None else _COLORS[0]
         axes.hlines(place, row["low"], row["high"], color=color, linewidth=2)
@@ -104,6 +110,9 @@ def comparison(rows: Sequence[dict[str, Any]]) -> bytes:
             axes.plot(row["by_run"], [place] * row["runs"], "o", color=_COLORS[1], markersize=4, alpha=0.8)
         end = (row["high"], place)
         axes.annotate(f"{row['value']:.3f}", end, (6, 0), textcoords="offset points", va="center", color=_TEXT)
+        if row["vs_random"] is not None:
+            beside.hlines(place, row["vs_random_low"], row["vs_random_high"], color=color, linewidth=2)
+            beside.plot(row["vs_random"], place, "D", color=color, markersize=7)
     axes.set_yticks(range(len(rows)), [row["arm"].replace("_", " ") for row in rows])
     axes.set_xlim(0, 1.1)
     axes.invert_yaxis()
@@ -194,6 +203,31 @@ def kept_by_threshold(cells: Sequence[dict[str, Any]]) -> bytes:
     for panel in panels.flat[len(rules) :]:
         panel.set_visible(False)
     figure.legend(handles.values(), handles, loc="outside upper center", ncols=3, frameon=False, labelcolor=_TEXT)
+    return _png(figure)
+
+
+def precision_recall(pools: Sequence[dict[str, Any]]) -> bytes:
+    """What `truth.sweep_truth` found: a panel a pool, a line a rule, a point a threshold; the dashed line is the share
+    of right responses in the pool, the precision of a rule that knows nothing."""
+    columns = min(3, len(pools))
+    figure = Figure(figsize=(3.4 * columns, 3.4 * -(-len(pools) // columns)), layout="constrained")
+    panels = figure.subplots(-(-len(pools) // columns), columns, squeeze=False, sharex=True, sharey=True)
+    colors: dict[str, str] = dict(zip(RULES, _COLORS, strict=False))
+    handles: dict[str, Any] = {}
+    for pool, axes in zip(pools, panels.flat, strict=False):
+        _dress(axes, "Recall", "Precision").set(xlim=(0, 1.04), ylim=(0, 1.04))
+        axes.set_title(f"{pool['off_skill']:.0%} off the skill", color=_TEXT, loc="left", fontsize=11)
+        total = sum(pool[label] for label in ("right", "wrong", "off"))
+        handles["knows nothing"] = axes.axhline(pool["right"] / total, color=_TEXT, linestyle="--", linewidth=1)
+        for rule in dict.fromkeys(cell["rule"] for cell in pool["cells"]):
+            mine = [c for c in pool["cells"] if c["rule"] == rule and c["precision"] is not None]
+            points = [c["recall"] or 0 for c in mine], [c["precision"] for c in mine]
+            (handles[rule.replace("_", " ")],) = axes.plot(
+                *points, "o-", color=colors.get(rule, _TEXT), ms=3, linewidth=1
+            )
+    for panel in panels.flat[len(pools) :]:
+        panel.set_visible(False)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, frameon=False, labelcolor=_TEXT)
     return _png(figure)
 
 

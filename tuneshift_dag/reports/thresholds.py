@@ -19,7 +19,7 @@ from tuneshift_dag.method.filters import GUARD_REASONS, KEEP_RULES, MARGIN, RULE
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.queries import of_its_rounds, verdicts
 
-_PAPER_THRESHOLD = 1.5
+PAPER_THRESHOLD = 1.5
 _MOST_THRESHOLDS = 1000
 # Points in one picture: more only paint over each other and make the PNG large.
 _MOST_POINTS = 3000
@@ -39,16 +39,23 @@ def sweep(
         rules: the rules to try; without any, all of them: of a grid, those that can take all of it.
         grid: the thresholds to try; without any, `default_grid` of each rule.
     """
+    rounds = f"SELECT round, count(*) FROM {of_its_rounds(transfer, 'scored_pairs')} GROUP BY round ORDER BY round"
+    scored = dict(store.read(rounds, schema=transfer.name).iter_rows())
+    grids = thresholds_of(store, transfer, rules, grid)
+    return [cell for rule, tried in grids.items() for cell in _cells(store, transfer, rule, tried, scored)]
+
+
+def thresholds_of(
+    store: Store, transfer: Transfer, rules: Sequence[str] = (), grid: Sequence[float] = ()
+) -> dict[Rule, list[float]]:
+    """The thresholds to try by rule, from the arguments of `sweep`."""
     for rule in rules:
         if rule not in RULES:
             raise TuneshiftError(f"There is no rule {rule!r}: use {', '.join(RULES)}.")
     wanted = [rule for rule in RULES if rule in rules] or _rules_for(grid)
     for rule in wanted:
         _check(rule, grid)
-    rounds = f"SELECT round, count(*) FROM {of_its_rounds(transfer, 'scored_pairs')} GROUP BY round ORDER BY round"
-    scored = dict(store.read(rounds, schema=transfer.name).iter_rows())
-    grids = {rule: sorted(set(grid)) or default_grid(store, transfer, rule) for rule in wanted}
-    return [cell for rule in wanted for cell in _cells(store, transfer, rule, grids[rule], scored)]
+    return {rule: sorted(set(grid)) or default_grid(store, transfer, rule) for rule in wanted}
 
 
 def _cells(
@@ -106,9 +113,9 @@ def default_grid(store: Store, transfer: Transfer, rule: Rule) -> list[float]:
         transfer,
         f""", usable AS (FROM judged WHERE coalesce(reason, '') NOT IN {GUARD_REASONS})
         SELECT unnest(quantile_cont(value, {_QUANTILES})) FROM ({values}) WHERE value > {floor} AND isfinite(value)""",
-        verdicts(transfer, rule, _PAPER_THRESHOLD),
+        verdicts(transfer, rule, PAPER_THRESHOLD),
     ).to_series()
-    return sorted(t for t in {*mine, _PAPER_THRESHOLD, *(_readable(value, floor) for value in found)} if t > floor)
+    return sorted(t for t in {*mine, PAPER_THRESHOLD, *(_readable(value, floor) for value in found)} if t > floor)
 
 
 def _readable(value: float, floor: int) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuneshift_dag.config.schema import Evaluation
-from tuneshift_dag.method.evaluation import bootstrap_share
+from tuneshift_dag.method.statistics import bootstrap_share
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,18 @@ def of_its_rounds(transfer: Transfer, table: str) -> str:
 
 
 def verdicts(
-    transfer: Transfer, rule: Rule | None = None, threshold: float | str | None = None, by_round: bool = True
+    transfer: Transfer,
+    rule: Rule | None = None,
+    threshold: float | str | None = None,
+    by_round: bool = True,
+    pairs: str = "",
 ) -> str:
     """`tuneshift_dag.method.filters.verdict_sql` of a transfer, with its own rule and threshold (a number, or SQL) if
-    none are named."""
+    none are named; of the rows of ``pairs``, else of all scored pairs."""
     config = transfer.config
     value = config.filter.threshold if threshold is None else threshold
     sql = value if isinstance(value, str) else f"{value!r}::DOUBLE"
-    pairs = of_its_rounds(transfer, SCORED_PAIRS.name)
+    pairs = pairs or of_its_rounds(transfer, SCORED_PAIRS.name)
     rounds = config.rounds if by_round else None
     return verdict_sql(rule or config.filter.rule, transfer.guards, sql, rounds, config.seed, pairs)
 

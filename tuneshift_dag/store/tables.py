@@ -198,7 +198,7 @@ evaluations (model, prompt_id): Each model's response to each held-out prompt, a
     response VARCHAR: The model's greedy response, stripped.
     correct BOOLEAN: Whether they are equal; with the metric numeric, their numbers after ####.
     correct_flexible BOOLEAN: Whether the response's last number is right; NULL for exact_match.
-accuracy (model): Held-out accuracy by model with a 95 % bootstrap interval.
+accuracy (model): Held-out accuracy by model with a 95 % interval (Wilson).
     model VARCHAR: source_base, source_fine_tuned, target_base or target_distilled.
     value DOUBLE: Share of held-out prompts answered right (`evaluations.correct`).
     low DOUBLE: Lower end of the 95 % interval.
@@ -251,10 +251,10 @@ comparison (arm): Rival filters: held-out accuracy of models trained on equally 
     low DOUBLE: Lower end of its 95 % interval, for new runs and new prompts.
     high DOUBLE: Upper end.
     vs_random DOUBLE: Accuracy minus that of random, paired by run and prompt.
-    vs_random_low DOUBLE: Lower end of its 95 % interval.
+    vs_random_low DOUBLE: Lower end of its interval, 95 % corrected over the arms (Holm).
     vs_random_high DOUBLE: Upper end.
     vs_unfiltered DOUBLE: Accuracy minus that of unfiltered, paired by run and prompt.
-    vs_unfiltered_low DOUBLE: Lower end of its 95 % interval.
+    vs_unfiltered_low DOUBLE: Lower end of its interval, corrected too.
     vs_unfiltered_high DOUBLE: Upper end.
 comparison_answers: What every model of the comparison answered to every held-out prompt.
     arm VARCHAR: As in comparison.
