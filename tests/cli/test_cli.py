@@ -334,8 +334,9 @@ class TestCards:
         ("text", "shown"),
         [
             ("Where is my card?", "Where is my card?"),
-            ("![x](http://a) <b>*no*</b> | [l](u)", "\\!\\[x\\](http://a) \\<b\\>\\*no\\*\\</b\\> \\| \\[l\\](u)"),
+            ("![x](http://a) <b>*no*</b> | [l](u)", "\\!\\[x\\](http\\://a) \\<b\\>\\*no\\*\\</b\\> \\| \\[l\\](u)"),
             ("- item", "\\- item"),
+            ("www.a.b a@b.c\r# no", "www\\.a.b a\\@b.c ⏎ \\# no"),
             ("1. one", "1\\. one"),
             ("two\nlines `x`", "two ⏎ lines \\`x\\`"),
         ],

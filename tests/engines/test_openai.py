@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import polars as pl
 import pytest
 
 from tests.conftest import Project
@@ -26,6 +27,7 @@ from tuneshift_dag.engines.openai_source import ServedSource
 from tuneshift_dag.method import SIDES, AdapterCheck, Decoding, Pair, Response, Side
 from tuneshift_dag.method.scoring import Cost, generate, score_pairs
 from tuneshift_dag.models.references import ModelFiles
+from tuneshift_dag.reports.export import export
 from tuneshift_dag.resources import EngineResource
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.cache import ResponseCache
@@ -489,8 +491,14 @@ def test_the_api_key_is_sent_and_written_nowhere(serve, served_project, monkeypa
         project.run()
     assert all(headers["authorization"] == f"Bearer {KEY}" for headers in server.headers)
     assert project.rows("SELECT count(*) > 0 FROM scored_pairs") == [(True,)]
+    export(project.store, project.transfer, tmp_path / "exported")
+    tables = project.rows("SELECT database_name || '.' || schema_name || '.' || table_name FROM duckdb_tables()")
+    # Files of DuckDB and Parquet are compressed.
+    rows = [project.rows(f"SELECT * FROM {table}") for (table,) in tables]
+    assert len(rows) > 20
+    rows.append(pl.read_parquet(tmp_path / "exported" / "dataset.parquet").rows())
     out, err = capfd.readouterr()
-    for text in [*traceback.format_exception(error.value), caplog.text, out, err]:
+    for text in [*traceback.format_exception(error.value), caplog.text, out, err, str(rows)]:
         assert KEY not in text
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(files) > 10
