@@ -3,6 +3,7 @@
 tests/servers has the same against real servers.
 """
 
+import json
 import logging
 import math
 import shutil
@@ -384,6 +385,14 @@ def test_a_chat_generator_sends_a_message_and_a_text_generator_the_text(serve):
     assert text_body["prompt"] == "Generate more 🂡:\n1. seed"
     # top_k: 0 means standard fields only: OpenAI's own API refuses others.
     assert set(chat_body) == {"model", "messages", "max_completion_tokens", "temperature", "top_p", "seed"}
+
+
+def test_half_a_character_in_a_generators_answer_is_replaced(serve):
+    said = {"choices": [{"message": {"content": "a \ud83d b \ud83d\ude00"}, "finish_reason": "stop"}]}
+    server = serve(before=lambda server, body: (200, json.dumps(said)))
+    generator = ServedGenerator(OpenAIServer(Server(base_url=server.url), "generator.server"), "base", True)
+    [answer] = collect(generator.generate([generator.encode("list")], "base", Decoding(8)))
+    assert answer.text == "a \ufffd b \U0001f600"
 
 
 def test_a_generators_answers_are_cached_by_model_and_kind(serve, cache):
