@@ -55,6 +55,11 @@ $(SERVERS)/.installed:
 	$(SERVERS)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
+# Writes docs/reliability.md. How many: TUNESHIFT_KILLS, TUNESHIFT_MUTATIONS; how long at most, each campaign:
+# TUNESHIFT_RELIABILITY_MINUTES. One that was ended goes on, as long as the commit is the same.
+test-reliability: setup
+	$(BIN)/pytest -n 0 -m reliability tests/reliability
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
