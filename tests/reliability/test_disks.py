@@ -81,7 +81,7 @@ def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path, place: str) -> N
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         (folder / "seeds.jsonl").write_text('{"prompt": "Another?"}\n')
         remount("ro")
-        assert refused(tmp_path / "home", folder, ("Read-only", "read-only", "readonly")) == ""
+        assert refused(tmp_path / "home", folder, ("Read-only", "Permission denied")) == ""
         remount("rw")
         finish(tmp_path / "home", folder, fake=True)
 

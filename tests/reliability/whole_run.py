@@ -12,14 +12,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from tests.conftest import draw_quickly, write_jsonl
 from tests.fakes import FakeModels
-from tests.families.table import tiny_checkpoint
 from tuneshift_dag import cli, definitions, runner
 from tuneshift_dag.method.evaluation import general_texts
 
@@ -42,6 +38,12 @@ SETTINGS = {
 
 
 def make_tiny_transfer(folder: Path) -> Path:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from tests.families.table import tiny_checkpoint
+
     for name in ("base", "target"):
         config_file = tiny_checkpoint("llama", folder / "models" / name) / "config.json"
         config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "max_position_embeddings": 2048}))
@@ -60,16 +62,8 @@ def make_tiny_transfer(folder: Path) -> Path:
 def start(home: Path, folder: Path, fake: bool = False) -> BaseProcess:
     """A run in a process of its own; ``fake`` for models that take no time."""
     context = multiprocessing.get_context("forkserver")
-    modules = ["evaluation", "distilled_model", "synthetic_prompts"]
-    context.set_forkserver_preload(
-        [
-            "tests.reliability.whole_run",
-            "tuneshift_dag.runner",
-            "tuneshift_dag.engines.local",
-            "tuneshift_dag.training.loop",
-        ]
-        + [f"tuneshift_dag.assets.{module}" for module in modules]
-    )
+    models = [] if fake else ["tuneshift_dag.engines.local", "tuneshift_dag.training.loop"]
+    context.set_forkserver_preload(["tests.reliability.whole_run", *models])
     process = context.Process(target=_run, args=(home, folder, fake))
     process.start()
     return process

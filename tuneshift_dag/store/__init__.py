@@ -39,10 +39,8 @@ that it must hold at once. Without a limit it keeps what it has read and, until 
 100,000 scored pairs. With 16 an append and the commit of those pairs fail."""
 _TOO_LITTLE_MEMORY = (duckdb.OutOfMemoryException, duckdb.TransactionException, duckdb.FatalException)
 """As a statement, a commit and the checkpoint that a commit makes say it."""
-_READY: dict[tuple[Path, bytes], set[str]] = {}
-"""Schemas that were prepared in this process, which takes some statements each, by the very file (path and head)."""
-_HEAD, _STATE = 4096, 12288
-"""Ends of what DuckDB writes once at a file's start, with a random number, and of what a checkpoint changes there."""
+_READY: dict[tuple[Path, int], set[str]] = {}
+"""Schemas that were prepared in this process, which takes some statements each, by the very file (path and inode)."""
 
 
 class Spool:
@@ -96,12 +94,11 @@ class Store:
         """Folder of the database file. Paths in its tables are relative to it, so that both can be moved."""
         self.wal = path.with_name(f"{path.name}.wal")
         self._wal_is_due = path.with_name(f"{path.name}.wal-is-due")
-        self._known = b""
+        self._known: int | None = None
 
     @property
     def _ready(self) -> set[str]:
-        head = self._head()
-        return _READY.setdefault((self.path, head), set()) if head else set()
+        return _READY.setdefault((self.path, self.path.stat().st_ino), set()) if self.path.exists() else set()
 
     def relative(self, path: Path) -> str:
         """How a path is written into a table: relative to `home`, or absolute when it isn't inside."""
@@ -255,34 +252,38 @@ class Store:
                 raise TuneshiftError(f"{self.path} {problem}: {error}") from error
         connection.execute("INSERT INTO main.tuneshift_schema VALUES (?)", [SCHEMA_VERSION])
 
-    def _head(self, end: int = _HEAD) -> bytes:
-        """Which file it is, and with `_STATE` as of which checkpoint; empty when there is none."""
-        with suppress(FileNotFoundError), self.path.open("rb") as file:
-            return file.read(end)
-        return b""
+    def _state(self) -> tuple[int | None, str]:
+        """The file's inode, and what a checkpoint changes and a commit doesn't. Never open the file for it: when this
+        process closes it, DuckDB's lock on it is gone (POSIX)."""
+        with suppress(FileNotFoundError):
+            found = self.path.stat()
+            return found.st_ino, f"{found.st_size} {found.st_mtime_ns}"
+        return None, ""
 
     def _note_wal(self) -> None:
         """While this process holds the file: note of which state of it the ``.wal`` has what was written since."""
         if not self.wal.exists():
             self._wal_is_due.unlink(missing_ok=True)
-        elif not self._lacks_wal():
-            self._wal_is_due.write_bytes(self._head(_STATE))
+        elif self._noted() != (state := self._state()[1]):
+            self._wal_is_due.write_text(state)
 
-    def _lacks_wal(self) -> bool:
-        """Whether the file, as it is, is one that a ``.wal`` belongs to."""
-        return self._wal_is_due.exists() and self._wal_is_due.read_bytes() == self._head(_STATE)
+    def _noted(self) -> str:
+        with suppress(FileNotFoundError):
+            return self._wal_is_due.read_text()
+        return ""
 
     def _check_whole(self) -> None:
         """Raise `TuneshiftError` for a file where DuckDB would begin anew, or go on without what was written last."""
-        head = self._head()
-        if self._known and head != self._known:
+        # In this order: another process may create the file, or make a checkpoint (the file first, then the `.wal`).
+        due, wal, (inode, state) = self._noted(), self.wal.exists(), self._state()
+        if self._known is not None and inode != self._known:
             raise TuneshiftError(
                 f"{self.path} was deleted or replaced while it was in use. Put it back, and run again."
             )
-        if not head and self.wal.exists():
+        if wal and not state:
             problem = f"is missing, and {self.wal.name} beside it is there"
             raise TuneshiftError(f"{self.path} {problem}. Put it back; to begin anew, delete that one too.")
-        if head and not self.wal.exists() and self._lacks_wal():
+        if state and state == due and not wal:
             self._ready.clear()  # schemas may be gone
             problem = f"is missing, with what was written to {self.path.name} last"
             go_on = f"to compute that again, delete {self._wal_is_due.name}"
@@ -309,7 +310,7 @@ class Store:
             self._check_whole()
             try:
                 connection = duckdb.connect(str(self.path), read_only=read_only)
-                self._known = self._known or self._head()
+                self._known = self._known or self._state()[0]
                 if not read_only:
                     connection.execute(_WRITER)
                 return connection
