@@ -11,7 +11,7 @@ export DAGSTER_HOME
 export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo demo-full test test-ui test-servers check format ui bench clean
+.PHONY: setup demo demo-full test test-ui test-servers test-reliability audit check format ui bench clean
 
 setup: $(STAMP)
 
@@ -55,11 +55,22 @@ $(SERVERS)/.installed:
 	$(SERVERS)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
+# Writes docs/reliability.md. How many: TUNESHIFT_KILLS, TUNESHIFT_MUTATIONS; how long at most, each campaign:
+# TUNESHIFT_RELIABILITY_MINUTES. One that was ended goes on, as long as the commit is the same.
+test-reliability: setup
+	$(BIN)/pytest -n 0 -m reliability tests/reliability
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Known weaknesses of what is installed; asks PyPI. pip-audit has an environment of its own, so it isn't audited itself.
+audit: setup
+	test -d .venv-audit || $(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install -q pip-audit==2.10.1
+	.venv-audit/bin/pip-audit --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 format: setup
 	$(BIN)/ruff format .
@@ -72,4 +83,4 @@ bench: setup
 	$(BIN)/python -m benchmarks.run
 
 clean:
-	rm -rf $(VENV) $(SERVERS) .tuneshift
+	rm -rf $(VENV) $(SERVERS) .venv-audit .tuneshift

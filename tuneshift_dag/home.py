@@ -1,5 +1,6 @@
 """Where a project's files are: transfers, the database, Dagster's instance and outputs."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -60,6 +61,8 @@ def _writing(variable: str, folder: Path) -> Iterator[Path]:
     """The folder, made if it isn't there, and an error in words when something can't be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):  # also of a file system that is mounted read-only
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         yield folder
     except OSError as error:
         raise TuneshiftError(f"{variable}: {folder}: {error.strerror}. Name a folder that can be written.") from error

@@ -161,7 +161,9 @@ def _explain(result: dg.ExecuteInProcessResult, round_: str | None) -> str:
     if error and error.cls_name == "DagsterExecutionInterruptedError":
         raise KeyboardInterrupt  # Dagster makes a failed step of it
     message = (failure and failure.description) or (error.message.strip() if error else "unknown error")
-    if not failure and error and error.cls_name not in {kind.__name__ for kind in _told()}:
+    if error and error.cls_name in ("OSError", "PermissionError"):
+        message += " (make room on the disk, or correct its permissions; what was computed is kept)"
+    elif not failure and error and error.cls_name not in {kind.__name__ for kind in _told()}:
         message += f" (not a fault of your input; its traceback is in Dagster's UI, run {result.run_id[:8]})"
     where = f"{(failed.step_key or '').split('__')[-1]}{f' of {round_}' if round_ else ''}"
     for kind in _told():

@@ -329,13 +329,33 @@ class TestCache:
         assert all(len(name) == 16 for name in before | other)
 
 
+@pytest.mark.parametrize("variables", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}], ids=str)
+def test_any_letter_can_be_told_without_a_home_and_in_any_locale(
+    transfer_folder: Path, variables: dict[str, str]
+) -> None:
+    environment = {**os.environ, **variables}
+    environment.pop("HOME", None)
+    command = [
+        sys.executable,
+        "-c",
+        "from tuneshift_dag.cli import main; main()",
+        "lineage",
+        str(transfer_folder),
+        "où→\x1b",
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "has no prompt 'o" in done.stderr
+
+
 class TestCards:
     @pytest.mark.parametrize(
         ("text", "shown"),
         [
             ("Where is my card?", "Where is my card?"),
-            ("![x](http://a) <b>*no*</b> | [l](u)", "\\!\\[x\\](http://a) \\<b\\>\\*no\\*\\</b\\> \\| \\[l\\](u)"),
+            ("![x](http://a) <b>*no*</b> | [l](u)", "\\!\\[x\\](http\\://a) \\<b\\>\\*no\\*\\</b\\> \\| \\[l\\](u)"),
             ("- item", "\\- item"),
+            ("www.a.b a@b.c\r# no", "www\\.a.b a\\@b.c ⏎ \\# no"),
             ("1. one", "1\\. one"),
             ("two\nlines `x`", "two ⏎ lines \\`x\\`"),
         ],

@@ -180,6 +180,22 @@ class TestRefusals:
         with pytest.raises(TuneshiftError, match="my_skill can't be written"):
             create(tmp_path / "transfers", "my_skill", given)
 
+    def test_a_link_out_of_the_adapters_folder(self, new: New, tmp_path: Path) -> None:
+        (tmp_path / "private.json").write_text("{}")
+        Path("my-adapter/special_tokens_map.json").symlink_to(tmp_path / "private.json")
+        with pytest.raises(TuneshiftError, match=r"special_tokens_map\.json is a link to .*private\.json"):
+            new()
+        assert new(copy_adapter=False).config.source.adapter == str(tmp_path / "work" / "my-adapter")
+
+    def test_links_within_the_hubs_cache_are_copied(self, new: New, tmp_path: Path) -> None:
+        snapshot = tmp_path / "hub" / "models--org--a" / "snapshots" / "1"
+        shutil.copytree("my-adapter", snapshot.parents[1] / "blobs")
+        snapshot.mkdir(parents=True)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (snapshot / name).symlink_to(f"../../blobs/{name}")
+        copied = new(adapter=str(snapshot)).folder / "adapter" / "adapter_model.safetensors"
+        assert copied.is_file() and not copied.is_symlink()
+
     def test_a_pickle_adapter(self, new: New) -> None:
         Path("my-adapter/adapter_model.safetensors").rename("my-adapter/adapter_model.bin")
         with pytest.raises(TuneshiftError, match=r"--adapter: .*pickle adapter.*safe_serialization"):

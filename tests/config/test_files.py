@@ -171,6 +171,21 @@ def test_references_have_fingerprints_of_what_is_here(transfer_folder, edit_conf
             ["engine.ray.address", "'ray://a:1'", "host:port"],
         ),
         ("generator.server", {"base_url": "http://me:secret@a/v1"}, ["generator.server.base_url", "api_key_env"]),
+        *(
+            (
+                "generator.server",
+                {"base_url": f"http://{host}/v1", "api_key_env": "KEY"},
+                ["https", "allow_insecure: true"],
+            )
+            for host in (
+                "10.0.0.5:8000",
+                "127.0.0.1.evil.com",
+                "localhost.evil.com",
+                "[fe80::1]",
+                "0.0.0.0",
+                "2130706433",
+            )
+        ),
         (
             "generator",
             {"model": "m", "server": {"base_url": "http://a/v1"}, "quantization": "nf4"},
@@ -308,6 +323,16 @@ def test_an_api_key_among_vllms_arguments_is_refused_and_not_shown(transfer_fold
     with pytest.raises(TuneshiftError, match=r"engine.vllm.extra_args: --api-key: set by the run") as error:
         load_transfer(transfer_folder)
     assert "sk-secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "server",
+    [{"base_url": f"http://{host}/v1"} for host in ("localhost:1", "127.0.0.1", "127.8.0.1:80", "[::1]:8000")]
+    + [{"base_url": "https://a/v1"}, {"base_url": "http://a/v1", "allow_insecure": True}],
+)
+def test_a_key_may_go_to_this_machine_or_encrypted_or_where_that_is_allowed(transfer_folder, edit_config, server):
+    edit_config("generator.server", {**server, "api_key_env": "KEY"})
+    assert load_transfer(transfer_folder).config.generator.server.api_key_env == "KEY"
 
 
 def test_a_served_source_needs_a_tokenizer_and_no_weights(transfer_folder, edit_config):

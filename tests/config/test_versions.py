@@ -127,7 +127,12 @@ def test_how_a_server_is_asked_has_no_effect_and_its_revision_has(transfer_folde
     edit_config("generator", {"model": "gpt-4o", "server": {"base_url": "https://api.openai.com/v1"}})
     edit_config("engine", SERVED)
     for section in ("generator", "engine"):
-        for key, value in [("base_url", "https://proxy/v1"), ("api_key_env", "KEY"), ("concurrency", 2)]:
+        for key, value in [
+            ("base_url", "https://proxy/v1"),
+            ("api_key_env", "KEY"),
+            ("allow_insecure", True),
+            ("concurrency", 2),
+        ]:
             assert changed(transfer_folder, lambda k=f"{section}.server.{key}", v=value: edit_config(k, v)) == set()
     generator = changed(transfer_folder, lambda: edit_config("generator.server.revision", "2"))
     assert generator == {"seed_set", "synthetic_prompts"}

@@ -136,6 +136,56 @@ def test_model_written_code_is_run_only_when_that_is_allowed(tasks: Path, monkey
     assert Harness(load_transfer(tasks.parent)).names == ("write_intent", "choose_intent")
 
 
+REACHES_OUT = "{{ cycler.__init__.__globals__.os.mkdir('ran') or '' }}{{prompt}}"
+
+
+@pytest.mark.parametrize(
+    ("place", "lines", "words"),
+    [
+        ("tasks/other.yaml", "task: other\nprocess_docs: !function evil.run\n", "names the function evil.run"),
+        ("tasks/deep/other.yaml", "task: other\nclass: !<!function> evil.run\n", "names the function evil.run"),
+        ("tasks/other.yaml", "group: g\ntask: [{task: x, doc_to_text: !function evil.run}]\n", "line 2: it names"),
+        ("outside", "doc_to_text: !function evil.run\n", "outside, line 1: it names the function"),
+        ("tasks/other.yaml", "metric_list: [{metric: ./evil}]\n", r"metric: \./evil isn't the harness's own"),
+        ("tasks/other.yaml", "metric_list: [{metric: acc, hf_evaluate: true}]\n", "hf_evaluate: true isn't"),
+    ],
+)
+def test_files_that_bring_code_are_refused_unless_that_is_allowed(
+    tasks: Path, edit_config, place: str, lines: str, words: str
+) -> None:
+    from tuneshift_dag.engines.harness import Harness, check_names
+
+    (tasks / "evil.py").write_text("import os\nos.mkdir('ran')\ndef run(docs):\n    return docs\n")
+    (tasks.parent / place).parent.mkdir(exist_ok=True)
+    (tasks.parent / place).write_text(lines)
+    file = tasks / "write_intent.yaml"
+    file.write_text(file.read_text() + ("include: ../outside\n" if place == "outside" else ""))
+    for read in (Harness, check_names):
+        with pytest.raises(TuneshiftError, match=rf"task_folder: .*{words}.*allow_code: true"):
+            read(load_transfer(tasks.parent))
+    assert not (tasks / "ran").exists()
+    edit_config("evaluation.allow_code", True)
+    check_names(load_transfer(tasks.parent))
+
+
+@pytest.mark.parametrize(
+    "change", [{"doc_to_text": REACHES_OUT}, {"process_docs": "FUNCTION"}], ids=["template", "function"]
+)
+def test_code_of_a_task_runs_only_when_that_is_allowed(tasks: Path, edit_config, change: dict[str, str]) -> None:
+    from tuneshift_dag.engines.harness import Harness
+
+    (tasks / "evil.py").write_text("import os\nos.mkdir('ran')\ndef run(docs):\n    return docs\n")
+    file = tasks / "write_intent.yaml"
+    text = yaml.safe_dump({**yaml.safe_load(file.read_text()), **change})
+    file.write_text(text.replace("FUNCTION", "!function evil.run"))
+    with pytest.raises(TuneshiftError):
+        Harness(load_transfer(tasks.parent))
+    assert not (tasks / "ran").exists()
+    edit_config("evaluation.allow_code", True)
+    Harness(load_transfer(tasks.parent))
+    assert (tasks / "ran").exists()
+
+
 def own_answer(engine: LocalEngine, prompt: str) -> str:
     from tuneshift_dag.method import Decoding
 

@@ -3,6 +3,7 @@
 tests/servers has the same against real servers.
 """
 
+import json
 import logging
 import math
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import polars as pl
 import pytest
 
 from tests.conftest import Project
@@ -26,6 +28,7 @@ from tuneshift_dag.engines.openai_source import ServedSource
 from tuneshift_dag.method import SIDES, AdapterCheck, Decoding, Pair, Response, Side
 from tuneshift_dag.method.scoring import Cost, generate, score_pairs
 from tuneshift_dag.models.references import ModelFiles
+from tuneshift_dag.reports.export import export
 from tuneshift_dag.resources import EngineResource
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.cache import ResponseCache
@@ -384,6 +387,14 @@ def test_a_chat_generator_sends_a_message_and_a_text_generator_the_text(serve):
     assert set(chat_body) == {"model", "messages", "max_completion_tokens", "temperature", "top_p", "seed"}
 
 
+def test_half_a_character_in_a_generators_answer_is_replaced(serve):
+    said = {"choices": [{"message": {"content": "a \ud83d b \ud83d\ude00"}, "finish_reason": "stop"}]}
+    server = serve(before=lambda server, body: (200, json.dumps(said)))
+    generator = ServedGenerator(OpenAIServer(Server(base_url=server.url), "generator.server"), "base", True)
+    [answer] = collect(generator.generate([generator.encode("list")], "base", Decoding(8)))
+    assert answer.text == "a \ufffd b \U0001f600"
+
+
 def test_a_generators_answers_are_cached_by_model_and_kind(serve, cache):
     server = serve()
 
@@ -489,8 +500,14 @@ def test_the_api_key_is_sent_and_written_nowhere(serve, served_project, monkeypa
         project.run()
     assert all(headers["authorization"] == f"Bearer {KEY}" for headers in server.headers)
     assert project.rows("SELECT count(*) > 0 FROM scored_pairs") == [(True,)]
+    export(project.store, project.transfer, tmp_path / "exported")
+    tables = project.rows("SELECT database_name || '.' || schema_name || '.' || table_name FROM duckdb_tables()")
+    # Files of DuckDB and Parquet are compressed.
+    rows = [project.rows(f"SELECT * FROM {table}") for (table,) in tables]
+    assert len(rows) > 20
+    rows.append(pl.read_parquet(tmp_path / "exported" / "dataset.parquet").rows())
     out, err = capfd.readouterr()
-    for text in [*traceback.format_exception(error.value), caplog.text, out, err]:
+    for text in [*traceback.format_exception(error.value), caplog.text, out, err, str(rows)]:
         assert KEY not in text
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(files) > 10

@@ -88,6 +88,9 @@ class TestWeights:
         assert "model-00002-of-00002.safetensors is a git-lfs pointer" in refusal(model)
         shutil.copy(model / "model-00001-of-00002.safetensors", model / "model-00002-of-00002.safetensors")
         check(model)
+        for outside in ("../elsewhere.safetensors", str(model / "model-00001-of-00002.safetensors")):
+            (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": outside}}))
+            assert f"names {outside!r}, outside of its folder" in refusal(model)
         (model / "model.safetensors.index.json").write_text("{}")
         assert "has no weight_map" in refusal(model)
 
@@ -330,14 +333,14 @@ class TestTokensWithoutARow:
         tokens = [{"id": 2, "content": "</s>"}, {"id": 4, "content": "[PAD]"}, {"id": 5, "content": 'a"b'}]
         text = json.dumps({"version": "1.0", "added_tokens": tokens, "model": {"vocab": {}}}, indent=2)
         (model / "tokenizer.json").write_text(text)
-        assert tokens_without_row(model) == {}, "the settings don't say how many there are"
+        assert tokens_without_row(model, "test") == {}, "the settings don't say how many there are"
         edit(model / "config.json", vocab_size=4)
-        assert tokens_without_row(model) == {"[PAD]": 4, 'a"b': 5}
+        assert tokens_without_row(model, "test") == {"[PAD]": 4, 'a"b': 5}
         edit(model / "config.json", vocab_size=None, text_config={"vocab_size": 5})
-        assert tokens_without_row(model) == {'a"b': 5}
+        assert tokens_without_row(model, "test") == {'a"b': 5}
 
     def test_of_a_tokenizer_without_its_fast_form(self, model: Path) -> None:
         (model / "tokenizer.json").unlink()
         (model / "added_tokens.json").write_text('{"[PAD]": 4, "<s>": 3}')
         edit(model / "config.json", vocab_size=4)
-        assert tokens_without_row(model) == {"[PAD]": 4}
+        assert tokens_without_row(model, "test") == {"[PAD]": 4}

@@ -1,10 +1,14 @@
 import multiprocessing
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -148,6 +152,115 @@ def test_a_damaged_file_is_refused(store):
         Store(store.path).read("SELECT 1")
 
 
+def zeroed(content: bytes) -> bytes:
+    return content[:-300_000] + bytes(4096) + content[-300_000 + 4096 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda content: content[: len(content) // 2], "can't be read or written: .*Could not read"),
+        (lambda content: content[:100], "can't be opened as a DuckDB file: .*Could not read"),
+        (zeroed, "can't be read or written: Corrupt database file: .*put a copy of it and its .wal back"),
+    ],
+    ids=["half", "head", "zeroed page"],
+)
+def test_a_damaged_file_is_named_and_left_as_it_is(store, damage, words):
+    for start in range(0, 1_800, 600):
+        append_responses(store, start)
+    content = damage(store.path.read_bytes())
+    store.path.write_bytes(content)
+    with pytest.raises(TuneshiftError, match=rf"{store.path.name} {words}"):
+        Store(store.path).read("SELECT sum(length(text)) FROM cache.responses")
+    assert store.path.read_bytes() == content
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_missing_wal_is_named_and_what_is_there_is_not_begun_anew(store, checkpoint):
+    for start in range(0, 1_800 if checkpoint else 0, 600):
+        append_responses(store, start)
+    store.replace("transfer", SEED_SET, seeds("a"))
+    wal = store.wal.read_bytes()
+    store.wal.unlink()
+    for again in (store, Store(store.path)):
+        with pytest.raises(TuneshiftError, match=r"\.wal is missing.*delete .*wal-is-due"):
+            again.replace("transfer", SEED_SET, seeds("b"))
+    store.wal.write_bytes(wal)
+    assert seed_ids(store) == ["a"]
+    store.wal.unlink()
+    with pytest.raises(TuneshiftError, match=r"\.wal is missing"):
+        seed_ids(store)
+    store.path.with_name(f"{store.path.name}.wal-is-due").unlink()
+    assert seed_ids(store) == []
+
+
+def test_a_wal_that_another_program_took_in_is_not_missed(store, tmp_path):
+    store.replace("transfer", SEED_SET, seeds("a"))
+    with duckdb.connect(str(store.path)):
+        pass  # it makes a checkpoint when it closes
+    assert not store.wal.exists()
+    (tmp_path / "copy").mkdir()
+    for file in store.path.parent.iterdir():
+        shutil.copyfile(file, tmp_path / "copy" / file.name)
+    assert seed_ids(Store(tmp_path / "copy" / store.path.name)) == seed_ids(store) == ["a"]
+
+
+def test_a_file_that_is_deleted_while_it_is_in_use_is_not_begun_anew(store):
+    store.replace("transfer", SEED_SET, seeds("a"))
+    moved = store.path.rename(store.path.with_name("moved"))
+    with pytest.raises(TuneshiftError, match="was deleted or replaced while it was in use"):
+        store.replace("transfer", SEED_SET, seeds("b"))
+    with pytest.raises(TuneshiftError, match=r"is missing, and .*\.wal beside it is there"):
+        Store(store.path).replace("transfer", SEED_SET, seeds("b"))
+    moved.rename(store.path)
+    assert seed_ids(store) == ["a"]
+    for file in list(store.path.parent.iterdir()):
+        file.unlink()
+    assert seed_ids(Store(store.path)) == []
+
+
+def test_a_process_that_holds_the_file_is_named(store, monkeypatch):
+    monkeypatch.setattr("tuneshift_dag.store._LOCK_WAIT_SECONDS", 0.2)
+    store.replace("transfer", SEED_SET, seeds("a"))
+    hold = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(store.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as browser:
+        assert browser.stdout is not None and browser.stdout.readline() == "held\n"
+        with pytest.raises(TuneshiftError, match=rf"in use by another process.*PID {browser.pid}"):
+            store.replace("transfer", SEED_SET, seeds("b"))
+        assert browser.stdin is not None
+        browser.stdin.close()
+    store.replace("transfer", SEED_SET, seeds("a", "b"))
+    assert seed_ids(store) == ["a", "b"]
+
+
+@pytest.mark.parametrize("size", [1_000_000, 6_000_000])
+def test_what_was_committed_before_the_disk_was_full_is_there(store, size):
+    store.prepare("transfer")
+    written = 0
+    with largest_file(size), pytest.raises(TuneshiftError, match=r"Could not write .*make room on") as error:
+        for start in range(0, 6_000, 600):
+            append_responses(store, start)
+            written += 600
+    # A commit whose checkpoint failed is in the `.wal`.
+    written += 600 * ("COMMIT succeeded" in str(error.value))
+    assert store.read("SELECT count(*) FROM cache.responses").item() == written
+    append_responses(store, 6_000)
+    assert store.read("SELECT count(*), sum(length(text)) FROM cache.responses").row(0)[0] == written + 600
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A write beyond ``size`` fails, as one does on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+
 def test_a_commit_leaves_the_database_file_as_it_was(store):
     """What a killed process can't leave half written. The rows are in the ``.wal`` beside it."""
     store.replace("transfer", SEED_SET, seeds("a"))
@@ -260,7 +373,11 @@ def test_spooled_rows_replace_the_old_ones_and_leave_no_file(store):
             assert [chunk["prompt_id"].to_list() for chunk in spool] == [["a", "b"], ["c"]]
         store.replace("transfer", SEED_SET, spool)
     assert seed_ids(store) == ["a", "b", "c"]
-    assert {file.name.removeprefix(store.path.name) for file in store.path.parent.iterdir()} <= {"", ".wal"}
+    assert {file.name.removeprefix(store.path.name) for file in store.path.parent.iterdir()} <= {
+        "",
+        ".wal",
+        ".wal-is-due",
+    }
 
 
 def long_rows(chars: int, count: int) -> pl.DataFrame:

@@ -3,6 +3,7 @@
 `main` is the entry point. What takes long to import is imported by the command that needs it.
 """
 
+import io
 import logging
 import os
 import sys
@@ -317,6 +318,9 @@ def doctor(
 
 def main() -> None:
     """Entry point: a `TuneshiftError` becomes one message and exit status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of a terminal that can't show every letter
     try:
         app()
     except TuneshiftError as error:

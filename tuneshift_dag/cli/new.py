@@ -90,7 +90,14 @@ def create(root: Path, name: str, given: Answers) -> Transfer:
                 _write_jsonl(made / "heldout.jsonl", pairs, heldout_rows)
             if copied:
                 (made / "adapter").mkdir()
+                # A snapshot in the hub's cache holds links into the cache's folder of the repository.
+                home = copied.parents[1] if copied.parent.name == "snapshots" else copied
                 for file in (name for name in _ADAPTER_FILES if (copied / name).is_file()):
+                    if not (copied / file).resolve().is_relative_to(home):
+                        raise TuneshiftError(
+                            f"--adapter {given.adapter}: {file} is a link to {(copied / file).resolve()}, which isn't"
+                            " copied. Put the file itself there, or give --no-copy-adapter."
+                        )
                     shutil.copyfile(copied / file, made / "adapter" / file)
             try:
                 files.load_transfer(made)

@@ -4,11 +4,13 @@ Results go to `out` (standard output), progress and messages to `err` (standard 
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -17,8 +19,24 @@ if TYPE_CHECKING:
     from tuneshift_dag.cli.doctor import Finding
     from tuneshift_dag.reports.lineage import Prompt
 
-out = Console()
-err = Console(stderr=True)
+# What would move the cursor, change colours or titles, or turn the order of letters around.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class _Console(Console):
+    """Shows control characters of a text (a model's, a server's) as their numbers instead of obeying them."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(_CONTROLS.sub(_number, segment.text), segment.style)
+
+
+def _number(control: re.Match[str]) -> str:
+    return f"\\x{ord(control[0]):02x}"
+
+
+out = _Console()
+err = _Console(stderr=True)
 # What a run draws into its output folder, in the order to look at it.
 _PICTURES = ("perplexity_scatter", "kept_by_threshold", "diversity_map", "training_curve", "accuracy", "frontier")
 
@@ -38,7 +56,7 @@ def rows(title: str, found: Sequence[dict[str, Any]]) -> None:
     columns = found[0] if found else ["nothing yet"]
     table = Table(*(column.replace("_", " ") for column in columns), title=title, title_justify="left")
     for row in found:
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+        table.add_row(*(Text(f"{v:.3f}" if isinstance(v, float) else str(v)) for v in row.values()))
     out.print(table)
 
 

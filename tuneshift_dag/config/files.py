@@ -52,6 +52,16 @@ def load_transfer(folder: Path) -> Transfer:
     Raises:
         TuneshiftError: naming the file, the key, the value and the repair.
     """
+    try:
+        return _load(folder)
+    except OSError as error:  # a name that is too long, a folder that can't be read, a cache that can't be written
+        what = f"{short(error.filename)} can't be used: {error.strerror}"
+        raise TuneshiftError(
+            f"{folder / 'transfer.yaml'}: {what}. Correct the path or its permissions; TUNESHIFT_CACHE moves the cache."
+        ) from error
+
+
+def _load(folder: Path) -> Transfer:
     config_file = folder / "transfer.yaml"
     if problem := name_problem(folder.resolve().name):
         raise TuneshiftError(f"{folder}: rename the folder: {problem}.")
@@ -275,7 +285,7 @@ def _check_tokens(config: TransferConfig, folder: Path, texts: dict[str, list[st
         del found["source.base"]  # the adapter has a tokenizer of its own, and may have its embeddings
     for key, (reference, kind) in found.items():
         file = None if kind == "adapter" else references.known_config(reference, folder, key)
-        for token in tokens_without_row(file.parent) if file else ():
+        for token in tokens_without_row(file.parent, f"{folder / 'transfer.yaml'}: {key}") if file else ():
             for name, text in ((name, text) for name, those in texts.items() for text in those if token in text):
                 raise TuneshiftError(
                     f"{folder / name}: {text!r} holds the token {token!r}, which the tokenizer of {key} ({reference})"

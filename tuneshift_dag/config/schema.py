@@ -266,6 +266,9 @@ class Evaluation(Section):
     task_folder: str | None = Field(None, exclude_if=lambda value: value is None)
     """Folder of task files of your own (a path relative to this one), for other tasks or for data on this machine; its
     data files are named from that folder."""
+    allow_code: bool = False
+    """Whether files in `task_folder` may run code of their own on this machine: functions (`!function`), metrics the
+    harness hasn't, and templates that reach into Python. Read the files before."""
     task_limit: int | None = Field(None, ge=1, exclude_if=lambda value: value is None)
     """At most this many examples of each task; for a try, since the scores are then rough."""
 

@@ -3,11 +3,20 @@
 Every key says what it means, its unit and where its default comes from. The other sections are in ``schema.py``.
 """
 
+import ipaddress
 import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from tuneshift_dag.method.asking import Format
 
@@ -48,6 +57,8 @@ class Server(Section):
     """An OpenAI-compatible server."""
 
     base_url: str = Field(description="Address of its API, with the `/v1`: `http://127.0.0.1:8000/v1`.")
+    allow_insecure: bool = False
+    """Whether the API key may be sent unencrypted: to an `http://` address that isn't this machine's own."""
     api_key_env: str = ""
     """Name of the environment variable that holds the API key; empty when the server wants none. The key itself is
     written nowhere."""
@@ -76,10 +87,28 @@ class Server(Section):
 
     @field_validator("api_key_env")
     @classmethod
-    def _is_name(cls, value: str) -> str:
+    def _is_safe_name(cls, value: str, info: ValidationInfo) -> str:
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*|", value):
             raise ValueError("must be the name of an environment variable in capitals, never the key itself")
+        url = urlsplit(info.data.get("base_url", ""))
+        if (
+            value
+            and url.scheme == "http"
+            and not info.data.get("allow_insecure")
+            and not _is_loopback(url.hostname or "")
+        ):
+            raise ValueError(
+                f"base_url {url.geturl()!r} would carry the key over the network unencrypted: use https, or set"
+                " allow_insecure: true where nobody else can listen"
+            )
         return value
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class ServedModel(Section):

@@ -70,7 +70,7 @@ _USES = {
 }
 
 # Where a server is and how it is asked doesn't change what it answers, nor does where a model lies or who trains it.
-_HOW_TO_ASK = {"base_url", "api_key_env", "concurrency", "timeout_seconds", "max_retries"}
+_HOW_TO_ASK = {"base_url", "allow_insecure", "api_key_env", "concurrency", "timeout_seconds", "max_retries"}
 _HOW_TO_SERVE = Vllm.model_fields.keys() - {"extra_args"}
 _WITHOUT_EFFECT: Any = {
     "engine": {"server": _HOW_TO_ASK, "ray": True, "vllm": True},
@@ -79,7 +79,7 @@ _WITHOUT_EFFECT: Any = {
     # Nor do samples change the greedy responses.
     "response": SAMPLES,
     "distill": {"processes", "keep"},
-    "evaluation": {"keeps_skill", "keeps_general_text"},
+    "evaluation": {"keeps_skill", "keeps_general_text", "allow_code"},
 }
 
 

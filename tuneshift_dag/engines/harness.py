@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lm_eval
+import lm_eval.api.metrics
+import lm_eval.utils
+import yaml
+from jinja2.sandbox import SandboxedEnvironment
+from lm_eval.api.registry import metric_registry
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
@@ -26,6 +31,9 @@ if TYPE_CHECKING:
 
 # The harness's own way to ask; others of its tasks that run code read it too.
 _CODE_ALLOWED = "HF_ALLOW_CODE_EVAL"
+_TEMPLATES = lm_eval.utils.env
+# What the harness reads task files with.
+_YAML: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # For an estimate of the memory of a row: few prompts of the usual tasks are longer.
 _CONTEXT = 1024
 
@@ -39,9 +47,11 @@ class Harness:
         self.limit = settings.task_limit
         self.names = settings.tasks
         self._most_rows = transfer.config.models.batch_size
+        self._sandboxed = _is_sandboxed(transfer)
         key, folder = _key(transfer), _task_folder(transfer)
         # Data files of a local task are named from its folder, and the harness looks in the working folder.
-        with _quiet(), contextlib.chdir(folder or "."):
+        _refuse_code(transfer)
+        with _quiet(), _templates(self._sandboxed), contextlib.chdir(folder or "."):
             manager = _manager(folder, self.names)
             _check_names(manager, self.names, key)
             self._loaded = {name: _load(manager, name, key) for name in self.names}
@@ -68,7 +78,7 @@ class Harness:
         rows = max(1, min(self._most_rows, int(memory.free_bytes() * memory.BATCH_SHARE / row)))
         while True:
             try:
-                with _quiet(), engine.side(side) as model:
+                with _quiet(), _templates(self._sandboxed), engine.side(side) as model:
                     found: Any = lm_eval.simple_evaluate(
                         HFLM(model, tokenizer=engine.tokenizer, batch_size=rows),
                         tasks=self._loaded[name],
@@ -96,8 +106,72 @@ def _task_folder(transfer: Transfer) -> Path | None:
 def check_names(transfer: Transfer) -> None:
     """Raise `TuneshiftError` for a task that there isn't. Fetches nothing."""
     names = transfer.config.evaluation.tasks
+    _refuse_code(transfer)
     with _quiet():
         _check_names(_manager(_task_folder(transfer), names), names, _key(transfer))
+
+
+class _Code(Exception):
+    """A task file names something to run."""
+
+
+class _TaskFile(_YAML):  # type: ignore[misc]
+    """Reads a task file up to what the harness would run of it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        for key, value in node.value:
+            # Those that the harness hasn't are scripts, of a folder or of the hub.
+            unknown = key.value == "metric" and str(value.value) not in metric_registry
+            if unknown or key.value == "hf_evaluate":
+                raise _Code(
+                    f"line {key.start_mark.line + 1}: {key.value}: {value.value} isn't the harness's own metric"
+                )
+        return super().construct_mapping(node, deep)
+
+    def construct_function(self, node: yaml.Node) -> None:
+        raise _Code(f"line {node.start_mark.line + 1}: it names the function {node.value}")
+
+
+_TaskFile.add_constructor("!function", _TaskFile.construct_function)
+
+
+def _is_sandboxed(transfer: Transfer) -> bool:
+    return _task_folder(transfer) is not None and not transfer.config.evaluation.allow_code
+
+
+@contextlib.contextmanager
+def _templates(sandboxed: bool) -> Iterator[None]:
+    """The harness's templates, which could reach into Python, or the same in a sandbox."""
+    if sandboxed:
+        lm_eval.utils.env = SandboxedEnvironment(undefined=_TEMPLATES.undefined, keep_trailing_newline=True)
+        lm_eval.utils.env.filters.update(_TEMPLATES.filters)
+    try:
+        yield
+    finally:
+        lm_eval.utils.env = _TEMPLATES
+
+
+def _refuse_code(transfer: Transfer) -> None:
+    """Raise `TuneshiftError` for a file in the task folder, or that one there includes, that brings code, unless
+    ``evaluation.allow_code`` is set."""
+    folder = _task_folder(transfer)
+    files, seen = list(folder.resolve().rglob("*.yaml")) if folder and _is_sandboxed(transfer) else [], set[Path]()
+    while files:
+        file = files.pop().resolve()
+        if file in seen:
+            continue
+        seen.add(file)
+        try:
+            found = yaml.load(file.read_bytes(), _TaskFile)
+        except _Code as error:
+            raise TuneshiftError(
+                f"{transfer.folder / 'transfer.yaml'}: evaluation.task_folder: {file}, {error}, which would run code on"
+                " this machine: read it, and set evaluation.allow_code: true, or remove it."
+            ) from None
+        except (OSError, ValueError, yaml.YAMLError):
+            continue  # the harness can't read it either
+        included = found.get("include", []) if isinstance(found, dict) else []
+        files += [file.parent / str(name) for name in (included if isinstance(included, list) else [included])]
 
 
 def _manager(folder: Path | None, names: tuple[str, ...]) -> TaskManager:

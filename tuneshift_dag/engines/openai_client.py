@@ -19,6 +19,7 @@ import openai
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.schema_models import ServedModel, Server
 from tuneshift_dag.method import Decoding, PromptWriter, Response, Side
+from tuneshift_dag.method.answers import whole_characters
 
 T = TypeVar("T")
 Work = Callable[["Requests", int], Awaitable[T]]
@@ -270,7 +271,7 @@ class ServedGenerator(PromptWriter):
                 answer = choice.get("text")
             # Whatever else ended it (a content filter), its last item may be cut off.
             finished = choice.get("finish_reason") == "stop"
-            return Response(answer or "", [], "stop" if finished else "length", float("nan"), None)
+            return Response(whole_characters(answer or ""), [], "stop" if finished else "length", float("nan"), None)
 
         yield from self.server.stream("generator calls", len(prompts), work)
 

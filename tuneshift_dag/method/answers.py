@@ -181,7 +181,7 @@ def _parse_json(text: str, finished: bool) -> list[str]:
     try:
         found, end = json.JSONDecoder(strict=False).raw_decode(text)
         if isinstance(found, list) or not text[end:].lstrip(", \t\n").startswith("{"):
-            return [trimmed(_whole_characters(item)) for item in _strings(found)]
+            return [trimmed(whole_characters(item)) for item in _strings(found)]
     except (ValueError, RecursionError):
         pass
     items: list[str] = []
@@ -230,9 +230,9 @@ def _unescape(text: str) -> str:
             return chr(int(code[1:], 16))
         return _ESCAPES.get(code, code if code in "\"'/\\" else match[0])
 
-    return _whole_characters(re.sub(r"\\(u[0-9a-fA-F]{4}|.)", character, text, flags=re.DOTALL))
+    return whole_characters(re.sub(r"\\(u[0-9a-fA-F]{4}|.)", character, text, flags=re.DOTALL))
 
 
-def _whole_characters(text: str) -> str:
+def whole_characters(text: str) -> str:
     """The text with the two halves of a UTF-16 character made one, and a lone half replaced: it can't be stored."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -219,25 +219,29 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
-def tokens_without_row(folder: Path) -> dict[str, int]:
+def tokens_without_row(folder: Path, key: str) -> dict[str, int]:
     """Tokens that were added to a model's tokenizer, but not to its embeddings, which have no row of their number."""
-    config_file, tokenizer = folder / "config.json", folder / "tokenizer.json"
+    config_file, tokenizer, more = (folder / n for n in ("config.json", "tokenizer.json", "added_tokens.json"))
     if not config_file.is_file():
         return {}
-    config = json.loads(config_file.read_text("utf-8"))
+    config = read_json(config_file, key)
     text_config = config.get("text_config")
     rows = (text_config if isinstance(text_config, dict) else config).get("vocab_size")
-    added: dict[str, int] = {}
-    if (folder / "added_tokens.json").is_file():
-        added = json.loads((folder / "added_tokens.json").read_text("utf-8"))
-    if tokenizer.is_file():
-        with tokenizer.open(encoding="utf-8") as handle:
-            text = handle.read(2**21)  # of what may be many megabytes: the list comes before the vocabulary
-            text += "" if '"vocab"' in text else handle.read()
-        if found := re.search(r'"added_tokens"\s*:\s*(?=\[)', text):
-            tokens, _ = json.JSONDecoder().raw_decode(text, found.end())
-            added |= {token["content"]: token["id"] for token in tokens}
-    return {token: number for token, number in added.items() if isinstance(rows, int) and number >= rows}
+    added = read_json(more, key) if more.is_file() else {}
+    try:
+        if tokenizer.is_file():
+            with tokenizer.open(encoding="utf-8") as handle:
+                text = handle.read(2**21)  # of what may be many megabytes: the list comes before the vocabulary
+                text += "" if '"vocab"' in text else handle.read()
+            if found := re.search(r'"added_tokens"\s*:\s*(?=\[)', text):
+                tokens, _ = json.JSONDecoder().raw_decode(text, found.end())
+                added |= {token["content"]: token["id"] for token in tokens}
+        return {str(token): int(number) for token, number in added.items() if isinstance(rows, int) and number >= rows}
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise TuneshiftError(
+            f"{key}: {tokenizer} or added_tokens.json beside it isn't a tokenizer's ({type(error).__name__}: {error})."
+            " Download or save them again."
+        ) from error
 
 
 def read_json(file: Path, key: str) -> dict[str, Any]:
@@ -287,6 +291,8 @@ def _weights(path: Path, key: str) -> list[Path]:
     if not isinstance(shards, dict) or not shards:
         raise TuneshiftError(f"{key}: {index} has no weight_map. Download it again.")
     names = sorted(set(map(str, shards.values())))
+    if outside := [name for name in names if ".." in Path(name).parts or Path(name).is_absolute()]:
+        raise TuneshiftError(f"{key}: {index} names {outside[0]!r}, outside of its folder. Download the model again.")
     if absent := [name for name in names if not (path / name).is_file()]:
         raise TuneshiftError(
             f"{key}: {index} names {len(names)} files, of which {len(absent)} aren't there, such as {absent[0]}."

@@ -47,7 +47,7 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
     the process: reading a large vocabulary takes seconds."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.path)
-        if beyond := tokens_without_row(files.path):
+        if beyond := tokens_without_row(files.path, files.reference):
             tokenizer = _without(tokenizer, list(beyond), files.path)
     except Exception as error:  # a tokenizer's files, or code of its own that isn't run, may raise anything
         told = " ".join(str(error).split())[:300]

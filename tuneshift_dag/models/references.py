@@ -63,7 +63,10 @@ class Fingerprint(NamedTuple):
 
 def cache_dir() -> Path:
     """Where converted models are kept: ``$TUNESHIFT_CACHE`` or the user's cache directory."""
-    return Path(os.environ.get("TUNESHIFT_CACHE") or platformdirs.user_cache_dir("tuneshift_dag"))
+    folder = Path(os.environ.get("TUNESHIFT_CACHE") or platformdirs.user_cache_dir("tuneshift_dag"))
+    if folder.parts[0] == "~":  # a user without an entry and without HOME, as in a container
+        raise TuneshiftError("HOME isn't set, and this user has none: set TUNESHIFT_CACHE to a folder for the cache.")
+    return folder
 
 
 def quantized_dir() -> Path:

@@ -72,8 +72,8 @@ def describe_filter(transfer: Transfer) -> str:
 
 def escape_markdown(text: str) -> str:
     """A prompt or response as Markdown that shows it as it is, on one line: no links, pictures, HTML or lists."""
-    line = re.sub(r"\s*\n\s*", " ⏎ ", text.strip())
-    return re.sub(r"([\\`*_\[\]<>#|~&$]|!(?=\[)|^[-+=]|(?<=^\d)[.)]|(?<=^\d\d)[.)])", r"\\\1", line)
+    line = re.sub(r"\s*[\n\r]\s*", " ⏎ ", text.strip())
+    return re.sub(r"([\\`*_\[\]<>#|~&$@]|!(?=\[)|:(?=//)|(?<=www)\.|^[-+=]|(?<=^\d)[.)]|(?<=^\d\d)[.)])", r"\\\1", line)
 
 
 def comparison(store: Store, transfer: Transfer) -> list[dict[str, Any]]:

@@ -92,6 +92,9 @@ class Store:
         self.path = path
         self.home = path.parent.resolve()
         """Folder of the database file. Paths in its tables are relative to it, so that both can be moved."""
+        self.wal = path.with_name(f"{path.name}.wal")
+        self._wal_is_due = path.with_name(f"{path.name}.wal-is-due")
+        self._known: int | None = None
 
     @property
     def _ready(self) -> set[str]:
@@ -140,7 +143,7 @@ class Store:
         """Rows of a query to the tables of ``schema`` (a transfer's name). With ``little_memory`` what was read of a
         large table isn't kept, as long as the rows of the result allow it."""
         self.prepare(schema)
-        with self._connect(read_only=True) as connection:
+        with self._told(), self._connect(read_only=True) as connection:
             if schema:
                 connection.execute(f"SET schema = '{schema}'")
             rows: pl.DataFrame
@@ -199,7 +202,7 @@ class Store:
         """A read-write connection inside one transaction, for a few statements and no model call. With ``compact``
         what was deleted leaves the file, whatever memory it takes."""
         self.prepare(schema)
-        with self._connect(read_only=False) as connection:
+        with self._told(), self._connect(read_only=False) as connection:
             connection.execute(f"SET schema = '{schema}'")
             if compact:
                 connection.execute("RESET max_vacuum_tasks")
@@ -209,6 +212,7 @@ class Store:
             if compact:
                 connection.execute("CHECKPOINT")
                 self._ready.clear()  # schemas may be gone
+            self._note_wal()
 
     def prepare(self, schema: str | None) -> None:
         """Create the file, the schema and its tables when they aren't there yet, and the views when they differ."""
@@ -216,7 +220,7 @@ class Store:
         if name in self._ready:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._connect(read_only=False) as connection:
+        with self._told(), self._connect(read_only=False) as connection:
             connection.execute("BEGIN")
             self._check_version(connection)
             for known, tables in {name: TRANSFER_TABLES, "main": MAIN_TABLES, CACHE: CACHE_TABLES}.items():
@@ -227,6 +231,7 @@ class Store:
             if name != CACHE:
                 _replace_views(connection, name)
             connection.execute("COMMIT")
+            self._note_wal()
         self._ready.add(name)
 
     def _check_version(self, connection: duckdb.DuckDBPyConnection) -> None:
@@ -247,12 +252,65 @@ class Store:
                 raise TuneshiftError(f"{self.path} {problem}: {error}") from error
         connection.execute("INSERT INTO main.tuneshift_schema VALUES (?)", [SCHEMA_VERSION])
 
+    def _state(self) -> tuple[int | None, str]:
+        """The file's inode, and what a checkpoint changes and a commit doesn't. Never open the file for it: when this
+        process closes it, DuckDB's lock on it is gone (POSIX)."""
+        with suppress(FileNotFoundError):
+            found = self.path.stat()
+            return found.st_ino, f"{found.st_size} {found.st_mtime_ns}"
+        return None, ""
+
+    def _note_wal(self) -> None:
+        """While this process holds the file: note of which state of it the ``.wal`` has what was written since."""
+        if not self.wal.exists():
+            self._wal_is_due.unlink(missing_ok=True)
+        elif self._noted() != (state := self._state()[1]):
+            self._wal_is_due.write_text(state)
+
+    def _noted(self) -> str:
+        with suppress(FileNotFoundError):
+            return self._wal_is_due.read_text()
+        return ""
+
+    def _check_whole(self) -> None:
+        """Raise `TuneshiftError` for a file where DuckDB would begin anew, or go on without what was written last."""
+        # In this order: another process may create the file, or make a checkpoint (the file first, then the `.wal`).
+        due, wal, (inode, state) = self._noted(), self.wal.exists(), self._state()
+        if self._known is not None and inode != self._known:
+            raise TuneshiftError(
+                f"{self.path} was deleted or replaced while it was in use. Put it back, and run again."
+            )
+        if wal and not state:
+            problem = f"is missing, and {self.wal.name} beside it is there"
+            raise TuneshiftError(f"{self.path} {problem}. Put it back; to begin anew, delete that one too.")
+        if state and state == due and not wal:
+            self._ready.clear()  # schemas may be gone
+            problem = f"is missing, with what was written to {self.path.name} last"
+            go_on = f"to compute that again, delete {self._wal_is_due.name}"
+            raise TuneshiftError(f"{self.wal} {problem}. Put it back; {go_on}.")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """A full disk and a damaged file as `TuneshiftError`."""
+        try:
+            yield
+        except (duckdb.Error, OSError) as error:
+            is_file = type(error) is duckdb.Error or isinstance(error, duckdb.IOException | OSError)
+            if not is_file and "Could not write" not in str(error):
+                raise
+            raise TuneshiftError(
+                f"{self.path} can't be read or written: {error}. What was committed is kept: make room on the disk or"
+                " correct its permissions, and run again. If it is damaged, put a copy of it and its .wal back."
+            ) from error
+
     def _connect(self, read_only: bool) -> duckdb.DuckDBPyConnection:
         give_up = time.monotonic() + _LOCK_WAIT_SECONDS
         pause = 0.01
         while True:
+            self._check_whole()
             try:
                 connection = duckdb.connect(str(self.path), read_only=read_only)
+                self._known = self._known or self._state()[0]
                 if not read_only:
                     connection.execute(_WRITER)
                 return connection

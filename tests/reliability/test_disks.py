@@ -1,0 +1,96 @@
+"""A file system that is full or can't be written: one message, nothing committed lost, and a run after the repair ends
+as one that met nothing. A small tmpfs stands for the disk, so this needs root."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import make_transfer_folder
+from tests.reliability.test_kills import finish, outcome, same
+from tests.reliability.whole_run import start
+from tuneshift_dag.store import Store
+
+pytestmark = [
+    pytest.mark.reliability,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system"),
+]
+FULL = int(os.environ.get("TUNESHIFT_FULL_DISKS", 12))
+
+
+@contextmanager
+def disk(folder: Path, size: int) -> Iterator[Callable[[str], None]]:
+    """A file system of its own at ``folder``, and what mounts it again with another size or otherwise."""
+
+    def remount(how: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{how}", folder], check=True)
+
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    try:
+        yield remount
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def refused(home: Path, folder: Path, words: tuple[str, ...]) -> str:
+    """What is wrong with how a run ends; empty when it is one message with one of the words, or all went well."""
+    log = home.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    process = start(home, folder, fake=True)
+    process.join()
+    said = log.read_text()
+    if process.exitcode == 0:
+        return ""
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    if process.exitcode != 1 or "Traceback" in said or len(errors) != 1:
+        return f"exit status {process.exitcode}: {said[-2000:]}"
+    return "" if any(word in errors[0] for word in words) else f"no cause in: {errors[0]}"
+
+
+def test_a_full_disk_costs_what_was_not_committed(tmp_path: Path, campaign: Callable[..., None]) -> None:
+    folder = make_transfer_folder(tmp_path)
+    finish(tmp_path / "home", folder, fake=True)
+    whole, needed = outcome(tmp_path / "home", "banking"), size_of(tmp_path / "home")
+
+    def fill(case: int) -> str:
+        home = tmp_path / f"full{case}"
+        with disk(home, int(needed * (case + 0.5) / FULL)) as remount:
+            if problem := refused(home, folder, ("No space left", "disk is full", "Could not write")):
+                return problem
+            kept = scores(home)
+            remount("size=1g")
+            if scores(home) < kept:
+                return "committed rows are gone"
+            finish(home, folder, fake=True)
+            found = outcome(home, "banking")
+        return ", ".join(table for table, rows in whole.items() if not same(rows, found[table]))
+
+    campaign("full disk", "one message; a run after the repair ends as one in one go", FULL, fill)
+
+
+@pytest.mark.parametrize("place", ["home", "cache"])
+def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path, place: str) -> None:
+    folder = make_transfer_folder(tmp_path)
+    with disk(tmp_path / place, 10**9) as remount:
+        finish(tmp_path / "home", folder, fake=True)
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        (folder / "seeds.jsonl").write_text('{"prompt": "Another?"}\n')
+        remount("ro")
+        assert refused(tmp_path / "home", folder, ("Read-only", "Permission denied")) == ""
+        remount("rw")
+        finish(tmp_path / "home", folder, fake=True)
+
+
+def scores(home: Path) -> int:
+    if not (home / "tuneshift.duckdb").exists():
+        return 0
+    return int(Store(home / "tuneshift.duckdb").read("SELECT count(*) FROM cache.scores").item())
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
