@@ -48,9 +48,9 @@ class Models(Section):
     batch_size: int = Field(32, ge=1, le=1024, description="Most prompts decoded at once; fewer when memory is short.")
     workers: int | None = Field(None, ge=1, le=64, exclude_if=lambda value: value is None)
     """Processes on a CPU that answer and score batches side by side, with one thread each and the model's weights in
-    common; by default as many as PyTorch has threads (the cores, or `OMP_NUM_THREADS`), since threads on a small model
-    wait for each other. A number given here also shares the batches of a training, where each process loads the model.
-    On a GPU it has no effect."""
+    common; by default on Linux as many as PyTorch has threads (the cores, or `OMP_NUM_THREADS`), since threads on a
+    small model wait for each other. A number given here also shares the batches of a training, where each process loads
+    the model. On a GPU it has no effect."""
 
 
 class Server(Section):

@@ -5,6 +5,7 @@ don't match the model, and then both perplexities are equal."""
 
 import gc
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -78,7 +79,9 @@ class LocalEngine(Engine, Target):
 
     def __post_init__(self) -> None:
         self.compute_dtype = dtype_name(self.compute_dtype)
-        self.workers = 1 if torch.cuda.is_available() else self.workers or torch.get_num_threads()
+        # They are forked, which other systems' libraries don't take well.
+        own = torch.get_num_threads() if sys.platform == "linux" else 1
+        self.workers = 1 if torch.cuda.is_available() else self.workers or own
         if self.fine_tuned is not None:
             # Where the models take turns in memory, each is loaded at most twice for all that is given at once.
             self.chunk_size = _WHOLE_ROUND
