@@ -25,7 +25,7 @@ from tuneshift_dag.engines.openai_source import ServedSource
 from tuneshift_dag.engines.server_process import ServerProcess, stop_all
 from tuneshift_dag.models.capabilities import end_ids
 from tuneshift_dag.models.checks import adapter_config, has_tokenizer
-from tuneshift_dag.models.loading import dtype_name, load_tokenizer
+from tuneshift_dag.models.loading import load_tokenizer
 from tuneshift_dag.models.references import ModelFiles
 
 T = TypeVar("T")
@@ -57,7 +57,8 @@ class VllmServer(OpenAIServer):
         Args:
             key: where the settings stand in ``transfer.yaml``, for messages.
             models: a model, and maybe an adapter for it, by the names that they get.
-            compute_dtype: that of ``models`` in ``transfer.yaml``.
+            compute_dtype: that of ``models`` in ``transfer.yaml``; `auto` is left to vLLM, which may see a GPU that this process
+                doesn't.
             ends: ids of the tokens that end a response.
             log_file: what vLLM says is added to it.
             make_room: called before it starts, to free the memory that this process's models take.
@@ -65,7 +66,7 @@ class VllmServer(OpenAIServer):
         self.vllm = settings
         self.log_file = log_file
         self.make_room = make_room
-        self.dtype = dtype_name(compute_dtype)
+        self.dtype = compute_dtype
         (self._name, self._model), *adapters = models.items()
         self._lora = [word for name, files in adapters for word in _lora_arguments(name, files, self._name)]
         self._process: ServerProcess | None = None
