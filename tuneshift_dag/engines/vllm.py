@@ -57,8 +57,8 @@ class VllmServer(OpenAIServer):
         Args:
             key: where the settings stand in ``transfer.yaml``, for messages.
             models: a model, and maybe an adapter for it, by the names that they get.
-            compute_dtype: that of ``models`` in ``transfer.yaml``; `auto` is left to vLLM, which may see a GPU that this process
-                doesn't.
+            compute_dtype: that of ``models`` in ``transfer.yaml``; `auto` is left to vLLM, which may see a GPU that
+                this process doesn't.
             ends: ids of the tokens that end a response.
             log_file: what vLLM says is added to it.
             make_room: called before it starts, to free the memory that this process's models take.
