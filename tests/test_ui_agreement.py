@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import Project, draw_quickly, edit, make_transfer_folder, write_jsonl
 from tests.ui.server import Server
 from tuneshift_dag.home import use_dagster_home
+from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import ROUND_ASSETS, Records, place
 
 WHOLE = ["seed_set", "threshold_report", "rehearsal_set", "distilled_model", "evaluation"]
@@ -160,6 +161,7 @@ def test_where_they_differ_the_command_line_goes_by_the_database(ui: tuple[Proje
     # A deleted database is made again from nothing; the event log knows nothing of it.
     database.unlink()
     wal.unlink(missing_ok=True)
+    project.store = Store(database)  # as another process: in the one that has it open that is an error
     assert by_command_line(project) == {*WHOLE, *PROMPTS, *SCORES, *FILTERS}
     assert by_ui(project, server) == set()
     project.run()

@@ -11,6 +11,7 @@ from tuneshift_dag.method.statistics import (
     over_runs,
     prompts_needed,
     share_over_runs,
+    wilson,
 )
 
 
@@ -28,6 +29,13 @@ def test_an_accuracy_has_wilson_s_interval(right: int, n: int, low: float, high:
 def test_no_prompts_is_an_error() -> None:
     with pytest.raises(ValueError, match="nothing to take a share of"):
         accuracy_of([])
+
+
+def test_a_share_is_never_outside_of_its_interval() -> None:
+    for n in range(1, 400):
+        for right in (0, 1, n - 1, n):
+            found = wilson(right / n, n)
+            assert 0 <= found.low <= found.value <= found.high <= 1
 
 
 @pytest.mark.parametrize(

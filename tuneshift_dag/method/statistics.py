@@ -39,7 +39,8 @@ def wilson(value: float, n: float, quantile: float = _NORMAL.inv_cdf(0.975)) -> 
     squared = quantile**2 / n
     middle = (value + squared / 2) / (1 + squared)
     half = quantile * math.sqrt(value * (1 - value) / n + squared / (4 * n)) / (1 + squared)
-    return Interval(value, max(0.0, middle - half), min(1.0, middle + half))
+    # At 0 and at 1 one end is the value itself, which rounding may miss.
+    return Interval(value, max(0.0, min(value, middle - half)), min(1.0, max(value, middle + half)))
 
 
 def accuracy_of(correct: Sequence[bool]) -> Accuracy:
