@@ -159,8 +159,9 @@ class Retain(Section):
     """Rehearsal: in every training step the target is also held to what it predicted before, in texts that it has
     written itself. A number in the place of the section is its weight; 0 is off."""
 
-    weight: float = Field(1.0, ge=0, le=10)
-    """Weight of the divergence from the target without its adapter (KL, nats) beside the responses' loss."""
+    weight: float = Field(0.3, ge=0, le=10)
+    """Weight of the divergence from the target without its adapter (KL, nats) beside the responses' loss. More keeps
+    more of what it knew, and of the skill less."""
     texts: int = Field(384, ge=2)
     """Texts of up to 64 tokens that the target writes, once: for one that is asked in its chat format half of them are
     answers to questions of its own."""
