@@ -24,7 +24,18 @@ from tuneshift_dag.engines import generic
 from tuneshift_dag.engines.kv_cache import KVDtype
 from tuneshift_dag.engines.rows import Rows
 from tuneshift_dag.engines.server_process import stop_all
-from tuneshift_dag.method import SIDES, AdapterCheck, Decoding, Engine, Pair, PromptFormat, Response, Side, Target
+from tuneshift_dag.method import (
+    SIDES,
+    WHOLE_ROUND,
+    AdapterCheck,
+    Decoding,
+    Engine,
+    Pair,
+    PromptFormat,
+    Response,
+    Side,
+    Target,
+)
 from tuneshift_dag.models import memory
 from tuneshift_dag.models.capabilities import check_finite, end_ids, has_own_loop, start_ids
 from tuneshift_dag.models.checks import has_tokenizer
@@ -43,7 +54,6 @@ T = TypeVar("T")
 _LOG = logging.getLogger("tuneshift_dag")
 # Raised by hand when a change to the decode loop changes its outputs.
 _ENGINE_VERSION = "local-1"
-_WHOLE_ROUND = 1 << 20
 # Preflight: tokens of the answers that are compared with a plain forward pass, and how far they may be from it, in nats
 # per token: in bfloat16 rounding alone makes 0.035, and a cache that isn't what the model keeps makes more than 1.
 _CHECKED_TOKENS = 4
@@ -83,8 +93,7 @@ class LocalEngine(Engine, Target):
         own = torch.get_num_threads() if sys.platform == "linux" else 1
         self.workers = 1 if torch.cuda.is_available() else self.workers or own
         if self.fine_tuned is not None:
-            # Where the models take turns in memory, each is loaded at most twice for all that is given at once.
-            self.chunk_size = _WHOLE_ROUND
+            self.chunk_size = WHOLE_ROUND
 
     @property
     def tokenizer(self) -> Any:
@@ -266,11 +275,7 @@ class LocalEngine(Engine, Target):
         if not self.one_at_a_time:
             yield from self._batches(prompts, decoding.max_new_tokens, SIDES, work)
             return
-        on_base: dict[int, float] = {}
-        for batch in self.score(prompts, [k["base"].token_ids for k in known], "fine_tuned"):
-            on_base.update(batch)
-        for batch in self.score(prompts, [k["fine_tuned"].token_ids for k in known], "base"):
-            yield [(i, Pair(known[i]["base"], known[i]["fine_tuned"], value, on_base[i])) for i, value in batch]
+        yield from self.pairs_in_turns(prompts, known)
 
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side

@@ -9,7 +9,6 @@ import json
 from collections import ChainMap
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, TypeVar
 
 from tuneshift_dag import TuneshiftError
@@ -22,7 +21,18 @@ from tuneshift_dag.engines.openai_client import (
     sampling_fields,
     token_logprobs,
 )
-from tuneshift_dag.method import CHUNK_SIZE, SIDES, AdapterCheck, Decoding, Pair, PromptFormat, Response, Scorer, Side
+from tuneshift_dag.method import (
+    CHUNK_SIZE,
+    SIDES,
+    WHOLE_ROUND,
+    AdapterCheck,
+    Decoding,
+    Pair,
+    PromptFormat,
+    Response,
+    Scorer,
+    Side,
+)
 from tuneshift_dag.models.capabilities import start_ids
 from tuneshift_dag.models.loading import load_tokenizer
 from tuneshift_dag.models.prompts import prompt_ids, response_text
@@ -36,7 +46,6 @@ _CANARY_TOKENS = 16
 # llama.cpp two askings of SmolLM2 were up to 0.06 apart in six runs, and its packaged adapter 1.7 to 2.1.
 _SAME_MODEL = 0.1
 _SAME_SCORE = 0.2
-_WHOLE_ROUND = 1 << 20
 
 
 class ServedSource(Scorer):
@@ -62,7 +71,7 @@ class ServedSource(Scorer):
         self.cross_scores = cross_scores
         self._tokenizer = tokenizer or files
         # Requests run dry while a chunk's last responses come, which must be seldom. To take turns is seldom, too.
-        self.chunk_size = _WHOLE_ROUND if fine_tuned_server else max(CHUNK_SIZE, 64 * server.settings.concurrency)
+        self.chunk_size = WHOLE_ROUND if fine_tuned_server else max(CHUNK_SIZE, 64 * server.settings.concurrency)
 
     @property
     def one_at_a_time(self) -> bool:
@@ -115,10 +124,7 @@ class ServedSource(Scorer):
         if not self.one_at_a_time:
             yield from self.servers["base"].stream("pairs", len(prompts), work)
             return
-        # All responses are known. The fine-tuned model, which gave the last of them, is there still.
-        on_base = dict(chain(*self.score(prompts, [k["base"].token_ids for k in known], "fine_tuned")))
-        for batch in self.score(prompts, [k["fine_tuned"].token_ids for k in known], "base"):
-            yield [(i, Pair(known[i]["base"], known[i]["fine_tuned"], value, on_base[i])) for i, value in batch]
+        yield from self.pairs_in_turns(prompts, known)
 
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side

@@ -10,6 +10,8 @@ Side = Literal["base", "fine_tuned"]
 SIDES: tuple[Side, Side] = ("base", "fine_tuned")
 CHUNK_SIZE = 1024
 """`Scorer.chunk_size` of an engine that works on one batch after the other: 32 batches of 32."""
+WHOLE_ROUND = 1 << 20
+"""That of models that take turns in memory: each is loaded at most twice for all that is given at once."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,17 @@ class Scorer(TextModel, Protocol):
     ) -> Iterator[list[tuple[int, Pair]]]:
         """Both sides' responses and cross scores, in batches as they finish. Responses that are ``known`` of a prompt
         aren't generated again."""
+
+    def pairs_in_turns(
+        self, prompts: Sequence[list[int]], known: Sequence[dict[Side, Response]]
+    ) -> Iterator[list[tuple[int, Pair]]]:
+        """`pairs` of two models that take turns: all responses are ``known``. The fine-tuned model, which gave the last
+        of them, is there still."""
+        on_base: dict[int, float] = {}
+        for batch in self.score(prompts, [k["base"].token_ids for k in known], "fine_tuned"):
+            on_base.update(batch)
+        for batch in self.score(prompts, [k["fine_tuned"].token_ids for k in known], "base"):
+            yield [(i, Pair(known[i]["base"], known[i]["fine_tuned"], value, on_base[i])) for i, value in batch]
 
     def score(
         self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side

@@ -4,7 +4,7 @@ A worked answer's number is found as lm-evaluation-harness does in its task ``gs
 number after the first ``#### ``, the format of GSM8K's own answers (Cobbe et al. 2021, arXiv 2110.14168); *flexible*,
 for models that were never shown that format, takes the last number of the response.
 
-Retention shows that the distillation made a model forget something; for what, its twenty paragraphs are too few."""
+Retention shows that the distillation made a model forget something; by kind of text it shows what."""
 
 import math
 import re
