@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cluster, dataflow, scoring, servers, training
+from benchmarks import cluster, dataflow, profile, scoring, servers, training
 
 RESULTS = Path(__file__).with_name("results.json")
 BENCHMARKS = {
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "scoring_vs_batched": scoring.scoring_vs_batched,
     "fraction_of_limit": scoring.fraction_of_limit,
     "memory": scoring.memory,
+    "time_by_operation": profile.time_by_operation,
     "training_vs_trl": training.training_vs_trl,
     "filter": dataflow.filter_rows,
     "overhead": dataflow.overhead,

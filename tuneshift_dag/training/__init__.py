@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuneshift_dag import TuneshiftError
-from tuneshift_dag.models.memory import gpu_count
+from tuneshift_dag.models.memory import gpu_count, kept_when_freed
 
 if TYPE_CHECKING:
     from tuneshift_dag.config import Transfer
@@ -135,7 +135,8 @@ def _train_into(
     device_map = "single" if torch.distributed.is_initialized() else config.models.device_map
     model = add_lora(load_for_training(files, config.distill.quantization, dtype, device_map), settings)
     assert_trainable_layout(model)
-    curve = train(model, examples, settings, on_step, TrainingCheckpoint(checkpoint), texts)
+    with kept_when_freed():
+        curve = train(model, examples, settings, on_step, TrainingCheckpoint(checkpoint), texts)
     assert_trainable_layout(model)
     model.peft_config["default"].base_model_name_or_path = config.target.base
     if is_first_process():

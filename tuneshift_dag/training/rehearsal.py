@@ -12,14 +12,13 @@ A text is compared where these states have changed most, which costs no more tha
 divergence is at a tenth of the positions. (Of whole memories, to rehearse what interferes most: arXiv 1908.04742.)"""
 
 import random
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.utils.hooks import RemovableHandle
 
 from tuneshift_dag.models.memory import in_batches
 from tuneshift_dag.training.batches import head_only_at, rows_at_once
@@ -121,52 +120,71 @@ def divergence(model: Any, texts: Sequence[Remembered]) -> torch.Tensor:
     """Sum of KL(model without adapter || model) in nats, over the whole vocabulary, at the positions of each text that
     have changed most."""
     ids, places = _padded([text.ids for text in texts])
-    # One pass makes both logits, the known states beside the new ones: what follows the head (a soft cap, a scale) is
-    # the model's own.
     with head_only_at(model, places), changed_most(model, texts):
         logits = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits.squeeze(0)
-    after, before = logits.chunk(2)
-    apart: torch.Tensor = _Divergence.apply(after, before.detach())  # type: ignore[no-untyped-call]
+    apart: torch.Tensor = _Divergence.apply(logits)  # type: ignore[no-untyped-call]
     return apart
 
 
-def changed_most(model: Any, texts: Sequence[Remembered]) -> RemovableHandle:
-    """Within it the head sees the states at the positions of each text that have changed most, and after these the
-    known ones there."""
+@contextmanager
+def changed_most(model: Any, texts: Sequence[Remembered]) -> Iterator[None]:
+    """Within it the head sees the states at the positions of each text that have changed most, and its output is twice
+    as long: first from these, then, without gradients, from the known states there. So what follows the head (a soft
+    cap, a scale) is the model's own for both."""
+    known: list[torch.Tensor] = []
 
     def select(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         chosen: list[torch.Tensor] = []
-        known: list[torch.Tensor] = []
         parts = torch.split(inputs[0].squeeze(0), [len(text.states) for text in texts])
         for text, states in zip(texts, parts, strict=True):
             before = text.states.to(states)
             most = (states.detach() - before).float().norm(dim=1).topk(_compared(text.ids)).indices
             chosen.append(states[most])
             known.append(before[most])
-        return torch.cat(chosen + known).unsqueeze(0)
+        return torch.cat(chosen).unsqueeze(0)
+
+    def add_known(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], logits: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            before = module.forward(torch.cat(known).unsqueeze(0))
+        return torch.cat([logits, before], dim=1)
 
     head: torch.nn.Module = model.get_output_embeddings()
-    return head.register_forward_pre_hook(select)
+    with head.register_forward_pre_hook(select), head.register_forward_hook(add_known):
+        yield
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """Sum over rows of KL(softmax(before) || softmax(after)), both (N, V), in float32 a few rows at a time."""
-        total, gradient = torch.zeros((), device=after.device), torch.empty_like(after)
-        size = rows_at_once(after)
-        for rows, known, out in zip(
-            torch.split(after, size), torch.split(before, size), torch.split(gradient, size), strict=True
-        ):
-            new, old = rows.float().log_softmax(1), known.float().log_softmax(1)
-            share = old.exp()
-            total += (share * (old - new)).sum()
-            out.copy_(new.exp_().sub_(share))
+    def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
+        """Sum over rows of KL(softmax(second half) || softmax(first half)) of logits (2N, V), in float32. A few rows at
+        a time, in memory that is used again: fresh pages take longer than the arithmetic."""
+        after, before = logits.chunk(2)
+        total, gradient = torch.zeros((), device=logits.device), torch.zeros_like(logits)
+        size = rows_at_once(logits)
+        new, old, share, weight = (logits.new_empty((size, logits.shape[1]), dtype=torch.float32) for _ in range(4))
+        for first in range(0, len(after), size):
+            rows = slice(first, min(first + size, len(after)))
+            n = rows.stop - first
+            _log_softmax(after[rows], new[:n], weight[:n])
+            _log_softmax(before[rows], old[:n], share[:n])
+            gradient[rows] = weight[:n].sub_(share[:n])
+            total += share[:n].mul_(old[:n].sub_(new[:n])).sum()
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *outputs: torch.Tensor) -> torch.Tensor:
         (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0], None
+        return gradient * outputs[0]
+
+
+def _log_softmax(logits: torch.Tensor, log: torch.Tensor, softmax: torch.Tensor) -> None:
+    """The log-softmax of logits (N, V) into ``log`` and the softmax into ``softmax``, both float32, for one exponential
+    each."""
+    log.copy_(logits)
+    log.sub_(log.amax(1, keepdim=True))
+    torch.exp(log, out=softmax)
+    total = softmax.sum(1, keepdim=True)
+    softmax.div_(total)
+    log.sub_(total.log())
