@@ -84,10 +84,10 @@ def step_one(store: Store, transfers: dict[int, Transfer]) -> Iterable[str]:
     yield (
         f"{skill_pools.IN_SKILL} requests of `meeting_slots_chat` with their codes and {skill_pools.GENERAL} questions"
         " off the skill, all written by rule (`benchmarks/off_skill.py`) and none of them trained on, are answered by"
-        " the source before and after its fine-tune and scored. A rule should keep the requests whose code is right. The"
-        " fine-tune was on as many general instructions, answered by its own base, as on requests, so it changes little"
-        " off the skill. Pools with other shares off the skill are drawn from these pairs. Intervals are 95 % (Wilson;"
-        " DeLong for AUC).\n"
+        " the source before and after its fine-tune and scored. A rule should keep the requests whose code is right."
+        " The fine-tune was on as many general instructions, answered by its own base, as on requests, so it changes"
+        " little off the skill. Pools with other shares off the skill are drawn from these pairs. Intervals are 95 %"
+        " (Wilson; DeLong for AUC).\n"
     )
     yield table([_counts(store, transfers[tokens]) for tokens in transfers])
     yield f"### AUC with half of the prompts off the skill\n\nRight codes against all other pairs.\n\n{_aucs(columns)}"

@@ -192,14 +192,6 @@ def test_guards_come_before_the_rule(store, rule):
     assert reasons(store, rule, threshold, pairs, max_repetition=1.0, allow_truncated=True) == [None] * 6
 
 
-@pytest.mark.parametrize("rule", JUDGED)
-def test_samples_that_disagree_drop_a_pair_whatever_the_rule(store, rule):
-    pairs = [{"agreement": share} for share in (None, 0.4, 0.5, 1.0)]
-    threshold = 1.5 if rule in RULES else 1
-    assert reasons(store, rule, threshold, pairs, agreement=0.5) == ["no_samples", "samples_disagree", None, None]
-    assert reasons(store, rule, threshold, pairs) == [None] * 4, "without samples nobody asks"
-
-
 def test_short_responses_are_not_searched_for_repetition(store):
     pair = {"fine_tuned_response": LOOP, "fine_tuned_tokens": 15}
     assert reasons(store, "both", 1.5, [pair]) == [None]

@@ -43,13 +43,12 @@ class Transfer:
 
     @property
     def guards(self) -> Guards:
-        settings, response = self.config.filter, self.config.response
-        agreement = response.agreement if response.samples else None
-        return Guards(settings.allow_truncated, settings.max_repetition, settings.refusals, agreement)
+        settings = self.config.filter
+        return Guards(settings.allow_truncated, settings.max_repetition, settings.refusals)
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts that end a response beside a model's end token, for scoring, sampling and evaluation alike: those of
+        """Texts that end a response beside a model's end token, for scoring and evaluation alike: those of
         ``response.stop``, and where numbers are compared the next question that a model asks itself."""
         template = self.config.source_format.template
         asked = next_question(template) if template and self.config.evaluation.metric == "numeric" else ""

@@ -14,9 +14,6 @@ from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.method.evaluation import Metric
 from tuneshift_dag.method.filters import KEEP_RULES, Rule
 
-# Settings of `response.samples`, which don't change the greedy responses.
-SAMPLES = {"samples", "temperature", "top_p", "agreement"}
-
 
 class Source(Section):
     """Model A: the base model, and what holds the skill: an adapter for it, or a whole fine-tuned model."""
@@ -61,17 +58,7 @@ class Response(Section):
     max_new_tokens: int = Field(64, ge=1, description="Longest response, in tokens; longer ones are truncated.")
     stop: tuple[str, ...] = Field((), exclude_if=lambda value: not value)
     """Texts before the first of which a response ends, beside the model's end tokens, such as `["\\nQuestion:"]`: for
-    scoring, sampling and evaluation."""
-    samples: int = Field(0, ge=0, le=100)
-    """Self-consistency (Wang et al., arXiv 2203.11171): also sample this many fine-tuned responses to each prompt, and
-    drop the pair when too few agree with the greedy one. 0 is off; 5 or more make sense."""
-    temperature: float = Field(0.7, gt=0, le=5)
-    """Sampling temperature of `samples` (Wang et al.: 0.5 to 0.7)."""
-    top_p: Probability = Field(1.0, description="`samples` are drawn within this probability mass.")
-    agreement: Probability = 0.5
-    """Least share of `samples` whose answer is that of the greedy response, outer white space aside; with
-    `evaluation.metric: numeric`, whose number is. From 0.5 on, the kept response is the majority's. A change runs the
-    filter again, and no model."""
+    scoring and evaluation."""
 
     @field_validator("stop")
     @classmethod
@@ -79,13 +66,6 @@ class Response(Section):
         if not all(value):
             raise ValueError("holds an empty text, before which every response ends; remove it")
         return value
-
-    @model_validator(mode="after")
-    def _has_samples(self) -> "Response":
-        idle = sorted(self.model_fields_set & (SAMPLES - {"samples"}))
-        if not self.samples and idle:
-            raise ValueError(f"{' and '.join(idle)} without samples has no meaning; add samples: 5, or remove it")
-        return self
 
 
 class Filter(Section):

@@ -33,21 +33,18 @@ MARGIN: dict[Rule, str] = {
     "unfiltered": "NULL::DOUBLE",
 }
 # The reasons that no rule decides: they hold at every threshold.
-GUARD_REASONS = ("empty_response", "truncated_response", "repetitive_response", "refused_response", "no_perplexity",
-    "no_samples", "samples_disagree")  # fmt: skip
+GUARD_REASONS = ("empty_response", "truncated_response", "repetitive_response", "refused_response", "no_perplexity")
 # Shorter responses aren't searched for repetition: "100000" is no loop.
 _FEWEST_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Guards:
-    """What makes a response unfit for training, whatever the rule. ``refusals`` are matched in any case;
-    ``agreement`` is the least share of samples that agree with it, None without samples."""
+    """What makes a response unfit for training, whatever the rule. ``refusals`` are matched in any case."""
 
     allow_truncated: bool = False
     max_repetition: float = 0.5
     refusals: tuple[str, ...] = ()
-    agreement: float | None = None
 
 
 def verdict_sql(
@@ -124,9 +121,6 @@ def _flaws(rule: Rule, guards: Guards) -> str:
         repetition = repetition_sql("fine_tuned_response", guards.max_repetition)
         repeats = f"fine_tuned_tokens >= {_FEWEST_TOKENS} AND {repetition} > {guards.max_repetition}"
         flaws.append(f"WHEN {repeats} THEN 'repetitive_response'")
-    if guards.agreement is not None:
-        disagrees = f"WHEN agreement < {guards.agreement} THEN 'samples_disagree'"
-        flaws.append(f"WHEN agreement IS NULL THEN 'no_samples' {disagrees}")
     return " ".join(flaws)
 
 

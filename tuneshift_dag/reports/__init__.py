@@ -62,12 +62,11 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
 
 
 def describe_filter(transfer: Transfer) -> str:
-    """For people: the rule, its threshold, and the samples that must agree."""
-    settings, response = transfer.config.filter, transfer.config.response
+    """For people: the rule and its threshold."""
+    settings = transfer.config.filter
     if settings.rule == "unfiltered":
         return "`unfiltered`"
-    agreeing = f"; at least {response.agreement:g} of {response.samples} samples agree" if response.samples else ""
-    return f"`{settings.rule}`, threshold {settings.threshold:g}{agreeing}"
+    return f"`{settings.rule}`, threshold {settings.threshold:g}"
 
 
 def escape_markdown(text: str) -> str:

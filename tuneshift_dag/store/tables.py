@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,6 @@ scored_pairs (round, prompt_id): Both source models' responses to each prompt, l
     ppl_base DOUBLE: PPL_b(y_b).
     ppl_base_cross DOUBLE: PPL_b(y_f).
     ppl_fine_tuned_cross DOUBLE: PPL_f(y_b).
-    agreement DOUBLE: Share of `response.samples` whose answer is that of y_f; NULL without samples.
 filtered_dataset: Pairs that the filter keeps: the distillation dataset.
     round, prompt_id, prompt
     response VARCHAR: The fine-tuned response, as generated (leading space included).
