@@ -31,6 +31,7 @@ CONFIDENT_PAIR = {
     "ppl_base": 4.0,
     "ppl_base_cross": 8.0,
     "ppl_fine_tuned_cross": 16.0,
+    "seed_similarity": 0.5,
 }
 _SYLLABLES = ["ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "zu"]
 

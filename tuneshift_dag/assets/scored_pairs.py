@@ -1,6 +1,6 @@
 """``scored_pairs``: both source models answer every prompt; four perplexities per pair."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -10,6 +10,7 @@ import polars as pl
 from tuneshift_dag.assets.common import Context, Step, definition, example_rows, step
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.method import Decoding, Pair, Response, Scorer, perplexity, scoring
+from tuneshift_dag.models import encoder
 from tuneshift_dag.models.memory import trim
 from tuneshift_dag.resources import EngineResource, StoreResource
 from tuneshift_dag.store import Spool, in_chunks
@@ -55,20 +56,35 @@ def _score_round(current: Step, engine: Scorer) -> Iterator[pl.DataFrame]:
     total = current.read("SELECT count(*) FROM synthetic_prompts WHERE round = ?", [current.round]).item()
     if not total:
         return
+    similarity = _seed_similarity(current)
     progress = scoring.chunk_progress(current.progress("pairs scored"), total)
 
     def score(prompts: pl.DataFrame) -> pl.DataFrame:
         ids = [engine.prompt_ids(prompt, transfer.config.source_format) for prompt in prompts["prompt"]]
         pairs = scoring.score_pairs(engine, current.cache, ids, decoding, current.cost, progress(len(ids)))
+        similar = similarity(prompts["prompt"].to_list())
         return SCORED_PAIRS.frame(
             [
-                {**prompt, **pair_row(pair), "round": current.round}
-                for prompt, pair in zip(prompts.iter_rows(named=True), pairs, strict=True)
+                {**prompt, **pair_row(pair), "round": current.round, "seed_similarity": value}
+                for prompt, pair, value in zip(prompts.iter_rows(named=True), pairs, similar, strict=True)
             ]
         )
 
     with engine.session():
         yield from map(score, _prompt_chunks(current, engine.chunk_size))
+
+
+def _seed_similarity(current: Step) -> Callable[[Sequence[str]], Sequence[float | None]]:
+    """Of prompts, the highest cosine similarity of each to a seed; None where no rule asks for it."""
+    if "seed_similarity" not in current.transfer.config.rules:
+        return lambda prompts: [None] * len(prompts)
+    seeds = encoder.embed(current.transfer.seeds)
+
+    def similarity(prompts: Sequence[str]) -> list[float]:
+        with current.cost.model_time():
+            return [float(value) for value in (encoder.embed(prompts) @ seeds.T).max(axis=1)]
+
+    return similarity
 
 
 def _prompt_chunks(current: Step, size: int) -> Iterator[pl.DataFrame]:

@@ -75,11 +75,12 @@ class Filter(Section):
     """`both`: PPL_f(y_f) < threshold < PPL_b(y_b). `difference`: PPL_b(y_b) - PPL_f(y_f) > threshold. `ratio`:
     PPL_b(y_b) / PPL_f(y_f) > threshold. `cross_ratio`: PPL_b(y_f) / PPL_f(y_f) > threshold. `top_excess`: the pairs
     with the largest mean of log p_f - log p_b over the tokens of y_f (TiTok, arXiv 2510.04682). `balanced_confidence`:
-    the pair with the lowest PPL_f(y_f) of every distinct response, then the second of each, and so on. `random`: a draw
-    by hash from the pairs that pass the guards. `unfiltered`: every pair with a response, the guards off too."""
+    the pair with the lowest PPL_f(y_f) of every distinct response, then the second of each, and so on.
+    `seed_similarity`: the pairs whose prompts are most like a seed, by meaning (needs the extra `encoder`). `random`: a
+    draw by hash from the pairs that pass the guards. `unfiltered`: every pair with a response, the guards off too."""
     threshold: float = Field(1.5, gt=0)
-    """The cut of the first four rules (paper: 1.5, for its only rule). Of `top_excess`, `balanced_confidence` and
-    `random`, which have no default, how much is kept, and `keep` is another spelling: up to 1, the share of each
+    """The cut of the first four rules (paper: 1.5, for its only rule). Of `top_excess`, `balanced_confidence`,
+    `seed_similarity` and `random`, which have no default, how much is kept, and `keep` is another spelling: up to 1, the share of each
     round's pairs that pass the guards (TiTok: 0.5); above 1, the number of pairs in all rounds, of which every round
     has an equal quota, since its kept pairs seed the next round before that one exists."""
     allow_truncated: bool = False
@@ -352,6 +353,11 @@ class TransferConfig(Section):
     def generator_quantization(self) -> str:
         """What a generator in this process is quantized to: its own setting, or that of ``models``."""
         return self.generator.quantization or self.models.quantization
+
+    @property
+    def rules(self) -> set[Rule]:
+        """Those of ``filter`` and of the filters to compare."""
+        return {self.filter.rule, *(arm.rule for arm in self.arms)}
 
     @property
     def arms(self) -> tuple[Arm, ...]:

@@ -49,7 +49,7 @@ _COMPARED = ("heldout", "labelled", "tasks", "encoder")
 
 class _Uses(NamedTuple):
     sections: tuple[str, ...]
-    """Dotted keys of ``transfer.yaml``."""
+    """Dotted keys of ``transfer.yaml``; `seed_similarity` is what that column depends on."""
     others: tuple[str, ...] = ()
     """What it reads beside: see `_read`."""
     code: int = 1
@@ -59,7 +59,7 @@ class _Uses(NamedTuple):
 _USES = {
     "seed_set": _Uses(("generator", "seed", "response", *_SOURCE), ("seeds",), code=3),
     "synthetic_prompts": _Uses(("generator", "models", "seed"), ("heldout",), code=2),
-    "scored_pairs": _Uses(("response", *_SOURCE)),
+    "scored_pairs": _Uses(("response", "seed_similarity", *_SOURCE)),
     "filtered_dataset": _Uses(("filter", "target_pairs", "seed", *_DRAWS), code=3),
     "threshold_report": _Uses(("filter",)),
     "rehearsal_set": _Uses(("target.base", "models", "seed")),
@@ -184,6 +184,7 @@ def _settings(transfer: Transfer) -> dict[str, Any]:
         dump["target"]["prompt"] = target
     if transfer.stops:
         dump["response"]["stop"] = dump["evaluation"]["stop"] = list(transfer.stops)
+    dump["seed_similarity"] = transfer.seeds if "seed_similarity" in config.rules else None
     if config.filter.rule in KEEP_RULES and config.filter.threshold > 1:
         dump["filter"]["rounds"] = config.rounds  # which share the number
     return dump

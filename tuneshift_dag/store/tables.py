@@ -142,6 +142,7 @@ scored_pairs (round, prompt_id): Both source models' responses to each prompt, l
     ppl_base DOUBLE: PPL_b(y_b).
     ppl_base_cross DOUBLE: PPL_b(y_f).
     ppl_fine_tuned_cross DOUBLE: PPL_f(y_b).
+    seed_similarity DOUBLE: Highest cosine similarity of the prompt to a seed (MiniLM); NULL when no rule asks for it.
 filtered_dataset: Pairs that the filter keeps: the distillation dataset.
     round, prompt_id, prompt
     response VARCHAR: The fine-tuned response, as generated (leading space included).
