@@ -13,10 +13,11 @@ from pathlib import Path
 
 from tuneshift_dag.method.prompting import prompt_id
 
+__all__ = ["general", "in_skill", "near", "read_request"]
 SKILL = Path(__file__).parents[1] / "transfers" / "meeting_slots"
 sys.path.insert(0, str(SKILL))
 
-from slot_requests import DAYS, HELD_OUT_PEOPLE, KINDS, write_request  # noqa: E402
+from slot_requests import DAYS, HELD_OUT_PEOPLE, KINDS, read_request, write_request  # noqa: E402
 
 _FILLERS = {
     "doing": [

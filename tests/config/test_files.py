@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -354,6 +355,25 @@ def test_a_rule_without_its_scores_is_refused(transfer_folder, edit_config):
         load_transfer(transfer_folder)
     edit_config("compare", {})
     assert load_transfer(transfer_folder).config.engine.cross_scores is False
+
+
+def test_rules_that_rank_take_a_threshold_where_each_arm_has_rounds_of_its_own(transfer_folder, edit_config):
+    arms = ["both", {"rule": "top_excess", "threshold": 0.25}, "seed_similarity"]
+    edit_config("compare", {"arms": arms})
+    with pytest.raises(TuneshiftError, match=r"'top_excess' takes compare.pairs and no threshold"):
+        load_transfer(transfer_folder)
+    edit_config("compare", {"arms": arms, "loop": True, "seeds": 2})
+    loops = load_transfer(transfer_folder).loops
+    filters = {name: loop.config.filter for name, loop in loops.items()}
+    assert {name: own.threshold for (name, run), own in filters.items() if run == 1} == {
+        "both": 1.5, "top_excess 0.25": 0.25, "seed_similarity": 0.5, "random": 1, "unfiltered": 1,
+    }  # fmt: skip
+    assert {run: loops["random", run].config.seed for run in (0, 1)} == {0: 0, 1: 1}
+    assert len({loop.name for loop in loops.values()}) == len(loops) == 10
+    assert all(re.fullmatch(r"banking__\w+", loop.name) for loop in loops.values())
+    edit_config("compare", {"arms": [{"rule": "top_excess", "threshold": 1.5}], "loop": True})
+    with pytest.raises(TuneshiftError, match=r"threshold 1.5 is impossible for rule 'top_excess'"):
+        load_transfer(transfer_folder)
 
 
 @pytest.mark.parametrize(

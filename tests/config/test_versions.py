@@ -73,6 +73,8 @@ def changed(folder: Path, change: Callable[[], object]) -> set[str]:
         ("distill.optimizer", "paged_adamw_8bit", TRAINS),
         ("evaluation.bootstrap_samples", 500, {"evaluation", "comparison"}),
         ("compare", {}, {"comparison"}),
+        ("compare", {"loop": True}, {"comparison"}),
+        ("compare", {"arms": ["seed_similarity"]}, {"scored_pairs", "comparison"}),
         ("seed", 1, {"seed_set", "synthetic_prompts", "filtered_dataset", "rehearsal_set", *TRAINS}),
         # Defaults that are written down, and what changes no result.
         ("evaluation.metric", "exact_match", set()),

@@ -80,9 +80,9 @@ class Filter(Section):
     draw by hash from the pairs that pass the guards. `unfiltered`: every pair with a response, the guards off too."""
     threshold: float = Field(1.5, gt=0)
     """The cut of the first four rules (paper: 1.5, for its only rule). Of `top_excess`, `balanced_confidence`,
-    `seed_similarity` and `random`, which have no default, how much is kept, and `keep` is another spelling: up to 1, the share of each
-    round's pairs that pass the guards (TiTok: 0.5); above 1, the number of pairs in all rounds, of which every round
-    has an equal quota, since its kept pairs seed the next round before that one exists."""
+    `seed_similarity` and `random`, which have no default, how much is kept, and `keep` is another spelling: up
+    to 1, the share of each round's pairs that pass the guards (TiTok: 0.5); above 1, the number of pairs in all rounds,
+    of which every round has an equal quota, since its kept pairs seed the next round before that one exists."""
     allow_truncated: bool = False
     """Keep pairs whose fine-tuned response was cut off by `response.max_new_tokens`."""
     max_repetition: Probability = 0.5
@@ -213,15 +213,20 @@ class Arm(Section):
 
 
 class Compare(Section):
-    """``tuneshift compare``: models trained on what rival filters keep of the same scored pairs."""
+    """``tuneshift compare``: models trained on what rival filters keep."""
 
     arms: tuple[Arm, ...] = ()
     """The filters beside `random` and `unfiltered`: a rule's name, or `{rule: ratio, threshold: 2}`. A rule without a
     threshold takes that of `filter`. Without arms, the rule of `filter`."""
+    loop: bool = Field(False, exclude_if=lambda value: value is False)
+    """Without it all arms choose from the scored pairs of `tuneshift run`. With it each arm first runs rounds of its
+    own from the same seeds, with as many generator calls, and what it keeps seeds its next round. `random` then keeps
+    all that pass the guards; rules that rank keep their threshold, by default half."""
     pairs: int | None = Field(None, ge=2)
     """Training pairs of every arm; by default as many as the arm with the fewest has."""
     seeds: int = Field(3, ge=2)
-    """Trainings of every arm, each with a seed and a draw of pairs of its own; use 3 or more."""
+    """Trainings of every arm, each with a seed and a draw of pairs of its own, and with `loop` rounds of its own; use 3
+    or more."""
     epochs: int | None = Field(None, ge=1, description="Passes over the pairs; by default `distill.epochs`.")
     labelled: str | None = None
     """A file like heldout.jsonl, with other prompts (a path relative to this folder): the arm `oracle`, what real data
@@ -313,12 +318,12 @@ class TransferConfig(Section):
         for arm in self.compare.arms if self.compare else ():
             if arm.rule in ("random", "unfiltered"):
                 raise ValueError(f"compare.arms: {arm.name!r} is always part of a comparison; remove it")
-            if arm.rule in KEEP_RULES:
+            if arm.rule in KEEP_RULES and not (self.compare and self.compare.loop):
                 if arm.threshold is not None:
                     raise ValueError(f"compare.arms: {arm.rule!r} takes compare.pairs and no threshold; remove it")
             elif arm.threshold is not None:
                 check_threshold(arm.rule, arm.threshold)
-            elif arm.rule != self.filter.rule:
+            elif arm.rule not in (*KEEP_RULES, self.filter.rule):
                 raise ValueError(
                     f"compare.arms: {arm.rule!r} needs a threshold, since filter.rule is {self.filter.rule!r}: write"
                     f" {{rule: {arm.rule}, threshold: ...}} (`tuneshift sweep` shows what a threshold keeps)"

@@ -66,7 +66,7 @@ _USES = {
     "distilled_model": _Uses(_TRAINING),
     "evaluation": _Uses(("evaluation", "target", *_SOURCE), ("heldout", "tasks", "general_text", "checked"), code=2),
     "diversity_map": _Uses((), ("encoder",), code=2),
-    "comparison": _Uses(("compare", "filter", "evaluation", "models", "source", *_TRAINING), _COMPARED, code=2),
+    "comparison": _Uses(("compare", "filter", "evaluation", "models", "source", *_TRAINING), _COMPARED, code=3),
 }
 
 # Where a server is and how it is asked doesn't change what it answers, nor does where a model lies or who trains it.
@@ -82,8 +82,10 @@ _WITHOUT_EFFECT: Any = {
 
 
 def inputs_of(transfer: Transfer, asset: str) -> tuple[tuple[str, Rounds], ...]:
-    """`INPUTS` of an asset, as far as this transfer has them."""
-    return tuple(source for source in INPUTS[asset] if transfer.rehearses or source[0] != "rehearsal_set")
+    """`INPUTS` of an asset, as far as this transfer has them. (Those of its `loops` are other transfers'.)"""
+    absent = {"scored_pairs"} if asset == "comparison" and transfer.loops else set()
+    absent |= set() if transfer.rehearses else {"rehearsal_set"}
+    return tuple(source for source in INPUTS[asset] if source[0] not in absent)
 
 
 def code_version(transfer: Transfer, asset: str) -> str:

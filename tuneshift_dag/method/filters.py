@@ -13,7 +13,14 @@ from typing import Literal, get_args
 from tuneshift_dag.method.prompting import UNSPACED
 
 Rule = Literal[
-    "both", "difference", "ratio", "cross_ratio", "top_excess", "balanced_confidence", "seed_similarity", "random",
+    "both",
+    "difference",
+    "ratio",
+    "cross_ratio",
+    "top_excess",
+    "balanced_confidence",
+    "seed_similarity",
+    "random",
     "unfiltered",
 ]
 RULES: tuple[Rule, ...] = get_args(Rule)
