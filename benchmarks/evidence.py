@@ -52,10 +52,10 @@ NOT_RUN = """## What was not run
 """
 
 
-NOT_GROWN = """- Step two, the closed loop: `compare.loop` is tested with fake models alone. Nothing here says that the filter
-  makes a better target."""
-NOT_TRAINED = """- The targets of step two: no model was trained on its rounds, so nothing here says that the filter makes a
-  better target. It is on one transfer; `banking_intents` wasn't looped."""
+NOT_GROWN = """- Step two, the closed loop: `compare.loop` is tested with fake models alone. Nothing here says
+  that the filter makes a better target."""
+NOT_TRAINED = """- The targets of step two: no model was trained on its rounds, so nothing here says that the filter
+  makes a better target. It is on one transfer; `banking_intents` wasn't looped."""
 
 
 def main() -> None:
