@@ -102,9 +102,9 @@ class Transfer:
         return {(arm.name, number): self._looped(arm, number) for number in seeds for arm in self.config.arms}
 
     def _looped(self, arm: Arm, number: int) -> "Transfer":
-        shares = {**dict.fromkeys(RANKING_RULES, 0.5), "random": 1.0, "unfiltered": 1.0}
-        threshold = arm.threshold or shares.get(arm.rule, self.config.filter.threshold)
-        own = self.config.filter.model_copy(update={"rule": arm.rule, "threshold": threshold})
+        settings = self.config.filter
+        without = {**dict.fromkeys(RANKING_RULES, 0.5), settings.rule: settings.threshold, "random": 1, "unfiltered": 1}
+        own = settings.model_copy(update={"rule": arm.rule, "threshold": arm.threshold or without[arm.rule]})
         changes = {"filter": own, "seed": self.config.seed + number, "compare": None, "target_pairs": sys.maxsize}
         name = f"{re.sub(r'[^A-Za-z0-9]', '_', arm.name)}_{number}"
         return replace(self, config=self.config.model_copy(update=changes), loop=name)
