@@ -17,7 +17,7 @@ from typing import Any
 import polars as pl
 from matplotlib.figure import Figure
 
-from benchmarks import closed_loop, skill_pools
+from benchmarks import closed_loop, off_skill, skill_pools
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.home import database_file
 from tuneshift_dag.reports import escape_markdown, plots
@@ -173,13 +173,18 @@ def step_two(transfer: Transfer, found: pl.DataFrame) -> str:
     clear = [f"`{arm}`" for arm, of in differences.items() if not of.low <= 0 <= of.high]
     said = f"Clear of zero: {', '.join(clear)}." if clear else "No arm differs from `unfiltered` by it."
     seeds = len({seed for _, seed in transfer.loops})
+    others = {"general": off_skill.general(skill_pools.GENERAL), "near": off_skill.near(skill_pools.NEAR)}
+    misread = " and ".join(
+        f"{sum(off_skill.read_request(text) is not None for text in texts)} of {len(texts)} {name}"
+        for name, texts in others.items()
+    )
     return f"""## Step two: does the filter steer the loop?
 
 Each arm of `compare.loop` grows {config.rounds} rounds of {config.generator.calls_per_round} generator calls from the
 same five seeds, {seeds} times with other random choices. What it keeps is all that seeds its next round
 (`generator.original_seeds_per_call: 0`; the packaged transfer shows all five seeds in every call). Whether a prompt is
 in the skill is read by rule (`read_request` in `transfers/meeting_slots/slot_requests.py`: it names an event and a day
-or time, and is no question; of the {len(transfer.heldout)} held-out requests it reads every code).
+or time, and is no question; of the {len(transfer.heldout)} held-out requests it reads every code, and of step one it takes {misread} questions for requests).
 
 Share of each round's prompts that are in the skill, one figure for each loop seed:
 

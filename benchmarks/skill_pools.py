@@ -28,7 +28,7 @@ from tuneshift_dag.store.tables import SYNTHETIC_PROMPTS
 
 PACKAGED = Path(__file__).parents[1] / "transfers" / "meeting_slots_chat"
 ROUND = round_key(1)
-IN_SKILL, GENERAL, NEAR = 400, 400, 100
+IN_SKILL, GENERAL, NEAR = 400, 350, 100
 SHARES = (0.0, 0.25, 0.5, 0.75)
 """Of prompts off the skill in a pool."""
 LENGTHS = (16, 64)
