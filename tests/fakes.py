@@ -3,8 +3,7 @@ gives it to the asset graph.
 
 A token is a character code and the end token is 0. What a prompt is answered follows from a hash of its
 text, so the same prompt always gets the same answer, whatever the batch. A greedy answer is an intent. Of a base,
-sampling is what the generator does, so the answer is a list of new prompts; the fine-tuned model samples its own
-intent or another one.
+sampling is what the generator does, so the answer is a list of new prompts.
 """
 
 import hashlib
@@ -32,6 +31,7 @@ CONFIDENT_PAIR = {
     "ppl_base": 4.0,
     "ppl_base_cross": 8.0,
     "ppl_fine_tuned_cross": 16.0,
+    "seed_similarity": 0.5,
 }
 _SYLLABLES = ["ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "zu"]
 
@@ -139,8 +139,6 @@ class FakeEngine(Engine, Target):
         self.answered.append((side, prompt))
         if decoding.temperature > 0 and side == "base":
             text, logprob = self._list(prompt, seed), -2.0
-        elif decoding.temperature > 0 and _number("sample", prompt, seed) % 10 < _number("doubt", prompt) % 10:
-            text, logprob = " another intent", -2.0
         else:
             text, logprob = self._intent(prompt, side)
         text = min((text.partition(stop)[0] for stop in decoding.stops), key=len, default=text)

@@ -26,7 +26,7 @@ SECTIONS: dict[str, Any] = {
     "generator": {"model": "m", "server": {"base_url": "http://127.0.0.1:8000/v1", "api_key_env": "KEY"}},
     "engine": {"type": "ray", "ray": {"actors": 2, "gpus_per_actor": 0.5, "address": "auto"}},
     "models": {"quantization": "nf4", "batch_size": 4, "workers": 2},
-    "response": {"max_new_tokens": 8, "stop": ["\n"], "samples": 3, "agreement": 0.5},
+    "response": {"max_new_tokens": 8, "stop": ["\n"]},
     "filter": {"rule": "ratio", "threshold": 1.5, "refusals": ["no"]},
     "distill": {"keep": 1.05, "retain": {"weight": 1, "texts": 6}, "balance": "response"},
     "evaluation": {"metric": "exact_match", "keeps_skill": 0.5},

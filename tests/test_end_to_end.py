@@ -33,7 +33,6 @@ def test_a_small_transfer_of_the_packaged_models(tmp_path: Path) -> None:
         folder,
         {
             "generator.calls_per_round": 12,
-            "response.samples": 2,
             "distill.epochs": 1,
             "distill.retain": {"texts": 12},
             "models.workers": 1,  # the other core has tests of its own to run
@@ -49,9 +48,7 @@ def test_a_small_transfer_of_the_packaged_models(tmp_path: Path) -> None:
     first = report(store, load_transfer(folder))
     assert first["rounds"] == 2
     assert first["pairs_scored"] == first["prompts"] >= 8
-    assert first["model_calls"] >= 6 * first["pairs_scored"]
-    shares = store.read("SELECT agreement FROM scored_pairs", schema="banking_intents")["agreement"]
-    assert set(shares) <= {0, 0.5, 1} and shares.mean() > 0.6, "a trained model mostly repeats itself"
+    assert first["model_calls"] >= 4 * first["pairs_scored"]
     assert first["accuracy"]["source_fine_tuned"]["value"] > 0.5
     assert first["accuracy"]["source_base"]["value"] == 0
     intents = {json.loads(line)["response"] for line in heldout}

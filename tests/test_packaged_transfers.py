@@ -86,6 +86,21 @@ class TestMeetingSlots:
         rows = [json.loads(line) for line in lines]
         assert [(row["prompt"], row["response"]) for row in rows] == rules.held_out_requests()
 
+    def test_a_request_is_read_by_rule_whoever_wrote_it(self, rules: ModuleType) -> None:
+        assert [rules.read_request(prompt) for prompt, _ in rules.held_out_requests()] == [
+            code for _, code in rules.held_out_requests()
+        ]
+        trained = rules.training_requests(1000)
+        unread = [code for prompt, code in trained if rules.read_request(prompt) != code]
+        assert len(unread) < 5 and {code[2:] for code in unread} == {"0X"}, "with neither day nor time"
+        for other in (
+            "What makes a meeting go well?",
+            "Boil an egg on Monday",
+            "A haircut",
+            "Write a joke about lunch",
+        ):
+            assert rules.read_request(other) is None, other
+
     def test_no_held_out_request_or_seed_was_trained_on(self, rules: ModuleType) -> None:
         trained_on = {prompt_id(prompt) for prompt, _ in rules.training_requests(2000)}
         assert len(trained_on) > 1900

@@ -56,6 +56,7 @@ class Runner:
         self.transfer = transfer
         self.instance = instance
         self.store = Store(database_file())
+        self.engines = engines
         self.defs = build_definitions([transfer], database_file(), engines)
         self.job = self.defs.resolve_implicit_global_asset_job_def()
         self.on_step = on_step
@@ -67,16 +68,9 @@ class Runner:
         started = time.monotonic()
         self.store.claim(self.transfer.name, self.transfer.folder)
         close_dead_runs(self.instance)
-        records = Records(self.store, self.transfer)
-        if records.causes("distilled_model"):
+        if Records(self.store, self.transfer).causes("distilled_model"):
             check_training(self.transfer)  # now, not after hours of work
-        last: Due | None = None
-        while due := next_step(records, regrow):
-            if due == last:
-                raise RuntimeError(f"{due} is out of date right after it was made: please report this")
-            last = due
-            self._materialize(due.assets if due.round else due.assets[:1], due.round)
-            records = Records(self.store, self.transfer)
+        records = self._catch_up(regrow)
         # What is out of date after the last step is kept.
         self.result.kept_rounds = [r for r in self.transfer.round_keys if records.causes("synthetic_prompts", r)]
         row = {"batch_id": self.result.batch_id, "finished_at": now(), "seconds": time.monotonic() - started}
@@ -84,7 +78,8 @@ class Runner:
         return self.result
 
     def compare(self) -> RunResult:
-        """Bring ``comparison`` up to date; `run` leaves it out, since it trains many models. Errors as in `run`."""
+        """Bring ``comparison`` up to date, with `compare.loop` after the rounds of every arm; `run` leaves it out,
+        since it trains many models. Errors as in `run`."""
         if self.transfer.config.compare is None:
             raise TuneshiftError(
                 f"{self.transfer.folder / 'transfer.yaml'}: compare: missing. Add `compare: {{}}` for the defaults"
@@ -92,9 +87,31 @@ class Runner:
             )
         self.store.claim(self.transfer.name, self.transfer.folder)
         close_dead_runs(self.instance)
+        # Seed by seed, so that one that is ended has as much of every arm.
+        for loop in self.transfer.loops.values():
+            self.lines.on_line(f"rounds of {loop.loop}")
+            Runner(loop, self.instance, self.engines, self.on_step, self.lines.on_line).grow()
         if Records(self.store, self.transfer).causes("comparison"):
             self._materialize(["comparison"], None)
         return self.result
+
+    def grow(self) -> RunResult:
+        """Bring the rounds up to date, also those of which only the seeds changed, and nothing after them."""
+        self._catch_up(regrow=True, rounds_alone=True)
+        return self.result
+
+    def _catch_up(self, regrow: bool, rounds_alone: bool = False) -> Records:
+        """Run every step that is due, or only those up to the last round; the records after them."""
+        records, last = Records(self.store, self.transfer), Due(())
+        while due := next_step(records, regrow):
+            if rounds_alone and not (due.round or due.assets == ("seed_set",)):
+                break
+            if due == last:
+                raise RuntimeError(f"{due} is out of date right after it was made: please report this")
+            last = due
+            self._materialize(due.assets if due.round else due.assets[:1], due.round)
+            records = Records(self.store, self.transfer)
+        return records
 
     def _materialize(self, assets: Sequence[str], round_: str | None) -> None:
         self.on_step(assets[0], round_)

@@ -9,6 +9,7 @@ from tuneshift_dag.cli import rendering
 from tuneshift_dag.models import encoder
 from tuneshift_dag.reports import arm_tasks, conclusion, diversity, power, report
 from tuneshift_dag.reports.export import model_card
+from tuneshift_dag.store.cache import collect_plan
 from tuneshift_dag.store.tables import COMPARISON
 
 
@@ -83,6 +84,87 @@ def test_too_many_pairs_name_the_arm_and_the_most(compared: Project, edit_config
         compared.runner().compare()
     assert named in str(error.value)
     assert len(compared.models.trained) == 1
+
+
+def test_similarity_to_the_seeds_is_an_arm_like_the_others(project: Project, edit_config, quick_encoder) -> None:
+    edit_config("compare", {"arms": ["both", "seed_similarity"], "pairs": 4, "seeds": 2, "epochs": 1})
+    project.run()
+    ranked = project.rows(
+        "SELECT prompt FROM scored_pairs WHERE fine_tuned_finish = 'stop' ORDER BY seed_similarity DESC"
+    )
+    assert len(ranked) > 8 and project.rows("SELECT count(seed_similarity) = count(*) FROM scored_pairs") == [(True,)]
+    project.models.trained.clear()
+    project.runner().compare()
+    trained = {frozenset(prompt for prompt, _ in pairs) for pairs in project.models.trained}
+    assert frozenset(prompt for (prompt,) in ranked[:4]) in trained
+
+
+@pytest.fixture
+def looped(project: Project, edit_config, quick_encoder) -> Project:
+    project.run()
+    arms = ["both", {"rule": "seed_similarity", "threshold": 0.25}]
+    edit_config("compare", {"arms": arms, "loop": True, "seeds": 2, "pairs": 2, "epochs": 1})
+    return project
+
+
+def test_with_a_loop_every_arm_grows_rounds_of_its_own_and_goes_on_after_a_failure(looped: Project) -> None:
+    def rows(loop: str, query: str) -> list:
+        return looped.store.read(query, schema=loop).rows()
+
+    models = looped.models
+    generator, before, batches = models.generator, len(models.generator.answered), []
+
+    def killed(number: int) -> None:
+        batches.append(number)
+        if len(batches) == 4:
+            raise RuntimeError("killed")
+
+    generator.on_batch = killed
+    with pytest.raises(TuneshiftError, match=r"synthetic_prompts of round_0\d failed: .*killed"):
+        looped.runner().compare()
+    done = rows("banking__both_0", "SELECT count(*) FROM steps")
+    looped.runner().compare()
+    assert rows("banking__both_0", "SELECT count(*) FROM steps") == done == [(7,)], (
+        "the seed set and two rounds of three"
+    )
+    names = [loop.name for loop in looped.transfer.loops.values()]
+    assert len(names) == 8
+    for name in names:
+        calls = "SELECT round, count(*) FROM proposals GROUP BY round ORDER BY round"
+        assert rows(name, calls) == [("round_01", 3), ("round_02", 3)], "as many generator calls"
+        mine = "SELECT prompt_id FROM seed_set UNION SELECT prompt_id FROM filtered_dataset WHERE round = 'round_01'"
+        assert set(rows(name, "SELECT prompt_id FROM round_seeds WHERE round = 'round_02'")) <= set(rows(name, mine))
+    first = [set(rows(name, "SELECT prompt FROM synthetic_prompts WHERE round = 'round_01'")) for name in names]
+    assert first[0] == first[1] == first[2] == first[3] != first[4] == first[7], "by seed, whatever the arm"
+    # Round 1 is asked for once a seed, and all of `both` with the first seed was there from `tuneshift run`.
+    assert len(generator.answered) - before <= 3 + 7 * 3
+    kept = {name: rows(name, "SELECT count(*) FROM filtered_dataset")[0][0] for name in names}
+    assert kept["banking__seed_similarity_0_25_0"] < kept["banking__random_0"] == kept["banking__unfiltered_0"]
+
+    compared = {row["arm"]: row for row in report(looped.store, looped.transfer)["comparison"]}
+    assert {"both", "seed_similarity 0.25", "random", "unfiltered", "target_base"} < set(compared)
+    assert compared["random"]["runs"] == 2 and compared["random"]["pairs"] == 2
+    assert compared["target_base"]["general_text"] == 1 and compared["source_fine_tuned"]["general_text"] is None
+    assert compared["both"]["general_text"] > 0 and "general_text" in diversity(list(compared.values()))[0]
+    calls = models.calls()
+    assert looped.runner().compare().materialized == [] and models.calls() == calls
+    assert looped.run().materialized == [], "`tuneshift run` has rounds of its own"
+    assert collect_plan(looped.store, ["banking"]) == [], "they are in use"
+
+
+def test_a_loop_makes_the_comparison_out_of_date_when_its_rounds_change(looped: Project, edit_config) -> None:
+    looped.runner().compare()
+    (before,) = looped.rows("SELECT inputs FROM materializations WHERE asset = 'comparison'")
+    edit_config("generator.instruction", "Write {count} others like these {seed_count}:")
+    assert ("comparison", None) in looped.runner().compare().materialized
+    assert looped.rows("SELECT inputs FROM materializations WHERE asset = 'comparison'") != [before]
+
+
+def test_a_loop_that_wasn_t_run_is_named(looped: Project) -> None:
+    result = looped.materialize("comparison")
+    assert not result.success
+    message = next(event for event in result.all_events if event.is_step_failure).step_failure_data
+    assert "rounds of both_0 have kept nothing yet: `tuneshift compare banking`" in str(message.user_failure_data)
 
 
 def test_without_the_section_says_what_to_add(project: Project) -> None:

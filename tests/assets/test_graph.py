@@ -302,37 +302,6 @@ class TestRuleChange:
         assert (work(project.models.source), work(project.models.generator)) == calls
 
 
-class TestSelfConsistency:
-    def test_samples_are_asked_once_and_agreement_is_refiltered(self, project: Project, edit_config: Edit) -> None:
-        project.run()
-        source = project.models.source
-        assert project.rows("SELECT count(agreement) FROM scored_pairs") == [(0,)]
-        before, pairs = len(source.answered), project.rows("SELECT count(*) FROM scored_pairs")[0][0]
-        edit_config("response.samples", 5)
-        ran = project.run().materialized
-        assert ("scored_pairs", "round_01") in ran
-        assert not {("seed_set", None), ("synthetic_prompts", "round_01")} & set(ran)
-        assert [side for side, _ in source.answered[before:]] == ["fine_tuned"] * 5 * pairs
-        dropped = project.rows("SELECT count(*) FROM rejected_pairs WHERE reason = 'samples_disagree'")[0][0]
-        low = "SELECT count(*) FROM filtered_dataset JOIN scored_pairs USING (round, prompt_id) WHERE agreement < {}"
-        assert dropped > 0 and project.rows(low.format(0.5)) == [(0,)]
-        (record, *_) = materializations(project, "scored_pairs", "round_01")
-        assert 0 < record.asset_materialization.metadata["mean_agreement"].value < 1
-        edit_config("response.agreement", 0.9)
-        assert {asset for asset, _ in project.run().materialized}.isdisjoint({"scored_pairs", "synthetic_prompts"})
-        assert len(source.answered) == before + 5 * pairs
-        stricter = project.rows("SELECT count(*) FROM rejected_pairs WHERE reason = 'samples_disagree'")[0][0]
-        assert stricter > dropped and project.rows(low.format(0.9)) == [(0,)]
-
-    def test_pairs_that_were_never_sampled_are_named(self, project: Project, edit_config: Edit) -> None:
-        project.run()
-        edit_config("response.samples", 5)
-        kept = project.rows("SELECT * FROM filtered_dataset ORDER BY round, prompt_id")
-        message = failure(project.materialize("filtered_dataset", round="round_02"))
-        assert "of round_02 were scored before response.samples was set: materialize scored_pairs" in message
-        assert project.rows("SELECT * FROM filtered_dataset ORDER BY round, prompt_id") == kept
-
-
 class TestRetention:
     def test_general_text_is_scored_by_the_target_before_and_after(self, finished: Project) -> None:
         rows = finished.rows("SELECT model, perplexity, bits_per_byte, tokens, bytes FROM retention ORDER BY model")

@@ -369,8 +369,7 @@ class TestCards:
 
         assert described() == "`both`, threshold 1.5"
         edit_config("filter", {"rule": "top_excess", "threshold": 0.5})
-        edit_config("response", {"samples": 5, "agreement": 0.6})
-        assert described() == "`top_excess`, threshold 0.5; at least 0.6 of 5 samples agree"
+        assert described() == "`top_excess`, threshold 0.5"
         edit_config("filter", {"rule": "unfiltered"})
         assert described() == "`unfiltered`"
 

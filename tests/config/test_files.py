@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -111,9 +112,6 @@ def test_references_have_fingerprints_of_what_is_here(transfer_folder, edit_conf
         ("filter", {"rule": "random", "keep": 2000}, ["filter.threshold 2000", "target_pairs 1000", "raise it"]),
         ("filter", {"rule": "top_excess", "keep": 1.0, "max_repetition": 0}, ["filter.max_repetition", "0"]),
         ("filter", {"refusals": ["no way", " "]}, ["filter", "empty phrase", "remove it"]),
-        ("response.samples", -1, ["response.samples", "found -1", "greater than or equal to 0"]),
-        ("response", {"samples": 5, "agreement": 1.5}, ["response.agreement", "1.5", "less than or equal to 1"]),
-        ("response", {"agreement": 0.6, "top_p": 0.9}, ["agreement and top_p without samples", "add samples: 5"]),
         ("distill.optimizer", "sgd", ["distill.optimizer", "'sgd'", "'adamw' or 'paged_adamw_8bit'"]),
         ("distill.gradient_accumulation", 0, ["distill.gradient_accumulation", "found 0"]),
         ("models.device_map", "cuda:0", ["models.device_map", "'cuda:0'", "'auto' or 'single'"]),
@@ -359,6 +357,25 @@ def test_a_rule_without_its_scores_is_refused(transfer_folder, edit_config):
     assert load_transfer(transfer_folder).config.engine.cross_scores is False
 
 
+def test_rules_that_rank_take_a_threshold_where_each_arm_has_rounds_of_its_own(transfer_folder, edit_config):
+    arms = ["both", {"rule": "top_excess", "threshold": 0.25}, "seed_similarity"]
+    edit_config("compare", {"arms": arms})
+    with pytest.raises(TuneshiftError, match=r"'top_excess' takes compare.pairs and no threshold"):
+        load_transfer(transfer_folder)
+    edit_config("compare", {"arms": arms, "loop": True, "seeds": 2})
+    loops = load_transfer(transfer_folder).loops
+    filters = {name: loop.config.filter for name, loop in loops.items()}
+    assert {name: own.threshold for (name, run), own in filters.items() if run == 1} == {
+        "both": 1.5, "top_excess 0.25": 0.25, "seed_similarity": 0.5, "random": 1, "unfiltered": 1,
+    }  # fmt: skip
+    assert {run: loops["random", run].config.seed for run in (0, 1)} == {0: 0, 1: 1}
+    assert len({loop.name for loop in loops.values()}) == len(loops) == 10
+    assert all(re.fullmatch(r"banking__\w+", loop.name) for loop in loops.values())
+    edit_config("compare", {"arms": [{"rule": "top_excess", "threshold": 1.5}], "loop": True})
+    with pytest.raises(TuneshiftError, match=r"threshold 1.5 is impossible for rule 'top_excess'"):
+        load_transfer(transfer_folder)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -371,6 +388,9 @@ def test_a_rule_without_its_scores_is_refused(transfer_folder, edit_config):
         ("distill.prompt_weight", 0.1),
         ("filter.rule", "ifd"),
         ("compare", {"arms": [{"rule": "ifd", "threshold": 0.7}]}),
+        ("response.samples", 0),
+        ("response", {"samples": 8, "temperature": 1.0, "top_p": 0.9, "agreement": 0.5}),
+        ("response.agreement", 0.5),
     ],
 )
 def test_what_was_taken_out_is_named_with_the_reason(transfer_folder, edit_config, key, value):
@@ -378,8 +398,10 @@ def test_what_was_taken_out_is_named_with_the_reason(transfer_folder, edit_confi
     with pytest.raises(TuneshiftError) as error:
         load_transfer(transfer_folder)
     (line,) = str(error.value).splitlines()
+    key = "response.samples" if key == "response.agreement" else key
     for word in [str(transfer_folder / "transfer.yaml"), key, "was taken out", "docs/experiments.md", "remove it"]:
         assert word in line
+    assert not key.startswith("response") or "lower filter.threshold" in line
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,6 @@ def changed(folder: Path, change: Callable[[], object]) -> set[str]:
         ("models.kv_cache_dtype", "int8", USES_MODELS),
         ("models.compute_dtype", "float16", USES_MODELS | TRAINS),
         ("response.max_new_tokens", 9, {"seed_set", "scored_pairs"}),
-        ("response.samples", 5, {"scored_pairs", *FILTERS}),
         ("filter.threshold", 2.0, FILTERS),
         ("filter.rule", "ratio", FILTERS),
         ("rounds", 3, {"threshold_report", "diversity_map", *TRAINS}),
@@ -74,6 +73,8 @@ def changed(folder: Path, change: Callable[[], object]) -> set[str]:
         ("distill.optimizer", "paged_adamw_8bit", TRAINS),
         ("evaluation.bootstrap_samples", 500, {"evaluation", "comparison"}),
         ("compare", {}, {"comparison"}),
+        ("compare", {"loop": True}, {"comparison"}),
+        ("compare", {"arms": ["seed_similarity"]}, {"scored_pairs", "comparison"}),
         ("seed", 1, {"seed_set", "synthetic_prompts", "filtered_dataset", "rehearsal_set", *TRAINS}),
         # Defaults that are written down, and what changes no result.
         ("evaluation.metric", "exact_match", set()),
@@ -162,18 +163,11 @@ def test_a_prompt_format_counts_for_the_model_that_is_asked_so(transfer_folder: 
     assert changed_template == {"rehearsal_set"} | asked | TRAINS
 
 
-def test_samples_count_where_they_are_drawn_and_agreement_where_it_decides(
+def test_the_question_that_a_model_asks_itself_ends_its_responses_everywhere(
     transfer_folder: Path, edit_config: Edit
 ) -> None:
-    assert load_transfer(transfer_folder).guards.agreement is None
-    edit_config("response", {"samples": 5})
-    assert changed(transfer_folder, lambda: edit_config("response.agreement", 0.8)) == FILTERS
-    assert load_transfer(transfer_folder).guards.agreement == 0.8
-    for key, value in (("response.temperature", 1.0), ("response.top_p", 0.9), ("response.samples", 6), ("seed", 1)):
-        assert "scored_pairs" in changed(transfer_folder, lambda k=key, v=value: edit_config(k, v)), key
     write_jsonl(transfer_folder / "heldout.jsonl", [{"prompt": "1 + 1?", "response": "2"}])
     numeric = changed(transfer_folder, lambda: edit_config("evaluation.metric", "numeric"))
-    # The question that a model asks itself ends its responses everywhere.
     assert numeric == {"seed_set", "scored_pairs", "evaluation", "comparison"}
 
 

@@ -71,12 +71,13 @@ def test_an_empty_response_is_dropped(store):
         ("cross_ratio", ("ppl_fine_tuned", "ppl_base_cross")),
         ("top_excess", ("ppl_fine_tuned", "ppl_base_cross")),
         ("balanced_confidence", ("ppl_fine_tuned",)),
+        ("seed_similarity", ("seed_similarity",)),
         ("random", ()),
         ("unfiltered", ()),
     ],
 )
 def test_a_pair_without_a_finite_perplexity_that_the_rule_reads_is_not_kept(store, rule, columns):
-    broken = ("ppl_fine_tuned", "ppl_base", "ppl_base_cross", "ppl_fine_tuned_cross")
+    broken = ("ppl_fine_tuned", "ppl_base", "ppl_base_cross", "ppl_fine_tuned_cross", "seed_similarity")
     pairs = [{column: value} for column in broken for value in (None, math.inf, math.nan)]
     expected = [("no_perplexity" if column in columns else None) for column in broken for _ in range(3)]
     assert reasons(store, rule, 1.5 if rule in RULES else 1, pairs) == expected
@@ -99,6 +100,11 @@ def test_top_excess_keeps_the_largest_mean_excess(store):
     assert [reason for reason, _ in found] == ["below_the_top", None, "below_the_top", None]
     assert [margin for _, margin in found] == pytest.approx([math.log(x) for x in (2, 16, 1, 4)])
     assert reasons(store, "top_excess", 3, pairs) == [None, None, "below_the_top", None]
+
+
+def test_seed_similarity_keeps_the_prompts_most_like_a_seed(store):
+    found = verdicts(store, "seed_similarity", 2, [{"seed_similarity": value} for value in (0.2, 0.9, 0.4)])
+    assert found == [("below_the_top", 0.2), (None, 0.9), (None, 0.4)]
 
 
 def test_balanced_confidence_takes_the_most_confident_of_every_response_in_turn(store):
@@ -190,14 +196,6 @@ def test_guards_come_before_the_rule(store, rule):
         "repetitive_response", None, "refused_response", "refused_response", "truncated_response", None,
     ]  # fmt: skip
     assert reasons(store, rule, threshold, pairs, max_repetition=1.0, allow_truncated=True) == [None] * 6
-
-
-@pytest.mark.parametrize("rule", JUDGED)
-def test_samples_that_disagree_drop_a_pair_whatever_the_rule(store, rule):
-    pairs = [{"agreement": share} for share in (None, 0.4, 0.5, 1.0)]
-    threshold = 1.5 if rule in RULES else 1
-    assert reasons(store, rule, threshold, pairs, agreement=0.5) == ["no_samples", "samples_disagree", None, None]
-    assert reasons(store, rule, threshold, pairs) == [None] * 4, "without samples nobody asks"
 
 
 def test_short_responses_are_not_searched_for_repetition(store):

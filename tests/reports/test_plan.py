@@ -252,12 +252,6 @@ class TestRecordedSpeeds:
             "synthetic_prompts": pytest.approx(half), "evaluation": pytest.approx(whole["evaluation"]["seconds"]),
         }  # fmt: skip
 
-    def test_count_samples_as_more_calls_of_each_pair(self, sized: Path, recorded: Store, edit_config: Edit) -> None:
-        before = chosen(sized, recorded)["scored_pairs"].seconds_per_row
-        edit_config("response.samples", 8)
-        after = chosen(sized, recorded)["scored_pairs"].seconds_per_row
-        assert after == pytest.approx(3 * before), "12 calls, not 4"
-
     def test_of_some_steps_only_leave_the_total_open(self, sized: Path) -> None:
         store = Store(database_file())
         write_steps(store, "first", STEPS_RECORDED[:2], minute=0)

@@ -20,7 +20,8 @@ RULES = ("both", "difference", "ratio", "cross_ratio")
 
 
 @pytest.fixture
-def transfer(transfer_folder) -> Transfer:
+def transfer(transfer_folder, edit_config) -> Transfer:
+    edit_config("compare", {"arms": ["both", "seed_similarity"]})
     return load_transfer(transfer_folder)
 
 
@@ -136,6 +137,11 @@ class TestCells:
         }
         with pytest.raises(TuneshiftError, match="No rule takes all of the thresholds -1, 2"):
             sweep(store, transfer, (), [-1, 2])
+
+    def test_of_similarity_to_the_seeds_need_pairs_that_have_it(self, finished: Project) -> None:
+        assert "seed_similarity" not in {cell["rule"] for cell in sweep(finished.store, finished.transfer)}
+        with pytest.raises(TuneshiftError, match=r"name seed_similarity in compare\.arms of .*transfer\.yaml, then"):
+            sweep(finished.store, finished.transfer, ["seed_similarity"])
 
     def test_without_scored_pairs_are_zero(self, store, transfer) -> None:
         cells = sweep(store, transfer)
@@ -297,7 +303,8 @@ class TestCommand:
 
     def test_without_options_shows_every_rule_and_marks_the_current_filter(self, cells) -> None:
         lines = cells().splitlines()
-        assert all(any(f" {rule} " in line for line in lines) for rule in ALL_RULES)
+        rules = [rule for rule in ALL_RULES if rule != "seed_similarity"]
+        assert all(any(f" {rule} " in line for line in lines) for rule in rules)
         assert len([line for line in lines if " both " in line and " * 1.5 " in line]) == 1
 
     @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_precision_and_recall_count_right_responses_among_the_kept(store, transf
 def test_an_auc_is_of_the_margins_and_what_the_guards_drop_comes_last(store, transfer, file) -> None:
     (pool,) = sweep_truth(store, transfer, file)["pools"]
     found = {row["rule"]: row for row in pool["rules"]}
-    assert list(found) == list(RULES)
+    assert list(found) == [rule for rule in RULES if rule != "seed_similarity"]
     # Of 3 · 4 pairs of a right one and another, one is in the wrong order.
     for rule in ("both", "ratio", "difference", "cross_ratio", "top_excess"):
         assert found[rule]["auc"] == pytest.approx(11 / 12), rule

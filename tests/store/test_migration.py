@@ -12,6 +12,14 @@ from tuneshift_dag.store.cache import ResponseCache, collect_plan
 from tuneshift_dag.store.tables import CACHE, CACHE_TABLES, CACHED_SCORES, SCHEMA_VERSION, SCORED_PAIRS, TRANSFER_TABLES
 
 TO_VERSION = {
+    4: """
+        UPDATE main.tuneshift_schema SET version = 4;
+        ALTER TABLE banking.scored_pairs DROP COLUMN base_alone_logprob;
+        ALTER TABLE banking.scored_pairs DROP COLUMN ppl_base_alone;
+        ALTER TABLE banking.scored_pairs DROP COLUMN ppl_target;
+        ALTER TABLE banking.scored_pairs DROP COLUMN discriminator_score;
+        DROP TABLE cache.token_scores;
+    """,
     3: "",
     2: """
         UPDATE main.tuneshift_schema SET version = 2;
@@ -60,8 +68,8 @@ def test_an_older_file_becomes_one_of_this_version(migrated: Store) -> None:
 
 
 def test_the_rows_of_an_older_file_are_kept(migrated: Store) -> None:
-    pairs = migrated.read("SELECT prompt_id, ppl_fine_tuned, ppl_base, agreement FROM scored_pairs", (), "banking")
-    assert pairs.rows() == [("a1", 1.1, 2.5, 1.0)]
+    pairs = migrated.read("SELECT prompt_id, ppl_fine_tuned, ppl_base FROM scored_pairs", (), "banking")
+    assert pairs.rows() == [("a1", 1.1, 2.5)]
     assert migrated.read("SELECT prompt FROM seed_set", (), "banking").rows() == [("Where is my card?",)]
     rejections = migrated.read("SELECT prompt_id, reason FROM rejections", (), "banking").rows()
     assert rejections == [("b2", "below_threshold")]

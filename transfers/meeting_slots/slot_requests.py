@@ -8,6 +8,7 @@ when none is named, and the half of the day (A, P) is X when no time is.
 
 import json
 import random
+import re
 
 KINDS = {
     "CL": ["call", "phone call", "video call", "conference call", "Zoom call"],
@@ -108,6 +109,35 @@ def _time(rng: random.Random) -> tuple[str, str]:
     clock = f"{(hour - 1) % 12 + 1}" + (f":{minute:02d}" if minute else "")
     name = "am" if half == "A" else "pm"
     return half, f"at {clock}" + rng.choice([f" {name}", f" {name}", name, f" {name[0]}.m.", f" {name.upper()}"])
+
+
+def read_request(text: str) -> str | None:
+    """The code of a request, whoever wrote it: the first event that it names, its weekday and its time. None for a text
+    that names no event, or neither day nor time, or that asks a question about them."""
+    lower = text.lower()
+    found = [(match.start(), -len(noun), kind) for noun, kind in _NOUNS.items() if (match := _word(noun).search(lower))]
+    day = next((str(number) for number, name in enumerate(DAYS, 1) if _word(name.lower()).search(lower)), NO_WEEKDAY)
+    half = _half(lower)
+    dated = day != NO_WEEKDAY or half != NO_TIME or _word("today|tomorrow").search(lower)
+    return f"{min(found)[2]}{day}{half}" if found and dated and not _QUESTION.match(lower) else None
+
+
+def _half(text: str) -> str:
+    if "noon" in text:
+        return "P"
+    clock = _CLOCK.search(text)
+    if clock is None:
+        return NO_TIME
+    return (clock["half"] or "ap"[int(clock["hour"]) >= 12]).upper()
+
+
+_NOUNS = {noun.lower(): kind for kind, nouns in KINDS.items() for noun in nouns}
+_CLOCK = re.compile(r"\b\d{1,2}(?::\d\d)? ?(?P<half>[ap])\.?m\b|\bat (?P<hour>\d\d):\d\d\b")
+_QUESTION = re.compile(r"(what|why|how|which|who|whose|where|when|is|are|was|were|do|does|did)\b")
+
+
+def _word(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"\b(?:{pattern})\b")
 
 
 def training_requests(count: int, seed: int = 0) -> list[tuple[str, str]]:

@@ -1,4 +1,5 @@
-"""``comparison``: does the filter earn its place? Rival filters, the same pairs to choose from, the same size."""
+"""``comparison``: does the filter earn its place? Models trained on equally many pairs of rival filters, which choose
+from the same pairs or, with `compare.loop`, each from rounds that it grew itself."""
 
 import hashlib
 import itertools
@@ -12,9 +13,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from tuneshift_dag.assets.common import LOG, Context, Step, definition, example_rows, mean_repetition, step
-from tuneshift_dag.assets.distilled_model import trained_adapter
+from tuneshift_dag.assets.distilled_model import KEPT_PAIRS, trained_adapter
 from tuneshift_dag.assets.evaluation import answer_heldout, task_keys
-from tuneshift_dag.assets.retention import Rows
+from tuneshift_dag.assets.retention import Rows, sampled_perplexity
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.method import PromptFormat, Scorer, Side
 from tuneshift_dag.method.filters import KEEP_RULES, RANKING_RULES
@@ -31,7 +32,7 @@ from tuneshift_dag.store.tables import COMPARISON, COMPARISON_ANSWERS, COMPARISO
 DIVERSITY = ("distinct_responses", "distinct_bigrams", "repetition", "similarity")
 INTERVAL_COLUMNS = ["arm", "value", "low", "high", "vs_random", "vs_random_low", "vs_random_high"]
 Datasets = dict[str, list[pl.DataFrame]]
-"""The pairs of each training of an arm."""
+"""By arm, the pairs of each training, or what each could draw from."""
 Correct = NDArray[np.float64]
 
 
@@ -40,16 +41,17 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
     def comparison(context: Context, store: StoreResource, engines: EngineResource) -> dg.MaterializeResult:
         """Models trained on as many pairs of each filter, several times each, and measured on the held-out file.
 
-        Every arm draws from the same scored pairs; `random` draws from all that pass the quality guards and
-        `unfiltered` from everything. Beside its accuracy stand how varied an arm's pairs were and, with
-        `evaluation.tasks`, its scores on standard tasks. It trains arms × seeds models, so it exists only with
-        `compare:` in `transfer.yaml`, and `tuneshift run` leaves it to `tuneshift compare`. A killed comparison goes on
-        with the first arm and seed that isn't trained.
+        Every arm draws from the same scored pairs, or with `compare.loop` from rounds of its own; `random` draws from
+        all that pass the quality guards and `unfiltered` from everything. Beside its accuracy stand how varied an arm's
+        pairs were, what its models forgot of general text and, with `evaluation.tasks`, their scores on standard tasks.
+        It trains arms × seeds models, so it exists only with `compare:` in `transfer.yaml`, and `tuneshift run` leaves
+        it to `tuneshift compare`. A killed comparison goes on with the first arm and seed that isn't trained.
         """
         settings = transfer.config.compare
         assert settings is not None
         with step(context, store.store(), transfer, "comparison") as current:
-            candidates = _candidates(current.store, transfer)
+            find = _grown if settings.loop else _candidates
+            candidates = _with_oracle(transfer, find(current.store, transfer))
             size = _common_size(transfer, settings.pairs, candidates)
             epochs = settings.epochs or transfer.config.distill.epochs
             # Before anything is trained: a misspelt task, or one whose data can't be had.
@@ -61,7 +63,7 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
             for done, (number, arm) in enumerate(trainings, start=1):
                 seed = transfer.config.seed + number
                 LOG.info(f"{arm}, seed {seed}: {done} of {len(trainings)}")
-                pairs = _draw(candidates[arm], size, seed)
+                pairs = _draw(candidates[arm][number], size, seed)
                 datasets[arm].append(pairs)
                 variant = transfer.with_training(seed, epochs)
                 row = trained_adapter(current, engines, variant, pairs)
@@ -79,7 +81,10 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
             correct = _correct(transfer, measured.answers)
             measures = compared(correct, datasets)
             rows = [
-                _row(name, correct[name], candidates, datasets) | measures[name] | diversity.get(name, {})
+                _row(name, correct[name], candidates, datasets)
+                | measures[name]
+                | diversity.get(name, {})
+                | {"general_text": _mean(measured.general.get(name, []))}
                 for name in correct
             ]
             summary, tasks = COMPARISON.frame(rows), COMPARISON_TASKS.frame(measured.tasks)
@@ -105,22 +110,24 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
     return comparison
 
 
-def _candidates(store: Store, transfer: Transfer) -> dict[str, pl.DataFrame]:
-    """What each arm can draw from, with the margin where it is a rank. An arm that has nothing is a failure."""
-    found: dict[str, pl.DataFrame] = {}
+def _candidates(store: Store, transfer: Transfer) -> Datasets:
+    """What each arm can draw from, the same in every run, with the margin where it is a rank. An arm that has nothing
+    is a failure."""
+    found: Datasets = {}
     for arm in transfer.config.arms:
         # Without a rank an arm is drawn from by hash.
         margin = "max(margin)" if arm.rule in RANKING_RULES else "NULL::DOUBLE"
         own = 1.0 if arm.rule in (*KEEP_RULES, "unfiltered") else transfer.config.filter.threshold
         # Over all rounds at once: nothing is seeded by them.
         verdict = verdicts(transfer, arm.rule, arm.threshold or own, by_round=False)
-        found[arm.name] = store.read(
+        pairs = store.read(
             "SELECT prompt_id, min(round) AS round, any_value(prompt) AS prompt,"
             f" any_value(fine_tuned_response) AS response, {margin} AS margin"
             f" FROM ({verdict}) WHERE reason IS NULL GROUP BY prompt_id ORDER BY prompt_id",
             schema=transfer.name,
         )
-        if found[arm.name].is_empty():
+        found[arm.name] = [pairs] * _runs(transfer)
+        if pairs.is_empty():
             query = f"SELECT reason, count(*) FROM ({verdict}) GROUP BY reason"
             reasons = dict(store.read(query, schema=transfer.name).iter_rows())
             raise dg.Failure(
@@ -129,21 +136,43 @@ def _candidates(store: Store, transfer: Transfer) -> dict[str, pl.DataFrame]:
                 f" {transfer.folder / 'transfer.yaml'}.",
                 allow_retries=False,
             )
-    if transfer.labelled:
-        # What most responses start with before their first word: labelled ones, written by people, lack it.
-        starts = found["unfiltered"]["response"].str.extract(r"^(\s*)", 1).value_counts(sort=True)
-        space = str(starts.row(0)[0] or "")
-        found["oracle"] = pl.DataFrame(
-            [(prompt_id(p), "labelled", p, space + r, None) for p, r in transfer.labelled],
-            schema=found["unfiltered"].schema,
-            orient="row",
-        )
     return found
 
 
-def _common_size(transfer: Transfer, wanted: int | None, candidates: dict[str, pl.DataFrame]) -> int:
+def _grown(store: Store, transfer: Transfer) -> Datasets:
+    """What each arm kept in the rounds of each run. Nothing is ranked: its filter chose already."""
+    found: Datasets = {arm.name: [] for arm in transfer.config.arms}
+    for (arm, _), loop in transfer.loops.items():
+        pairs = store.read(KEPT_PAIRS, [loop.round_keys[-1]], loop.name)
+        if pairs.is_empty():
+            raise dg.Failure(
+                f"The rounds of {loop.loop} have kept nothing yet: `tuneshift compare {transfer.name}` grows them.",
+                allow_retries=False,
+            )
+        found[arm].append(pairs.with_columns(margin=pl.lit(None, pl.Float64)))
+    return found
+
+
+def _runs(transfer: Transfer) -> int:
+    assert transfer.config.compare is not None
+    return transfer.config.compare.seeds
+
+
+def _with_oracle(transfer: Transfer, found: Datasets) -> Datasets:
+    """The arms, and the labelled pairs as one more."""
+    if transfer.labelled:
+        # What most responses start with before their first word: labelled ones, written by people, lack it.
+        starts = found["unfiltered"][0]["response"].str.extract(r"^(\s*)", 1).value_counts(sort=True)
+        space = str(starts.row(0)[0] or "")
+        rows = [(prompt_id(p), "labelled", p, space + r, None) for p, r in transfer.labelled]
+        labelled = pl.DataFrame(rows, schema=found["unfiltered"][0].schema, orient="row")
+        found["oracle"] = [labelled] * _runs(transfer)
+    return found
+
+
+def _common_size(transfer: Transfer, wanted: int | None, candidates: Datasets) -> int:
     """Pairs of every arm. One that has fewer than are wanted is a failure."""
-    arm, fewest = min(((name, len(pool)) for name, pool in candidates.items()), key=lambda each: each[1])
+    arm, fewest = min(((name, _fewest(pools)) for name, pools in candidates.items()), key=lambda each: each[1])
     if wanted is None or wanted <= fewest:
         return wanted or fewest
     raise dg.Failure(
@@ -151,6 +180,10 @@ def _common_size(transfer: Transfer, wanted: int | None, candidates: dict[str, p
         f" {transfer.folder / 'transfer.yaml'}: lower compare.pairs to at most {fewest}, or loosen the arm.",
         allow_retries=False,
     )
+
+
+def _fewest(pools: list[pl.DataFrame]) -> int:
+    return min(len(pool) for pool in pools)
 
 
 def _draw(pool: pl.DataFrame, size: int, seed: int) -> pl.DataFrame:
@@ -164,11 +197,13 @@ def _draw(pool: pl.DataFrame, size: int, seed: int) -> pl.DataFrame:
 
 @dataclass
 class _Measured:
-    """What the models of a comparison answered and scored: rows of ``comparison_answers`` and ``comparison_tasks``."""
+    """What the models of a comparison answered and scored: rows of ``comparison_answers`` and ``comparison_tasks``, and
+    by target, run by run, the perplexity of general text as a multiple of the base's."""
 
     current: Step
     answers: Rows = field(default_factory=list)
     tasks: Rows = field(default_factory=list)
+    general: dict[str, list[float | None]] = field(default_factory=dict)
 
     def add(
         self,
@@ -181,7 +216,10 @@ class _Measured:
         format: PromptFormat | None = None,
     ) -> None:
         """A model's answers to the held-out file and, with a harness, its scores on standard tasks. Without a format it
-        is asked as the target is."""
+        is a target."""
+        if format is None:
+            of_base = sampled_perplexity(self.current, engine, "base")
+            self.general.setdefault(arm, []).append(sampled_perplexity(self.current, engine, side) / of_base)
         own, format = {"arm": arm, "seed": seed}, format or self.current.transfer.config.target_format
         self.answers += [{**own, **row} for row in answer_heldout(self.current, engine, side, label or arm, format)]
         model = "target_base" if side == "base" else "target_distilled"
@@ -223,14 +261,14 @@ def _diversity(
     }
 
 
-def _row(name: str, correct: Correct, candidates: dict[str, pl.DataFrame], datasets: Datasets) -> dict[str, Any]:
+def _row(name: str, correct: Correct, candidates: Datasets, datasets: Datasets) -> dict[str, Any]:
     """A row of ``comparison``, without the columns `DIVERSITY` and those of `compared`."""
     row = {"arm": name, "runs": len(correct), "by_run": [float(run.mean()) for run in correct]}
     if name not in datasets:
         return row
     drawn, random = ([set(pairs["prompt_id"]) for pairs in datasets[arm]] for arm in (name, "random"))
     shared = [len(a & b) / len(a) for a, b in zip(drawn, random, strict=True)]
-    counts = {"candidates": len(candidates[name]), "pairs": len(datasets[name][0])}
+    counts = {"candidates": _fewest(candidates[name]), "pairs": len(datasets[name][0])}
     return {**row, **counts, "shared_with_random": sum(shared) / len(shared)}
 
 

@@ -82,14 +82,14 @@ def _kept_pairs(current: Step) -> pl.DataFrame:
             f"filtered_dataset has no {', '.join(missing)}: materialize these rounds first, then distilled_model.",
             allow_retries=False,
         )
-    pairs = current.read(_PAIRS, [current.transfer.round_keys[-1]])
+    pairs = current.read(KEPT_PAIRS, [current.transfer.round_keys[-1]])
     if pairs.is_empty():
         raise dg.Failure("filtered_dataset is empty in every round: there is nothing to train on.")
     return pairs
 
 
 # A round that was grown anew knows nothing of the ones after it, so a prompt may stand in two until they are, too.
-_PAIRS = """
+KEPT_PAIRS = """
     SELECT prompt_id, round, prompt, response FROM filtered_dataset WHERE round <= ?
     QUALIFY row_number() OVER (PARTITION BY prompt_id ORDER BY round) = 1 ORDER BY round, prompt_id
 """

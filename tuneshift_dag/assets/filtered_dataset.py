@@ -126,7 +126,7 @@ def judge(connection: Any, transfer: Transfer, round_: str) -> str:
 
     All of it happens inside DuckDB, and no text passes through Python. The version is a hash of the kept prompts and
     responses, whatever the rule and threshold that kept them. The rows that were there stay when no pair is kept up to
-    this round, or pairs were scored without the samples that are wanted now: then it fails.
+    this round: then it fails.
     """
     connection.execute(
         f"CREATE OR REPLACE TEMP TABLE judged AS SELECT * FROM ({verdicts(transfer)}) WHERE round = $round",
@@ -144,12 +144,6 @@ def judge(connection: Any, transfer: Transfer, round_: str) -> str:
     ).fetchone()[0]
     reasons = dict(connection.execute("SELECT reason, count(*) FROM judged GROUP BY reason ORDER BY reason").fetchall())
     connection.execute("DROP TABLE judged")
-    if "no_samples" in reasons:
-        raise dg.Failure(
-            f"{reasons['no_samples']} pairs of {round_} were scored before response.samples was set: materialize"
-            " scored_pairs of this round first, which adds what is missing and computes nothing else again.",
-            allow_retries=False,
-        )
     if connection.execute("SELECT count(*) FROM filtered_dataset WHERE round <= ?", [round_]).fetchone() == (0,):
         before = "SELECT reason, count(*) FROM rejected_prompts GROUP BY reason ORDER BY 2 DESC"
         dropped = dict(connection.execute(before).fetchall())
@@ -169,7 +163,6 @@ def _nothing_kept(transfer: Transfer, round_: str, reasons: dict[str, int], drop
         "base_already_confident": f"lower filter.threshold (now {config.filter.threshold:g})",
         "below_threshold": f"lower filter.threshold (now {config.filter.threshold:g})",
         "repetitive_response": f"raise filter.max_repetition (now {config.filter.max_repetition:g})",
-        "samples_disagree": f"lower response.agreement (now {config.response.agreement:g})",
         "overlong": _longer_prompts(transfer),
         "duplicate": f"raise generator.temperature (now {config.generator.temperature:g}): it repeats itself",
         "near_duplicate": f"raise generator.near_duplicate (now {config.generator.near_duplicate:g})",

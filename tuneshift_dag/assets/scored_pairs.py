@@ -1,7 +1,6 @@
 """``scored_pairs``: both source models answer every prompt; four perplexities per pair."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,6 +10,7 @@ import polars as pl
 from tuneshift_dag.assets.common import Context, Step, definition, example_rows, step
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.method import Decoding, Pair, Response, Scorer, perplexity, scoring
+from tuneshift_dag.models import encoder
 from tuneshift_dag.models.memory import trim
 from tuneshift_dag.resources import EngineResource, StoreResource
 from tuneshift_dag.store import Spool, in_chunks
@@ -29,9 +29,6 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
         Each pair gets four perplexities: each model on its own response and on the other's (unless
         `engine.cross_scores` is off). The local engine keeps one 4-bit base model, with the adapter switched on or
         off; a server has the models under two names.
-
-        With `response.samples`, the fine-tuned model also samples that many responses to each prompt, and the pair
-        gets the share of them that agrees with its greedy one.
         """
         with (
             store.store().spool(SCORED_PAIRS) as rows,
@@ -42,11 +39,9 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
                 current.spool_keys()
                 trim()
             current.write([(SCORED_PAIRS, rows)], content_version(rows))
-            agreements = [value for chunk in rows for value in chunk["agreement"].drop_nulls()]
             truncated = sum(int((chunk["fine_tuned_finish"] == "length").sum()) for chunk in rows)
             figures = {
                 "examples": example_rows(next(iter(rows), SCORED_PAIRS.empty()), EXAMPLE_COLUMNS),
-                "mean_agreement": sum(agreements) / len(rows) if agreements else None,
                 "truncated_fine_tuned_responses": truncated,
             }
             return current.result(len(rows), figures, _check_finite(rows))
@@ -56,41 +51,40 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
 
 def _score_round(current: Step, engine: Scorer) -> Iterator[pl.DataFrame]:
     """Rows of a round in order of their prompt_id, chunk by chunk: memory doesn't grow with the prompts."""
-    transfer, settings = current.transfer, current.transfer.config.response
+    transfer = current.transfer
+    decoding = Decoding(transfer.config.response.max_new_tokens, stops=transfer.stops)
     total = current.read("SELECT count(*) FROM synthetic_prompts WHERE round = ?", [current.round]).item()
     if not total:
         return
-    pairs_progress = scoring.chunk_progress(current.progress("pairs scored"), total)
-    if settings.samples:
-        samples_progress = scoring.chunk_progress(current.progress("responses sampled"), total * settings.samples)
+    similarity = _seed_similarity(current)
+    progress = scoring.chunk_progress(current.progress("pairs scored"), total)
 
     def score(prompts: pl.DataFrame) -> pl.DataFrame:
         ids = [engine.prompt_ids(prompt, transfer.config.source_format) for prompt in prompts["prompt"]]
-        decoding = Decoding(settings.max_new_tokens, stops=transfer.stops)
-        pairs = scoring.score_pairs(engine, current.cache, ids, decoding, current.cost, pairs_progress(len(ids)))
-        agreements: Sequence[float | None] = [None] * len(pairs)
-        if settings.samples:
-            agreements = scoring.agreements(
-                engine,
-                current.cache,
-                ids,
-                [pair.fine_tuned.text for pair in pairs],
-                settings.samples,
-                replace(decoding, temperature=settings.temperature, top_p=settings.top_p),
-                transfer.config.seed,
-                transfer.config.evaluation.metric,
-                current.cost,
-                samples_progress(len(ids) * settings.samples),
-            )
+        pairs = scoring.score_pairs(engine, current.cache, ids, decoding, current.cost, progress(len(ids)))
+        similar = similarity(prompts["prompt"].to_list())
         return SCORED_PAIRS.frame(
             [
-                {**prompt, **pair_row(pair), "round": current.round, "agreement": agreement}
-                for prompt, pair, agreement in zip(prompts.iter_rows(named=True), pairs, agreements, strict=True)
+                {**prompt, **pair_row(pair), "round": current.round, "seed_similarity": value}
+                for prompt, pair, value in zip(prompts.iter_rows(named=True), pairs, similar, strict=True)
             ]
         )
 
     with engine.session():
         yield from map(score, _prompt_chunks(current, engine.chunk_size))
+
+
+def _seed_similarity(current: Step) -> Callable[[Sequence[str]], Sequence[float | None]]:
+    """Of prompts, the highest cosine similarity of each to a seed; None where no rule asks for it."""
+    if "seed_similarity" not in current.transfer.config.rules:
+        return lambda prompts: [None] * len(prompts)
+    seeds = encoder.embed(current.transfer.seeds)
+
+    def similarity(prompts: Sequence[str]) -> list[float]:
+        with current.cost.model_time():
+            return [float(value) for value in (encoder.embed(prompts) @ seeds.T).max(axis=1)]
+
+    return similarity
 
 
 def _prompt_chunks(current: Step, size: int) -> Iterator[pl.DataFrame]:

@@ -253,7 +253,7 @@ def comparison(found: list[dict[str, Any]]) -> None:
         table.add_row(row["arm"], *counts, "-" if shared is None else f"{shared:.0%}", cell(row, "value"), *differences)
     out.print(table)
     varied = summary.diversity(found)
-    rows("Diversity of the training pairs", varied)
+    rows("Diversity of the training pairs, and general text (times the base's perplexity)", varied)
     if varied and "similarity" not in varied[0]:
         err.print("Without similarity: the sentence encoder isn't installed (the extra `encoder`).", soft_wrap=True)
     tasks = summary.arm_tasks(found)

@@ -1,14 +1,16 @@
 """A transfer: its settings and examples, read and checked (``files.py``), and what makes its assets out of date
 (``versions.py``). The keys of ``transfer.yaml`` are in ``schema.py`` and ``schema_models.py``."""
 
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tuneshift_dag.config.schema import TransferConfig
+from tuneshift_dag.config.schema import Arm, TransferConfig
 from tuneshift_dag.method.asking import Format
 from tuneshift_dag.method.evaluation import next_question
-from tuneshift_dag.method.filters import Guards
+from tuneshift_dag.method.filters import RANKING_RULES, Guards
 from tuneshift_dag.models.references import Fingerprint
 
 
@@ -21,6 +23,7 @@ class Transfer:
         seeds: the prompts of ``seeds.jsonl``.
         heldout: (prompt, response) pairs of ``heldout.jsonl``; may be empty.
         labelled: pairs of ``compare.labelled``; may be empty.
+        loop: names the arm of a comparison whose rounds these are; see `loops`.
         fingerprints: of the models and the adapter, by key of ``transfer.yaml`` such as ``"source.base"``, as they
             were when the folder was read. A generator on a server of others has none.
     """
@@ -31,10 +34,11 @@ class Transfer:
     heldout: list[tuple[str, str]]
     labelled: Sequence[tuple[str, str]] = ()
     fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
+    loop: str = ""
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return f"{self.folder.name}__{self.loop}" if self.loop else self.folder.name
 
     @property
     def round_keys(self) -> list[str]:
@@ -43,13 +47,12 @@ class Transfer:
 
     @property
     def guards(self) -> Guards:
-        settings, response = self.config.filter, self.config.response
-        agreement = response.agreement if response.samples else None
-        return Guards(settings.allow_truncated, settings.max_repetition, settings.refusals, agreement)
+        settings = self.config.filter
+        return Guards(settings.allow_truncated, settings.max_repetition, settings.refusals)
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts that end a response beside a model's end token, for scoring, sampling and evaluation alike: those of
+        """Texts that end a response beside a model's end token, for scoring and evaluation alike: those of
         ``response.stop``, and where numbers are compared the next question that a model asks itself."""
         template = self.config.source_format.template
         asked = next_question(template) if template and self.config.evaluation.metric == "numeric" else ""
@@ -89,6 +92,22 @@ class Transfer:
         """The same transfer with another seed and number of epochs, for an arm of a comparison."""
         distill = self.config.distill.model_copy(update={"epochs": epochs})
         return replace(self, config=self.config.model_copy(update={"seed": seed, "distill": distill}))
+
+    @property
+    def loops(self) -> "dict[tuple[str, int], Transfer]":
+        """With `compare.loop` the rounds of every arm and seed, as a transfer with a name, and so tables, of its own.
+        They have no target size: all arms have as many generator calls, however much they keep."""
+        compare = self.config.compare
+        seeds = range(compare.seeds) if compare and compare.loop else ()
+        return {(arm.name, number): self._looped(arm, number) for number in seeds for arm in self.config.arms}
+
+    def _looped(self, arm: Arm, number: int) -> "Transfer":
+        settings = self.config.filter
+        without = {**dict.fromkeys(RANKING_RULES, 0.5), settings.rule: settings.threshold, "random": 1, "unfiltered": 1}
+        own = settings.model_copy(update={"rule": arm.rule, "threshold": arm.threshold or without[arm.rule]})
+        changes = {"filter": own, "seed": self.config.seed + number, "compare": None, "target_pairs": sys.maxsize}
+        name = f"{re.sub(r'[^A-Za-z0-9]', '_', arm.name)}_{number}"
+        return replace(self, config=self.config.model_copy(update=changes), loop=name)
 
     def with_one_step(self) -> "Transfer":
         """The same transfer with a training of a few pairs in one step and one process."""

@@ -43,7 +43,10 @@ _TAKEN_OUT = {
     "filter.discriminator": "it learned hardly more than how the seeds are written",
     "distill.prompt_weight": "distill.retain keeps more of what the target knew, at no less skill",
     "distill.token_mask": "models trained with it were right half as often",
+    "response.samples": "a lower filter.threshold does as well for nothing, so lower that instead",
 }
+# What went with another key, which is named once for all.
+_WENT_WITH = dict.fromkeys(("response.agreement", "response.temperature", "response.top_p"), "response.samples")
 
 
 def load_transfer(folder: Path) -> Transfer:
@@ -223,7 +226,8 @@ def _read_config(file: Path) -> TransferConfig:
     try:
         return TransferConfig.model_validate(data)
     except ValidationError as error:
-        raise TuneshiftError("\n".join(_explain(file, problem) for problem in error.errors())) from error
+        said = dict.fromkeys(_explain(file, problem) for problem in error.errors())
+        raise TuneshiftError("\n".join(said)) from error
 
 
 def _explain(file: Path, problem: Any) -> str:
@@ -232,7 +236,7 @@ def _explain(file: Path, problem: Any) -> str:
     # Somebody may have put an API key here.
     hidden = "key" in last or "--api-key" in problem["msg"]
     found = "a value that isn't shown" if hidden else short(problem["input"])
-    what = f"{key} {found}" if last == "rule" else key
+    what = f"{key} {found}" if last == "rule" else _WENT_WITH.get(key, key)
     if why := _TAKEN_OUT.get("ifd" if what.endswith(" 'ifd'") else what):
         return f"{file}: {what} was taken out, because {why} (docs/experiments.md); remove it."
     if problem["type"] == "extra_forbidden":

@@ -14,9 +14,6 @@ from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.method.evaluation import Metric
 from tuneshift_dag.method.filters import KEEP_RULES, Rule
 
-# Settings of `response.samples`, which don't change the greedy responses.
-SAMPLES = {"samples", "temperature", "top_p", "agreement"}
-
 
 class Source(Section):
     """Model A: the base model, and what holds the skill: an adapter for it, or a whole fine-tuned model."""
@@ -61,17 +58,7 @@ class Response(Section):
     max_new_tokens: int = Field(64, ge=1, description="Longest response, in tokens; longer ones are truncated.")
     stop: tuple[str, ...] = Field((), exclude_if=lambda value: not value)
     """Texts before the first of which a response ends, beside the model's end tokens, such as `["\\nQuestion:"]`: for
-    scoring, sampling and evaluation."""
-    samples: int = Field(0, ge=0, le=100)
-    """Self-consistency (Wang et al., arXiv 2203.11171): also sample this many fine-tuned responses to each prompt, and
-    drop the pair when too few agree with the greedy one. 0 is off; 5 or more make sense."""
-    temperature: float = Field(0.7, gt=0, le=5)
-    """Sampling temperature of `samples` (Wang et al.: 0.5 to 0.7)."""
-    top_p: Probability = Field(1.0, description="`samples` are drawn within this probability mass.")
-    agreement: Probability = 0.5
-    """Least share of `samples` whose answer is that of the greedy response, outer white space aside; with
-    `evaluation.metric: numeric`, whose number is. From 0.5 on, the kept response is the majority's. A change runs the
-    filter again, and no model."""
+    scoring and evaluation."""
 
     @field_validator("stop")
     @classmethod
@@ -79,13 +66,6 @@ class Response(Section):
         if not all(value):
             raise ValueError("holds an empty text, before which every response ends; remove it")
         return value
-
-    @model_validator(mode="after")
-    def _has_samples(self) -> "Response":
-        idle = sorted(self.model_fields_set & (SAMPLES - {"samples"}))
-        if not self.samples and idle:
-            raise ValueError(f"{' and '.join(idle)} without samples has no meaning; add samples: 5, or remove it")
-        return self
 
 
 class Filter(Section):
@@ -95,13 +75,14 @@ class Filter(Section):
     """`both`: PPL_f(y_f) < threshold < PPL_b(y_b). `difference`: PPL_b(y_b) - PPL_f(y_f) > threshold. `ratio`:
     PPL_b(y_b) / PPL_f(y_f) > threshold. `cross_ratio`: PPL_b(y_f) / PPL_f(y_f) > threshold. `top_excess`: the pairs
     with the largest mean of log p_f - log p_b over the tokens of y_f (TiTok, arXiv 2510.04682). `balanced_confidence`:
-    the pair with the lowest PPL_f(y_f) of every distinct response, then the second of each, and so on. `random`: a draw
-    by hash from the pairs that pass the guards. `unfiltered`: every pair with a response, the guards off too."""
+    the pair with the lowest PPL_f(y_f) of every distinct response, then the second of each, and so on.
+    `seed_similarity`: the pairs whose prompts are most like a seed, by meaning (needs the extra `encoder`). `random`: a
+    draw by hash from the pairs that pass the guards. `unfiltered`: every pair with a response, the guards off too."""
     threshold: float = Field(1.5, gt=0)
-    """The cut of the first four rules (paper: 1.5, for its only rule). Of `top_excess`, `balanced_confidence` and
-    `random`, which have no default, how much is kept, and `keep` is another spelling: up to 1, the share of each
-    round's pairs that pass the guards (TiTok: 0.5); above 1, the number of pairs in all rounds, of which every round
-    has an equal quota, since its kept pairs seed the next round before that one exists."""
+    """The cut of the first four rules (paper: 1.5, for its only rule). Of `top_excess`, `balanced_confidence`,
+    `seed_similarity` and `random`, which have no default, how much is kept, and `keep` is another spelling: up
+    to 1, the share of each round's pairs that pass the guards (TiTok: 0.5); above 1, the number of pairs in all rounds,
+    of which every round has an equal quota, since its kept pairs seed the next round before that one exists."""
     allow_truncated: bool = False
     """Keep pairs whose fine-tuned response was cut off by `response.max_new_tokens`."""
     max_repetition: Probability = 0.5
@@ -232,15 +213,20 @@ class Arm(Section):
 
 
 class Compare(Section):
-    """``tuneshift compare``: models trained on what rival filters keep of the same scored pairs."""
+    """``tuneshift compare``: models trained on what rival filters keep."""
 
     arms: tuple[Arm, ...] = ()
     """The filters beside `random` and `unfiltered`: a rule's name, or `{rule: ratio, threshold: 2}`. A rule without a
     threshold takes that of `filter`. Without arms, the rule of `filter`."""
+    loop: bool = Field(False, exclude_if=lambda value: value is False)
+    """Without it all arms choose from the scored pairs of `tuneshift run`. With it each arm first runs rounds of its
+    own from the same seeds, with as many generator calls, and what it keeps seeds its next round. `random` then keeps
+    all that pass the guards; rules that rank keep their threshold, by default half."""
     pairs: int | None = Field(None, ge=2)
     """Training pairs of every arm; by default as many as the arm with the fewest has."""
     seeds: int = Field(3, ge=2)
-    """Trainings of every arm, each with a seed and a draw of pairs of its own; use 3 or more."""
+    """Trainings of every arm, each with a seed and a draw of pairs of its own, and with `loop` rounds of its own; use 3
+    or more."""
     epochs: int | None = Field(None, ge=1, description="Passes over the pairs; by default `distill.epochs`.")
     labelled: str | None = None
     """A file like heldout.jsonl, with other prompts (a path relative to this folder): the arm `oracle`, what real data
@@ -332,12 +318,12 @@ class TransferConfig(Section):
         for arm in self.compare.arms if self.compare else ():
             if arm.rule in ("random", "unfiltered"):
                 raise ValueError(f"compare.arms: {arm.name!r} is always part of a comparison; remove it")
-            if arm.rule in KEEP_RULES:
+            if arm.rule in KEEP_RULES and not (self.compare and self.compare.loop):
                 if arm.threshold is not None:
                     raise ValueError(f"compare.arms: {arm.rule!r} takes compare.pairs and no threshold; remove it")
             elif arm.threshold is not None:
                 check_threshold(arm.rule, arm.threshold)
-            elif arm.rule != self.filter.rule:
+            elif arm.rule not in (*KEEP_RULES, self.filter.rule):
                 raise ValueError(
                     f"compare.arms: {arm.rule!r} needs a threshold, since filter.rule is {self.filter.rule!r}: write"
                     f" {{rule: {arm.rule}, threshold: ...}} (`tuneshift sweep` shows what a threshold keeps)"
@@ -372,6 +358,11 @@ class TransferConfig(Section):
     def generator_quantization(self) -> str:
         """What a generator in this process is quantized to: its own setting, or that of ``models``."""
         return self.generator.quantization or self.models.quantization
+
+    @property
+    def rules(self) -> set[Rule]:
+        """Those of ``filter`` and of the filters to compare."""
+        return {self.filter.rule, *(arm.rule for arm in self.arms)}
 
     @property
     def arms(self) -> tuple[Arm, ...]:

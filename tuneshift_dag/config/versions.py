@@ -13,7 +13,7 @@ from operator import getitem
 from typing import Any, Literal, NamedTuple
 
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.config.schema import SAMPLES, TransferConfig
+from tuneshift_dag.config.schema import TransferConfig
 from tuneshift_dag.config.schema_models import Models, Vllm
 from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.method.evaluation import general_texts
@@ -49,7 +49,7 @@ _COMPARED = ("heldout", "labelled", "tasks", "encoder")
 
 class _Uses(NamedTuple):
     sections: tuple[str, ...]
-    """Dotted keys of ``transfer.yaml``; `samples` is what makes other samples, or compares them otherwise."""
+    """Dotted keys of ``transfer.yaml``; `seed_similarity` is what that column depends on."""
     others: tuple[str, ...] = ()
     """What it reads beside: see `_read`."""
     code: int = 1
@@ -59,14 +59,14 @@ class _Uses(NamedTuple):
 _USES = {
     "seed_set": _Uses(("generator", "seed", "response", *_SOURCE), ("seeds",), code=3),
     "synthetic_prompts": _Uses(("generator", "models", "seed"), ("heldout",), code=2),
-    "scored_pairs": _Uses(("response", "samples", *_SOURCE)),
+    "scored_pairs": _Uses(("response", "seed_similarity", *_SOURCE)),
     "filtered_dataset": _Uses(("filter", "target_pairs", "seed", *_DRAWS), code=3),
     "threshold_report": _Uses(("filter",)),
     "rehearsal_set": _Uses(("target.base", "models", "seed")),
     "distilled_model": _Uses(_TRAINING),
     "evaluation": _Uses(("evaluation", "target", *_SOURCE), ("heldout", "tasks", "general_text", "checked"), code=2),
     "diversity_map": _Uses((), ("encoder",), code=2),
-    "comparison": _Uses(("compare", "filter", "evaluation", "models", "source", *_TRAINING), _COMPARED, code=2),
+    "comparison": _Uses(("compare", "filter", "evaluation", "models", "source", *_TRAINING), _COMPARED, code=3),
 }
 
 # Where a server is and how it is asked doesn't change what it answers, nor does where a model lies or who trains it.
@@ -76,16 +76,16 @@ _WITHOUT_EFFECT: Any = {
     "engine": {"server": _HOW_TO_ASK, "ray": True, "vllm": True},
     "generator": {"server": _HOW_TO_ASK | _HOW_TO_SERVE},
     "models": {"device_map", "workers"},
-    # Nor do samples change the greedy responses.
-    "response": SAMPLES,
     "distill": {"processes", "keep"},
     "evaluation": {"keeps_skill", "keeps_general_text", "allow_code"},
 }
 
 
 def inputs_of(transfer: Transfer, asset: str) -> tuple[tuple[str, Rounds], ...]:
-    """`INPUTS` of an asset, as far as this transfer has them."""
-    return tuple(source for source in INPUTS[asset] if transfer.rehearses or source[0] != "rehearsal_set")
+    """`INPUTS` of an asset, as far as this transfer has them. (Those of its `loops` are other transfers'.)"""
+    absent = {"scored_pairs"} if asset == "comparison" and transfer.loops else set()
+    absent |= set() if transfer.rehearses else {"rehearsal_set"}
+    return tuple(source for source in INPUTS[asset] if source[0] not in absent)
 
 
 def code_version(transfer: Transfer, asset: str) -> str:
@@ -184,14 +184,9 @@ def _settings(transfer: Transfer) -> dict[str, Any]:
     dump["prompt_template"] = source
     if target != source:
         dump["target"]["prompt"] = target
-    response = config.response
     if transfer.stops:
         dump["response"]["stop"] = dump["evaluation"]["stop"] = list(transfer.stops)
-    dump["samples"] = None
-    if response.samples:
-        how = (response.samples, response.temperature, response.top_p)
-        dump["samples"] = [*how, config.evaluation.metric, config.seed]
-        dump["filter"]["agreement"] = response.agreement  # it decides what is kept
+    dump["seed_similarity"] = transfer.seeds if "seed_similarity" in config.rules else None
     if config.filter.rule in KEEP_RULES and config.filter.threshold > 1:
         dump["filter"]["rounds"] = config.rounds  # which share the number
     return dump

@@ -3,7 +3,8 @@
 The filter is SQL over the scored pairs, so that a new rule or threshold replays in the database without a model.
 TuneShift-KD (arXiv 2603.24518) §3 publishes one threshold (1.5) and leaves open whether it is one of each perplexity,
 of their difference or of their ratio; the first reading is the default. Its rivals are here too: the mean token excess
-of TiTok (arXiv 2510.04682), the most confident pairs of every response, a random draw, and no filter at all."""
+of TiTok (arXiv 2510.04682), the most confident pairs of every response, the prompts most like the seeds, a random draw,
+and no filter at all."""
 
 import re
 from dataclasses import dataclass
@@ -12,11 +13,19 @@ from typing import Literal, get_args
 from tuneshift_dag.method.prompting import UNSPACED
 
 Rule = Literal[
-    "both", "difference", "ratio", "cross_ratio", "top_excess", "balanced_confidence", "random", "unfiltered"
+    "both",
+    "difference",
+    "ratio",
+    "cross_ratio",
+    "top_excess",
+    "balanced_confidence",
+    "seed_similarity",
+    "random",
+    "unfiltered",
 ]
 RULES: tuple[Rule, ...] = get_args(Rule)
 # The threshold of these is a share or number of the pairs that they keep, and nothing that a pair passes.
-RANKING_RULES: tuple[Rule, ...] = ("top_excess", "balanced_confidence")
+RANKING_RULES: tuple[Rule, ...] = ("top_excess", "balanced_confidence", "seed_similarity")
 KEEP_RULES: tuple[Rule, ...] = (*RANKING_RULES, "random")
 
 # By how much a pair passes. Of a rule with a threshold {t}, what is above 0 is kept.
@@ -29,25 +38,23 @@ MARGIN: dict[Rule, str] = {
     "top_excess": "ln(ppl_base_cross / ppl_fine_tuned)",
     # The most confident pair of every response comes first, then the second of each; 1 / PPL orders those between.
     "balanced_confidence": "1 / ppl_fine_tuned - place_in_response",
+    "seed_similarity": "seed_similarity",
     "random": "NULL::DOUBLE",
     "unfiltered": "NULL::DOUBLE",
 }
 # The reasons that no rule decides: they hold at every threshold.
-GUARD_REASONS = ("empty_response", "truncated_response", "repetitive_response", "refused_response", "no_perplexity",
-    "no_samples", "samples_disagree")  # fmt: skip
+GUARD_REASONS = ("empty_response", "truncated_response", "repetitive_response", "refused_response", "no_perplexity")
 # Shorter responses aren't searched for repetition: "100000" is no loop.
 _FEWEST_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Guards:
-    """What makes a response unfit for training, whatever the rule. ``refusals`` are matched in any case;
-    ``agreement`` is the least share of samples that agree with it, None without samples."""
+    """What makes a response unfit for training, whatever the rule. ``refusals`` are matched in any case."""
 
     allow_truncated: bool = False
     max_repetition: float = 0.5
     refusals: tuple[str, ...] = ()
-    agreement: float | None = None
 
 
 def verdict_sql(
@@ -110,8 +117,8 @@ def _flaws(rule: Rule, guards: Guards) -> str:
         return flaws[0]
     if not guards.allow_truncated:
         flaws.append("WHEN fine_tuned_finish = 'length' THEN 'truncated_response'")
-    # A pair without the perplexities that the rule reads can't be judged.
-    finite = [f"isfinite({column})" for column in sorted(set(re.findall(r"ppl_\w+", MARGIN[rule])))]
+    # A pair without the scores that the rule reads can't be judged.
+    finite = [f"isfinite({column})" for column in sorted(set(re.findall(r"ppl_\w+|seed_\w+", MARGIN[rule])))]
     if finite:
         flaws.append(f"WHEN NOT coalesce({' AND '.join(finite)}, FALSE) THEN 'no_perplexity'")
     if guards.refusals:
@@ -124,9 +131,6 @@ def _flaws(rule: Rule, guards: Guards) -> str:
         repetition = repetition_sql("fine_tuned_response", guards.max_repetition)
         repeats = f"fine_tuned_tokens >= {_FEWEST_TOKENS} AND {repetition} > {guards.max_repetition}"
         flaws.append(f"WHEN {repeats} THEN 'repetitive_response'")
-    if guards.agreement is not None:
-        disagrees = f"WHEN agreement < {guards.agreement} THEN 'samples_disagree'"
-        flaws.append(f"WHEN agreement IS NULL THEN 'no_samples' {disagrees}")
     return " ".join(flaws)
 
 

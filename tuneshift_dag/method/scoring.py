@@ -1,20 +1,14 @@
-"""Step 2 of the method: both source models answer every prompt, and each scores the other's answer.
-
-A low perplexity says that a model is sure, not that it is right. Wang et al. (arXiv 2203.11171) sample several
-responses and find that the larger a majority, the more often it is right. Here the greedy response, whose perplexities
-are known, is what is trained on, and is dropped when too few samples of the fine-tuned model agree."""
+"""Step 2 of the method: both source models answer every prompt, and each scores the other's answer."""
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from typing import Protocol, TypeVar
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.method import SIDES, Decoding, Pair, Response, Scorer, Side, TextModel
-from tuneshift_dag.method.evaluation import Metric, flexible_number, strict_number
 
 T = TypeVar("T")
 OnProgress = Callable[[int, int], None]
@@ -230,42 +224,3 @@ def score_pairs(
     for i, pair in enumerate(pairs):
         cost.keys.update(cross_keys(i, pair.base, pair.fine_tuned))
     return pairs
-
-
-def agreements(
-    model: TextModel,
-    cache: Cache,
-    prompts: Sequence[list[int]],
-    greedy: Sequence[str],
-    count: int,
-    decoding: Decoding,
-    seed: int,
-    metric: Metric,
-    cost: Cost,
-    on_progress: OnProgress = lambda done, total: None,
-) -> list[float]:
-    """For every prompt (token ids), the share of ``count`` sampled fine-tuned responses that agree with ``greedy``.
-
-    Each sample is a cached response with a sampling seed of its own, which follows from ``seed`` and doesn't depend on
-    ``count``: more samples cost only the new ones."""
-    asked = [prompt for prompt in prompts for _ in range(count)]
-    digests = [sha256(f"{seed}|{number}|{prompt}".encode()) for prompt in prompts for number in range(count)]
-    seeds = [int.from_bytes(found.digest()[:6], "big") for found in digests]
-    responses = generate(model, cache, asked, "fine_tuned", decoding, cost, seeds, on_progress)
-    return [
-        agreement(metric, text, [response.text for response in responses[i * count : (i + 1) * count]])
-        for i, text in enumerate(greedy)
-    ]
-
-
-def agreement(metric: Metric, greedy: str, samples: Sequence[str]) -> float:
-    """Share of the samples whose answer is that of the greedy response; 0 when that gives no answer."""
-    answer = _answer(metric, greedy)
-    return sum(answer is not None and _answer(metric, sample) == answer for sample in samples) / len(samples)
-
-
-def _answer(metric: Metric, response: str) -> str | None:
-    """What is compared: the text without outer white space, or for ``numeric`` its number, None without one."""
-    if metric == "exact_match":
-        return response.strip()
-    return strict_number(response) or flexible_number(response)

@@ -62,12 +62,11 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
 
 
 def describe_filter(transfer: Transfer) -> str:
-    """For people: the rule, its threshold, and the samples that must agree."""
-    settings, response = transfer.config.filter, transfer.config.response
+    """For people: the rule and its threshold."""
+    settings = transfer.config.filter
     if settings.rule == "unfiltered":
         return "`unfiltered`"
-    agreeing = f"; at least {response.agreement:g} of {response.samples} samples agree" if response.samples else ""
-    return f"`{settings.rule}`, threshold {settings.threshold:g}{agreeing}"
+    return f"`{settings.rule}`, threshold {settings.threshold:g}"
 
 
 def escape_markdown(text: str) -> str:
@@ -149,8 +148,9 @@ def by_column(
 
 
 def diversity(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """For people: how varied the training pairs of each arm of a `comparison` were, without what wasn't measured."""
-    digits = {"distinct_responses": 0, "distinct_bigrams": 3, "repetition": 3, "similarity": 3}
+    """For people: how varied the training pairs of each arm of a `comparison` were, and what its models forgot, without
+    what wasn't measured."""
+    digits = {"distinct_responses": 0, "distinct_bigrams": 3, "repetition": 3, "similarity": 3, "general_text": 3}
     trained = [row for row in rows if row["pairs"] is not None]
     measured = [name for name in digits if all(row[name] is not None for row in trained)]
     return [{"arm": row["arm"], **{name: f"{row[name]:.{digits[name]}f}" for name in measured}} for row in trained]

@@ -300,8 +300,7 @@ class Speed:
 
 def recorded_speeds(store: Store, transfer: Transfer) -> list[Speed]:
     """Of each step with each engine and models the last run in which all was computed, by step, latest first."""
-    config = transfer.config
-    calls = (4 if config.engine.cross_scores else 2) + config.response.samples
+    calls = 4 if transfer.config.engine.cross_scores else 2
     found = store.read(_SPEEDS, {"calls": calls}, transfer.name).iter_rows(named=True)
     return sorted((Speed(**row) for row in found), key=lambda speed: STEPS.index(speed.step))
 

@@ -27,9 +27,9 @@ _VERDICTS = {
     **dict.fromkeys(("fine_tuned_not_confident", "below_threshold", "below_the_top", "not_drawn"), _DROPPED),
     "base_already_confident": "#ab7df8",
     "truncated_response": "#db61a2",
-    **dict.fromkeys(("repetitive_response", "samples_disagree"), "#4493f8"),
+    "repetitive_response": "#4493f8",
     **dict.fromkeys(("refused_response", "empty_response"), "#c69026"),
-    **dict.fromkeys(("no_perplexity", "no_samples"), _TEXT),
+    "no_perplexity": _TEXT,
 }
 # The rules with a threshold: what a share keeps is the share.
 _RULE_AXIS = {

@@ -53,6 +53,13 @@ def thresholds_of(
         if rule not in RULES:
             raise TuneshiftError(f"There is no rule {rule!r}: use {', '.join(RULES)}.")
     wanted = [rule for rule in RULES if rule in rules] or _rules_for(grid)
+    if "seed_similarity" not in transfer.config.rules:
+        if "seed_similarity" in rules:
+            raise TuneshiftError(
+                "How similar prompts are to the seeds isn't known: name seed_similarity in compare.arms of"
+                f" {transfer.folder / 'transfer.yaml'}, then `tuneshift run {transfer.name}`."
+            )
+        wanted = [rule for rule in wanted if rule != "seed_similarity"]
     for rule in wanted:
         _check(rule, grid)
     return {rule: sorted(set(grid)) or default_grid(store, transfer, rule) for rule in wanted}

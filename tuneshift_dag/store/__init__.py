@@ -334,7 +334,7 @@ def _limit_memory(connection: duckdb.DuckDBPyConnection, at_once: float = 0) -> 
 
 
 def _migrate(connection: duckdb.DuckDBPyConnection) -> None:
-    """To schema version 4: what is no longer declared goes, and the paths of adapters become relative."""
+    """To schema version 5: what is no longer declared goes, and the paths of adapters become relative."""
     # Tables and views of a transfer were made in the cache's schema too, by mistake.
     for view in TRANSFER_VIEWS:
         connection.execute(f"DROP VIEW IF EXISTS {CACHE}.{view.name}")
@@ -349,7 +349,7 @@ def _migrate(connection: duckdb.DuckDBPyConnection) -> None:
             connection.execute(f'ALTER TABLE "{schema}".copied RENAME TO {table}')
     transfers = connection.execute("SELECT schema_name FROM duckdb_tables() WHERE table_name = 'steps'").fetchall()
     for (schema,) in transfers:
-        for column in ("base_alone_logprob", "ppl_base_alone", "ppl_target", "discriminator_score"):
+        for column in ("base_alone_logprob", "ppl_base_alone", "agreement", "ppl_target", "discriminator_score"):
             connection.execute(f'ALTER TABLE "{schema}".scored_pairs DROP COLUMN IF EXISTS {column}')
         models = f"output/{schema}/models/"
         shorter = f'UPDATE "{schema}".distilled_models SET path = regexp_replace(path, ?, ?)'

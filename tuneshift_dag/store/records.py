@@ -68,11 +68,15 @@ class Records:
             "all": keys,
             "none": [None],
         }
-        return {
+        found = {
             place(name, one): self.version(name, one)
             for name, of in inputs_of(self.transfer, asset)
             for one in rounds[of]
         }
+        for loop in self.transfer.loops.values() if asset == "comparison" else ():
+            grown = Records(self.store, loop)
+            found |= {place(loop.name, one): grown.version("filtered_dataset", one) for one in keys}
+        return found
 
     def version(self, asset: str, round_: str | None = None) -> str:
         """The data version that there is; empty when nothing was made."""

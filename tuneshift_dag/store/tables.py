@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ scored_pairs (round, prompt_id): Both source models' responses to each prompt, l
     ppl_base DOUBLE: PPL_b(y_b).
     ppl_base_cross DOUBLE: PPL_b(y_f).
     ppl_fine_tuned_cross DOUBLE: PPL_f(y_b).
-    agreement DOUBLE: Share of `response.samples` whose answer is that of y_f; NULL without samples.
+    seed_similarity DOUBLE: Highest cosine similarity of the prompt to a seed (MiniLM); NULL when no rule asks for it.
 filtered_dataset: Pairs that the filter keeps: the distillation dataset.
     round, prompt_id, prompt
     response VARCHAR: The fine-tuned response, as generated (leading space included).
@@ -239,13 +239,14 @@ task_scores (key, task, metric, filter): What lm-evaluation-harness measured, fo
 comparison (arm): Rival filters: held-out accuracy of models trained on equally many pairs of each.
     arm VARCHAR: A filter, random, unfiltered or oracle; or target_base, source_fine_tuned.
     runs INTEGER: Trainings, each with its own seed and draw of pairs; 1 for a model.
-    candidates INTEGER: Pairs that the arm could draw from.
+    candidates INTEGER: Pairs that the arm could draw from; with `compare.loop` in the run with the fewest.
     pairs INTEGER: Training pairs of each run.
     shared_with_random DOUBLE: Share of its pairs that random trained on too, mean over runs.
     distinct_responses DOUBLE: Different responses among its pairs, mean over runs.
     distinct_bigrams DOUBLE: Different bigrams over all bigrams of its prompts, mean over runs.
     repetition DOUBLE: Share of a prompt's word 4-grams that repeat in it, mean over its prompts.
     similarity DOUBLE: Mean cosine similarity of its prompts, mean over runs; NULL without the encoder.
+    general_text DOUBLE: Perplexity of general text as a multiple of target_base's, mean over runs; NULL for the source.
     by_run DOUBLE[]: Accuracy of each run.
     value DOUBLE: Accuracy, mean over runs.
     low DOUBLE: Lower end of its 95 % interval, for new runs and new prompts.

@@ -1,0 +1,331 @@
+"""Writes ``docs/evidence.md`` and its pictures from a store of its own, which it fills first where it must.
+
+    python -m benchmarks.evidence [--home .tuneshift/evidence] [--no-loop]
+
+What was scored stays in the store: a killed run goes on where it was, and a second one takes seconds and writes the
+same page. Sentences that say what came out are written from the figures.
+"""
+
+import argparse
+import io
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from matplotlib.figure import Figure
+
+from benchmarks import closed_loop, off_skill, skill_pools
+from tuneshift_dag.config import Transfer
+from tuneshift_dag.home import database_file
+from tuneshift_dag.reports import escape_markdown, plots
+from tuneshift_dag.store import Store
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "evidence.md"
+IMAGES = PAGE.with_name("images")
+BAR = 0.9
+"""AUC that the best rule is to reach in the pool with as many prompts off the skill as in it."""
+EXAMPLES = 5
+Pools = list[dict[str, Any]]
+
+HEAD = """# Evidence: where the filter matters
+
+Written by `python -m benchmarks.evidence` from a store of its own (`--home`, by default `.tuneshift/evidence`), which
+it fills first; a killed one goes on. Nothing here is edited by hand. What was tried on the way is in
+[experiments.md](experiments.md).
+
+The claim of the paper, taken apart: (a) among mixed prompts the filter picks those that carry the skill; (b) it steers
+the loop, since what is kept seeds the next round. The end says what is missing.
+"""
+
+NOT_RUN = """## What was not run
+
+- Step one on a pool that the generator drifted into by itself: the pools above are written by rule.
+{loop}
+- Step three, the open loop on the pools of step two.
+- One source adapter: one training seed of one skill. The intervals are for new prompts, not for new adapters.
+- The defaults of `tuneshift new` by kind of task, GSM8K, and training on the source's token distributions.
+- Nothing here was run on a GPU or on a model above 135 million parameters.
+"""
+
+
+NOT_GROWN = """- Step two, the closed loop: `compare.loop` is tested with fake models alone. Nothing here says
+  that the filter makes a better target."""
+NOT_TRAINED = """- The targets of step two: no model was trained on its rounds, so nothing here says that the filter
+  makes a better target. It is on one transfer; `banking_intents` wasn't looped."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--home", type=Path, default=ROOT / ".tuneshift" / "evidence", help="Folder of the store.")
+    parser.add_argument("--no-loop", action="store_true", help="Grow no rounds: leave step two as it is.")
+    arguments = parser.parse_args()
+    home = arguments.home.resolve()
+    os.environ["TUNESHIFT_HOME"] = str(home)
+    store = Store(database_file())
+    transfers = {tokens: skill_pools.make_transfer(home / "transfers", tokens) for tokens in skill_pools.LENGTHS}
+    for transfer in transfers.values():
+        skill_pools.score(store, transfer)
+    loop = closed_loop.make_transfer(home / "transfers")
+    if not arguments.no_loop:
+        closed_loop.grow(loop)
+    found = closed_loop.drift(store, loop)
+    grown = len(found) == len(loop.loops) * loop.config.rounds
+    second = [step_two(loop, found)] if grown else []
+    missing = NOT_RUN.format(loop=NOT_TRAINED if grown else NOT_GROWN)
+    PAGE.write_text("\n".join([HEAD, *step_one(store, transfers), *second, missing]), "utf-8")
+    print(PAGE)
+
+
+def step_one(store: Store, transfers: dict[int, Transfer]) -> Iterable[str]:
+    """The section on which prompts and answers the rules keep."""
+    short, long = skill_pools.LENGTHS
+    packaged = skill_pools.sweep(store, transfers[short])
+    guarded = skill_pools.sweep(store, transfers[long])
+    bare = skill_pools.sweep(store, transfers[long], guards=False)
+    skill = skill_pools.sweep(store, transfers[long], "skill", guards=False)
+    (near,) = skill_pools.sweep(store, transfers[long], "near", guards=False)
+    half = 1 + skill_pools.SHARES.index(0.5)  # the first is the whole pool
+    columns = {
+        f"answers up to {short} tokens, guards on (as packaged)": packaged[half],
+        f"up to {long}, guards on": guarded[half],
+        f"up to {long}, guards off": bare[half],
+    }
+
+    yield "## Step one: does a rule find the skill?\n"
+    yield (
+        f"{skill_pools.IN_SKILL} requests of `meeting_slots_chat` with their codes and {skill_pools.GENERAL} questions"
+        " off the skill, all written by rule (`benchmarks/off_skill.py`) and none of them trained on, are answered by"
+        " the source before and after its fine-tune and scored. A rule should keep the requests whose code is right."
+        " The fine-tune was on as many general instructions, answered by its own base, as on requests, so it changes"
+        " little off the skill. Pools with other shares off the skill are drawn from these pairs. Intervals are 95 %"
+        " (Wilson; DeLong for AUC).\n"
+    )
+    yield table([_counts(store, transfers[tokens]) for tokens in transfers])
+    yield f"### AUC with half of the prompts off the skill\n\nRight codes against all other pairs.\n\n{_aucs(columns)}"
+    yield "".join(_verdict(name, pool) for name, pool in columns.items())
+    yield (
+        "With the guards on, what they drop (cut-off answers above all) comes last, whatever the rule: the row `random`"
+        " is what they do alone. The rest of this page is without them, so that a rule has to find the skill itself.\n"
+    )
+    shares = {f"{share:.0%} off": pool for share, pool in zip(skill_pools.SHARES, bare[1:], strict=True)}
+    shares[f"{near['off_skill']:.0%} off, near the skill"] = near
+    yield f"### AUC by the share of prompts off the skill\n\n{_aucs(shares)}"
+    yield (
+        "The near prompts speak of meetings, days and times, and ask for no entry in a calendar.\n\n"
+        + picture("evidence_auc", _auc_by_share(list(skill_pools.SHARES), bare[1:]), "AUC by share off the skill")
+        + picture(
+            "evidence_precision_recall", plots.precision_recall(bare[1:]), "Precision and recall of every threshold"
+        )
+    )
+    yield (
+        "### What the AUC is made of\n\nTwo questions in one: is the prompt in the skill, and is the answer right?\n\n"
+        + _aucs({"in the skill, or off it": skill[half], "in the skill: right, or wrong": bare[1]})
+    )
+    yield f"Medians by kind of prompt:\n\n{table(_medians(store, transfers[long]))}"
+    best = _best(bare[half])
+    yield (
+        f"Where `{best['rule']}` errs: the pairs with the largest margin that aren't right, and the right ones with the"
+        f" smallest.\n\n{table(_errors(skill_pools.pairs(store, transfers[long], best['rule'])))}"
+    )
+    yield (
+        "### Every rule and threshold, half of the prompts off the skill\n\n"
+        f"As packaged (up to {short} tokens, guards on)."
+        " Of `top_excess`, `balanced_confidence` and `random` the threshold is the share that is kept.\n\n"
+        + table([_cell(cell) for cell in packaged[half]["cells"]])
+    )
+    yield (
+        "The same for every pool, with counts:\n\n```\nexport TUNESHIFT_HOME=.tuneshift/evidence"
+        " TUNESHIFT_TRANSFERS=.tuneshift/evidence/transfers\n"
+        f"tuneshift sweep skill_pool_{short} --truth $TUNESHIFT_TRANSFERS/skill_pool_{short}/truth.jsonl \\\n    "
+        + " ".join(f"--off-skill {share:g}" for share in skill_pools.SHARES)
+        + "\n```\n"
+    )
+
+
+def step_two(transfer: Transfer, found: pl.DataFrame) -> str:
+    """The section on what the loop drifts to under each filter."""
+    config = transfer.config
+    rounds = transfer.round_keys
+
+    def shares(arm: str, column: str) -> dict[str, str]:
+        return {
+            round_: ", ".join(
+                "-" if value is None else f"{value:.2f}"
+                for value in found.filter((pl.col("arm") == arm) & (pl.col("round") == round_)).sort("seed")[column]
+            )
+            for round_ in rounds
+        }
+
+    arms = found["arm"].unique(maintain_order=True)
+    by_round = {
+        column: [{"arm": f"`{arm}`", **shares(arm, column)} for arm in arms] for column in ("in_skill", "right")
+    }
+    counts = found.group_by("arm", maintain_order=True).agg(pl.col("prompts").sum(), pl.col("kept").sum()).to_dicts()
+    differences = closed_loop.against_unfiltered(found, "in_skill", rounds[-1])
+    told = [
+        {"arm": f"`{arm}`", "minus `unfiltered`": f"{of.value:+.3f} ({of.low:+.3f} to {of.high:+.3f})"}
+        for arm, of in differences.items()
+    ]
+    clear = [f"`{arm}`" for arm, of in differences.items() if not of.low <= 0 <= of.high]
+    said = f"Clear of zero: {', '.join(clear)}." if clear else "No arm differs from `unfiltered` by it."
+    seeds = len({seed for _, seed in transfer.loops})
+    others = {"general": off_skill.general(skill_pools.GENERAL), "near": off_skill.near(skill_pools.NEAR)}
+    misread = " and ".join(
+        f"{sum(off_skill.read_request(text) is not None for text in texts)} of {len(texts)} {name}"
+        for name, texts in others.items()
+    )
+    return f"""## Step two: does the filter steer the loop?
+
+Each arm of `compare.loop` grows {config.rounds} rounds of {config.generator.calls_per_round} generator calls from the
+same five seeds, {seeds} times with other random choices. What it keeps is all that seeds its next round
+(`generator.original_seeds_per_call: 0`; the packaged transfer shows all five seeds in every call). Whether a prompt is
+in the skill is read by rule (`read_request` in `transfers/meeting_slots/slot_requests.py`: it names an event and a day
+or time, and is no question; of the {len(transfer.heldout)} held-out requests it reads every code, and of step one it takes {misread} questions for requests).
+
+Share of each round's prompts that are in the skill, one figure for each loop seed:
+
+{table(by_round["in_skill"])}
+Share of each round's kept pairs whose prompt is in the skill and whose code is right:
+
+{table(by_round["right"])}
+Over all rounds and seeds:
+
+{table(counts)}
+Share in the skill in the last round, paired by loop seed, 95 % for new loop seeds, corrected over the arms (Holm):
+
+{table(told)}
+{said} {seeds} loop seeds tell little: a difference must be several times their spread.
+"""
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [f"| {' | '.join(rows[0])} |", "|" + " --- |" * len(rows[0])]
+    lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def picture(name: str, png: bytes, alt: str) -> str:
+    (IMAGES / f"{name}.png").write_bytes(png)
+    return f"![{alt}](images/{name}.png)\n\n"
+
+
+def _counts(store: Store, transfer: Transfer) -> dict[str, Any]:
+    found = skill_pools.pairs(store, transfer, "unfiltered")
+    counts = dict(found.group_by("kind").len().iter_rows())
+    steps = store.read("SELECT max(finished_at)::DATE::VARCHAR FROM steps", schema=transfer.name).item()
+    took = skill_pools.seconds(store, transfer)
+    return {
+        "longest answer": f"{transfer.config.response.max_new_tokens} tokens",
+        **{f"in skill, {kind}": counts.get(kind, 0) for kind in ("right", "wrong")},
+        "off the skill": counts.get("general", 0),
+        "near it": counts.get("near", 0),
+        "cut off": f"{(found['fine_tuned_finish'] == 'length').mean():.0%}",
+        "scored": f"{steps}, {took:.0f} s on {platform.machine()}" if took else steps,
+    }
+
+
+def _best(pool: dict[str, Any]) -> dict[str, Any]:
+    return max((row for row in pool["rules"] if row["auc"] is not None), key=lambda row: row["auc"])
+
+
+def _told(row: dict[str, Any]) -> str:
+    return "" if row["auc"] is None else f"{row['auc']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+
+
+def _aucs(pools: dict[str, dict[str, Any]]) -> str:
+    """A row for each rule, a column for each pool."""
+    together = zip(*(pool["rules"] for pool in pools.values()), strict=True)
+    return table(
+        [
+            {"rule": f"`{of[0]['rule']}`" + (f", {of[0]['threshold']:g}" if of[0]["threshold"] else "")}
+            | {name: _told(row) for name, row in zip(pools, of, strict=True)}
+            for of in together
+        ]
+    )
+
+
+def _verdict(name: str, pool: dict[str, Any]) -> str:
+    best = _best(pool)
+    if best["low"] >= BAR:
+        reached = f"reaches {BAR:g}, and so does its whole interval"
+    else:
+        reached = f"reaches {BAR:g}, and its interval doesn't" if best["auc"] >= BAR else f"stays below {BAR:g}"
+    return f"- {name[0].upper()}{name[1:]}: the best rule, `{best['rule']}` at {_told(best)}, {reached}.\n"
+
+
+def _medians(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
+    found = skill_pools.pairs(store, transfer, "unfiltered").with_columns(
+        same=pl.col("fine_tuned_response").str.strip_chars() == pl.col("base_response").str.strip_chars()
+    )
+    rows = []
+    for kind in ("right", "wrong", "general", "near"):
+        own = found.filter(pl.col("kind") == kind)
+        numbers = {
+            "PPL_f(y_f)": own["ppl_fine_tuned"].median(),
+            "PPL_b(y_b)": own["ppl_base"].median(),
+            "PPL_b(y_f)": own["ppl_base_cross"].median(),
+        }
+        rows.append(
+            {"kind": kind, "pairs": len(own)}
+            | {name: "" if value is None else f"{value:.3g}" for name, value in numbers.items()}
+            | {"tokens of y_f": f"{own['fine_tuned_tokens'].median():g}"}
+            | {"y_f is y_b": f"{own['same'].mean():.0%}"}
+        )
+    return rows
+
+
+def _errors(found: pl.DataFrame) -> list[dict[str, Any]]:
+    judged = found.filter(pl.col("judged") & (pl.col("kind") != "near"))
+    right = pl.col("kind") == "right"
+    shown = pl.concat([judged.filter(~right).head(EXAMPLES), judged.filter(right).tail(EXAMPLES)])
+    numbers = ("ppl_fine_tuned", "ppl_base", "ppl_base_cross")
+    return [
+        {"kind": row["kind"], "margin": f"{row['margin']:.3g}"}
+        | {name: f"{row[name]:.3g}" for name in numbers}
+        | {name: escape_markdown(row[name][:100]) for name in ("prompt", "fine_tuned_response", "base_response")}
+        for row in shown.iter_rows(named=True)
+    ]
+
+
+def _cell(cell: dict[str, Any]) -> dict[str, Any]:
+    def told(name: str) -> str:
+        if cell[name] is None:
+            return ""
+        return f"{cell[name]:.3f} ({cell[f'{name}_low']:.3f} to {cell[f'{name}_high']:.3f})"
+
+    mine = " (its filter)" if cell["current"] else ""
+    return {
+        "rule": f"`{cell['rule']}`",
+        "threshold": f"{cell['threshold']:g}{mine}",
+        **{name: cell[name] for name in ("kept", "right", "wrong", "off")},
+        "precision": told("precision"),
+        "recall": told("recall"),
+    }
+
+
+def _auc_by_share(shares: list[float], pools: Pools) -> bytes:
+    """A line for each rule, a band for its interval."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for rules in zip(*(pool["rules"] for pool in pools), strict=True):
+        (line,) = axes.plot(shares, [row["auc"] for row in rules], "o-", ms=4, label=rules[0]["rule"].replace("_", " "))
+        low, high = ([row[end] for row in rules] for end in ("low", "high"))
+        axes.fill_between(shares, low, high, color=line.get_color(), alpha=0.12)
+    axes.axhline(BAR, color="#7d8590", linestyle="--", linewidth=1)
+    axes.set(xlabel="Share of prompts off the skill", ylabel="AUC of right answers", xticks=shares, ylim=(0, 1.02))
+    axes.tick_params(colors="#7d8590")
+    for text in (axes.xaxis.label, axes.yaxis.label):
+        text.set_color("#7d8590")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False, labelcolor="#7d8590")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, transparent=True)
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    main()
