@@ -14,8 +14,7 @@ from tuneshift_dag.method import Decoding, PromptFormat, Scorer, Side, Target, s
 from tuneshift_dag.method.evaluation import SCALES, mark
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.method.statistics import accuracy_of
-from tuneshift_dag.reports import plots
-from tuneshift_dag.reports.verdicts import verdicts
+from tuneshift_dag.reports import plots, verdicts
 from tuneshift_dag.resources import EngineResource, StoreResource
 from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import ACCURACY, EVALUATIONS, FRONTIER, RETENTION, RETENTION_BY_KIND, TASK_SCORES

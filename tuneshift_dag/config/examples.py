@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.schema import TransferConfig
-from tuneshift_dag.config.schema_prompt import Prompt
+from tuneshift_dag.config.schema_models import Prompt
 from tuneshift_dag.method.answers import trimmed
 from tuneshift_dag.method.evaluation import Metric, expected_number, mark
 from tuneshift_dag.method.prompting import prompt_id

@@ -1,14 +1,15 @@
 """The figures of one transfer: what ``tuneshift report`` prints, and what cards say of it in words."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.method.statistics import DIFFERENCE, DISCORDANCE, compared, prompts_needed
-from tuneshift_dag.reports.verdicts import verdicts
+from tuneshift_dag.config.schema import Evaluation
+from tuneshift_dag.method.statistics import DIFFERENCE, DISCORDANCE, bootstrap_share, compared, prompts_needed
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.queries import of_its_rounds
 
@@ -59,6 +60,46 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
         # Relative to the store's folder; absolute in rows of older versions.
         "model": {**trained[0], "path": str(store.path.parent / trained[0]["path"])} if trained else None,
     }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of one asset check of ``evaluation``."""
+
+    name: str
+    passed: bool
+    words: str
+
+
+def verdicts(
+    answers: Iterable[Mapping[str, Any]], retained: Iterable[Mapping[str, Any]], settings: Evaluation, seed: int
+) -> list[Verdict]:
+    """From rows of the tables ``evaluations`` and ``retention``; without held-out answers none on the skill."""
+    correct: dict[str, list[bool]] = {}
+    for row in sorted(answers, key=lambda row: str(row["prompt_id"])):
+        correct.setdefault(row["model"], []).append(bool(row["correct"]))
+    perplexity = {row["model"]: float(row["perplexity"]) for row in retained}
+    ratio = perplexity["target_distilled"] / perplexity["target_base"]
+    skill = [_skill(correct, settings, seed)] if correct else [Verdict("keeps_skill", True, "No held-out file.")]
+    most = settings.keeps_general_text
+    words = (
+        f"General text: {ratio:.2f} times the perplexity of the target before it was tuned;"
+        f" evaluation.keeps_general_text allows {most:g}."
+    )
+    return [*skill, Verdict("keeps_general_text", ratio <= most, words)]
+
+
+def _skill(correct: Mapping[str, list[bool]], settings: Evaluation, seed: int) -> Verdict:
+    least = settings.keeps_skill
+    share = bootstrap_share(correct["target_distilled"], correct["source_fine_tuned"], settings.bootstrap_samples, seed)
+    if share is None:
+        words = "Skill: the source answers no held-out prompt right, so nothing can be said of the target."
+        return Verdict("keeps_skill", False, words)
+    words = (
+        f"Skill: {share.value:.2f} of the source's held-out accuracy (95 % interval {share.low:.2f} to"
+        f" {share.high:.2f}); evaluation.keeps_skill asks for {least:g}."
+    )
+    return Verdict("keeps_skill", share.value >= least, words)
 
 
 def describe_filter(transfer: Transfer) -> str:

@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.method.evaluation import TITLES
+from tuneshift_dag.models.capabilities import end_ids
+from tuneshift_dag.models.loading import is_quantized, load_tokenizer
+from tuneshift_dag.models.references import ModelFiles, resolve_model
 from tuneshift_dag.reports import (
     arm_tasks,
     by_column,
@@ -33,6 +40,8 @@ _GGUF = """
 The adapter is merged into its base here: `AutoModelForCausalLM.from_pretrained` loads this folder, and llama.cpp's
 `python convert_hf_to_gguf.py FOLDER --outfile model.gguf` turns it into GGUF.
 """
+# Of a LoRA's two matrices the second one, to which its update is proportional.
+_UP = ".lora_B."
 _WRITTEN = ("adapter", "merged", "dataset.jsonl", "dataset.parquet", "README.md")
 
 
@@ -42,8 +51,6 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
 
     They replace those of an earlier export, all together at the end; what else is in the folder stays.
     """
-    from tuneshift_dag.models.merging import scale_adapter
-
     figures = report(store, transfer)
     if figures["model"] is None or not Path(figures["model"]["path"]).is_dir():
         raise TuneshiftError(f"{transfer.name} has no distilled model yet: `tuneshift run {transfer.name}` first.")
@@ -72,7 +79,8 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
             card = model_card(transfer, figures)
             (made / "adapter" / "README.md").write_text(card, "utf-8")
             if merged:
-                _write_merged(transfer, made / "adapter", made / "merged")
+                base = resolve_model(transfer.reference("target.base"), transfer.folder, "target.base")
+                merge(base, made / "adapter", made / "merged")
                 (made / "merged" / "README.md").write_text(card.replace("peft", "transformers", 1) + _GGUF, "utf-8")
             _write_chat(pairs, transfer.config.source_format, made / "dataset.jsonl")
             pairs.write_parquet(made / "dataset.parquet")
@@ -107,11 +115,38 @@ def push(folder: Path, repo: str) -> str:
         ) from error
 
 
-def _write_merged(transfer: Transfer, adapter: Path, to: Path) -> None:
-    from tuneshift_dag.models.merging import merge
-    from tuneshift_dag.models.references import resolve_model
+def merge(files: ModelFiles, adapter: Path, to: Path) -> None:
+    """Write ``to``: safetensors in the base's dtype, config, tokenizer with its chat template, and a generation config
+    with every token that ends a response. The sum is taken in float32, and so needs four bytes for each weight.
 
-    merge(resolve_model(transfer.reference("target.base"), transfer.folder, "target.base"), adapter, to)
+    Raises:
+        TuneshiftError: the base's weights are in 4 bits, which a merge would have to round again.
+    """
+    if is_quantized(files.path):
+        raise TuneshiftError(
+            f"{files.reference}: its weights are in 4 bits, into which an adapter can't be merged without loss. Name"
+            " the 16-bit model in target.base, or serve the adapter beside this one."
+        )
+    tokenizer = load_tokenizer(files)
+    model = AutoModelForCausalLM.from_pretrained(files.path, dtype="auto")
+    dtype = model.dtype
+    merged = PeftModel.from_pretrained(model.float(), adapter, autocast_adapter_dtype=False).merge_and_unload()
+    merged.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=sorted(end_ids(tokenizer, files.path)),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    merged.to(dtype).save_pretrained(to)
+    tokenizer.save_pretrained(to)
+    del merged
+    torch.cuda.empty_cache()
+
+
+def scale_adapter(folder: Path, scale: float) -> None:
+    """Multiply the update of the LoRA adapter in ``folder`` (rank, alpha and all else stay) by ``scale``."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: t * scale if _UP in name else t for name, t in tensors.items()}, file, {"format": "pt"})
 
 
 def _put(made: Path, to: Path, replaced: Path) -> None:
