@@ -99,7 +99,7 @@ def after_run(name: str, output: Path) -> None:
 
 def report(figures: dict[str, Any]) -> None:
     from tuneshift_dag.method.evaluation import TITLES
-    from tuneshift_dag.reports import by_column, by_way
+    from tuneshift_dag.reports import by_column, by_way, scales
 
     out.print(
         f"[bold]{figures['transfer']}[/bold]: {figures['rounds']} rounds, {figures['prompts']} prompts,"
@@ -114,7 +114,7 @@ def report(figures: dict[str, Any]) -> None:
         retained = [{"model": name, **row} for name, row in figures["retention"].items()]
         rows("General text, before and after the distillation", retained)
     if figures["frontier"]:
-        rows("Skill and general text by scale of the adapter", [_by_scale(row) for row in figures["frontier"]])
+        rows("Skill and general text by scale of the adapter", scales(figures["frontier"]))
     if figures["tasks"]:
         rows("Standard tasks, ± standard error", by_column(figures["tasks"], "model", _with_error))
     rows("Cost of the last run", [{"asset": asset, "seconds": value} for asset, value in figures["seconds"].items()])
@@ -124,13 +124,6 @@ def report(figures: dict[str, Any]) -> None:
     )
     for verdict in figures["verdicts"]:
         message(*(("ok", "green") if verdict["passed"] else ("look", "yellow")), verdict["words"], out)
-
-
-def _by_scale(row: dict[str, Any]) -> dict[str, str]:
-    """A row of the table ``frontier``."""
-    accuracy = "-" if row["value"] is None else f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-    cells = {"scale": f"{row['scale']:g}", "accuracy": accuracy, "general text": f"{row['ratio']:.3f} x the base's"}
-    return {**cells, "": "exported" if row["chosen"] else ""}
 
 
 def _with_error(score: dict[str, Any]) -> str:
@@ -234,24 +227,7 @@ def comparison(found: list[dict[str, Any]]) -> None:
     from tuneshift_dag import reports as summary
 
     title = "Held-out accuracy by filter, 95 % intervals; those of differences corrected over the arms (Holm)"
-    table = Table(title=title, title_justify="left")
-    for column in ("arm", "runs", "pairs", "of", "as random", "accuracy", "minus random", "minus unfiltered"):
-        table.add_column(column, justify="left" if column == "arm" else "right")
-
-    def cell(row: dict[str, Any], name: str, sign: str = "") -> str:
-        low, high = (f"{name}_low", f"{name}_high") if name != "value" else ("low", "high")
-        if row[name] is None:
-            return "-"
-        return f"{row[name]:{sign}.3f} \\[{row[low]:{sign}.3f}, {row[high]:{sign}.3f}]"
-
-    for place, row in enumerate(found):
-        if row["pairs"] is None and place and found[place - 1]["pairs"] is not None:
-            table.add_section()
-        shared = row["shared_with_random"]
-        counts = (str(row["runs"]), str(row["pairs"] or "-"), str(row["candidates"] or "-"))
-        differences = (cell(row, "vs_random", "+"), cell(row, "vs_unfiltered", "+"))
-        table.add_row(row["arm"], *counts, "-" if shared is None else f"{shared:.0%}", cell(row, "value"), *differences)
-    out.print(table)
+    rows(title, summary.arms(found))
     varied = summary.diversity(found)
     rows("Diversity of the training pairs", varied)
     if varied and "similarity" not in varied[0]:

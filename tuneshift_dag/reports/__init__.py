@@ -189,6 +189,44 @@ def by_column(
     return list(found.values())
 
 
+def arms(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """For people: the rows of a `comparison` without diversity and tasks."""
+
+    def against(row: dict[str, Any], other: str) -> str:
+        return "-" if row[other] is None else interval(row[other], row[f"{other}_low"], row[f"{other}_high"], "+")
+
+    def told(row: dict[str, Any]) -> dict[str, str]:
+        shared, counts = row["shared_with_random"], {"pairs": row["pairs"] or "-", "of": row["candidates"] or "-"}
+        return {
+            "arm": row["arm"],
+            "runs": str(row["runs"]),
+            **{name: str(count) for name, count in counts.items()},
+            "as random": "-" if shared is None else f"{shared:.0%}",
+            "accuracy": interval(row["value"], row["low"], row["high"]),
+            "minus random": against(row, "vs_random"),
+            "minus unfiltered": against(row, "vs_unfiltered"),
+        }
+
+    return list(map(told, rows))
+
+
+def scales(frontier: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """For people: rows of the table ``frontier``."""
+    return [
+        {
+            "scale": f"{row['scale']:g}",
+            "held-out accuracy": "-" if row["value"] is None else interval(row["value"], row["low"], row["high"]),
+            "general text": f"{row['ratio']:.3f} times",
+            "this adapter": "yes" if row["chosen"] else "",
+        }
+        for row in frontier
+    ]
+
+
+def interval(value: float, low: float, high: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+
+
 def diversity(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     """For people: how varied the training pairs of each arm of a `comparison` were, without what wasn't measured."""
     digits = {"distinct_responses": 0, "distinct_bigrams": 3, "repetition": 3, "similarity": 3}

@@ -23,6 +23,7 @@ from tuneshift_dag.models.loading import is_quantized, load_tokenizer
 from tuneshift_dag.models.references import ModelFiles, resolve_model
 from tuneshift_dag.reports import (
     arm_tasks,
+    arms,
     by_column,
     by_way,
     conclusion,
@@ -30,6 +31,7 @@ from tuneshift_dag.reports import (
     diversity,
     escape_markdown,
     report,
+    scales,
 )
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import content_version
@@ -227,15 +229,6 @@ def _retention(figures: dict[str, Any]) -> str:
         ("what",),
     )
     whole = {"what": "all", **{name: f"{row['perplexity']:.2f}" for name, row in figures["retention"].items()}}
-    scales = [
-        {
-            "scale": f"{row['scale']:g}",
-            "held-out accuracy": "-" if row["value"] is None else _interval(row["value"], row["low"], row["high"]),
-            "general text": f"{row['ratio']:.3f} times",
-            "this adapter": "yes" if row["chosen"] else "",
-        }
-        for row in figures["frontier"]
-    ]
     words = "\n".join(f"- {verdict['words']}" for verdict in figures["verdicts"])
     return f"""
 ## What was kept, and what forgotten
@@ -249,7 +242,7 @@ the model answered before to questions that it wrote itself. With the adapter sw
 
 Skill against general text for parts of the adapter's update:
 
-{_table(scales)}
+{_table(scales(figures["frontier"]))}
 """
 
 
@@ -258,16 +251,6 @@ def _comparison(figures: dict[str, Any]) -> str:
     rows = figures["comparison"]
     if not rows:
         return ""
-
-    def difference(row: dict[str, Any], name: str) -> str:
-        return "-" if row[name] is None else _interval(row[name], row[f"{name}_low"], row[f"{name}_high"], "+")
-
-    arms = [
-        {"filter": _words(row["arm"]), "pairs": row["pairs"] or "-", "trainings": row["runs"]}
-        | {"accuracy": _interval(row["value"], row["low"], row["high"])}
-        | {"minus random": difference(row, "vs_random"), "minus unfiltered": difference(row, "vs_unfiltered")}
-        for row in rows
-    ]
     card = f"""
 ## Is the filter worth it?
 
@@ -275,7 +258,7 @@ Other models, trained on equally many pairs of each filter, several times each; 
 intervals for new trainings and prompts; differences paired, their intervals corrected over the arms (Holm).
 {conclusion(rows)}
 
-{_table(arms)}
+{_table(arms(rows))}
 """
     if diversity(rows):
         card += f"""
@@ -291,10 +274,6 @@ Standard tasks through lm-evaluation-harness: the mean over the trainings, with 
 {_table(arm_tasks(rows))}
 """
     return card
-
-
-def _interval(value: float, low: float, high: float, sign: str = "") -> str:
-    return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
 def _words(name: str) -> str:
