@@ -9,7 +9,7 @@ from tuneshift_dag.config.schema import TransferConfig
 from tuneshift_dag.method.asking import Format
 from tuneshift_dag.method.evaluation import next_question
 from tuneshift_dag.method.filters import Guards
-from tuneshift_dag.models.references import Fingerprint
+from tuneshift_dag.models.references import Fingerprint, Kind, Reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +84,10 @@ class Transfer:
         reference = str(getattr(getattr(self.config, section), name))
         commit = self.fingerprints[key].commit if key in self.fingerprints else None
         return f"{reference.partition('@')[0]}@{commit}" if commit else reference
+
+    def named(self, key: str, kind: Kind = "model") -> Reference:
+        """What is at a key of ``transfer.yaml``, as `reference` has it."""
+        return Reference(self.reference(key), self.folder, key, kind)
 
     def with_training(self, seed: int, epochs: int) -> "Transfer":
         """The same transfer with another seed and number of epochs, for an arm of a comparison."""

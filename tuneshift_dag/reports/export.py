@@ -20,7 +20,7 @@ from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.method.evaluation import TITLES
 from tuneshift_dag.models.capabilities import end_ids
 from tuneshift_dag.models.loading import is_quantized, load_tokenizer
-from tuneshift_dag.models.references import ModelFiles, resolve_model
+from tuneshift_dag.models.references import ModelFiles
 from tuneshift_dag.reports import (
     arm_tasks,
     arms,
@@ -81,8 +81,7 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
             card = model_card(transfer, figures)
             (made / "adapter" / "README.md").write_text(card, "utf-8")
             if merged:
-                base = resolve_model(transfer.reference("target.base"), transfer.folder, "target.base")
-                merge(base, made / "adapter", made / "merged")
+                merge(transfer.named("target.base").files(), made / "adapter", made / "merged")
                 (made / "merged" / "README.md").write_text(card.replace("peft", "transformers", 1) + _GGUF, "utf-8")
             _write_chat(pairs, transfer.config.source_format, made / "dataset.jsonl")
             pairs.write_parquet(made / "dataset.parquet")

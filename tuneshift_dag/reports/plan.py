@@ -19,7 +19,7 @@ from tuneshift_dag.home import database_file
 from tuneshift_dag.method.evaluation import SCALES, texts_to_score
 from tuneshift_dag.method.rehearsal import TOKENS
 from tuneshift_dag.models.memory import BATCH_SHARE, gpu_count, total_bytes
-from tuneshift_dag.models.references import known_config
+from tuneshift_dag.models.references import Reference
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import Records, next_step, seeds_reporter
 
@@ -125,7 +125,7 @@ def model_sizes(transfer: Transfer) -> dict[str, ModelSize]:
     sizes: dict[str, ModelSize] = {}
     for key in (key for key, server in elsewhere.items() if not server):
         reference, where = attrgetter(key)(config), f"{transfer.folder / 'transfer.yaml'}: {key}"
-        file = known_config(reference, transfer.folder, where)
+        file = Reference(reference, transfer.folder, where).config_file()
         try:
             if file is None:
                 raise ValueError(f"{reference!r} isn't on this machine yet (`hf download {reference}` gets it)")
