@@ -145,7 +145,6 @@ class Step:
         return ResponseCache(self.store)
 
     def read(self, query: str, parameters: Sequence[Any] | dict[str, Any] = ()) -> pl.DataFrame:
-        """Rows of a query to the transfer's tables."""
         return self.store.read(query, parameters, self.transfer.name)
 
     def progress(self, what: str) -> Callable[[int, int], None]:
@@ -243,7 +242,7 @@ class Step:
     def result(
         self, rows: int | None, metadata: Mapping[str, Any], *checks: dg.AssetCheckResult
     ) -> dg.MaterializeResult:
-        """What the asset returns; of its metadata what is None is left out."""
+        """Of the ``metadata`` what is None is left out."""
         lineage = {
             column: [dg.TableColumnDep(key(self.transfer, asset), name) for asset, name in sources]
             for column, sources in COLUMN_SOURCES.get(self.asset, {}).items()

@@ -111,8 +111,6 @@ def _distilled(current: Step, engines: EngineResource) -> Target:
 
 @dataclass
 class _Measured:
-    """Rows of ``evaluations``, ``accuracy``, ``retention`` and ``retention_by_kind``, model by model."""
-
     current: Step
     answers: Rows = field(default_factory=list)
     accuracies: Rows = field(default_factory=list)
@@ -166,7 +164,6 @@ def answer_heldout(current: Step, engine: Scorer, side: Side, name: str, format:
 
 
 def _accuracy(transfer: Transfer, name: str, answers: Rows) -> dict[str, Any]:
-    """A row of the table ``accuracy``."""
     settings = transfer.config.evaluation
     strict = accuracy_of([row["correct"] for row in answers])
     LOG.info(f"{name}: {strict.value:.3f} [{strict.low:.3f}, {strict.high:.3f}]")
@@ -178,11 +175,8 @@ def _accuracy(transfer: Transfer, name: str, answers: Rows) -> dict[str, Any]:
 
 
 def task_keys(current: Step, harness: Any, models: Models) -> list[str]:
-    """Keys in ``task_scores`` of what each model scores on `evaluation.tasks`; known scores aren't computed again.
-
-    A task is written when it is done, so a killed run loses at most one. Without a `Harness` there are no keys. The
-    models are called `target_base` or, every trained target, `target_distilled`.
-    """
+    """Keys in ``task_scores`` of what each model (`target_base` or, every trained target, `target_distilled`) scores on
+    `evaluation.tasks`; known scores aren't computed again, and each task is written when it is done."""
     keys = []
     for name, engine, side in models:
         for task in harness.names if harness else ():

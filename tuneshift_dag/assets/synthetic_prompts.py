@@ -99,7 +99,6 @@ def _request(engine: PromptWriter, current: Step, call: list[Candidate], line: s
 
 
 def _items(current: Step, answer: Response, line: str) -> list[str]:
-    """The prompts that the generator's answer to a `_request` lists."""
     settings, format = current.transfer.config.generator, current.transfer.generator_format
     finished = answer.finish_reason == "stop"
     if settings.mode == "by_response":
@@ -116,7 +115,6 @@ def _sampling_seed(seed: int, call: int, request: str) -> int:
 def _sort_out(
     current: Step, calls: list[list[Candidate]], written: list[Response]
 ) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """Frames of proposals, new prompts and rejected items."""
     transfer, settings, round_ = current.transfer, current.transfer.config.generator, current.round
     pool = prompting.PromptPool(settings.near_duplicate, overlong(transfer))
     pool.add(transfer.seeds, "seed")

@@ -49,15 +49,14 @@ class Transfer:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts that end a response beside a model's end token, for scoring, sampling and evaluation alike: those of
-        ``response.stop``, and where numbers are compared the next question that a model asks itself."""
+        """Texts that end a response beside a model's end token: those of ``response.stop``, and where numbers are
+        compared the next question that a model asks itself."""
         template = self.config.source_format.template
         asked = next_question(template) if template and self.config.evaluation.metric == "numeric" else ""
         return (*self.config.response.stop, *([asked] if asked else []))
 
     @property
     def rehearses(self) -> bool:
-        """Whether the target is held to texts of its own while it is trained."""
         return self.config.distill.retain.weight > 0
 
     @property
@@ -107,7 +106,6 @@ class Transfer:
 
 
 def has_lines(text: str) -> bool:
-    """Whether a text has more than one line."""
     return "\n" in text or "\r" in text
 
 

@@ -1,7 +1,4 @@
-"""The examples of a transfer, as rows of files and checked: ``seeds.jsonl``, ``heldout.jsonl`` and what is like them.
-
-Every error names the file and the line.
-"""
+"""The examples of a transfer, read and checked line by line: ``seeds.jsonl``, ``heldout.jsonl`` and their like."""
 
 import csv
 import io
@@ -30,12 +27,8 @@ Label = Literal["right", "wrong", "off"]
 
 
 def check_examples(seed_rows: Rows, heldout_rows: Rows) -> tuple[list[str], list[tuple[str, str]]]:
-    """Seeds and held-out (prompt, response) pairs, without surrounding space (but for the first line's indentation).
-
-    Raises:
-        TuneshiftError: naming the line of a text that is missing, of a prompt that is there twice, or of a
-            held-out prompt that is a seed.
-    """
+    """Seeds and held-out (prompt, response) pairs, without surrounding space. `TuneshiftError` names the line of a text
+    that is missing, of a prompt that is there twice, or of a held-out prompt that is a seed."""
     seeds = [_text(row, "prompt", at) for at, row in seed_rows]
     _refuse_doubles([at for at, _ in seed_rows], seeds)
     return seeds, pairs_of(heldout_rows, seeds, "also a seed, so it would be trained on")

@@ -46,11 +46,8 @@ _TAKEN_OUT = {
 
 
 def load_transfer(folder: Path) -> Transfer:
-    """Read and check a transfer folder without loading a model or asking the hub.
-
-    Raises:
-        TuneshiftError: naming the file, the key, the value and the repair.
-    """
+    """Read and check a transfer folder without loading a model or asking the hub. `TuneshiftError` names the file, the
+    key, the value and the repair."""
     try:
         return _load(folder)
     except OSError as error:  # a name that is too long, a folder that can't be read, a cache that can't be written
@@ -109,11 +106,8 @@ def load_all(root: Path) -> tuple[list[Transfer], dict[str, str]]:
 
 
 def find_transfers(root: Path) -> list[Path]:
-    """Folders under ``root`` that hold a ``transfer.yaml``, by name.
-
-    Raises:
-        TuneshiftError: two names differ only in case, which the database doesn't tell apart.
-    """
+    """Folders under ``root`` that hold a ``transfer.yaml``, by name. `TuneshiftError` when two names differ only in
+    case, which the database doesn't tell apart."""
     folders = _folders(root)
     for folder in folders:
         _refuse_twin(folder, folders)
@@ -121,11 +115,8 @@ def find_transfers(root: Path) -> list[Path]:
 
 
 def refresh(transfer: Transfer, warn: Callable[[str], None]) -> Transfer:
-    """The transfer with the hub's commits of now: what moved, or was never fetched, is downloaded.
-
-    Args:
-        warn: told why, in one line, when the hub can't be asked; the transfer then stays with what is here.
-    """
+    """The transfer with the hub's commits of now: what moved, or was never fetched, is downloaded. ``warn`` is told why
+    when the hub can't be asked; the transfer then stays with what is here."""
     for named in _references(transfer.config, transfer.folder).values():
         if problem := named.refresh():
             warn(problem)
@@ -256,7 +247,6 @@ def _check_tasks(settings: Evaluation, config_file: Path, folder: Path) -> None:
 def _read_labelled(
     config: TransferConfig, config_file: Path, folder: Path, heldout: list[tuple[str, str]]
 ) -> list[tuple[str, str]]:
-    """The pairs of ``compare.labelled``; none when it isn't set."""
     if config.compare is None:
         return []
     if not heldout:

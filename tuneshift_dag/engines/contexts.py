@@ -104,6 +104,5 @@ def check_examples(transfer: Transfer) -> None:
 
 
 def _contexts(transfer: Transfer, *keys: Key) -> list[tuple[Reader, int]]:
-    """The models whose contexts are known; that of a generator on a server isn't."""
     known = (Reader(transfer, key) for key in keys if key in transfer.fingerprints)
     return [(reader, context) for reader in known if (context := reader.context)]

@@ -59,8 +59,7 @@ class OpenAIServer:
     """One server: how it is reached and how much is asked of it at once."""
 
     def __init__(self, settings: Server, key: str, log: Callable[[str], None] = _LOGGER.info) -> None:
-        """``key``: where the settings stand in ``transfer.yaml``, for messages; ``log``: takes a line about what a
-        stream of requests cost, and what the server says of its models."""
+        """``key``: where the settings stand in ``transfer.yaml``, for messages; ``log`` takes lines for people."""
         self.settings = settings
         self.key = key
         self.log = log
@@ -167,7 +166,6 @@ class OpenAIServer:
         return f"{self.key} ({self.settings.base_url})"
 
     def redact(self, text: str) -> str:
-        """A server's words, without the key if it repeats it."""
         return text if self._api_key == _NO_KEY else text.replace(self._api_key, "***")
 
 
@@ -181,7 +179,6 @@ class Requests:
         self._slots = asyncio.Semaphore(server.settings.concurrency)
 
     async def models(self) -> list[dict[str, Any]] | None:
-        """What the server says of its models; None when it doesn't list any."""
         raw = await self._send(self.client.models.with_raw_response.list, optional=True)
         listed = self._json(raw).get("data") if raw else None
         return listed if isinstance(listed, list) else None
@@ -234,11 +231,8 @@ class Requests:
 
 
 class ServedGenerator(PromptWriter):
-    """The generator of prompts, a model of a server. With ``chat`` prompts are messages, which the server puts into
-    the model's chat template.
-
-    It deals in text: a prompt's "token ids" are its Unicode code points, and a response has none. Its
-    log-probability isn't asked for and is NaN."""
+    """The generator of prompts on a server; with ``chat`` the server applies its chat template. It deals in text: a
+    prompt's "token ids" are its Unicode code points, a response has none, and its log-probability is NaN."""
 
     def __init__(self, server: OpenAIServer, model: str, chat: bool) -> None:
         self.server = server
@@ -311,7 +305,6 @@ def token_logprobs(choice: dict[str, Any]) -> list[tuple[int, float]] | None:
 
 
 def _in_batches(results: "Results[T]", size: int) -> Iterator[list[tuple[int, T]]]:
-    """What arrives in the queue, gathered for a moment; None ends it and an exception is raised."""
     while True:
         batch: list[tuple[int, T]] = []
         item = results.get()

@@ -175,7 +175,6 @@ class ServedSource(Scorer):
         return AdapterCheck(problems, self._warnings(canaries), None, None)
 
     def _names(self, listed: list[dict[str, Any]] | None) -> list[str]:
-        """Problems with the model names, by what the server lists. A server may list nothing."""
         if not listed:
             return []
         by_name = {str(model.get("id")): model for model in listed}
@@ -290,7 +289,6 @@ class ServedSource(Scorer):
         return Response(text, ids, "stop" if finished else "length", sum(logprobs), eos)
 
     async def _score(self, requests: Requests, side: Side, prompt: list[int], response: list[int]) -> float:
-        """Log-likelihood (nats) of given response token ids after a prompt."""
         if not response:
             return 0.0
         ids, model, tokens, said = [*prompt, *response], self.models[side], None, ""
@@ -342,7 +340,6 @@ def _per_token(response: Response, nats: float) -> float:
 
 
 def _merged(turns: Iterable[list["_By[T]"]]) -> list["_By[T]"]:
-    """Of every prompt what all turns have found."""
     return [dict(ChainMap(*each)) for each in zip(*turns, strict=True)]
 
 

@@ -198,7 +198,6 @@ class Reference:
         return ""
 
     def _files(self, path: Path) -> list[Path]:
-        """What a fingerprint is over."""
         if self.kind == "adapter":
             return [path / "adapter_config.json", path / "adapter_model.safetensors"]
         tokenizer = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
@@ -207,7 +206,6 @@ class Reference:
         return [p for p in path.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"] + tokenizer
 
     def _check_folder(self, path: Path) -> None:
-        """Raise `TuneshiftError` when a folder's files can't be used."""
         if self.kind == "adapter":
             checks.check_adapter_folder(path, self.key)
             _once(checks.check_finite, path / "adapter_model.safetensors", self.key)
@@ -266,7 +264,6 @@ class Reference:
 
 
 def resolve_model(reference: str, folder: Path, key: str) -> ModelFiles:
-    """Local files of the model that ``reference`` names, downloaded or converted when needed."""
     return Reference(reference, folder, key).files()
 
 
@@ -279,7 +276,6 @@ def cache_dir() -> Path:
 
 
 def quantized_dir() -> Path:
-    """Where 4-bit weights are kept."""
     return cache_dir() / "quantized"
 
 
@@ -325,7 +321,7 @@ def file_hash(file: Path) -> str:
 
 @contextmanager
 def _whole(target: Path) -> Iterator[Path]:
-    """Where to write a file or folder, which other processes see at its own place only when it is whole."""
+    """Where to write a file or folder that appears at its own place only when it is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as unfinished:
         yield Path(unfinished) / target.name

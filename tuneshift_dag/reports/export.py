@@ -48,11 +48,8 @@ _WRITTEN = ("adapter", "merged", "dataset.jsonl", "dataset.parquet", "README.md"
 
 
 def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> list[Path]:
-    """Write the adapter (PEFT), if ``merged`` also the target with the adapter merged into it, the dataset (chat and
-    Parquet) and their cards; their paths.
-
-    They replace those of an earlier export, all together at the end; what else is in the folder stays.
-    """
+    """Write the adapter (PEFT), if ``merged`` also the target with the adapter merged into it, the dataset and their
+    cards; their paths. They replace those of an earlier export all together; what else is in the folder stays."""
     figures = report(store, transfer)
     if figures["model"] is None or not Path(figures["model"]["path"]).is_dir():
         raise TuneshiftError(f"{transfer.name} has no distilled model yet: `tuneshift run {transfer.name}` first.")
@@ -93,16 +90,12 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
 
 
 def exported_scale(figures: dict[str, Any]) -> float:
-    """Factor of the adapter's update that ``distill.keep`` has chosen; 1 before an evaluation."""
     return next((float(row["scale"]) for row in figures["frontier"] if row["chosen"]), 1.0)
 
 
 def push(folder: Path, repo: str) -> str:
-    """Upload an exported folder to a repository of the hub, which is made private if it isn't there; its address.
-
-    Raises:
-        TuneshiftError: the hub refuses it or can't be reached.
-    """
+    """Upload an exported folder to a repository of the hub, made private if it isn't there; its address.
+    `TuneshiftError` when the hub refuses it or can't be reached."""
     from huggingface_hub import HfApi
 
     try:
@@ -117,12 +110,9 @@ def push(folder: Path, repo: str) -> str:
 
 
 def merge(files: ModelFiles, adapter: Path, to: Path) -> None:
-    """Write ``to``: safetensors in the base's dtype, config, tokenizer with its chat template, and a generation config
-    with every token that ends a response. The sum is taken in float32, and so needs four bytes for each weight.
-
-    Raises:
-        TuneshiftError: the base's weights are in 4 bits, which a merge would have to round again.
-    """
+    """Write ``to``: safetensors in the base's dtype, config, tokenizer, and a generation config with every token that
+    ends a response. The sum is taken in float32: four bytes for each weight. `TuneshiftError` when the base's weights
+    are in 4 bits, which a merge would round again."""
     if is_quantized(files.path):
         raise TuneshiftError(
             f"{files.reference}: its weights are in 4 bits, into which an adapter can't be merged without loss. Name"
@@ -151,7 +141,6 @@ def scale_adapter(folder: Path, scale: float) -> None:
 
 
 def _put(made: Path, to: Path, replaced: Path) -> None:
-    """Rename what was made into its place; what was there goes to ``replaced``."""
     if not to.exists():
         made.rename(to)
         return

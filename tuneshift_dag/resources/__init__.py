@@ -91,13 +91,9 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return cast("Target", self._engine(transfer, "target.base", files))
 
     def check_chain(self, transfer: Transfer, pairs: Sequence[tuple[str, str]]) -> None:
-        """Run generator and target on a few (prompt, response) pairs as the rounds and the training will, before any of
-        them: answer, one training step, save, load, answer again. What was once right with the same files, settings
-        and packages isn't run again.
-
-        Raises:
-            TuneshiftError: naming the model that can't be used, and why.
-        """
+        """Run generator and target on a few (prompt, response) pairs as the rounds and the training will: answer, one
+        training step, save, load, answer again. What was once right with the same files, settings and packages isn't
+        run again. `TuneshiftError` names the model that can't be used, and why."""
         note = cache_dir() / "preflight" / chain_version(transfer)
         if note.is_file():
             return
@@ -118,11 +114,9 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         note.touch()
 
     def target_weights(self, transfer: Transfer) -> str:
-        """The fingerprint of the target base model's files; nothing is loaded."""
         return transfer.named("target.base").files().fingerprint
 
     def harness(self, transfer: Transfer) -> "Harness":
-        """The tasks of ``evaluation.tasks``, with their data; no model is loaded."""
         from tuneshift_dag.engines.harness import Harness
 
         return Harness(transfer)
@@ -186,7 +180,6 @@ def _check_answers(engine: TextModel, prompts: Sequence[list[int]], key: str) ->
 
 
 def _optional(module: str) -> Any:
-    """A module of `_OPTIONAL`."""
     package, extra, why = _OPTIONAL[module]
     try:
         return importlib.import_module(f"tuneshift_dag.engines.{module}")

@@ -75,7 +75,7 @@ class Records:
         }
 
     def version(self, asset: str, round_: str | None = None) -> str:
-        """The data version that there is; empty when nothing was made."""
+        """Empty when nothing was made."""
         made = self._made.get(place(asset, round_))
         return str(made["version"]) if made else ""
 
@@ -125,7 +125,6 @@ def next_step(records: Records, regrow: bool) -> Due | None:
 
 
 def _only_seeds_changed(causes: list[str]) -> bool:
-    """Of a round's prompts: the seeds, or the earlier rounds' prompts that it must not repeat."""
     return all(cause.startswith(("input round_seeds/", "input synthetic_prompts/")) for cause in causes)
 
 
@@ -137,7 +136,6 @@ def begin(store: Store, transfer: Transfer, asset: str, round_: str | None, run_
 
 
 def end(store: Store, transfer: Transfer, asset: str, round_: str | None) -> None:
-    """Note that a materialization succeeded, pictures and all."""
     store.replace(transfer.name, ATTEMPTS, ATTEMPTS.empty(), asset=asset, round=round_ or "")
 
 
