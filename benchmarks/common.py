@@ -8,7 +8,7 @@ from typing import Any
 
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.method import Decoding
-from tuneshift_dag.models.references import ModelFiles, Reference, resolve_model
+from tuneshift_dag.models.references import ModelFiles, resolve_adapter, resolve_model
 
 TRANSFER = load_transfer(Path(__file__).parents[1] / "transfers" / "banking_intents")
 REPETITIONS = 5
@@ -27,7 +27,7 @@ def source_files() -> tuple[ModelFiles, ModelFiles]:
     source = TRANSFER.config.source
     return (
         resolve_model(source.base, TRANSFER.folder, "source.base"),
-        Reference(source.adapter, TRANSFER.folder, "source.adapter", "adapter").files(),
+        resolve_adapter(source.adapter, TRANSFER.folder, "source.adapter"),
     )
 
 

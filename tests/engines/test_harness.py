@@ -11,7 +11,7 @@ from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.config.versions import tasks_hash
 from tuneshift_dag.engines.local import LocalEngine
-from tuneshift_dag.models.references import Reference, resolve_model
+from tuneshift_dag.models.references import resolve_adapter, resolve_model
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval isn't installed")
 
@@ -23,7 +23,7 @@ EXAMPLES = [json.loads(line) for line in (PACKAGED / "heldout.jsonl").read_text(
 @pytest.fixture(scope="module")
 def engine() -> LocalEngine:
     base = resolve_model(load_transfer(PACKAGED).config.source.base, PACKAGED, "test")
-    return LocalEngine(base, Reference("adapter", PACKAGED, "test", "adapter").files())
+    return LocalEngine(base, resolve_adapter("adapter", PACKAGED, "test"))
 
 
 @pytest.fixture

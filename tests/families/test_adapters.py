@@ -24,7 +24,7 @@ from tests.families.table import tiny_checkpoint
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.method import SIDES
-from tuneshift_dag.models.references import Reference, resolve_model
+from tuneshift_dag.models.references import resolve_adapter, resolve_model
 
 PROMPTS = [[7, 9, 11, 13, 15, 17, 19, 21, 23], [40, 41, 42]]
 RESPONSES = [[5, 6, 7, 8], [100, 101]]
@@ -84,9 +84,7 @@ def test_both_sides_equal_peft(kind: str, tmp_path: Path) -> None:
 
 
 def check_against_peft(home: Path) -> None:
-    engine = LocalEngine(
-        resolve_model("base", home, "b"), Reference("adapter", home, "a", "adapter").files(), "none", "float32"
-    )
+    engine = LocalEngine(resolve_model("base", home, "b"), resolve_adapter("adapter", home, "a"), "none", "float32")
     check = engine.check_adapter(PROMPTS)
     assert check.problems == []
     base = AutoModelForCausalLM.from_pretrained(home / "base")
@@ -120,7 +118,7 @@ def test_tokens_that_the_fine_tune_added(tmp_path: Path) -> None:
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
     engine = LocalEngine(
-        resolve_model("base", tmp_path, "b"), Reference("adapter", tmp_path, "a", "adapter").files(), "none", "float32"
+        resolve_model("base", tmp_path, "b"), resolve_adapter("adapter", tmp_path, "a"), "none", "float32"
     )
     added = engine.encode("<3> is where?")
     assert added[0] >= 256 and len(added) == len(" is where?") + 1
@@ -139,7 +137,7 @@ def test_an_adapter_of_another_model_is_refused_by_what_has_no_place(tmp_path: P
     config = LoraConfig(**SETTINGS, target_modules=ATTENTION)
     get_peft_model(other, config).save_pretrained(tmp_path / "adapter")
     engine = LocalEngine(
-        resolve_model("base", tmp_path, "b"), Reference("adapter", tmp_path, "a", "adapter").files(), "none", "float32"
+        resolve_model("base", tmp_path, "b"), resolve_adapter("adapter", tmp_path, "a"), "none", "float32"
     )
     with pytest.raises(TuneshiftError, match=r"can't put this adapter on base: 4 adapted layers .*layers\.1"):
         engine.check_adapter(PROMPTS)

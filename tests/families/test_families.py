@@ -15,7 +15,7 @@ from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.method import SIDES, Decoding
 from tuneshift_dag.models.capabilities import OWN_LOOP, linear_layers
 from tuneshift_dag.models.loading import load_for_inference, load_for_training
-from tuneshift_dag.models.references import Reference, resolve_model
+from tuneshift_dag.models.references import resolve_adapter, resolve_model
 from tuneshift_dag.training.batches import TokenizedExample
 from tuneshift_dag.training.loop import LoraTraining, train
 from tuneshift_dag.training.lora import add_lora
@@ -40,10 +40,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     home = tmp_path_factory.mktemp("family")
     base = tiny_checkpoint(request.param, home / "base")
     random_lora(request.param, base, home / "adapter")
-    files = (
-        resolve_model("base", home, "source.base"),
-        Reference("adapter", home, "source.adapter", "adapter").files(),
-    )
+    files = (resolve_model("base", home, "source.base"), resolve_adapter("adapter", home, "source.adapter"))
     return LocalEngine(*files, "none", "float32")
 
 
@@ -92,7 +89,7 @@ def test_a_target_of_this_family(engine: LocalEngine, tmp_path: Path) -> None:
     assert all(p.isfinite().all() for p in model.parameters() if p.requires_grad)
     model.save_pretrained(tmp_path / "adapter")
     again = load_for_inference(
-        engine.base, Reference("adapter", tmp_path, "distilled adapter", "adapter").files(), "none", torch.float32
+        engine.base, resolve_adapter("adapter", tmp_path, "distilled adapter"), "none", torch.float32
     )
     with torch.inference_mode():
         ids = torch.tensor([PROMPTS[0]])

@@ -14,7 +14,7 @@ from tests.families.table import tiny_checkpoint
 from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.method import Decoding, Pair, scoring
 from tuneshift_dag.method.scoring import Cost
-from tuneshift_dag.models.references import Reference, resolve_model
+from tuneshift_dag.models.references import resolve_adapter, resolve_model
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.cache import ResponseCache
 
@@ -51,9 +51,7 @@ def assert_same(found: list[Pair], expected: list[Pair]) -> None:
 
 
 def test_a_merged_model_gives_the_pairs_of_its_adapter(home: Path, tmp_path: Path) -> None:
-    adapter = LocalEngine(
-        resolve_model("base", home, "b"), Reference("adapter", home, "a", "adapter").files(), "none", "float32"
-    )
+    adapter = LocalEngine(resolve_model("base", home, "b"), resolve_adapter("adapter", home, "a"), "none", "float32")
     expected = pairs(adapter, Store(tmp_path / "a.duckdb"), Cost())
     whole = merged(home)
     assert whole.check_adapter(PROMPTS).problems == []

@@ -12,7 +12,7 @@ from tests.families.test_families import random_lora
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.method import Decoding, Side
-from tuneshift_dag.models.references import Reference, resolve_model
+from tuneshift_dag.models.references import resolve_adapter, resolve_model
 from tuneshift_dag.reports.export import merge, scale_adapter
 
 CHAT = "{% for m in messages %}<turn>{{ m['content'] }}<turn_end>{% endfor %}"
@@ -27,7 +27,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def test_plain_transformers_gives_the_same_answers(home: Path) -> None:
-    base, adapter = resolve_model("base", home, "b"), Reference("adapter", home, "a", "adapter").files()
+    base, adapter = resolve_model("base", home, "b"), resolve_adapter("adapter", home, "a")
     merge(base, adapter.path, home / "merged")
     engine = LocalEngine(base, adapter, "none", "float32")
     model, tokenizer = (
@@ -45,13 +45,13 @@ def test_plain_transformers_gives_the_same_answers(home: Path) -> None:
 
 
 def test_a_scale_in_the_weights_is_the_scale_that_was_measured(home: Path) -> None:
-    base, adapter = resolve_model("base", home, "b"), Reference("adapter", home, "a", "adapter").files()
+    base, adapter = resolve_model("base", home, "b"), resolve_adapter("adapter", home, "a")
     whole = LocalEngine(base, adapter, "none", "float32")
     half = whole.scaled(0.5)
     assert not whole._loaded, "a step that finds all in the cache loads nothing"
     shutil.copytree(home / "adapter", home / "baked")
     scale_adapter(home / "baked", 0.5)
-    baked = LocalEngine(base, Reference("baked", home, "a", "adapter").files(), "none", "float32")
+    baked = LocalEngine(base, resolve_adapter("baked", home, "a"), "none", "float32")
     ids, answer = [whole.encode("Where is it?")], [[5, 9, 12]]
 
     def scored(engine: LocalEngine, side: Side = "fine_tuned") -> float:

@@ -30,7 +30,7 @@ from tuneshift_dag.engines.openai_client import OpenAIServer
 from tuneshift_dag.engines.openai_source import ServedSource
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.method import AdapterCheck, Decoding
-from tuneshift_dag.models.references import Reference, _package_file, resolve_model
+from tuneshift_dag.models.references import _package_file, resolve_adapter, resolve_model
 from tuneshift_dag.resources import EngineResource
 
 pytestmark = pytest.mark.servers
@@ -49,7 +49,7 @@ THREADS = min(4, os.cpu_count() or 1)
 def local() -> LocalEngine:
     source = TRANSFER.config.source
     base = resolve_model(source.base, TRANSFER.folder, "test")
-    return LocalEngine(base, Reference(source.adapter, TRANSFER.folder, "test", "adapter").files(), "none", "bfloat16")
+    return LocalEngine(base, resolve_adapter(source.adapter, TRANSFER.folder, "test"), "none", "bfloat16")
 
 
 @pytest.fixture(scope="module")

@@ -267,6 +267,10 @@ def resolve_model(reference: str, folder: Path, key: str) -> ModelFiles:
     return Reference(reference, folder, key).files()
 
 
+def resolve_adapter(reference: str, folder: Path, key: str) -> ModelFiles:
+    return Reference(reference, folder, key, "adapter").files()
+
+
 def cache_dir() -> Path:
     """Where converted models are kept: ``$TUNESHIFT_CACHE`` or the user's cache directory."""
     folder = Path(os.environ.get("TUNESHIFT_CACHE") or platformdirs.user_cache_dir("tuneshift_dag"))

@@ -16,7 +16,7 @@ from tuneshift_dag.engines.server_process import stop_all
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.method import Engine, PromptWriter, Scorer, Target, TextModel
 from tuneshift_dag.models.memory import release_unused
-from tuneshift_dag.models.references import Kind, ModelFiles, Reference, cache_dir
+from tuneshift_dag.models.references import Kind, ModelFiles, cache_dir, resolve_adapter
 from tuneshift_dag.store import Store
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     def target(self, transfer: Transfer, adapter: Path | None = None) -> Target:
         """The target base model, with a distilled adapter when a folder is given."""
-        files = Reference(str(adapter), transfer.folder, "distilled adapter", "adapter").files() if adapter else None
+        files = resolve_adapter(str(adapter), transfer.folder, "distilled adapter") if adapter else None
         return cast("Target", self._engine(transfer, "target.base", files))
 
     def check_chain(self, transfer: Transfer, pairs: Sequence[tuple[str, str]]) -> None:
