@@ -53,8 +53,9 @@ def message(kind: str, color: str, text: str, console: Console = err) -> None:
 
 def rows(title: str, found: Sequence[dict[str, Any]]) -> None:
     """A table with the columns of the first row."""
-    columns = found[0] if found else ["nothing yet"]
-    table = Table(*(column.replace("_", " ") for column in columns), title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    for place, column in enumerate(found[0] if found else ["nothing yet"]):
+        table.add_column(column.replace("_", " "), no_wrap=not place, overflow="fold")
     for row in found:
         table.add_row(*(Text(f"{v:.3f}" if isinstance(v, float) else str(v)) for v in row.values()))
     out.print(table)
@@ -138,27 +139,22 @@ def plan(made: dict[str, Any]) -> None:
         f" {made['usable_bytes'] / 1e9:.1f} GB.",
         highlight=False,
     )
-    table = Table(caption="seconds at the speeds recorded here", title_justify="left", caption_justify="left")
-    table.add_column("", no_wrap=True, min_width=max(map(len, made["steps"])))
-    for column in ("memory", "recorded peak", "seconds", "rows/s"):
-        table.add_column(column, justify="right")
-    table.add_column("speed of", overflow="fold")
 
-    def number(value: float | None, text: str, scale: float = 1) -> str:
+    def number(value: float | None, text: str = "{:,.1f}", scale: float = 1) -> str:
         return "-" if value is None else text.format(value / scale)
 
+    shown = []
     for name, step in made["steps"].items():
-        memory = [number(step[column], "{:.1f} GB", 1e9) for column in ("memory_bytes", "recorded_peak_bytes")]
-        seconds, speed = number(step["seconds"], "{:,.1f}"), step["speed"]
-        ran = ["-", "-"]
-        if speed is not None:
+        memory = {key: number(step[key], "{:.1f} GB", 1e9) for key in ("memory_bytes", "recorded_peak_bytes")}
+        row = {"step": name, "memory": memory["memory_bytes"], "recorded peak": memory["recorded_peak_bytes"]}
+        row |= {"seconds": number(step["seconds"]), "rows/s": "-", "speed of": "-"}
+        if (speed := step["speed"]) is not None:
             models = ", ".join(model.rpartition("/")[2] for model in (speed["models"] or "unknown").split(", "))
-            of = f"{models} ({speed['engine'] or 'unknown'}), {speed['recorded_at'][:10]}"
-            ran = [f"{1 / speed['seconds_per_row']:,.1f}", of]
-        table.add_row(name, *memory, seconds, *ran)
-    table.add_section()
-    table.add_row("total", "", "", number(made["total_seconds"], "{:,.1f}"))
-    out.print(table)
+            row["rows/s"] = f"{1 / speed['seconds_per_row']:,.1f}"
+            row["speed of"] = f"{models} ({speed['engine'] or 'unknown'}), {speed['recorded_at'][:10]}"
+        shown.append(row)
+    shown.append({**dict.fromkeys(shown[0], ""), "step": "total", "seconds": number(made["total_seconds"])})
+    rows("Seconds at the speeds recorded here", shown)
     for warning in made["warnings"]:
         message("warning", "yellow", warning, out)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from tuneshift_dag.config import Transfer, round_key
+from tuneshift_dag.config import Transfer, round_key, round_number
 from tuneshift_dag.config.versions import Rounds, code_version, inputs_of
 from tuneshift_dag.store import Spool, Store, in_chunks, insert, now
 from tuneshift_dag.store.tables import ATTEMPTS, MATERIALIZATIONS
@@ -43,6 +43,8 @@ class Records:
         noted = store.read(query, schema=transfer.name).rows(named=True)
         self._made = {place(row["asset"], row["round"]): row for row in noted if row["version"] is not None}
         self.attempts = {place(row["asset"], row["round"]) for row in noted if row["attempted"]}
+        self.ahead: list[tuple[str, str | None]] = []
+        """(asset, round) of what `to_do` takes as made, each with another result than before."""
 
     def causes(self, asset: str, round_: str | None = None) -> list[str]:
         """Why an asset, or a round of one, must be made (again); [] when it needn't.
@@ -50,6 +52,8 @@ class Records:
         ``missing``: it never was. ``code``: its settings, files, weights or code changed. ``input PLACE``: what it was
         made from has another version, or is gone. ``attempt``: the last one failed or was killed, or is going on.
         """
+        if (asset, round_) in self.ahead:
+            return []
         here = place(asset, round_)
         made = self._made.get(here)
         if made is None:
@@ -76,6 +80,11 @@ class Records:
 
     def version(self, asset: str, round_: str | None = None) -> str:
         """Empty when nothing was made."""
+        maker = (asset, round_)
+        if asset == "round_seeds" and round_:  # drawn by another step: see `config.versions.INPUTS`
+            maker = seeds_reporter(round_number(round_))
+        if maker in self.ahead:
+            return "another"
         made = self._made.get(place(asset, round_))
         return str(made["version"]) if made else ""
 
@@ -122,6 +131,14 @@ def next_step(records: Records, regrow: bool) -> Due | None:
     if "distilled_model" in stale:  # a new model needs it anyway
         stale = [asset for asset in after if asset in stale or asset == "evaluation"]
     return Due(tuple(stale)) if stale else None
+
+
+def to_do(store: Store, transfer: Transfer, regrow: bool) -> list[tuple[str, str | None]]:
+    """(asset, round) of the most that `tuneshift run` would make now: a step may turn out to change nothing."""
+    records = Records(store, transfer)
+    while due := next_step(records, regrow):
+        records.ahead += [(asset, due.round) for asset in (due.assets if due.round else due.assets[:1])]
+    return records.ahead
 
 
 def _only_seeds_changed(causes: list[str]) -> bool:
