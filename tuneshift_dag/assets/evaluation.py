@@ -14,7 +14,7 @@ from tuneshift_dag.method import Decoding, PromptFormat, Scorer, Side, Target, s
 from tuneshift_dag.method.evaluation import SCALES, mark
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.method.statistics import accuracy_of
-from tuneshift_dag.reports import plots, verdicts
+from tuneshift_dag.reports import CURRENT_SCORES, plots, verdicts
 from tuneshift_dag.resources import EngineResource, StoreResource
 from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import ACCURACY, EVALUATIONS, FRONTIER, RETENTION, RETENTION_BY_KIND, TASK_SCORES
@@ -60,11 +60,11 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
 
             def make_tasks_current(connection: Any) -> str:
                 connection.execute("UPDATE task_scores SET current = key IN (SELECT unnest(?))", [keys])
-                return content_version(accuracy, forgot, kinds, scales, connection.sql(_TASK_SCORES).pl())
+                return content_version(accuracy, forgot, kinds, scales, connection.sql(CURRENT_SCORES).pl())
 
             tables = [(EVALUATIONS, table), (ACCURACY, accuracy), (RETENTION, forgot), (RETENTION_BY_KIND, kinds)]
             current.write([*tables, (FRONTIER, scales)], statements=make_tasks_current)
-            tasks = current.read(_TASK_SCORES)
+            tasks = current.read(CURRENT_SCORES)
             chart = current.picture("accuracy", plots.accuracy_bars(measured.accuracies)) if len(accuracy) else None
             picture = current.picture("frontier", plots.frontier(frontier, transfer.config.evaluation))
             kept = verdicts(measured.answers, measured.retained, transfer.config.evaluation, transfer.config.seed)
@@ -94,10 +94,6 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
 
 
 _DISTILLED = "target_distilled"
-_TASK_SCORES = """
-    SELECT model, task, metric, filter, value, stderr, n FROM task_scores WHERE current
-    ORDER BY task, metric, filter, model
-"""
 
 
 def _distilled(current: Step, engines: EngineResource) -> Target:

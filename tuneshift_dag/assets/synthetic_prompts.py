@@ -72,7 +72,7 @@ def _ask(engine: PromptWriter, current: Step, calls: list[list[Candidate]]) -> l
         Decoding(*how, stops=stops),
         current.cost,
         # The call's number keeps two calls with the same seeds apart.
-        [_sampling_seed(transfer.config.seed, number, request) for number, request in enumerate(requests)],
+        [scoring.sampling_seed(f"{transfer.config.seed}|{number}|{text}") for number, text in enumerate(requests)],
         current.progress("generator calls"),
     )
 
@@ -106,10 +106,6 @@ def _items(current: Step, answer: Response, line: str) -> list[str]:
         items = answers.parse_labelled(answer.text, settings.example_template, asked, finished, between)
         return items[: settings.prompts_per_call]
     return answers.read_answer(answer.text, settings.mode, format, finished, settings.prompts_per_call, line)
-
-
-def _sampling_seed(seed: int, call: int, request: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}|{call}|{request}".encode()).digest()[:6], "big")
 
 
 def _sort_out(

@@ -30,7 +30,7 @@ _ENGINE_VERSION = "openai-1"
 _NO_KEY = "EMPTY"
 # Results wait at most this long to be stored: what a killed run loses.
 _BATCH_SECONDS = 2.0
-_LOGGER = logging.getLogger("tuneshift_dag.server")
+LOG = logging.getLogger("tuneshift_dag.server")
 
 
 class Refused(TuneshiftError):
@@ -58,11 +58,10 @@ class Totals:
 class OpenAIServer:
     """One server: how it is reached and how much is asked of it at once."""
 
-    def __init__(self, settings: Server, key: str, log: Callable[[str], None] = _LOGGER.info) -> None:
-        """``key``: where the settings stand in ``transfer.yaml``, for messages; ``log`` takes lines for people."""
+    def __init__(self, settings: Server, key: str) -> None:
+        """``key``: where the settings stand in ``transfer.yaml``, for messages."""
         self.settings = settings
         self.key = key
-        self.log = log
         # The client would take OPENAI_API_KEY by itself and send it to whatever base_url names.
         self._api_key = _NO_KEY
         if settings.api_key_env:
@@ -100,7 +99,7 @@ class OpenAIServer:
             thread.join()
             loop.close()
             if totals.requests:
-                self.log(f"{what}: {totals}")
+                LOG.info(f"{what}: {totals}")
 
     async def _work(self, count: int, work: Work[T], results: "Results[T]", totals: Totals) -> None:
         """As many workers as requests may be in flight take the indices in turn: memory doesn't grow with count."""

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.schema_models import ServedModel
 from tuneshift_dag.engines.openai_client import (
+    LOG,
     OpenAIServer,
     Refused,
     Requests,
@@ -191,7 +192,7 @@ class ServedSource(Scorer):
             if name in by_name:
                 # vLLM's root is where the weights are, and an adapter's parent is its base; llama.cpp tells the size.
                 facts = {k: v for k, v in by_name[name].items() if k in ("root", "parent", "meta") and v}
-                server.log(f"{side}: {name} {json.dumps(facts)}")
+                LOG.info(f"{side}: {name} {json.dumps(facts)}")
         if problems:
             return problems
         parent, base, fine_tuned = by_name[names["fine_tuned"]].get("parent"), names["base"], names["fine_tuned"]

@@ -151,6 +151,11 @@ def _completed(
     return [found[key] for key in keys]
 
 
+def sampling_seed(name: str) -> int:
+    """What a sampled response draws from: the same number for the same name."""
+    return int.from_bytes(sha256(name.encode()).digest()[:6], "big")
+
+
 def chunk_progress(on_progress: OnProgress, total: int) -> Callable[[int], OnProgress]:
     """Progress over ``total`` prompts that are worked on in chunks: called with a chunk's size, it gives the chunk's.
     What the cache has of later chunks isn't known yet, so all of it counts as still to do."""
@@ -249,8 +254,7 @@ def agreements(
     Each sample is a cached response with a sampling seed of its own, which follows from ``seed`` and doesn't depend on
     ``count``: more samples cost only the new ones."""
     asked = [prompt for prompt in prompts for _ in range(count)]
-    digests = [sha256(f"{seed}|{number}|{prompt}".encode()) for prompt in prompts for number in range(count)]
-    seeds = [int.from_bytes(found.digest()[:6], "big") for found in digests]
+    seeds = [sampling_seed(f"{seed}|{number}|{prompt}") for prompt in prompts for number in range(count)]
     responses = generate(model, cache, asked, "fine_tuned", decoding, cost, seeds, on_progress)
     return [
         agreement(metric, text, [response.text for response in responses[i * count : (i + 1) * count]])

@@ -90,7 +90,7 @@ def check_config(file: Path, key: str) -> None:
         )
     for part in parts:
         settings = part.get("quantization_config") or part.get("compression_config") or part.get("quantization")
-        if settings and not _is_bitsandbytes_4bit(settings):
+        if settings and not (isinstance(settings, dict) and settings.get("load_in_4bit")):
             method = settings.get("quant_method") if isinstance(settings, dict) else settings
             kind = "bitsandbytes 8-bit" if method == "bitsandbytes" else method or "a method that isn't named (MLX?)"
             raise TuneshiftError(
@@ -295,10 +295,6 @@ def _weights(path: Path, key: str) -> list[Path]:
             " Download the model again, or save it again with `model.save_pretrained(folder)`."
         )
     return [path / name for name in names]
-
-
-def _is_bitsandbytes_4bit(settings: object) -> bool:
-    return isinstance(settings, dict) and bool(settings.get("load_in_4bit"))
 
 
 def _instead_of_an_adapter(path: Path) -> str:

@@ -55,7 +55,7 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
         "retention_by_kind": rows("SELECT * FROM retention_by_kind ORDER BY kind, model"),
         "frontier": rows("SELECT * FROM frontier ORDER BY scale"),
         "verdicts": [vars(verdict) for verdict in judged],
-        "tasks": rows(_TASKS),
+        "tasks": rows(CURRENT_SCORES),
         "comparison": comparison(store, transfer),
         # Relative to the store's folder; absolute in rows of older versions.
         "model": {**trained[0], "path": str(store.path.parent / trained[0]["path"])} if trained else None,
@@ -252,8 +252,8 @@ _COUNTS = """
         count(*) AS pairs_kept, count(DISTINCT trim(response)) AS distinct_responses_kept FROM {filtered_dataset}
 """
 _TRAINED = "SELECT model_id, dataset_version, pairs, filter, seconds, path FROM distilled_models WHERE current"
-_TASKS = """
-    SELECT task, metric, filter, model, value, stderr, n FROM task_scores WHERE current
+CURRENT_SCORES = """
+    SELECT model, task, metric, filter, value, stderr, n FROM task_scores WHERE current
     ORDER BY task, metric, filter, model
 """
 _BY_ROUND = """

@@ -72,7 +72,8 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
         with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as staging:
             made = Path(staging) / "new"
             shutil.copytree(figures["model"]["path"], made / "adapter")
-            scale = exported_scale(figures)
+            # Chosen by ``distill.keep``; there is none before an evaluation.
+            scale = next((row["scale"] for row in figures["frontier"] if row["chosen"]), 1)
             if scale != 1:
                 scale_adapter(made / "adapter", scale)
             card = model_card(transfer, figures)
@@ -87,10 +88,6 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
     except OSError as error:
         raise TuneshiftError(f"--to {to}: {error.strerror or error}: name a folder that can be written.") from error
     return [to / name for name in _WRITTEN if (to / name).exists()]
-
-
-def exported_scale(figures: dict[str, Any]) -> float:
-    return next((float(row["scale"]) for row in figures["frontier"] if row["chosen"]), 1.0)
 
 
 def push(folder: Path, repo: str) -> str:

@@ -116,7 +116,9 @@ def next_step(records: Records, regrow: bool) -> Due | None:
     for round_ in transfer.round_keys:
         for number, asset in enumerate(ROUND_ASSETS):
             causes = records.causes(asset, round_)
-            keeps = asset == "synthetic_prompts" and not regrow and _only_seeds_changed(causes)
+            # The seeds, or the earlier rounds' prompts that it must not repeat.
+            only_seeds = all(cause.startswith(("input round_seeds/", "input synthetic_prompts/")) for cause in causes)
+            keeps = asset == "synthetic_prompts" and not regrow and only_seeds
             if causes and not (keeps and records.grown(round_)):
                 return Due(ROUND_ASSETS[number:], round_)
     # The report comes before the training: it is cheap, and says what to do when too little was kept.
@@ -139,10 +141,6 @@ def to_do(store: Store, transfer: Transfer, regrow: bool) -> list[tuple[str, str
     while due := next_step(records, regrow):
         records.ahead += [(asset, due.round) for asset in (due.assets if due.round else due.assets[:1])]
     return records.ahead
-
-
-def _only_seeds_changed(causes: list[str]) -> bool:
-    return all(cause.startswith(("input round_seeds/", "input synthetic_prompts/")) for cause in causes)
 
 
 def begin(store: Store, transfer: Transfer, asset: str, round_: str | None, run_id: str) -> None:
