@@ -282,13 +282,10 @@ class TestToDo:
         last = [(name, None) for name in ("threshold_report", "rehearsal_set", "distilled_model", "evaluation")]
         assert to_do(Store(database_file()), transfer, False) == [("seed_set", None), *rounds, *last]
 
-    def test_of_a_finished_one_is_nothing_and_after_a_change_what_follows(
-        self, project: Any, edit_config: Edit
-    ) -> None:
-        project.run()
-        assert to_do(project.store, project.transfer, False) == []
+    def test_of_a_finished_one_is_nothing_and_after_a_change_what_follows(self, ran: Any, edit_config: Edit) -> None:
+        assert to_do(ran.store, ran.transfer, False) == []
         edit_config("filter.threshold", 1.4)
-        steps = to_do(project.store, project.transfer, False)
+        steps = to_do(ran.store, ran.transfer, False)
         assert [asset for asset, _ in steps] == ["filtered_dataset"] * 2 + ["threshold_report", *AFTER_ROUNDS]
 
     @pytest.mark.parametrize(
@@ -299,14 +296,13 @@ class TestToDo:
         ],
     )
     def test_is_the_most_that_the_run_then_does(
-        self, project: Any, edit_config: Edit, key: str, value: Any, regrow: bool, rounds: dict[str, int]
+        self, ran: Any, edit_config: Edit, key: str, value: Any, regrow: bool, rounds: dict[str, int]
     ) -> None:
-        project.run()
         edit_config(key, value)
-        steps = to_do(project.store, project.transfer, regrow)
+        steps = to_do(ran.store, ran.transfer, regrow)
         assert Counter(round_ for _, round_ in steps if round_) == rounds
         assert steps[-2:] == [("distilled_model", None), ("evaluation", None)]
-        made = project.run(regrow).materialized
+        made = ran.run(regrow).materialized
         # The seed set is made anew, and when it comes out as it was, prompts stay.
         assert [step for step in steps if step in made] == made, "in this order, and nothing else"
 
