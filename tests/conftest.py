@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.machinery import ModuleSpec
@@ -238,6 +239,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         project = Project(make_transfer_folder(root), instance)
         project.result = project.run()
         yield project
+
+
+@pytest.fixture
+def ran(finished: Project, project: Project) -> Project:
+    """`finished` once more, to be changed: a copy of its home, with models that have done nothing yet."""
+    shutil.copytree(finished.store.home, project.store.home, dirs_exist_ok=True)
+    return project
 
 
 def write_jsonl(file: Path, rows: list[dict[str, str]]) -> None:

@@ -1,7 +1,4 @@
-"""``tuneshift run``: materialize what is missing or out of date, in round order, through Dagster's instance.
-
-What is out of date is decided by `tuneshift_dag.store.records`, as it is for the automation.
-"""
+"""``tuneshift run``: materialize what is missing or out of date (`store.records`), in round order, through Dagster."""
 
 import logging
 import os
@@ -41,8 +38,6 @@ class RunResult:
 
 
 class Runner:
-    """Materializes one transfer's assets in this process."""
-
     def __init__(
         self,
         transfer: Transfer,
@@ -189,5 +184,4 @@ def _explain(result: dg.ExecuteInProcessResult, round_: str | None) -> str:
 
 
 def _told() -> list[type[TuneshiftError]]:
-    """Errors that tell a user what to repair."""
     return [TuneshiftError, *TuneshiftError.__subclasses__()]

@@ -87,14 +87,12 @@ class TestWholeRun:
             "keeps_general_text": {True},
         }
 
-    def test_a_second_run_does_nothing_and_its_report_says_so(self, project: Project) -> None:
-        project.run()
-        calls = project.models.calls()
-        assert report(project.store, project.transfer)["model_calls"] > 0
-        assert project.run().materialized == []
-        assert project.models.calls() == calls
-        assert len(project.models.trained) == 1
-        assert report(project.store, project.transfer)["model_calls"] == 0
+    def test_a_second_run_does_nothing_and_its_report_says_so(self, ran: Project) -> None:
+        assert report(ran.store, ran.transfer)["model_calls"] > 0
+        assert ran.run().materialized == []
+        assert ran.models.calls() == 0
+        assert ran.models.trained == []
+        assert report(ran.store, ran.transfer)["model_calls"] == 0
 
     def test_a_materialization_without_a_model_call_says_so(self, finished: Project) -> None:
         (record,) = materializations(finished, "filtered_dataset", "round_01")
@@ -281,25 +279,23 @@ class TestThresholdChange:
 
 class TestRuleChange:
     def test_to_one_without_scores_of_its_own_reruns_what_a_threshold_does(
-        self, project: Project, edit_config: Edit
+        self, ran: Project, edit_config: Edit
     ) -> None:
-        project.run()
-        calls = work(project.models.source), work(project.models.generator)
         edit_config("filter", {"rule": "top_excess", "keep": 12})
-        assert {asset for asset, _ in project.run().materialized} == {
+        assert {asset for asset, _ in ran.run().materialized} == {
             "filtered_dataset", "threshold_report", "distilled_model", "evaluation",
         }  # fmt: skip
-        assert project.rows("SELECT round, count(*) FROM filtered_dataset GROUP BY round ORDER BY round") == [
+        assert ran.rows("SELECT round, count(*) FROM filtered_dataset GROUP BY round ORDER BY round") == [
             ("round_01", 6), ("round_02", 6),
         ]  # fmt: skip
         excess = "SELECT ln(p.ppl_base_cross / p.ppl_fine_tuned) FROM scored_pairs p JOIN {} r USING (round, prompt_id)"
-        for round_ in project.transfer.round_keys:
-            kept = project.rows(f"{excess.format('filtered_dataset')} WHERE round = '{round_}'")
-            late = project.rows(f"{excess.format('rejected_pairs')} WHERE round = '{round_}'")
+        for round_ in ran.transfer.round_keys:
+            kept = ran.rows(f"{excess.format('filtered_dataset')} WHERE round = '{round_}'")
+            late = ran.rows(f"{excess.format('rejected_pairs')} WHERE round = '{round_}'")
             assert min(kept) > max(late)
-        rejected = project.rows("SELECT count(*), count(DISTINCT (round, prompt_id)) FROM rejected_pairs")[0]
-        assert rejected[0] == rejected[1] == project.rows("SELECT count(*) FROM scored_pairs")[0][0] - 12
-        assert (work(project.models.source), work(project.models.generator)) == calls
+        rejected = ran.rows("SELECT count(*), count(DISTINCT (round, prompt_id)) FROM rejected_pairs")[0]
+        assert rejected[0] == rejected[1] == ran.rows("SELECT count(*) FROM scored_pairs")[0][0] - 12
+        assert work(ran.models.source) == work(ran.models.generator) == 0
 
 
 class TestRetention:
@@ -394,44 +390,40 @@ class TestRegrow:
         assert fresh.rows(prompts) == project.rows(prompts)
         assert fresh.rows(kept) == project.rows(kept)
 
-    def test_of_one_round_makes_the_prompts_after_it_out_of_date(self, project: Project, edit_config: Edit) -> None:
+    def test_of_one_round_makes_the_prompts_after_it_out_of_date(self, ran: Project, edit_config: Edit) -> None:
         """They must not repeat it. Dagster's graph can't say so: an asset's rounds don't depend on each other."""
-        project.run()
         edit_config("seed", 3)
-        assert project.materialize("seed_set").success
-        assert project.materialize(*ROUND_ASSETS, round="round_01").success
-        assert "input synthetic_prompts/round_01" in causes(project, "synthetic_prompts", "round_02")
+        assert ran.materialize("seed_set").success
+        assert ran.materialize(*ROUND_ASSETS, round="round_01").success
+        assert "input synthetic_prompts/round_01" in causes(ran, "synthetic_prompts", "round_02")
 
 
 class TestTargetWeights:
-    def test_other_ones_are_trained_when_the_model_is_materialized(self, project: Project) -> None:
-        project.run()
-        assert project.materialize("distilled_model").success
-        assert len(project.models.trained) == 1
-        weights = project.folder / "models" / "tiny-base" / "model.safetensors"
+    def test_other_ones_are_trained_when_the_model_is_materialized(self, ran: Project) -> None:
+        assert ran.materialize("distilled_model").success
+        assert ran.models.trained == []
+        weights = ran.folder / "models" / "tiny-base" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-        assert project.materialize("distilled_model").success
-        assert len(project.models.trained) == 2
-        assert causes(project, "evaluation") != []
-        assert project.materialize("distilled_model").success
-        assert len(project.models.trained) == 2
+        assert ran.materialize("distilled_model").success
+        assert len(ran.models.trained) == 1
+        assert causes(ran, "evaluation") != []
+        assert ran.materialize("distilled_model").success
+        assert len(ran.models.trained) == 1
 
 
 class TestExport:
-    def test_says_which_filter_kept_the_pairs(self, project: Project, edit_config: Edit, tmp_path: Path) -> None:
-        project.run()
+    def test_says_which_filter_kept_the_pairs(self, ran: Project, edit_config: Edit, tmp_path: Path) -> None:
         edit_config("filter.threshold", LOOSER)
-        export(project.store, project.transfer, tmp_path / "out")
+        export(ran.store, ran.transfer, tmp_path / "out")
         for card in ("README.md", "adapter/README.md"):
             assert f"threshold {USUAL}" in (tmp_path / "out" / card).read_text()
 
-    def test_of_pairs_that_are_gone_is_refused(self, project: Project, edit_config: Edit, tmp_path: Path) -> None:
-        project.run()
+    def test_of_pairs_that_are_gone_is_refused(self, ran: Project, edit_config: Edit, tmp_path: Path) -> None:
         edit_config("generator.instruction", "Others, {count} of them:")
         for asset in ("synthetic_prompts", "scored_pairs"):
-            assert project.materialize(asset, round="round_01").success
+            assert ran.materialize(asset, round="round_01").success
         with pytest.raises(TuneshiftError, match="rounds were materialized again since the model was trained"):
-            export(project.store, project.transfer, tmp_path / "out")
+            export(ran.store, ran.transfer, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 

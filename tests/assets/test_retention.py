@@ -12,9 +12,8 @@ from tuneshift_dag.assets.retention import chosen_scale
 from tuneshift_dag.config.schema import Evaluation
 from tuneshift_dag.method import Side
 from tuneshift_dag.method.evaluation import SCALES, general_texts
-from tuneshift_dag.reports import report
+from tuneshift_dag.reports import report, verdicts
 from tuneshift_dag.reports.export import model_card
-from tuneshift_dag.reports.verdicts import verdicts
 
 
 class Forgetful(FakeEngine):

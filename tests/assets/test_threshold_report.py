@@ -56,13 +56,12 @@ class TestThresholdReport:
         assert found["pairs_kept"].value == kept
         assert "pairs_kept" in str(found["thresholds_of_the_rule"].value)
 
-    def test_follows_the_threshold_and_is_fresh_otherwise(self, project: Project, edit_config) -> None:
-        project.run()
+    def test_follows_the_threshold_and_is_fresh_otherwise(self, ran: Project, edit_config) -> None:
         edit_config("filter.threshold", 1.6)
         # These keep the same pairs, so that nothing is trained; the picture's cut has moved all the same.
-        assert ("threshold_report", None) in project.run().materialized
-        assert project.run().materialized == []
-        assert project.rows("SELECT threshold FROM threshold_report WHERE current") == [(1.6,)]
+        assert ("threshold_report", None) in ran.run().materialized
+        assert ran.run().materialized == []
+        assert ran.rows("SELECT threshold FROM threshold_report WHERE current") == [(1.6,)]
 
     def test_names_the_rounds_that_it_was_made_without(self, project: Project) -> None:
         project.materialize("seed_set")

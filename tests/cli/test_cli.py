@@ -19,7 +19,7 @@ from tests.fakes import FakeEngine, FakeModels
 from tests.method.test_format_detection import Tuned
 from tuneshift_dag.cli.doctor import quantized_in_use
 from tuneshift_dag.config.files import load_transfer
-from tuneshift_dag.config.schema_prompt import Prompt
+from tuneshift_dag.config.schema_models import Prompt
 from tuneshift_dag.method import Decoding, PromptFormat, Response
 from tuneshift_dag.reports import describe_filter, escape_markdown
 from tuneshift_dag.reports.export import export

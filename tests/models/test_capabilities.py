@@ -5,8 +5,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tuneshift_dag import TuneshiftError
-from tuneshift_dag.models.attention import GROUPED_ATTENTION
-from tuneshift_dag.models.capabilities import check_finite
+from tuneshift_dag.models.capabilities import GROUPED_ATTENTION, check_finite
 
 SIZES = {
     "vocab_size": 64,

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.models.checks import check_adapter_folder, check_finite, tokens_without_row
-from tuneshift_dag.models.references import check_loadable, check_reference
+from tuneshift_dag.models.references import Reference
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 167832240\n"
 A, B = "base_model.model.model.layers.0.q_proj.lora_A.weight", "base_model.model.model.layers.0.q_proj.lora_B.weight"
@@ -42,9 +42,9 @@ def edit(file: Path, **settings: Any) -> None:
 
 
 def check(reference: Path, kind: Any = "model") -> None:
-    check_reference(str(reference), reference, "transfer.yaml: the.key", kind)
+    Reference(str(reference), reference, "transfer.yaml: the.key", kind).check()
     if kind == "model":
-        check_loadable(str(reference), reference, "transfer.yaml: the.key")
+        Reference(str(reference), reference, "transfer.yaml: the.key").check_loadable()
 
 
 def refusal(reference: Path, kind: Any = "model") -> str:

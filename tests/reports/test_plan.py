@@ -22,7 +22,7 @@ from tuneshift_dag.home import database_file
 from tuneshift_dag.reports import plan as plans
 from tuneshift_dag.reports.plan import ModelSize
 from tuneshift_dag.store import Store
-from tuneshift_dag.store.records import ROUND_ASSETS
+from tuneshift_dag.store.records import ROUND_ASSETS, to_do
 from tuneshift_dag.store.tables import DISTILLED_MODELS, STEPS
 
 Edit = Callable[[str, Any], None]
@@ -136,16 +136,14 @@ def needs(folder: Path, total: float, usable: float | None = None) -> tuple[dict
 class TestModelsAndEngines:
     def test_of_a_step_that_runs_no_model_are_none(self, transfer_folder: Path) -> None:
         transfer = load_transfer(transfer_folder)
-        assert plans.models_of(transfer, "filtered_dataset") is None
-        assert plans.engine_of(transfer, "filtered_dataset") is None
+        assert plans.runs_on(transfer, "filtered_dataset") == (None, None)
 
     def test_are_those_of_transfer_yaml(self, transfer_folder: Path, edit_config: Edit) -> None:
         edit_config("target.base", "other/target")
         edit_config("generator.model", "other/generator")
 
         def ran(asset: str) -> tuple[str | None, str | None]:
-            transfer = load_transfer(transfer_folder)
-            return plans.models_of(transfer, asset), plans.engine_of(transfer, asset)
+            return plans.runs_on(load_transfer(transfer_folder), asset)
 
         assert ran("synthetic_prompts") == ("other/generator", "local")
         assert ran("scored_pairs") == ("models/tiny-base", "local")
@@ -276,15 +274,12 @@ class TestToDo:
         transfer = load_transfer(sized)
         rounds = [(asset, round_) for round_ in transfer.round_keys for asset in ROUND_ASSETS]
         last = [(name, None) for name in ("threshold_report", "rehearsal_set", "distilled_model", "evaluation")]
-        assert plans.to_do(Store(database_file()), transfer, False) == [("seed_set", None), *rounds, *last]
+        assert to_do(Store(database_file()), transfer, False) == [("seed_set", None), *rounds, *last]
 
-    def test_of_a_finished_one_is_nothing_and_after_a_change_what_follows(
-        self, project: Any, edit_config: Edit
-    ) -> None:
-        project.run()
-        assert plans.to_do(project.store, project.transfer, False) == []
+    def test_of_a_finished_one_is_nothing_and_after_a_change_what_follows(self, ran: Any, edit_config: Edit) -> None:
+        assert to_do(ran.store, ran.transfer, False) == []
         edit_config("filter.threshold", 1.4)
-        steps = plans.to_do(project.store, project.transfer, False)
+        steps = to_do(ran.store, ran.transfer, False)
         assert [asset for asset, _ in steps] == ["filtered_dataset"] * 2 + ["threshold_report", *AFTER_ROUNDS]
 
     @pytest.mark.parametrize(
@@ -295,14 +290,13 @@ class TestToDo:
         ],
     )
     def test_is_the_most_that_the_run_then_does(
-        self, project: Any, edit_config: Edit, key: str, value: Any, regrow: bool, rounds: dict[str, int]
+        self, ran: Any, edit_config: Edit, key: str, value: Any, regrow: bool, rounds: dict[str, int]
     ) -> None:
-        project.run()
         edit_config(key, value)
-        steps = plans.to_do(project.store, project.transfer, regrow)
+        steps = to_do(ran.store, ran.transfer, regrow)
         assert Counter(round_ for _, round_ in steps if round_) == rounds
         assert steps[-2:] == [("distilled_model", None), ("evaluation", None)]
-        made = project.run(regrow).materialized
+        made = ran.run(regrow).materialized
         # The seed set is made anew, and when it comes out as it was, prompts stay.
         assert [step for step in steps if step in made] == made, "in this order, and nothing else"
 

@@ -46,7 +46,6 @@ def build_assets(transfer: Transfer) -> Assets:
 
 
 def _with_code_references(assets: Assets, transfer: Transfer) -> Assets:
-    """The assets, each with links to its code and to its ``transfer.yaml``."""
     settings = dg.LocalFileCodeReference(file_path=str(transfer.folder / "transfer.yaml"), label="transfer.yaml")
 
     def link(spec: dg.AssetSpec) -> dg.AssetSpec:

@@ -22,7 +22,7 @@ from tuneshift_dag.method.filters import repetition_sql
 from tuneshift_dag.method.scoring import Cost
 from tuneshift_dag.models.memory import peak_bytes, reset_peak
 from tuneshift_dag.reports import escape_markdown
-from tuneshift_dag.reports.plan import engine_of, models_of
+from tuneshift_dag.reports.plan import runs_on
 from tuneshift_dag.resources import BATCH_TAG
 from tuneshift_dag.store import Spool, Store, insert, now, records
 from tuneshift_dag.store.cache import ResponseCache
@@ -145,7 +145,6 @@ class Step:
         return ResponseCache(self.store)
 
     def read(self, query: str, parameters: Sequence[Any] | dict[str, Any] = ()) -> pl.DataFrame:
-        """Rows of a query to the transfer's tables."""
         return self.store.read(query, parameters, self.transfer.name)
 
     def progress(self, what: str) -> Callable[[int, int], None]:
@@ -211,7 +210,7 @@ class Step:
         self.store.write(self.transfer.name, transaction, at_once)
 
     def _cost_row(self) -> dict[str, object]:
-        tags = self.run.tags
+        tags, (models, engine) = self.run.tags, runs_on(self.transfer, self.asset)
         return {
             "run_id": self.run.run_id,
             "batch_id": tags.get(BATCH_TAG) or tags.get("dagster/backfill") or self.run.run_id,
@@ -220,8 +219,8 @@ class Step:
             "finished_at": now(),
             **self._figures(),
             "model_seconds": self.cost.model_seconds,
-            "models": models_of(self.transfer, self.asset),
-            "engine": engine_of(self.transfer, self.asset),
+            "models": models,
+            "engine": engine,
             "peak_bytes": peak_bytes(),
         }
 
@@ -243,7 +242,7 @@ class Step:
     def result(
         self, rows: int | None, metadata: Mapping[str, Any], *checks: dg.AssetCheckResult
     ) -> dg.MaterializeResult:
-        """What the asset returns; of its metadata what is None is left out."""
+        """Of the ``metadata`` what is None is left out."""
         lineage = {
             column: [dg.TableColumnDep(key(self.transfer, asset), name) for asset, name in sources]
             for column, sources in COLUMN_SOURCES.get(self.asset, {}).items()

@@ -1,8 +1,4 @@
-"""``distilled_model``: the target model, LoRA-tuned on the kept pairs.
-
-Trained adapters are kept by the hash of their dataset and settings: what was trained once is never trained again.
-`comparison` trains its own in the same way.
-"""
+"""``distilled_model``: the target model, LoRA-tuned on the kept pairs. `comparison` trains its own in the same way."""
 
 import hashlib
 import json
@@ -75,7 +71,6 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
 
 
 def _kept_pairs(current: Step) -> pl.DataFrame:
-    """The pairs of all rounds, at least one."""
     missing = current.records.missing_rounds("filtered_dataset")
     if missing:  # Dagster runs an unpartitioned asset also when partitions above it don't exist yet
         raise dg.Failure(
@@ -96,11 +91,8 @@ KEPT_PAIRS = """
 
 
 def trained_adapter(current: Step, engines: EngineResource, transfer: Transfer, pairs: pl.DataFrame) -> dict[str, Any]:
-    """The row of ``distilled_models`` for these pairs (prompt_id, round, prompt, response); trained if it must be.
-
-    The row is written as soon as the training ends, so that a killed step trains nothing twice. ``transfer`` is that of
-    the step, or one with other settings of the training.
-    """
+    """The row of ``distilled_models`` for these pairs (prompt_id, round, prompt, response); trained if it must be, and
+    written as soon as the training ends, so that a killed step trains nothing twice."""
     dataset_version = content_version(pairs.select("prompt_id", "prompt", "response"))
     weights = engines.target_weights(transfer)
     # Nothing without rehearsal: what was trained so before there was any is found again.
@@ -140,7 +132,7 @@ def _find(current: Step, model_id: str) -> dict[str, Any] | None:
 def _train(
     current: Step, engines: EngineResource, transfer: Transfer, pairs: pl.DataFrame, model_id: str
 ) -> dict[str, Any]:
-    """Train, and return the new row of ``distilled_models``, without the versions of what it was trained on."""
+    """The new row of ``distilled_models``, without the versions of what it was trained on."""
     check_training(transfer)
     texts = []
     if transfer.rehearses:

@@ -14,8 +14,7 @@ from tuneshift_dag.method import Decoding, PromptFormat, Scorer, Side, Target, s
 from tuneshift_dag.method.evaluation import SCALES, mark
 from tuneshift_dag.method.prompting import prompt_id
 from tuneshift_dag.method.statistics import accuracy_of
-from tuneshift_dag.reports import plots
-from tuneshift_dag.reports.verdicts import verdicts
+from tuneshift_dag.reports import CURRENT_SCORES, plots, verdicts
 from tuneshift_dag.resources import EngineResource, StoreResource
 from tuneshift_dag.store.records import content_version
 from tuneshift_dag.store.tables import ACCURACY, EVALUATIONS, FRONTIER, RETENTION, RETENTION_BY_KIND, TASK_SCORES
@@ -61,11 +60,11 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
 
             def make_tasks_current(connection: Any) -> str:
                 connection.execute("UPDATE task_scores SET current = key IN (SELECT unnest(?))", [keys])
-                return content_version(accuracy, forgot, kinds, scales, connection.sql(_TASK_SCORES).pl())
+                return content_version(accuracy, forgot, kinds, scales, connection.sql(CURRENT_SCORES).pl())
 
             tables = [(EVALUATIONS, table), (ACCURACY, accuracy), (RETENTION, forgot), (RETENTION_BY_KIND, kinds)]
             current.write([*tables, (FRONTIER, scales)], statements=make_tasks_current)
-            tasks = current.read(_TASK_SCORES)
+            tasks = current.read(CURRENT_SCORES)
             chart = current.picture("accuracy", plots.accuracy_bars(measured.accuracies)) if len(accuracy) else None
             picture = current.picture("frontier", plots.frontier(frontier, transfer.config.evaluation))
             kept = verdicts(measured.answers, measured.retained, transfer.config.evaluation, transfer.config.seed)
@@ -95,10 +94,6 @@ def build_evaluation(transfer: Transfer) -> dg.AssetsDefinition:
 
 
 _DISTILLED = "target_distilled"
-_TASK_SCORES = """
-    SELECT model, task, metric, filter, value, stderr, n FROM task_scores WHERE current
-    ORDER BY task, metric, filter, model
-"""
 
 
 def _distilled(current: Step, engines: EngineResource) -> Target:
@@ -112,8 +107,6 @@ def _distilled(current: Step, engines: EngineResource) -> Target:
 
 @dataclass
 class _Measured:
-    """Rows of ``evaluations``, ``accuracy``, ``retention`` and ``retention_by_kind``, model by model."""
-
     current: Step
     answers: Rows = field(default_factory=list)
     accuracies: Rows = field(default_factory=list)
@@ -167,7 +160,6 @@ def answer_heldout(current: Step, engine: Scorer, side: Side, name: str, format:
 
 
 def _accuracy(transfer: Transfer, name: str, answers: Rows) -> dict[str, Any]:
-    """A row of the table ``accuracy``."""
     settings = transfer.config.evaluation
     strict = accuracy_of([row["correct"] for row in answers])
     LOG.info(f"{name}: {strict.value:.3f} [{strict.low:.3f}, {strict.high:.3f}]")
@@ -179,11 +171,8 @@ def _accuracy(transfer: Transfer, name: str, answers: Rows) -> dict[str, Any]:
 
 
 def task_keys(current: Step, harness: Any, models: Models) -> list[str]:
-    """Keys in ``task_scores`` of what each model scores on `evaluation.tasks`; known scores aren't computed again.
-
-    A task is written when it is done, so a killed run loses at most one. Without a `Harness` there are no keys. The
-    models are called `target_base` or, every trained target, `target_distilled`.
-    """
+    """Keys in ``task_scores`` of what each model (`target_base` or, every trained target, `target_distilled`) scores on
+    `evaluation.tasks`; known scores aren't computed again, and each task is written when it is done."""
     keys = []
     for name, engine, side in models:
         for task in harness.names if harness else ():

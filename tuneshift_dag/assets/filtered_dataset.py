@@ -81,7 +81,6 @@ def build_refilter_job(transfer: Transfer) -> dg.JobDefinition:
 def _judge_round(
     context: Context | dg.OpExecutionContext, store: Store, transfer: Transfer, round_: str
 ) -> dg.MaterializeResult:
-    """Judge a round's pairs, draw the next round's seeds and report them."""
     pool: list[Candidate] = []
     observed: list[dg.AssetObservation] = []
     with step(context, store, transfer, "filtered_dataset", round_) as current:
@@ -122,12 +121,8 @@ _KEPT_COLUMNS = ", ".join(
 
 
 def judge(connection: Any, transfer: Transfer, round_: str) -> str:
-    """Rewrite the kept and the rejected rows of a round from its scored pairs; return the data version.
-
-    All of it happens inside DuckDB, and no text passes through Python. The version is a hash of the kept prompts and
-    responses, whatever the rule and threshold that kept them. The rows that were there stay when no pair is kept up to
-    this round: then it fails.
-    """
+    """Rewrite the kept and the rejected rows of a round, inside DuckDB; return the data version, a hash of the kept
+    prompts and responses. It fails, and the rows that were there stay, when no pair is kept up to this round."""
     connection.execute(
         f"CREATE OR REPLACE TEMP TABLE judged AS SELECT * FROM ({verdicts(transfer)}) WHERE round = $round",
         {"round": round_},
@@ -152,9 +147,8 @@ def judge(connection: Any, transfer: Transfer, round_: str) -> str:
 
 
 def _nothing_kept(transfer: Transfer, round_: str, reasons: dict[str, int], dropped: dict[str, int]) -> str:
-    """What stopped the loop, and what to change: the repair goes by the commonest of the ``reasons`` that scored pairs
-    were dropped for (each with its number), or else of those that list items were ``dropped`` for before scoring.
-    """
+    """What stopped the loop, and what to change: by the commonest of the ``reasons`` that scored pairs were dropped
+    for, or else of those that list items were ``dropped`` for before scoring."""
     config = transfer.config
     kind = "share" if config.filter.rule in KEEP_RULES else "threshold"
     repairs = {
@@ -192,7 +186,6 @@ def _longer_prompts(transfer: Transfer) -> str:
 
 
 def _check_seeds(store: Store, transfer: Transfer, round_: str) -> dg.AssetCheckResult:
-    """Seeds of this round's generator calls that the current filter would not keep."""
     kept = "SELECT prompt_id FROM filtered_dataset UNION ALL SELECT prompt_id FROM seed_set"
     used = "SELECT DISTINCT unnest(seed_ids) AS prompt_id FROM proposals WHERE round = ?"
     gone = store.read(f"{used} EXCEPT ({kept}) ORDER BY prompt_id", [round_], transfer.name)["prompt_id"].to_list()

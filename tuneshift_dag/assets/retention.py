@@ -1,5 +1,4 @@
-"""What `evaluation` measures beside the skill: how much of what the target knew is left, and at which scale of its
-adapter how much of both."""
+"""What `evaluation` measures beside the skill: what the target still knows, and at which scale of its adapter."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +14,7 @@ _ANSWERS = 32
 
 
 def measure_retention(current: Step, engine: Target, name: str, side: Side) -> tuple[dict[str, Any], Rows]:
-    """A model's row of ``retention`` and its rows of ``retention_by_kind``. The base is scored once, however often it
-    is distilled: scores are cached."""
+    """A model's row of ``retention`` and its rows of ``retention_by_kind``."""
     kinds = general_texts()
     texts = [text for kind in kinds.values() for text in kind]
     progress = current.progress(f"general text, {name}")
@@ -47,7 +45,6 @@ def _own_answers(current: Step, engine: Target, side: Side) -> Retention | None:
 
 
 def sampled_perplexity(current: Step, engine: Scorer, side: Side) -> float:
-    """Perplexity of a part of every kind of the general text."""
     texts = sampled_texts()
     tokens = [engine.encode(text, templated=True) for text in texts]
     return retention(texts, tokens, scoring.score(engine, current.cache, tokens, side, current.cost)).perplexity

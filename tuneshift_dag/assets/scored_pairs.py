@@ -88,7 +88,6 @@ def _seed_similarity(current: Step) -> Callable[[Sequence[str]], Sequence[float 
 
 
 def _prompt_chunks(current: Step, size: int) -> Iterator[pl.DataFrame]:
-    """The round's prompts (prompt_id, prompt) in the order of their ids, at most ``size`` at once."""
     query = (
         "SELECT prompt_id, prompt FROM synthetic_prompts WHERE round = ? AND prompt_id > ? ORDER BY prompt_id LIMIT ?"
     )

@@ -82,7 +82,6 @@ def build_seed_set(transfer: Transfer) -> dg.AssetsDefinition:
 
 
 def _models(transfer: Transfer) -> pl.DataFrame:
-    """Which weights the transfer's references meant in this run."""
     resolved_at = now()
     rows: list[dict[str, object]] = []
     for role, found in transfer.fingerprints.items():
@@ -160,11 +159,8 @@ def seed_candidates(current: Step) -> list[Candidate]:
 
 
 def read_seeds(current: Step) -> list[list[Candidate]]:
-    """The seeds of each generator call of a round; no calls when the target size was reached before.
-
-    Raises:
-        dg.Failure: when nobody has reported this round's seeds, naming the round to materialize first.
-    """
+    """The seeds of each generator call of a round; no calls when the target size was reached before. `dg.Failure` when
+    nobody has reported them yet, naming the round to materialize first."""
     round_ = current.round
     assert round_ is not None
     if not current.records.version("round_seeds", round_):

@@ -72,7 +72,7 @@ def _ask(engine: PromptWriter, current: Step, calls: list[list[Candidate]]) -> l
         Decoding(*how, stops=stops),
         current.cost,
         # The call's number keeps two calls with the same seeds apart.
-        [_sampling_seed(transfer.config.seed, number, request) for number, request in enumerate(requests)],
+        [scoring.sampling_seed(f"{transfer.config.seed}|{number}|{text}") for number, text in enumerate(requests)],
         current.progress("generator calls"),
     )
 
@@ -99,7 +99,6 @@ def _request(engine: PromptWriter, current: Step, call: list[Candidate], line: s
 
 
 def _items(current: Step, answer: Response, line: str) -> list[str]:
-    """The prompts that the generator's answer to a `_request` lists."""
     settings, format = current.transfer.config.generator, current.transfer.generator_format
     finished = answer.finish_reason == "stop"
     if settings.mode == "by_response":
@@ -109,14 +108,9 @@ def _items(current: Step, answer: Response, line: str) -> list[str]:
     return answers.read_answer(answer.text, settings.mode, format, finished, settings.prompts_per_call, line)
 
 
-def _sampling_seed(seed: int, call: int, request: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}|{call}|{request}".encode()).digest()[:6], "big")
-
-
 def _sort_out(
     current: Step, calls: list[list[Candidate]], written: list[Response]
 ) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """Frames of proposals, new prompts and rejected items."""
     transfer, settings, round_ = current.transfer, current.transfer.config.generator, current.round
     pool = prompting.PromptPool(settings.near_duplicate, overlong(transfer))
     pool.add(transfer.seeds, "seed")

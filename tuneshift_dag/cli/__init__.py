@@ -129,6 +129,7 @@ def run(
     from tuneshift_dag.config.files import refresh
     from tuneshift_dag.reports import plan as plans
     from tuneshift_dag.reports import report as make_report
+    from tuneshift_dag.store.records import to_do
 
     # A hub model is looked up once, so that a run has one teacher from its first step to its last.
     loaded = refresh(_load(transfer), lambda problem: rendering.message("warning", "yellow", problem))
@@ -138,7 +139,7 @@ def run(
     store.prepare(loaded.name)
     for warning in plans.run_warnings(loaded):
         rendering.message("warning", "yellow", warning)
-    pending = plans.to_do(store, loaded, regrow)
+    pending = to_do(store, loaded, regrow)
     if pending:
         speeds = plans.chosen_speeds(plans.recorded_speeds(store, loaded), loaded)
         seconds = plans.work(store, loaded).seconds(speeds, pending)

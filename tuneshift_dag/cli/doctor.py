@@ -18,7 +18,7 @@ from tuneshift_dag.config.schema_models import Server
 from tuneshift_dag.home import database_file, transfers_dir
 from tuneshift_dag.method import Scorer
 from tuneshift_dag.method.format_detection import best_fit, fits
-from tuneshift_dag.models.references import cached_as, hub_files_here, quantized_copy
+from tuneshift_dag.models.references import Reference, quantized_copy
 from tuneshift_dag.reports.plan import run_warnings
 from tuneshift_dag.store import Store
 from tuneshift_dag.training import training_problem
@@ -65,7 +65,7 @@ def examine(name: str | None, with_models: bool) -> Iterator[Finding]:
 
             yield _tried(f"{transfer.name} tasks", partial(check_names, transfer), ", ".join(tasks))
         names = {key: str(attrgetter(key)(transfer.config)) for key in transfer.fingerprints}
-        missing = {key: name for key, name in names.items() if not hub_files_here(name, folder)}
+        missing = {key: name for key, name in names.items() if not Reference(name, folder, key).is_here}
         yield from _models(transfer, names, missing)
         if with_models:
             yield from _loaded(transfer, missing)
@@ -128,8 +128,7 @@ def quantized_in_use(transfers: Sequence[Transfer]) -> set[str]:
             # `auto` is one of three, as the machine has bfloat16. A generator on a server has no fingerprint.
             for name in ("bfloat16", "float16", "float32") if dtype == "auto" else (dtype,):
                 if key in transfer.fingerprints and quantization != "none":
-                    weights = cached_as(transfer.reference(key), transfer.folder, key)
-                    used.add(quantized_copy(weights, quantization, f"torch.{name}").name)
+                    used.add(quantized_copy(transfer.named(key).cached_as(), quantization, f"torch.{name}").name)
     return used
 
 

@@ -21,7 +21,7 @@ from tuneshift_dag.config import Transfer, examples, files
 from tuneshift_dag.config.examples import Rows
 from tuneshift_dag.config.schema_models import Mode
 from tuneshift_dag.models.checks import check_adapter_folder
-from tuneshift_dag.models.references import TOKENIZER_FILES, check_loadable, check_reference, hub_id_of, is_hub_id
+from tuneshift_dag.models.references import TOKENIZER_FILES, Reference, hub_id_of, is_hub_id
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES)
 
@@ -218,12 +218,11 @@ def read_examples(file: Path, flag: Literal["--seeds", "--heldout"]) -> Rows:
 
 def _model(value: str, flag: str) -> str:
     """A model reference that means the same in the transfer's folder as it does here."""
-    reference = value
-    if not value.startswith("package://") and _path(value).exists():
-        reference = str(_path(value).resolve())
-    check_reference(reference, Path.cwd(), flag)
-    check_loadable(reference, Path.cwd(), flag)
-    return reference
+    is_path = not value.startswith("package://") and _path(value).exists()
+    reference = Reference(str(_path(value).resolve()) if is_path else value, Path.cwd(), flag)
+    reference.check()
+    reference.check_loadable()
+    return reference.text
 
 
 def _usable(reference: str) -> bool:

@@ -53,8 +53,9 @@ def message(kind: str, color: str, text: str, console: Console = err) -> None:
 
 def rows(title: str, found: Sequence[dict[str, Any]]) -> None:
     """A table with the columns of the first row."""
-    columns = found[0] if found else ["nothing yet"]
-    table = Table(*(column.replace("_", " ") for column in columns), title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    for place, column in enumerate(found[0] if found else ["nothing yet"]):
+        table.add_column(column.replace("_", " "), no_wrap=not place, overflow="fold")
     for row in found:
         table.add_row(*(Text(f"{v:.3f}" if isinstance(v, float) else str(v)) for v in row.values()))
     out.print(table)
@@ -99,7 +100,7 @@ def after_run(name: str, output: Path) -> None:
 
 def report(figures: dict[str, Any]) -> None:
     from tuneshift_dag.method.evaluation import TITLES
-    from tuneshift_dag.reports import by_column, by_way
+    from tuneshift_dag.reports import by_column, by_way, scales
 
     out.print(
         f"[bold]{figures['transfer']}[/bold]: {figures['rounds']} rounds, {figures['prompts']} prompts,"
@@ -114,7 +115,7 @@ def report(figures: dict[str, Any]) -> None:
         retained = [{"model": name, **row} for name, row in figures["retention"].items()]
         rows("General text, before and after the distillation", retained)
     if figures["frontier"]:
-        rows("Skill and general text by scale of the adapter", [_by_scale(row) for row in figures["frontier"]])
+        rows("Skill and general text by scale of the adapter", scales(figures["frontier"]))
     if figures["tasks"]:
         rows("Standard tasks, ± standard error", by_column(figures["tasks"], "model", _with_error))
     rows("Cost of the last run", [{"asset": asset, "seconds": value} for asset, value in figures["seconds"].items()])
@@ -124,13 +125,6 @@ def report(figures: dict[str, Any]) -> None:
     )
     for verdict in figures["verdicts"]:
         message(*(("ok", "green") if verdict["passed"] else ("look", "yellow")), verdict["words"], out)
-
-
-def _by_scale(row: dict[str, Any]) -> dict[str, str]:
-    """A row of the table ``frontier``."""
-    accuracy = "-" if row["value"] is None else f"{row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-    cells = {"scale": f"{row['scale']:g}", "accuracy": accuracy, "general text": f"{row['ratio']:.3f} x the base's"}
-    return {**cells, "": "exported" if row["chosen"] else ""}
 
 
 def _with_error(score: dict[str, Any]) -> str:
@@ -145,27 +139,22 @@ def plan(made: dict[str, Any]) -> None:
         f" {made['usable_bytes'] / 1e9:.1f} GB.",
         highlight=False,
     )
-    table = Table(caption="seconds at the speeds recorded here", title_justify="left", caption_justify="left")
-    table.add_column("", no_wrap=True, min_width=max(map(len, made["steps"])))
-    for column in ("memory", "recorded peak", "seconds", "rows/s"):
-        table.add_column(column, justify="right")
-    table.add_column("speed of", overflow="fold")
 
-    def number(value: float | None, text: str, scale: float = 1) -> str:
+    def number(value: float | None, text: str = "{:,.1f}", scale: float = 1) -> str:
         return "-" if value is None else text.format(value / scale)
 
+    shown = []
     for name, step in made["steps"].items():
-        memory = [number(step[column], "{:.1f} GB", 1e9) for column in ("memory_bytes", "recorded_peak_bytes")]
-        seconds, speed = number(step["seconds"], "{:,.1f}"), step["speed"]
-        ran = ["-", "-"]
-        if speed is not None:
+        memory = {key: number(step[key], "{:.1f} GB", 1e9) for key in ("memory_bytes", "recorded_peak_bytes")}
+        row = {"step": name, "memory": memory["memory_bytes"], "recorded peak": memory["recorded_peak_bytes"]}
+        row |= {"seconds": number(step["seconds"]), "rows/s": "-", "speed of": "-"}
+        if (speed := step["speed"]) is not None:
             models = ", ".join(model.rpartition("/")[2] for model in (speed["models"] or "unknown").split(", "))
-            of = f"{models} ({speed['engine'] or 'unknown'}), {speed['recorded_at'][:10]}"
-            ran = [f"{1 / speed['seconds_per_row']:,.1f}", of]
-        table.add_row(name, *memory, seconds, *ran)
-    table.add_section()
-    table.add_row("total", "", "", number(made["total_seconds"], "{:,.1f}"))
-    out.print(table)
+            row["rows/s"] = f"{1 / speed['seconds_per_row']:,.1f}"
+            row["speed of"] = f"{models} ({speed['engine'] or 'unknown'}), {speed['recorded_at'][:10]}"
+        shown.append(row)
+    shown.append({**dict.fromkeys(shown[0], ""), "step": "total", "seconds": number(made["total_seconds"])})
+    rows("Seconds at the speeds recorded here", shown)
     for warning in made["warnings"]:
         message("warning", "yellow", warning, out)
 
@@ -234,24 +223,7 @@ def comparison(found: list[dict[str, Any]]) -> None:
     from tuneshift_dag import reports as summary
 
     title = "Held-out accuracy by filter, 95 % intervals; those of differences corrected over the arms (Holm)"
-    table = Table(title=title, title_justify="left")
-    for column in ("arm", "runs", "pairs", "of", "as random", "accuracy", "minus random", "minus unfiltered"):
-        table.add_column(column, justify="left" if column == "arm" else "right")
-
-    def cell(row: dict[str, Any], name: str, sign: str = "") -> str:
-        low, high = (f"{name}_low", f"{name}_high") if name != "value" else ("low", "high")
-        if row[name] is None:
-            return "-"
-        return f"{row[name]:{sign}.3f} \\[{row[low]:{sign}.3f}, {row[high]:{sign}.3f}]"
-
-    for place, row in enumerate(found):
-        if row["pairs"] is None and place and found[place - 1]["pairs"] is not None:
-            table.add_section()
-        shared = row["shared_with_random"]
-        counts = (str(row["runs"]), str(row["pairs"] or "-"), str(row["candidates"] or "-"))
-        differences = (cell(row, "vs_random", "+"), cell(row, "vs_unfiltered", "+"))
-        table.add_row(row["arm"], *counts, "-" if shared is None else f"{shared:.0%}", cell(row, "value"), *differences)
-    out.print(table)
+    rows(title, summary.arms(found))
     varied = summary.diversity(found)
     rows("Diversity of the training pairs, and general text (times the base's perplexity)", varied)
     if varied and "similarity" not in varied[0]:

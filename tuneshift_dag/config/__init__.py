@@ -11,7 +11,7 @@ from tuneshift_dag.config.schema import Arm, TransferConfig
 from tuneshift_dag.method.asking import Format
 from tuneshift_dag.method.evaluation import next_question
 from tuneshift_dag.method.filters import RANKING_RULES, Guards
-from tuneshift_dag.models.references import Fingerprint
+from tuneshift_dag.models.references import Fingerprint, Kind, Reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,15 +52,14 @@ class Transfer:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts that end a response beside a model's end token, for scoring and evaluation alike: those of
-        ``response.stop``, and where numbers are compared the next question that a model asks itself."""
+        """Texts that end a response beside a model's end token: those of ``response.stop``, and where numbers are
+        compared the next question that a model asks itself."""
         template = self.config.source_format.template
         asked = next_question(template) if template and self.config.evaluation.metric == "numeric" else ""
         return (*self.config.response.stop, *([asked] if asked else []))
 
     @property
     def rehearses(self) -> bool:
-        """Whether the target is held to texts of its own while it is trained."""
         return self.config.distill.retain.weight > 0
 
     @property
@@ -87,6 +86,10 @@ class Transfer:
         reference = str(getattr(getattr(self.config, section), name))
         commit = self.fingerprints[key].commit if key in self.fingerprints else None
         return f"{reference.partition('@')[0]}@{commit}" if commit else reference
+
+    def named(self, key: str, kind: Kind = "model") -> Reference:
+        """What is at a key of ``transfer.yaml``, as `reference` has it."""
+        return Reference(self.reference(key), self.folder, key, kind)
 
     def with_training(self, seed: int, epochs: int) -> "Transfer":
         """The same transfer with another seed and number of epochs, for an arm of a comparison."""
@@ -122,7 +125,6 @@ class Transfer:
 
 
 def has_lines(text: str) -> bool:
-    """Whether a text has more than one line."""
     return "\n" in text or "\r" in text
 
 

@@ -1,7 +1,4 @@
-"""The examples of a transfer, as rows of files and checked: ``seeds.jsonl``, ``heldout.jsonl`` and what is like them.
-
-Every error names the file and the line.
-"""
+"""The examples of a transfer, read and checked line by line: ``seeds.jsonl``, ``heldout.jsonl`` and their like."""
 
 import csv
 import io
@@ -15,7 +12,7 @@ from pydantic import ValidationError
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.schema import TransferConfig
-from tuneshift_dag.config.schema_prompt import Prompt
+from tuneshift_dag.config.schema_models import Prompt
 from tuneshift_dag.method.answers import trimmed
 from tuneshift_dag.method.evaluation import Metric, expected_number, mark
 from tuneshift_dag.method.prompting import prompt_id
@@ -30,12 +27,8 @@ Label = Literal["right", "wrong", "off"]
 
 
 def check_examples(seed_rows: Rows, heldout_rows: Rows) -> tuple[list[str], list[tuple[str, str]]]:
-    """Seeds and held-out (prompt, response) pairs, without surrounding space (but for the first line's indentation).
-
-    Raises:
-        TuneshiftError: naming the line of a text that is missing, of a prompt that is there twice, or of a
-            held-out prompt that is a seed.
-    """
+    """Seeds and held-out (prompt, response) pairs, without surrounding space. `TuneshiftError` names the line of a text
+    that is missing, of a prompt that is there twice, or of a held-out prompt that is a seed."""
     seeds = [_text(row, "prompt", at) for at, row in seed_rows]
     _refuse_doubles([at for at, _ in seed_rows], seeds)
     return seeds, pairs_of(heldout_rows, seeds, "also a seed, so it would be trained on")

@@ -29,9 +29,8 @@ from tuneshift_dag.config.examples import (
 from tuneshift_dag.config.schema import Evaluation, TransferConfig
 from tuneshift_dag.config.schema_models import Server
 from tuneshift_dag.method.evaluation import expected_number
-from tuneshift_dag.models import references
 from tuneshift_dag.models.checks import adapter_config, has_tokenizer, tokens_without_row
-from tuneshift_dag.models.references import Kind, check_reference, hub_id_of, is_on_hub
+from tuneshift_dag.models.references import Kind, Reference, hub_id_of
 
 # Schemas and catalogs that there are in every database of ours (its file is tuneshift.duckdb).
 _DUCKDBS_OWN = {"cache", "main", "temp", "system", "tuneshift", "information_schema", "pg_catalog"}
@@ -50,11 +49,8 @@ _WENT_WITH = dict.fromkeys(("response.agreement", "response.temperature", "respo
 
 
 def load_transfer(folder: Path) -> Transfer:
-    """Read and check a transfer folder without loading a model or asking the hub.
-
-    Raises:
-        TuneshiftError: naming the file, the key, the value and the repair.
-    """
+    """Read and check a transfer folder without loading a model or asking the hub. `TuneshiftError` names the file, the
+    key, the value and the repair."""
     try:
         return _load(folder)
     except OSError as error:  # a name that is too long, a folder that can't be read, a cache that can't be written
@@ -89,11 +85,11 @@ def _load(folder: Path) -> Transfer:
                 " evaluation.metric 'numeric' compares. End it with '#### ' and the number, or write the number alone."
             )
     labelled = _read_labelled(config, config_file, folder, heldout)
-    for key, (reference, kind) in _references(config).items():
-        check_reference(reference, folder, f"{config_file}: {key}", kind)
-    # One on the hub is looked at when it is first needed.
-    if config.source.adapter and not is_on_hub(config.source.adapter, folder):
-        _check_base_of_adapter(config.source.adapter, config.source.base, folder, f"{config_file}: source.adapter")
+    for named in _references(config, folder, f"{config_file}: ").values():
+        named.check()
+        # An adapter on the hub is looked at when it is first needed.
+        if named.kind == "adapter" and not named.is_on_hub:
+            _check_base_of_adapter(named, config.source.base)
     pairs = {"heldout.jsonl": heldout, str(config.compare and config.compare.labelled): labelled}
     texts = {"seeds.jsonl": seeds} | {name: [text for pair in found for text in pair] for name, found in pairs.items()}
     _check_tokens(config, folder, texts)
@@ -113,11 +109,8 @@ def load_all(root: Path) -> tuple[list[Transfer], dict[str, str]]:
 
 
 def find_transfers(root: Path) -> list[Path]:
-    """Folders under ``root`` that hold a ``transfer.yaml``, by name.
-
-    Raises:
-        TuneshiftError: two names differ only in case, which the database doesn't tell apart.
-    """
+    """Folders under ``root`` that hold a ``transfer.yaml``, by name. `TuneshiftError` when two names differ only in
+    case, which the database doesn't tell apart."""
     folders = _folders(root)
     for folder in folders:
         _refuse_twin(folder, folders)
@@ -125,13 +118,10 @@ def find_transfers(root: Path) -> list[Path]:
 
 
 def refresh(transfer: Transfer, warn: Callable[[str], None]) -> Transfer:
-    """The transfer with the hub's commits of now: what moved, or was never fetched, is downloaded.
-
-    Args:
-        warn: told why, in one line, when the hub can't be asked; the transfer then stays with what is here.
-    """
-    for key, (reference, kind) in _references(transfer.config).items():
-        if problem := references.refresh(reference, transfer.folder, key, kind):
+    """The transfer with the hub's commits of now: what moved, or was never fetched, is downloaded. ``warn`` is told why
+    when the hub can't be asked; the transfer then stays with what is here."""
+    for named in _references(transfer.config, transfer.folder).values():
+        if problem := named.refresh():
             warn(problem)
     transfer = _with_fingerprints(transfer)
     check_models(transfer)
@@ -140,10 +130,9 @@ def refresh(transfer: Transfer, warn: Callable[[str], None]) -> Transfer:
 
 def check_models(transfer: Transfer) -> None:
     """What `load_transfer` leaves out, since it may import torch: whether transformers can load the models."""
-    for key, (_, kind) in _references(transfer.config).items():
-        if kind == "model":
-            where = f"{transfer.folder / 'transfer.yaml'}: {key}"
-            references.check_loadable(transfer.reference(key), transfer.folder, where)
+    for key, named in _references(transfer.config, transfer.folder, f"{transfer.folder / 'transfer.yaml'}: ").items():
+        if named.kind == "model":
+            replace(named, text=transfer.reference(key)).check_loadable()
 
 
 def name_problem(name: str) -> str:
@@ -173,26 +162,24 @@ def _refuse_twin(folder: Path, others: list[Path]) -> None:
             )
 
 
-def _references(config: TransferConfig) -> dict[str, tuple[str, Kind]]:
-    """What names weights, a tokenizer or an adapter, by key; a generator on a server of others is only a name there."""
+def _references(config: TransferConfig, folder: Path, where: str = "") -> dict[str, Reference]:
+    """What names weights, a tokenizer or an adapter, by key; a generator on a server of others is only a name there.
+    In messages ``where`` stands before the key."""
     served: Kind = "tokenizer" if config.engine.type == "openai" else "model"
     key, tuned = config.source.tuned
-    found: dict[str, tuple[str, Kind]] = {
-        "source.base": (config.source.base, served),
-        key: (tuned, "adapter" if config.source.adapter else served),
-        "target.base": (config.target.base, "model"),
-    }
+    found: list[tuple[str, str, Kind]] = [
+        ("source.base", config.source.base, served),
+        (key, tuned, "adapter" if config.source.adapter else served),
+        ("target.base", config.target.base, "model"),
+    ]
     if not isinstance(config.generator.server, Server):
-        found["generator.model"] = (config.generator.model, "model")
-    return found
+        found.append(("generator.model", config.generator.model, "model"))
+    return {key: Reference(text, folder, f"{where}{key}", kind) for key, text, kind in found}
 
 
 def _with_fingerprints(transfer: Transfer) -> Transfer:
-    found = {
-        key: references.known_fingerprint(reference, transfer.folder, key, kind)
-        for key, (reference, kind) in _references(transfer.config).items()
-    }
-    return replace(transfer, fingerprints=found)
+    named = _references(transfer.config, transfer.folder)
+    return replace(transfer, fingerprints={key: each.fingerprint() for key, each in named.items()})
 
 
 class _Loader(yaml.SafeLoader):
@@ -264,7 +251,6 @@ def _check_tasks(settings: Evaluation, config_file: Path, folder: Path) -> None:
 def _read_labelled(
     config: TransferConfig, config_file: Path, folder: Path, heldout: list[tuple[str, str]]
 ) -> list[tuple[str, str]]:
-    """The pairs of ``compare.labelled``; none when it isn't set."""
     if config.compare is None:
         return []
     if not heldout:
@@ -283,27 +269,25 @@ def _read_labelled(
 
 def _check_tokens(config: TransferConfig, folder: Path, texts: dict[str, list[str]]) -> None:
     """Refuse an example, of the ``texts`` by file, with a token that a model that is here has no embedding of."""
-    found = _references(config)
-    adapters = [(folder / reference).expanduser() for reference, kind in found.values() if kind == "adapter"]
-    if any(map(has_tokenizer, adapters)):
+    found = _references(config, folder, f"{folder / 'transfer.yaml'}: ")
+    if any(named.kind == "adapter" and has_tokenizer(named.path) for named in found.values()):
         del found["source.base"]  # the adapter has a tokenizer of its own, and may have its embeddings
-    for key, (reference, kind) in found.items():
-        file = None if kind == "adapter" else references.known_config(reference, folder, key)
-        for token in tokens_without_row(file.parent, f"{folder / 'transfer.yaml'}: {key}") if file else ():
+    for key, named in found.items():
+        file = None if named.kind == "adapter" else named.config_file()
+        for token in tokens_without_row(file.parent, named.key) if file else ():
             for name, text in ((name, text) for name, those in texts.items() for text in those if token in text):
                 raise TuneshiftError(
-                    f"{folder / name}: {text!r} holds the token {token!r}, which the tokenizer of {key} ({reference})"
+                    f"{folder / name}: {text!r} holds the token {token!r}, which the tokenizer of {key} ({named.text})"
                     " knows, but its embeddings have no row of. Write the text without it, or give the model the row"
                     " (`resize_token_embeddings`)."
                 )
 
 
-def _check_base_of_adapter(adapter: str, base: str, folder: Path, key: str) -> None:
-    path = (folder / adapter).expanduser()
-    named = adapter_config(path, key).get("base_model_name_or_path")
+def _check_base_of_adapter(adapter: Reference, base: str) -> None:
+    named = adapter_config(adapter.path, adapter.key).get("base_model_name_or_path")
     if named and not is_same_base(str(named), base):
         raise TuneshiftError(
-            f"{key}: {path / 'adapter_config.json'} was trained on the base model {named!r}, but source.base is"
-            f" {base!r}. Set source.base to the adapter's base; if they are the same weights under"
+            f"{adapter.key}: {adapter.path / 'adapter_config.json'} was trained on the base model {named!r}, but"
+            f" source.base is {base!r}. Set source.base to the adapter's base; if they are the same weights under"
             " two names, set base_model_name_or_path in adapter_config.json to the value of source.base."
         )

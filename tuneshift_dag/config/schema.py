@@ -8,8 +8,15 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tuneshift_dag.config.schema_models import EngineConfig, Generator, Models, Probability, Quantization, Section
-from tuneshift_dag.config.schema_prompt import Prompt
+from tuneshift_dag.config.schema_models import (
+    EngineConfig,
+    Generator,
+    Models,
+    Probability,
+    Prompt,
+    Quantization,
+    Section,
+)
 from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.method.evaluation import Metric
 from tuneshift_dag.method.filters import KEEP_RULES, Rule

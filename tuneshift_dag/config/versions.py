@@ -115,11 +115,8 @@ def code_version(transfer: Transfer, asset: str) -> str:
 
 
 def training_version(transfer: Transfer) -> str:
-    """Changes with the settings that make another adapter of the same pairs (12 characters).
-
-    It names a trained adapter in the store, so it is the same for the same settings in every release. Weights are
-    compared apart, by the fingerprint that is stored with the adapter.
-    """
+    """Names a trained adapter in the store by the settings that make another one of the same pairs (12 characters), the
+    same in every release. Weights are compared apart, by their fingerprint."""
     return _hash([_training_code(transfer.config), _of_training(_settings(transfer))])[:12]
 
 

@@ -7,7 +7,6 @@ from typing import Literal
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.examples import HELD_OUT_SHAPE, SEED_SHAPE, read_jsonl
-from tuneshift_dag.models.references import known_config, resolve_tokenizer
 
 Key = Literal["source.base", "target.base", "generator.model"]
 # Tokens that a tokenizer or a chat template puts around a text.
@@ -27,7 +26,7 @@ class Reader:
         """Tokens; None when the model has no such limit, or isn't on this machine yet."""
         from transformers import AutoConfig
 
-        file = known_config(self.transfer.reference(self.key), self.transfer.folder, self.key)
+        file = self.transfer.named(self.key).config_file()
         text = AutoConfig.from_pretrained(file.parent).get_text_config() if file else None
         return getattr(text, "max_position_embeddings", None)
 
@@ -49,8 +48,7 @@ class Reader:
             return 0
         from tuneshift_dag.models.loading import load_tokenizer
 
-        files = resolve_tokenizer(self.transfer.reference(self.key), self.transfer.folder, self.key)
-        tokens = len(load_tokenizer(files)(text).input_ids)
+        tokens = len(load_tokenizer(self.transfer.named(self.key, "tokenizer").files())(text).input_ids)
         return tokens if tokens > most else 0
 
 
@@ -106,6 +104,5 @@ def check_examples(transfer: Transfer) -> None:
 
 
 def _contexts(transfer: Transfer, *keys: Key) -> list[tuple[Reader, int]]:
-    """The models whose contexts are known; that of a generator on a server isn't."""
     known = (Reader(transfer, key) for key in keys if key in transfer.fingerprints)
     return [(reader, context) for reader in known if (context := reader.context)]

@@ -19,8 +19,6 @@ from tuneshift_dag.method import Decoding, Response
 
 @dataclass(frozen=True)
 class Prefix:
-    """Prompts as token ids."""
-
     prompts: list[list[int]]
 
     def select(self, rows: Sequence[int]) -> "Prefix":
@@ -28,7 +26,6 @@ class Prefix:
 
 
 def prefill(model: Any, prompts: Sequence[list[int]], new_tokens: int = 0, kv_dtype: str = "auto") -> Prefix:
-    """The prompts as they are."""
     return Prefix(list(prompts))
 
 

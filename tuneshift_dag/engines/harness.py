@@ -152,8 +152,8 @@ def _templates(sandboxed: bool) -> Iterator[None]:
 
 
 def _refuse_code(transfer: Transfer) -> None:
-    """Raise `TuneshiftError` for a file in the task folder, or that one there includes, that brings code, unless
-    ``evaluation.allow_code`` is set."""
+    """Raise `TuneshiftError` for a file in the task folder, or one that it includes, that brings code, unless that is
+    allowed."""
     folder = _task_folder(transfer)
     files, seen = list(folder.resolve().rglob("*.yaml")) if folder and _is_sandboxed(transfer) else [], set[Path]()
     while files:
@@ -193,7 +193,6 @@ def _check_names(manager: TaskManager, names: tuple[str, ...], key: str) -> None
 
 
 def _load(manager: TaskManager, name: str, key: str) -> list[Any]:
-    """The task, the tasks of a tag, or the group."""
     try:
         loaded = manager.load([name])
     except Exception as error:
@@ -236,7 +235,6 @@ def _rows(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's warnings that a loaded model was passed, which is the point."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -38,7 +38,6 @@ def restored(keys_values: KeysValues) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rows_of(keys_values: KeysValues, index: torch.Tensor) -> KeysValues:
-    """Some rows of what a layer's keys and values are stored in."""
     return tuple(tensor[index] for tensor in keys_values)
 
 

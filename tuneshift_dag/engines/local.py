@@ -102,7 +102,6 @@ class LocalEngine(Engine, Target):
 
     @property
     def _own_tokenizer(self) -> ModelFiles | None:
-        """What holds a tokenizer of the fine-tuned side's own."""
         own = self.adapter is not None and has_tokenizer(self.adapter.path)
         return self.fine_tuned or (self.adapter if own else None)
 
@@ -155,7 +154,6 @@ class LocalEngine(Engine, Target):
 
     @cached_property
     def ends(self) -> frozenset[int]:
-        """The tokens that end a response."""
         return end_ids(self.tokenizer, *{self._files(side).path for side in SIDES})
 
     def fingerprint(self, side: Side) -> str:
@@ -296,7 +294,6 @@ class LocalEngine(Engine, Target):
     def _respond(
         self, model: Any, prefix: Any, known: list[Response | None], decoding: Decoding, keep_prefix: bool
     ) -> list[Response]:
-        """A response to every row: the known one, or a new one."""
         missing = [row for row, response in enumerate(known) if response is None]
         if missing:
             own = prefix if len(missing) == len(known) else prefix.select(missing)
@@ -308,7 +305,6 @@ class LocalEngine(Engine, Target):
 
     @contextmanager
     def side(self, side: Side) -> Iterator[Any]:
-        """The model that answers for a side, with its adapter on or off."""
         model = self._model(side)
         with own_loop.contiguous_head(model):
             if side == "base" and self.adapter is not None:

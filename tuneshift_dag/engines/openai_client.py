@@ -1,16 +1,13 @@
 """An OpenAI-compatible server: a stream of requests to it, what went wrong, and the generator of prompts behind one.
 
-Requests run in a thread with an event loop of its own, so that the server is kept busy while the caller stores
-a batch. The API key lives in the client and in no record, message or log line."""
+The API key lives in the client and in no record, message or log line."""
 
 import asyncio
 import json
 import logging
 import os
-import queue
-import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,14 +20,13 @@ from tuneshift_dag.method.answers import whole_characters
 
 T = TypeVar("T")
 Work = Callable[["Requests", int], Awaitable[T]]
-Results = queue.SimpleQueue[tuple[int, T] | BaseException | None]
 # Raised by hand when a change to the requests changes what a model answers.
 _ENGINE_VERSION = "openai-1"
 # What the client sends when there is no key.
 _NO_KEY = "EMPTY"
 # Results wait at most this long to be stored: what a killed run loses.
 _BATCH_SECONDS = 2.0
-_LOGGER = logging.getLogger("tuneshift_dag.server")
+LOG = logging.getLogger("tuneshift_dag.server")
 
 
 class Refused(TuneshiftError):
@@ -58,12 +54,10 @@ class Totals:
 class OpenAIServer:
     """One server: how it is reached and how much is asked of it at once."""
 
-    def __init__(self, settings: Server, key: str, log: Callable[[str], None] = _LOGGER.info) -> None:
-        """``key``: where the settings stand in ``transfer.yaml``, for messages; ``log``: takes a line about what a
-        stream of requests cost, and what the server says of its models."""
+    def __init__(self, settings: Server, key: str) -> None:
+        """``key``: where the settings stand in ``transfer.yaml``, for messages."""
         self.settings = settings
         self.key = key
-        self.log = log
         # The client would take OPENAI_API_KEY by itself and send it to whatever base_url names.
         self._api_key = _NO_KEY
         if settings.api_key_env:
@@ -79,37 +73,28 @@ class OpenAIServer:
 
         Closing the iterator cancels what is in flight. After an error, what had finished comes first. ``what`` names
         the totals that are logged."""
-        results: Results[T] = queue.SimpleQueue()
         totals = Totals()
-        loop = asyncio.new_event_loop()
-        task = loop.create_task(self._work(count, work, results, totals))
+        batches = self._batches(count, work, totals)
 
-        def run() -> None:
-            try:
-                loop.run_until_complete(task)
-            except BaseException as error:
-                results.put(error)
-            else:
-                results.put(None)
+        async def following() -> list[tuple[int, T]] | None:
+            return await anext(batches, None)
 
-        thread = threading.Thread(target=run, name="openai-requests", daemon=True)
-        thread.start()
         try:
-            yield from _in_batches(results, self.settings.concurrency)
+            with asyncio.Runner() as runner:  # which cancels what is left
+                while batch := runner.run(following()):
+                    yield batch
         finally:
-            loop.call_soon_threadsafe(task.cancel)
-            thread.join()
-            loop.close()
             if totals.requests:
-                self.log(f"{what}: {totals}")
+                LOG.info(f"{what}: {totals}")
 
-    async def _work(self, count: int, work: Work[T], results: "Results[T]", totals: Totals) -> None:
+    async def _batches(self, count: int, work: Work[T], totals: Totals) -> AsyncIterator[list[tuple[int, T]]]:
         """As many workers as requests may be in flight take the indices in turn: memory doesn't grow with count."""
         indices = iter(range(count))
+        finished: list[tuple[int, T]] = []
 
         async def worker(requests: Requests) -> None:
             for i in indices:
-                results.put((i, await work(requests, i)))
+                finished.append((i, await work(requests, i)))
 
         started = time.monotonic()
         async with openai.AsyncOpenAI(
@@ -120,15 +105,14 @@ class OpenAIServer:
             http_client=self.http_client(),
         ) as client:
             requests = Requests(client, self, totals)
-            workers = [asyncio.create_task(worker(requests)) for _ in range(min(count, self.settings.concurrency))]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                unfinished = asyncio.all_tasks() - {asyncio.current_task()}
-                for other in unfinished:
-                    other.cancel()
-                await asyncio.gather(*unfinished, return_exceptions=True)
+            workers = asyncio.gather(*(worker(requests) for _ in range(min(count, self.settings.concurrency))))
+            while not workers.done():
+                await asyncio.wait([workers], timeout=_BATCH_SECONDS)
                 totals.seconds = time.monotonic() - started
+                if batch := finished[:]:
+                    finished.clear()  # now: workers may go on first when the caller is back
+                    yield batch
+            workers.result()
 
     def http_client(self) -> Any:
         """What carries the requests, for one stream of them; None for the client's own."""
@@ -167,7 +151,6 @@ class OpenAIServer:
         return f"{self.key} ({self.settings.base_url})"
 
     def redact(self, text: str) -> str:
-        """A server's words, without the key if it repeats it."""
         return text if self._api_key == _NO_KEY else text.replace(self._api_key, "***")
 
 
@@ -181,7 +164,6 @@ class Requests:
         self._slots = asyncio.Semaphore(server.settings.concurrency)
 
     async def models(self) -> list[dict[str, Any]] | None:
-        """What the server says of its models; None when it doesn't list any."""
         raw = await self._send(self.client.models.with_raw_response.list, optional=True)
         listed = self._json(raw).get("data") if raw else None
         return listed if isinstance(listed, list) else None
@@ -234,11 +216,8 @@ class Requests:
 
 
 class ServedGenerator(PromptWriter):
-    """The generator of prompts, a model of a server. With ``chat`` prompts are messages, which the server puts into
-    the model's chat template.
-
-    It deals in text: a prompt's "token ids" are its Unicode code points, and a response has none. Its
-    log-probability isn't asked for and is NaN."""
+    """The generator of prompts on a server; with ``chat`` the server applies its chat template. It deals in text: a
+    prompt's "token ids" are its Unicode code points, a response has none, and its log-probability is NaN."""
 
     def __init__(self, server: OpenAIServer, model: str, chat: bool) -> None:
         self.server = server
@@ -308,25 +287,3 @@ def token_logprobs(choice: dict[str, Any]) -> list[tuple[int, float]] | None:
         (int(name.removeprefix("token_id:")), 0.0 if value is None else value)
         for name, value in zip(names, values, strict=True)
     ]
-
-
-def _in_batches(results: "Results[T]", size: int) -> Iterator[list[tuple[int, T]]]:
-    """What arrives in the queue, gathered for a moment; None ends it and an exception is raised."""
-    while True:
-        batch: list[tuple[int, T]] = []
-        item = results.get()
-        until = time.monotonic() + _BATCH_SECONDS
-        while isinstance(item, tuple):
-            batch.append(item)
-            if len(batch) == size:
-                break
-            try:
-                item = results.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                break
-        if batch:
-            yield batch
-        if isinstance(item, BaseException):
-            raise item
-        if item is None:
-            return

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.schema_models import ServedModel
 from tuneshift_dag.engines.openai_client import (
+    LOG,
     OpenAIServer,
     Refused,
     Requests,
@@ -175,7 +176,6 @@ class ServedSource(Scorer):
         return AdapterCheck(problems, self._warnings(canaries), None, None)
 
     def _names(self, listed: list[dict[str, Any]] | None) -> list[str]:
-        """Problems with the model names, by what the server lists. A server may list nothing."""
         if not listed:
             return []
         by_name = {str(model.get("id")): model for model in listed}
@@ -192,7 +192,7 @@ class ServedSource(Scorer):
             if name in by_name:
                 # vLLM's root is where the weights are, and an adapter's parent is its base; llama.cpp tells the size.
                 facts = {k: v for k, v in by_name[name].items() if k in ("root", "parent", "meta") and v}
-                server.log(f"{side}: {name} {json.dumps(facts)}")
+                LOG.info(f"{side}: {name} {json.dumps(facts)}")
         if problems:
             return problems
         parent, base, fine_tuned = by_name[names["fine_tuned"]].get("parent"), names["base"], names["fine_tuned"]
@@ -290,7 +290,6 @@ class ServedSource(Scorer):
         return Response(text, ids, "stop" if finished else "length", sum(logprobs), eos)
 
     async def _score(self, requests: Requests, side: Side, prompt: list[int], response: list[int]) -> float:
-        """Log-likelihood (nats) of given response token ids after a prompt."""
         if not response:
             return 0.0
         ids, model, tokens, said = [*prompt, *response], self.models[side], None, ""
@@ -342,7 +341,6 @@ def _per_token(response: Response, nats: float) -> float:
 
 
 def _merged(turns: Iterable[list["_By[T]"]]) -> list["_By[T]"]:
-    """Of every prompt what all turns have found."""
     return [dict(ChainMap(*each)) for each in zip(*turns, strict=True)]
 
 

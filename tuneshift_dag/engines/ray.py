@@ -38,10 +38,8 @@ _OBJECT_STORE = 256 * 2**20
 
 
 class RayEngine(Engine):
-    """The actors of a cluster that do what ``engine`` does: each gets a copy of it, which loads its model there alone.
-
-    Actors live as long as a `session`, or else one call of `generate`, `pairs` or `score`, so that the next model
-    finds their memory free."""
+    """The actors of a cluster, each with a copy of ``engine`` that loads its model there. They live as long as a
+    `session`, or else one call of `generate`, `pairs` or `score`, so that the next model finds their memory free."""
 
     def __init__(self, engine: Engine, batch_size: int, settings: RayCluster, files: Sequence[Path] = ()) -> None:
         """``batch_size``: most prompts that an actor works on at once; ``files``: what every node must have."""
@@ -65,7 +63,6 @@ class RayEngine(Engine):
                 self._end_actors()
 
     def fingerprint(self, side: Side) -> str:
-        """That of ``engine``: the results are the same, and so are their places in the cache."""
         return self.engine.fingerprint(side)
 
     def encode(self, text: str, templated: bool = False) -> list[int]:
@@ -108,7 +105,6 @@ class RayEngine(Engine):
         yield from self._map([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], call)
 
     def _map(self, lengths: list[int], call: Callable[[list[int]], methodcaller]) -> Iterator[list[tuple[int, Any]]]:
-        """Results of calls on batches of rows, each with the index of its row."""
         batches = balanced_batches(lengths, self.batch_size, self.settings.actors)
         for number, results in self._run(map(call, batches), len(batches)):
             yield [(batches[number][i], result) for i, result in results]
@@ -163,8 +159,6 @@ class RayEngine(Engine):
 
 
 class _Actor:
-    """One worker of the pool, in a process of its own."""
-
     def __init__(self, engine: Engine, threads: int, files: Sequence[Path]) -> None:
         self.engine = engine
         self.files = files

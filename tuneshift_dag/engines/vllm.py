@@ -20,7 +20,7 @@ import openai
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.schema_models import EngineConfig, ServedModel, Server, Vllm
-from tuneshift_dag.engines.openai_client import OpenAIServer, ServedGenerator, Work
+from tuneshift_dag.engines.openai_client import LOG, OpenAIServer, ServedGenerator, Work
 from tuneshift_dag.engines.openai_source import ServedSource
 from tuneshift_dag.engines.server_process import ServerProcess, stop_all
 from tuneshift_dag.models.capabilities import end_ids
@@ -108,7 +108,7 @@ class VllmServer(OpenAIServer):
         self.settings = self.settings.model_copy(update={"base_url": f"http://{_HOST}:{port}/v1"})
         usual = {"VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": _HOST}
         environment = {**usual, **os.environ, "VLLM_API_KEY": self._api_key}
-        self.log(f"{self}: starting")
+        LOG.info(f"{self}: starting")
         started = time.monotonic()
         process = ServerProcess([*command, *self._arguments(command, port)], environment, self.log_file)
         while not _is_healthy(port):
@@ -119,7 +119,7 @@ class VllmServer(OpenAIServer):
                 process.stop()
                 limit = f"{self.vllm.start_timeout_s:g} s ({self.key}.start_timeout_s)"
                 raise self._failure(process, f"wasn't ready within {limit}, and was stopped")
-        self.log(f"{self}: ready after {time.monotonic() - started:.0f} s")
+        LOG.info(f"{self}: ready after {time.monotonic() - started:.0f} s")
         return process
 
     def _arguments(self, command: list[str], port: int) -> list[str]:

@@ -6,7 +6,6 @@ asked it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from typing import Literal
 
 from tuneshift_dag.method import Decoding, PromptFormat, Target, scoring
@@ -74,8 +73,7 @@ def _sample(
     model: Target, cache: Cache, prompts: Sequence[list[int]], name: str, cost: Cost, on_progress: OnProgress
 ) -> list[tuple[str, list[int]]]:
     """Text and token ids of a response to each prompt, with a sampling seed of its own that follows from ``name``."""
-    digests = [sha256(f"rehearsal|{name}|{number}".encode()).digest() for number in range(len(prompts))]
-    seeds = [int.from_bytes(digest[:6], "big") for digest in digests]
+    seeds = [scoring.sampling_seed(f"rehearsal|{name}|{number}") for number in range(len(prompts))]
     decoding = Decoding(TOKENS, temperature=1.0)
     responses = scoring.generate(model, cache, prompts, "base", decoding, cost, seeds, on_progress)
     return [(response.text, response.token_ids) for response in responses]

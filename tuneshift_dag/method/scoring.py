@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Protocol, TypeVar
 
 from tuneshift_dag import TuneshiftError
@@ -143,6 +144,11 @@ def _completed(
         done += len(new)
         on_progress(done, len(missing))
     return [found[key] for key in keys]
+
+
+def sampling_seed(name: str) -> int:
+    """What a sampled response draws from: the same number for the same name."""
+    return int.from_bytes(sha256(name.encode()).digest()[:6], "big")
 
 
 def chunk_progress(on_progress: OnProgress, total: int) -> Callable[[int], OnProgress]:

@@ -1,8 +1,5 @@
-"""Whether the files of a model or an adapter are whole, and of a kind that can be used, before anything is loaded.
-
-Each check raises `TuneshiftError`, which names the key of ``transfer.yaml`` that it is given, the file, what is wrong
-and the repair. Importing this imports no torch.
-"""
+"""Whether the files of a model or an adapter are whole, and of a kind that can be used, before anything is loaded. Each
+check raises `TuneshiftError` for a key of ``transfer.yaml``. Importing this imports no torch."""
 
 import importlib.metadata
 import json
@@ -93,7 +90,7 @@ def check_config(file: Path, key: str) -> None:
         )
     for part in parts:
         settings = part.get("quantization_config") or part.get("compression_config") or part.get("quantization")
-        if settings and not _is_bitsandbytes_4bit(settings):
+        if settings and not (isinstance(settings, dict) and settings.get("load_in_4bit")):
             method = settings.get("quant_method") if isinstance(settings, dict) else settings
             kind = "bitsandbytes 8-bit" if method == "bitsandbytes" else method or "a method that isn't named (MLX?)"
             raise TuneshiftError(
@@ -215,7 +212,7 @@ def tensors_of(file: Path, key: str) -> tuple[int, dict[str, Any]]:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether an adapter's folder holds the tokenizer that it was trained with."""
+    """Whether an adapter's folder holds a tokenizer of its own."""
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
@@ -276,7 +273,6 @@ def _start(file: Path, key: str) -> bytes:
 
 
 def _weights(path: Path, key: str) -> list[Path]:
-    """The files of a model's weights that transformers reads."""
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]
@@ -299,10 +295,6 @@ def _weights(path: Path, key: str) -> list[Path]:
             " Download the model again, or save it again with `model.save_pretrained(folder)`."
         )
     return [path / name for name in names]
-
-
-def _is_bitsandbytes_4bit(settings: object) -> bool:
-    return isinstance(settings, dict) and bool(settings.get("load_in_4bit"))
 
 
 def _instead_of_an_adapter(path: Path) -> str:

@@ -79,7 +79,6 @@ def _without(tokenizer: Tokenizer, tokens: list[str], folder: Path) -> Tokenizer
 
 
 def _end_of_model(tokenizer: Tokenizer, files: ModelFiles) -> str:
-    """The token that ends a text as the model's settings name it."""
     for number in settings_end_ids(files.path):
         return str(tokenizer.convert_ids_to_tokens(number))
     raise TuneshiftError(
@@ -89,7 +88,7 @@ def _end_of_model(tokenizer: Tokenizer, files: ModelFiles) -> str:
 
 
 def dtype_name(setting: str) -> str:
-    """The name of the dtype that ``models.compute_dtype`` means on this machine."""
+    """What ``models.compute_dtype`` means on this machine."""
     if setting != "auto":
         return setting
     # What has no bfloat16 emulates it: a GPU in float32's time, a CPU in seven times that.
@@ -107,15 +106,9 @@ def load_for_inference(
     device_map: DeviceMap = "auto",
     least_tokens: int = 0,
 ) -> PreTrainedModel | PeftModel:
-    """A model in eval mode, with the adapter (if any) attached, unmerged, under the name `ADAPTER`.
-
-    Args:
-        least_tokens: a fine-tune's vocabulary. A model with a smaller one gets rows for the added tokens, each the mean
-            of its own rows.
-
-    Raises:
-        TuneshiftError: the GPUs haven't the memory, or PEFT can't put the adapter on this model.
-    """
+    """A model in eval mode, with the adapter (if any) attached, unmerged, under the name `ADAPTER`. One whose
+    vocabulary is smaller than ``least_tokens`` gets rows for the added tokens, each the mean of its own rows.
+    `TuneshiftError` when the GPUs haven't the memory, or PEFT can't put the adapter on this model."""
     model: Any = _unpacked(_load(files, quantization, dtype, device_map))
     if model.get_input_embeddings().weight.shape[0] < least_tokens:
         _add_tokens(model, least_tokens)
@@ -135,7 +128,6 @@ def load_for_inference(
 
 
 def _attached(model: Any, files: ModelFiles, adapter: ModelFiles) -> PeftModel:
-    """The model with the adapter on it, every tensor of which PEFT has found a place for."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it warns of is refused below
@@ -245,7 +237,6 @@ def _cpu_capabilities() -> Mapping[str, Any]:
 
 
 def _keep_layout(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
@@ -289,7 +280,6 @@ def is_quantized(folder: Path) -> bool:
 
 
 def _device_map(setting: DeviceMap) -> Placement:
-    """What transformers is told; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     return "auto" if setting == "auto" else {"": torch.cuda.current_device()}

@@ -29,7 +29,6 @@ _WORTH_A_WORKER = 16
 
 
 def _cuda() -> Any:
-    """``torch.cuda``, where torch is loaded and sees a GPU."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
@@ -120,7 +119,6 @@ def kept_when_freed() -> Iterator[None]:
 
 
 def release_unused() -> None:
-    """Give back what no tensor uses any more, for example after an allocation failed."""
     gc.collect()
     if cuda := _cuda():
         cuda.empty_cache()

@@ -61,6 +61,216 @@ class Fingerprint(NamedTuple):
     commit: str | None = None  # of a hub model
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What one key of ``transfer.yaml`` names.
+
+    Of a folder, a ``model`` must hold weights; for a ``tokenizer`` its own files are enough. Only `files` and `refresh`
+    fetch or convert anything, and only those and `check_loadable` may import torch.
+    """
+
+    text: str
+    folder: Path
+    """The transfer's, for relative paths."""
+    key: str
+    """For messages."""
+    kind: Kind = "model"
+
+    @property
+    def path(self) -> Path:
+        return (self.folder / self.text).expanduser()
+
+    @property
+    def is_on_hub(self) -> bool:
+        """It has the form of a hub id, and there is no file or folder of that name."""
+        return is_hub_id(self.text) and not self.path.exists()
+
+    @property
+    def is_here(self) -> bool:
+        """Nothing is to be fetched for it: it is no hub id, or the hub's cache has it (maybe in part)."""
+        return not self.is_on_hub or self._snapshot() is not None
+
+    def check(self) -> None:
+        """Raise `TuneshiftError` when it can't name what it should."""
+        path = self.path
+        if self.kind == "adapter":
+            if not self.is_on_hub:
+                self._check_folder(path)
+        elif self.text.startswith("package://"):
+            _package_file(self.text, self.key)
+        elif path.is_file():
+            if path.suffix != ".gguf":
+                raise TuneshiftError(
+                    f"{self.key}: {self.text!r} is no .gguf file. Name a model folder or a .gguf file."
+                )
+            checks.check_gguf(path, self.key)
+        elif path.is_dir():
+            self._check_folder(path)
+        elif not is_hub_id(self.text) or path.suffix == ".gguf":
+            raise TuneshiftError(
+                f"{self.key}: {self.text!r} is no model: {path} doesn't exist, and it isn't a hub id"
+                " ('org/name' or 'org/name@revision') nor 'package://<package>/<file.gguf>'."
+            )
+        if self.is_on_hub and (here := self._snapshot()):
+            # Maybe in part: what is missing is fetched, and then all of it is checked.
+            if self.kind == "model" and (here / "config.json").is_file():
+                checks.check_config(here / "config.json", self.key)
+            elif self.kind == "adapter" and all(file.is_file() for file in self._files(here)):
+                self._check_folder(here)
+
+    def check_loadable(self) -> None:
+        """Raise `TuneshiftError` when a model is here that the installed transformers can't load. Imports torch when
+        it sees a model's settings for the first time."""
+        if file := self.config_file():
+            _once(checks.check_architecture, file, self.key, importlib.metadata.version("transformers"))
+
+    def config_file(self) -> Path | None:
+        """The ``config.json`` of a model whose files are here already."""
+        gguf = self._gguf_file()
+        here = _converted(gguf) if gguf else self.path if self.path.is_dir() else self._snapshot()
+        return here / "config.json" if here and (here / "config.json").is_file() else None
+
+    def fingerprint(self) -> Fingerprint:
+        """What a checked reference means on this machine now.
+
+        Of a model folder it covers ``generation_config.json`` too, which says where a response ends. File hashes are
+        remembered by path, size and modification time: a file that takes the place of one with the same three isn't
+        seen.
+        """
+        if gguf := self._gguf_file():
+            return Fingerprint(file_hash(gguf))
+        if self.path.is_dir():
+            # An adapter may have a tokenizer beside it.
+            more = {"model": ("generation_config.json",), "adapter": TOKENIZER_FILES, "tokenizer": ()}[self.kind]
+            beside = [self.path / name for name in more if (self.path / name).is_file()]
+            return Fingerprint(fingerprint_of(self._files(self.path) + beside))
+        repo, _, revision = self.text.partition("@")
+        here = self._snapshot()
+        commit = here.name if here else revision if _COMMIT.fullmatch(revision) else None
+        return Fingerprint(f"{repo}@{commit}" if commit else "", commit)
+
+    def cached_as(self) -> str:
+        """What caches of responses and 4-bit copies know a model by (`ModelFiles.fingerprint`)."""
+        return fingerprint_of(self._files(self.path)) if self.path.is_dir() else self.fingerprint().value
+
+    def files(self) -> ModelFiles:
+        """Local files, downloaded or converted when needed; of a tokenizer without the weights where they can be had
+        apart, of an adapter safetensors only."""
+        self.check()
+        if gguf := self._gguf_file():
+            converted = _converted(gguf)
+            if not converted.is_dir():
+                _convert_gguf(gguf, converted, self.key)
+            return ModelFiles(self.text, converted, file_hash(gguf))
+        if self.path.is_dir():
+            files = ModelFiles(self.text, self.path.resolve(), fingerprint_of(self._files(self.path)))
+        else:
+            files = self._from_hub()
+        if self.kind == "model":
+            self.check_loadable()
+        return files
+
+    def refresh(self) -> str:
+        """Download what an unpinned hub reference means by now, if its branch or tag has moved or nothing is here.
+
+        Without this every load takes the commit that is here, so that one run never mixes two. Returns why the hub
+        couldn't be asked, for people: what is here stays. Empty if it was, needn't be, or mustn't (``HF_HUB_OFFLINE``).
+        """
+        repo, _, revision = self.text.partition("@")
+        if not self.is_on_hub or _COMMIT.fullmatch(revision):
+            return ""
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        patterns = _HUB_FILES[self.kind]
+        try:
+            commit = HfApi().model_info(repo, revision=revision or None, timeout=30).sha
+            # The files, and then the branch's name: an interrupted download leaves the commit that was here.
+            path = snapshot_download(repo, revision=commit, allow_patterns=patterns)
+            if commit != (here.name if (here := self._snapshot()) else None):
+                snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
+        except OfflineModeIsEnabled:
+            return ""
+        except Exception as error:
+            # Whatever it was: a model that isn't here is refused when it is needed.
+            return f"{self.key}: can't ask the hub whether {self.text!r} has changed ({type(error).__name__}: {error})."
+        self._check_folder(Path(path))
+        return ""
+
+    def _files(self, path: Path) -> list[Path]:
+        if self.kind == "adapter":
+            return [path / "adapter_config.json", path / "adapter_model.safetensors"]
+        tokenizer = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+        if self.kind == "tokenizer":
+            return tokenizer
+        return [p for p in path.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"] + tokenizer
+
+    def _check_folder(self, path: Path) -> None:
+        if self.kind == "adapter":
+            checks.check_adapter_folder(path, self.key)
+            _once(checks.check_finite, path / "adapter_model.safetensors", self.key)
+            return
+        tokenizer = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+        if self.kind == "model":
+            checks.check_model_folder(path, self.key)
+        elif not tokenizer:
+            raise TuneshiftError(f"{self.key}: {path} holds no tokenizer (tokenizer.json or tokenizer.model).")
+        for file in tokenizer:
+            checks.check_tokenizer_file(file, self.key)
+
+    def _gguf_file(self) -> Path | None:
+        """The GGUF file that it names, assembled if its package does that; None when it names none."""
+        if not self.text.startswith("package://"):
+            return self.path if self.path.is_file() else None
+        if found := _package_file(self.text, self.key):
+            return found
+        # Packages that exceed PyPI's file size limit carry their GGUF in chunks and join them.
+        package = importlib.import_module(self.text.removeprefix("package://"))
+        file = cache_dir() / "gguf" / str(package.MODEL_NAME)
+        if not file.is_file():
+            with _whole(file) as unfinished:
+                package.assemble(unfinished)
+        return file
+
+    def _snapshot(self) -> Path | None:
+        """The folder of the commit that the hub's cache has, maybe in part; its name is the commit."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        repo, _, revision = self.text.partition("@")
+        try:
+            # No file is asked for, so none can be missing.
+            return Path(snapshot_download(repo, revision=revision or None, allow_patterns=[], local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError):
+            return None
+
+    def _from_hub(self) -> ModelFiles:
+        from huggingface_hub import snapshot_download
+
+        repo, _, revision = self.text.partition("@")
+        here = self._snapshot()
+        try:
+            # By the commit that is here, only its missing files are fetched, and no newer one is asked for.
+            commit = here.name if here else revision or None
+            path = Path(snapshot_download(repo, revision=commit, allow_patterns=_HUB_FILES[self.kind]))
+        except Exception as error:
+            raise TuneshiftError(
+                f"{self.key}: the hub model {self.text!r} could not be fetched ({type(error).__name__}: {error})."
+                " Check the name and the network, run `hf auth login` for a gated model, or name a local folder."
+            ) from error
+        self._check_folder(path)
+        # A snapshot's folder is named by its commit, which pins every file.
+        return ModelFiles(self.text, path, f"{repo}@{path.name}")
+
+
+def resolve_model(reference: str, folder: Path, key: str) -> ModelFiles:
+    return Reference(reference, folder, key).files()
+
+
+def resolve_adapter(reference: str, folder: Path, key: str) -> ModelFiles:
+    return Reference(reference, folder, key, "adapter").files()
+
+
 def cache_dir() -> Path:
     """Where converted models are kept: ``$TUNESHIFT_CACHE`` or the user's cache directory."""
     folder = Path(os.environ.get("TUNESHIFT_CACHE") or platformdirs.user_cache_dir("tuneshift_dag"))
@@ -70,7 +280,6 @@ def cache_dir() -> Path:
 
 
 def quantized_dir() -> Path:
-    """Where 4-bit weights are kept."""
     return cache_dir() / "quantized"
 
 
@@ -90,132 +299,6 @@ def hub_id_of(reference: str) -> str:
     """The hub id behind a path into a hub cache (``…/models--org--name/snapshots/COMMIT``); else what was given."""
     found = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$", reference)
     return found[1].replace("--", "/", 1) if found else reference
-
-
-def is_on_hub(reference: str, folder: Path) -> bool:
-    """Whether a reference names something on the hub: it is a hub id, and there is no file or folder of that name."""
-    return is_hub_id(reference) and not (folder / reference).expanduser().exists()
-
-
-def check_reference(reference: str, folder: Path, key: str, kind: Kind = "model") -> None:
-    """Raise `TuneshiftError` when a reference can't name what it should. Loads, fetches and converts nothing.
-
-    Args:
-        folder: the transfer's folder, for relative paths.
-        key: the key that the reference stands under, for the message.
-        kind: of a folder, a model's must hold weights; for a tokenizer, one is enough.
-    """
-    path = (folder / reference).expanduser()
-    if kind == "adapter":
-        if not is_on_hub(reference, folder):
-            _check_folder(path, key, kind)
-    elif reference.startswith("package://"):
-        _package_file(reference, key)
-    elif path.is_file():
-        if path.suffix != ".gguf":
-            raise TuneshiftError(f"{key}: {reference!r} is no .gguf file. Name a model folder or a .gguf file.")
-        checks.check_gguf(path, key)
-    elif path.is_dir():
-        _check_folder(path, key, kind)
-    elif not is_hub_id(reference) or path.suffix == ".gguf":
-        raise TuneshiftError(
-            f"{key}: {reference!r} is no model: {path} doesn't exist, and it isn't a hub id"
-            " ('org/name' or 'org/name@revision') nor 'package://<package>/<file.gguf>'."
-        )
-    if is_on_hub(reference, folder) and (here := _snapshot(reference)):
-        # Maybe in part: what is missing is fetched, and then all of it is checked.
-        if kind == "model" and (here / "config.json").is_file():
-            checks.check_config(here / "config.json", key)
-        elif kind == "adapter" and all(file.is_file() for file in _files(here, kind)):
-            _check_folder(here, key, kind)
-
-
-def check_loadable(reference: str, folder: Path, key: str) -> None:
-    """Raise `TuneshiftError` when a model is here that the installed transformers can't load. Imports torch when it
-    sees a model's settings for the first time."""
-    if file := known_config(reference, folder, key):
-        _once(checks.check_architecture, file, key, importlib.metadata.version("transformers"))
-
-
-def resolve_model(reference: str, folder: Path, key: str) -> ModelFiles:
-    """Local files of the model that ``reference`` names, downloaded or converted when needed."""
-    return _resolve(reference, folder, key, "model")
-
-
-def resolve_tokenizer(reference: str, folder: Path, key: str) -> ModelFiles:
-    """Local files of a model's tokenizer, without its weights where they can be had apart."""
-    return _resolve(reference, folder, key, "tokenizer")
-
-
-def resolve_adapter(reference: str, folder: Path, key: str) -> ModelFiles:
-    """Local files of a PEFT adapter: a folder or a hub id, safetensors only."""
-    return _resolve(reference, folder, key, "adapter")
-
-
-def known_config(reference: str, folder: Path, key: str) -> Path | None:
-    """The ``config.json`` of a model whose files are here already; None when it must be fetched or converted first."""
-    path = (folder / reference).expanduser()
-    gguf = _gguf_file(reference, path, key)
-    here = _converted(gguf) if gguf else path if path.is_dir() else _snapshot(reference)
-    return here / "config.json" if here and (here / "config.json").is_file() else None
-
-
-def known_fingerprint(reference: str, folder: Path, key: str, kind: Kind = "model") -> Fingerprint:
-    """What a checked reference means on this machine now. Loads no model and never asks the hub.
-
-    Of a model folder it covers ``generation_config.json`` too, which says where a response ends. File hashes are
-    remembered by path, size and modification time: a file that takes the place of one with the same three isn't seen.
-    """
-    path = (folder / reference).expanduser()
-    if gguf := _gguf_file(reference, path, key):
-        return Fingerprint(file_hash(gguf))
-    if path.is_dir():
-        # An adapter may have a tokenizer beside it.
-        more = {"model": ("generation_config.json",), "adapter": TOKENIZER_FILES, "tokenizer": ()}[kind]
-        files = _files(path, kind) + [path / name for name in more if (path / name).is_file()]
-        return Fingerprint(fingerprint_of(files))
-    repo, _, revision = reference.partition("@")
-    here = _snapshot(reference)
-    commit = here.name if here else revision if _COMMIT.fullmatch(revision) else None
-    return Fingerprint(f"{repo}@{commit}" if commit else "", commit)
-
-
-def cached_as(reference: str, folder: Path, key: str) -> str:
-    """What caches of responses and 4-bit copies know a model by (`ModelFiles.fingerprint`); fetches nothing."""
-    path = (folder / reference).expanduser()
-    return fingerprint_of(_files(path, "model")) if path.is_dir() else known_fingerprint(reference, folder, key).value
-
-
-def refresh(reference: str, folder: Path, key: str, kind: Kind = "model") -> str:
-    """Download what an unpinned hub reference means by now, if its branch or tag has moved or nothing is here.
-
-    Without this every load takes the commit that is here, so that one run never mixes two. Returns why the hub
-    couldn't be asked, for people: what is here stays. Empty if it was, needn't be, or mustn't (``HF_HUB_OFFLINE``).
-    """
-    repo, _, revision = reference.partition("@")
-    if not is_on_hub(reference, folder) or _COMMIT.fullmatch(revision):
-        return ""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    try:
-        commit = HfApi().model_info(repo, revision=revision or None, timeout=30).sha
-        # The files, and then the branch's name: an interrupted download leaves the commit that was here.
-        path = snapshot_download(repo, revision=commit, allow_patterns=_HUB_FILES[kind])
-        if commit != (here.name if (here := _snapshot(reference)) else None):
-            snapshot_download(repo, revision=revision or None, allow_patterns=_HUB_FILES[kind])
-    except OfflineModeIsEnabled:
-        return ""
-    except Exception as error:
-        # Whatever it was: a model that isn't here is refused when it is needed.
-        return f"{key}: can't ask the hub whether {reference!r} has changed ({type(error).__name__}: {error})."
-    _check_folder(Path(path), key, kind)
-    return ""
-
-
-def hub_files_here(reference: str, folder: Path) -> bool:
-    """Whether nothing is to be fetched for a reference: it is no hub id, or the hub's cache has it (maybe in part)."""
-    return not is_on_hub(reference, folder) or _snapshot(reference) is not None
 
 
 def fingerprint_of(files: Iterable[Path]) -> str:
@@ -242,7 +325,7 @@ def file_hash(file: Path) -> str:
 
 @contextmanager
 def _whole(target: Path) -> Iterator[Path]:
-    """Where to write a file or folder, which other processes see at its own place only when it is whole."""
+    """Where to write a file or folder that appears at its own place only when it is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as unfinished:
         yield Path(unfinished) / target.name
@@ -254,30 +337,6 @@ def _whole(target: Path) -> Iterator[Path]:
                 raise
 
 
-def _files(path: Path, kind: Kind) -> list[Path]:
-    """What a fingerprint is over."""
-    if kind == "adapter":
-        return [path / "adapter_config.json", path / "adapter_model.safetensors"]
-    weights = [p for p in path.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"]
-    tokenizer = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
-    return tokenizer if kind == "tokenizer" else weights + tokenizer
-
-
-def _check_folder(path: Path, key: str, kind: Kind) -> None:
-    """Raise `TuneshiftError` when a folder's files can't be used."""
-    if kind == "adapter":
-        checks.check_adapter_folder(path, key)
-        _once(checks.check_finite, path / "adapter_model.safetensors", key)
-        return
-    tokenizer = _files(path, "tokenizer")
-    if kind == "model":
-        checks.check_model_folder(path, key)
-    elif not tokenizer:
-        raise TuneshiftError(f"{key}: {path} holds no tokenizer (tokenizer.json or tokenizer.model).")
-    for file in tokenizer:
-        checks.check_tokenizer_file(file, key)
-
-
 def _once(check: Callable[[Path, str], None], file: Path, key: str, version: str = "") -> None:
     """A check that takes seconds, unless a file of this content has passed it before (with this ``version``)."""
     note = cache_dir() / "checked" / f"{check.__name__}-{version}-{file_hash(file)}"
@@ -285,23 +344,6 @@ def _once(check: Callable[[Path, str], None], file: Path, key: str, version: str
         check(file, key)
         with _whole(note) as unfinished:
             unfinished.touch()
-
-
-def _resolve(reference: str, folder: Path, key: str, kind: Kind) -> ModelFiles:
-    check_reference(reference, folder, key, kind)
-    path = (folder / reference).expanduser()
-    if gguf := _gguf_file(reference, path, key):
-        converted = _converted(gguf)
-        if not converted.is_dir():
-            _convert_gguf(gguf, converted, key)
-        return ModelFiles(reference, converted, file_hash(gguf))
-    if path.is_dir():
-        files = ModelFiles(reference, path.resolve(), fingerprint_of(_files(path, kind)))
-    else:
-        files = _from_hub(reference, key, kind)
-    if kind == "model":
-        check_loadable(reference, folder, key)
-    return files
 
 
 def _package_file(reference: str, key: str) -> Path | None:
@@ -326,21 +368,6 @@ def _package_file(reference: str, key: str) -> Path | None:
     return root / (name or files[0]) if name or files else None
 
 
-def _gguf_file(reference: str, path: Path, key: str) -> Path | None:
-    """The GGUF file that a reference names, assembled if its package does that; None when it names none."""
-    if not reference.startswith("package://"):
-        return path if path.is_file() else None
-    if found := _package_file(reference, key):
-        return found
-    # Packages that exceed PyPI's file size limit carry their GGUF in chunks and join them.
-    package = importlib.import_module(reference.removeprefix("package://"))
-    file = cache_dir() / "gguf" / str(package.MODEL_NAME)
-    if not file.is_file():
-        with _whole(file) as unfinished:
-            package.assemble(unfinished)
-    return file
-
-
 def _converted(file: Path) -> Path:
     return cache_dir() / "models" / f"{file.stem}-{file_hash(file)[:16]}"
 
@@ -361,35 +388,3 @@ def _convert_gguf(file: Path, folder: Path, key: str) -> None:
             f"{key}: {file} can't be converted ({type(error).__name__}: {told}). It is cut off, or of a family whose"
             " GGUF transformers can't read: download it again, or name the model that it was made from."
         ) from error
-
-
-def _snapshot(reference: str) -> Path | None:
-    """The folder of the commit that the hub's cache has for a reference, maybe in part; its name is the commit."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    repo, _, revision = reference.partition("@")
-    try:
-        # No file is asked for, so none can be missing.
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=[], local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
-
-
-def _from_hub(reference: str, key: str, kind: Kind) -> ModelFiles:
-    from huggingface_hub import snapshot_download
-
-    repo, _, revision = reference.partition("@")
-    here = _snapshot(reference)
-    try:
-        # By the commit that is here, only its missing files are fetched, and no newer one is asked for.
-        commit = here.name if here else revision or None
-        path = Path(snapshot_download(repo, revision=commit, allow_patterns=_HUB_FILES[kind]))
-    except Exception as error:
-        raise TuneshiftError(
-            f"{key}: the hub model {reference!r} could not be fetched ({type(error).__name__}: {error})."
-            " Check the name and the network, run `hf auth login` for a gated model, or name a local folder."
-        ) from error
-    _check_folder(path, key, kind)
-    # A snapshot's folder is named by its commit, which pins every file.
-    return ModelFiles(reference, path, f"{repo}@{path.name}")

@@ -1,14 +1,15 @@
 """The figures of one transfer: what ``tuneshift report`` prints, and what cards say of it in words."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tuneshift_dag.config import Transfer
-from tuneshift_dag.method.statistics import DIFFERENCE, DISCORDANCE, compared, prompts_needed
-from tuneshift_dag.reports.verdicts import verdicts
+from tuneshift_dag.config.schema import Evaluation
+from tuneshift_dag.method.statistics import DIFFERENCE, DISCORDANCE, bootstrap_share, compared, prompts_needed
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.queries import of_its_rounds
 
@@ -54,11 +55,51 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
         "retention_by_kind": rows("SELECT * FROM retention_by_kind ORDER BY kind, model"),
         "frontier": rows("SELECT * FROM frontier ORDER BY scale"),
         "verdicts": [vars(verdict) for verdict in judged],
-        "tasks": rows(_TASKS),
+        "tasks": rows(CURRENT_SCORES),
         "comparison": comparison(store, transfer),
         # Relative to the store's folder; absolute in rows of older versions.
         "model": {**trained[0], "path": str(store.path.parent / trained[0]["path"])} if trained else None,
     }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of one asset check of ``evaluation``."""
+
+    name: str
+    passed: bool
+    words: str
+
+
+def verdicts(
+    answers: Iterable[Mapping[str, Any]], retained: Iterable[Mapping[str, Any]], settings: Evaluation, seed: int
+) -> list[Verdict]:
+    """From rows of the tables ``evaluations`` and ``retention``; without held-out answers none on the skill."""
+    correct: dict[str, list[bool]] = {}
+    for row in sorted(answers, key=lambda row: str(row["prompt_id"])):
+        correct.setdefault(row["model"], []).append(bool(row["correct"]))
+    perplexity = {row["model"]: float(row["perplexity"]) for row in retained}
+    ratio = perplexity["target_distilled"] / perplexity["target_base"]
+    skill = [_skill(correct, settings, seed)] if correct else [Verdict("keeps_skill", True, "No held-out file.")]
+    most = settings.keeps_general_text
+    words = (
+        f"General text: {ratio:.2f} times the perplexity of the target before it was tuned;"
+        f" evaluation.keeps_general_text allows {most:g}."
+    )
+    return [*skill, Verdict("keeps_general_text", ratio <= most, words)]
+
+
+def _skill(correct: Mapping[str, list[bool]], settings: Evaluation, seed: int) -> Verdict:
+    least = settings.keeps_skill
+    share = bootstrap_share(correct["target_distilled"], correct["source_fine_tuned"], settings.bootstrap_samples, seed)
+    if share is None:
+        words = "Skill: the source answers no held-out prompt right, so nothing can be said of the target."
+        return Verdict("keeps_skill", False, words)
+    words = (
+        f"Skill: {share.value:.2f} of the source's held-out accuracy (95 % interval {share.low:.2f} to"
+        f" {share.high:.2f}); evaluation.keeps_skill asks for {least:g}."
+    )
+    return Verdict("keeps_skill", share.value >= least, words)
 
 
 def describe_filter(transfer: Transfer) -> str:
@@ -147,6 +188,44 @@ def by_column(
     return list(found.values())
 
 
+def arms(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """For people: the rows of a `comparison` without diversity and tasks."""
+
+    def against(row: dict[str, Any], other: str) -> str:
+        return "-" if row[other] is None else interval(row[other], row[f"{other}_low"], row[f"{other}_high"], "+")
+
+    def told(row: dict[str, Any]) -> dict[str, str]:
+        shared, counts = row["shared_with_random"], {"pairs": row["pairs"] or "-", "of": row["candidates"] or "-"}
+        return {
+            "arm": row["arm"],
+            "runs": str(row["runs"]),
+            **{name: str(count) for name, count in counts.items()},
+            "as random": "-" if shared is None else f"{shared:.0%}",
+            "accuracy": interval(row["value"], row["low"], row["high"]),
+            "minus random": against(row, "vs_random"),
+            "minus unfiltered": against(row, "vs_unfiltered"),
+        }
+
+    return list(map(told, rows))
+
+
+def scales(frontier: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """For people: rows of the table ``frontier``."""
+    return [
+        {
+            "scale": f"{row['scale']:g}",
+            "held-out accuracy": "-" if row["value"] is None else interval(row["value"], row["low"], row["high"]),
+            "general text": f"{row['ratio']:.3f} times",
+            "this adapter": "yes" if row["chosen"] else "",
+        }
+        for row in frontier
+    ]
+
+
+def interval(value: float, low: float, high: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+
+
 def diversity(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     """For people: how varied the training pairs of each arm of a `comparison` were, and what its models forgot, without
     what wasn't measured."""
@@ -173,8 +252,8 @@ _COUNTS = """
         count(*) AS pairs_kept, count(DISTINCT trim(response)) AS distinct_responses_kept FROM {filtered_dataset}
 """
 _TRAINED = "SELECT model_id, dataset_version, pairs, filter, seconds, path FROM distilled_models WHERE current"
-_TASKS = """
-    SELECT task, metric, filter, model, value, stderr, n FROM task_scores WHERE current
+CURRENT_SCORES = """
+    SELECT model, task, metric, filter, value, stderr, n FROM task_scores WHERE current
     ORDER BY task, metric, filter, model
 """
 _BY_ROUND = """

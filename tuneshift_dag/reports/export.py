@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.method.evaluation import TITLES
+from tuneshift_dag.models.capabilities import end_ids
+from tuneshift_dag.models.loading import is_quantized, load_tokenizer
+from tuneshift_dag.models.references import ModelFiles
 from tuneshift_dag.reports import (
     arm_tasks,
+    arms,
     by_column,
     by_way,
     conclusion,
@@ -23,6 +31,7 @@ from tuneshift_dag.reports import (
     diversity,
     escape_markdown,
     report,
+    scales,
 )
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import content_version
@@ -33,17 +42,14 @@ _GGUF = """
 The adapter is merged into its base here: `AutoModelForCausalLM.from_pretrained` loads this folder, and llama.cpp's
 `python convert_hf_to_gguf.py FOLDER --outfile model.gguf` turns it into GGUF.
 """
+# Of a LoRA's two matrices the second one, to which its update is proportional.
+_UP = ".lora_B."
 _WRITTEN = ("adapter", "merged", "dataset.jsonl", "dataset.parquet", "README.md")
 
 
 def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> list[Path]:
-    """Write the adapter (PEFT), if ``merged`` also the target with the adapter merged into it, the dataset (chat and
-    Parquet) and their cards; their paths.
-
-    They replace those of an earlier export, all together at the end; what else is in the folder stays.
-    """
-    from tuneshift_dag.models.merging import scale_adapter
-
+    """Write the adapter (PEFT), if ``merged`` also the target with the adapter merged into it, the dataset and their
+    cards; their paths. They replace those of an earlier export all together; what else is in the folder stays."""
     figures = report(store, transfer)
     if figures["model"] is None or not Path(figures["model"]["path"]).is_dir():
         raise TuneshiftError(f"{transfer.name} has no distilled model yet: `tuneshift run {transfer.name}` first.")
@@ -66,13 +72,14 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
         with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as staging:
             made = Path(staging) / "new"
             shutil.copytree(figures["model"]["path"], made / "adapter")
-            scale = exported_scale(figures)
+            # Chosen by ``distill.keep``; there is none before an evaluation.
+            scale = next((row["scale"] for row in figures["frontier"] if row["chosen"]), 1)
             if scale != 1:
                 scale_adapter(made / "adapter", scale)
             card = model_card(transfer, figures)
             (made / "adapter" / "README.md").write_text(card, "utf-8")
             if merged:
-                _write_merged(transfer, made / "adapter", made / "merged")
+                merge(transfer.named("target.base").files(), made / "adapter", made / "merged")
                 (made / "merged" / "README.md").write_text(card.replace("peft", "transformers", 1) + _GGUF, "utf-8")
             _write_chat(pairs, transfer.config.source_format, made / "dataset.jsonl")
             pairs.write_parquet(made / "dataset.parquet")
@@ -83,17 +90,9 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
     return [to / name for name in _WRITTEN if (to / name).exists()]
 
 
-def exported_scale(figures: dict[str, Any]) -> float:
-    """Factor of the adapter's update that ``distill.keep`` has chosen; 1 before an evaluation."""
-    return next((float(row["scale"]) for row in figures["frontier"] if row["chosen"]), 1.0)
-
-
 def push(folder: Path, repo: str) -> str:
-    """Upload an exported folder to a repository of the hub, which is made private if it isn't there; its address.
-
-    Raises:
-        TuneshiftError: the hub refuses it or can't be reached.
-    """
+    """Upload an exported folder to a repository of the hub, made private if it isn't there; its address.
+    `TuneshiftError` when the hub refuses it or can't be reached."""
     from huggingface_hub import HfApi
 
     try:
@@ -107,15 +106,38 @@ def push(folder: Path, repo: str) -> str:
         ) from error
 
 
-def _write_merged(transfer: Transfer, adapter: Path, to: Path) -> None:
-    from tuneshift_dag.models.merging import merge
-    from tuneshift_dag.models.references import resolve_model
+def merge(files: ModelFiles, adapter: Path, to: Path) -> None:
+    """Write ``to``: safetensors in the base's dtype, config, tokenizer, and a generation config with every token that
+    ends a response. The sum is taken in float32: four bytes for each weight. `TuneshiftError` when the base's weights
+    are in 4 bits, which a merge would round again."""
+    if is_quantized(files.path):
+        raise TuneshiftError(
+            f"{files.reference}: its weights are in 4 bits, into which an adapter can't be merged without loss. Name"
+            " the 16-bit model in target.base, or serve the adapter beside this one."
+        )
+    tokenizer = load_tokenizer(files)
+    model = AutoModelForCausalLM.from_pretrained(files.path, dtype="auto")
+    dtype = model.dtype
+    merged = PeftModel.from_pretrained(model.float(), adapter, autocast_adapter_dtype=False).merge_and_unload()
+    merged.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=sorted(end_ids(tokenizer, files.path)),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    merged.to(dtype).save_pretrained(to)
+    tokenizer.save_pretrained(to)
+    del merged
+    torch.cuda.empty_cache()
 
-    merge(resolve_model(transfer.reference("target.base"), transfer.folder, "target.base"), adapter, to)
+
+def scale_adapter(folder: Path, scale: float) -> None:
+    """Multiply the update of the LoRA adapter in ``folder`` (rank, alpha and all else stay) by ``scale``."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: t * scale if _UP in name else t for name, t in tensors.items()}, file, {"format": "pt"})
 
 
 def _put(made: Path, to: Path, replaced: Path) -> None:
-    """Rename what was made into its place; what was there goes to ``replaced``."""
     if not to.exists():
         made.rename(to)
         return
@@ -192,15 +214,6 @@ def _retention(figures: dict[str, Any]) -> str:
         ("what",),
     )
     whole = {"what": "all", **{name: f"{row['perplexity']:.2f}" for name, row in figures["retention"].items()}}
-    scales = [
-        {
-            "scale": f"{row['scale']:g}",
-            "held-out accuracy": "-" if row["value"] is None else _interval(row["value"], row["low"], row["high"]),
-            "general text": f"{row['ratio']:.3f} times",
-            "this adapter": "yes" if row["chosen"] else "",
-        }
-        for row in figures["frontier"]
-    ]
     words = "\n".join(f"- {verdict['words']}" for verdict in figures["verdicts"])
     return f"""
 ## What was kept, and what forgotten
@@ -214,7 +227,7 @@ the model answered before to questions that it wrote itself. With the adapter sw
 
 Skill against general text for parts of the adapter's update:
 
-{_table(scales)}
+{_table(scales(figures["frontier"]))}
 """
 
 
@@ -223,16 +236,6 @@ def _comparison(figures: dict[str, Any]) -> str:
     rows = figures["comparison"]
     if not rows:
         return ""
-
-    def difference(row: dict[str, Any], name: str) -> str:
-        return "-" if row[name] is None else _interval(row[name], row[f"{name}_low"], row[f"{name}_high"], "+")
-
-    arms = [
-        {"filter": _words(row["arm"]), "pairs": row["pairs"] or "-", "trainings": row["runs"]}
-        | {"accuracy": _interval(row["value"], row["low"], row["high"])}
-        | {"minus random": difference(row, "vs_random"), "minus unfiltered": difference(row, "vs_unfiltered")}
-        for row in rows
-    ]
     card = f"""
 ## Is the filter worth it?
 
@@ -240,7 +243,7 @@ Other models, trained on equally many pairs of each filter, several times each; 
 intervals for new trainings and prompts; differences paired, their intervals corrected over the arms (Holm).
 {conclusion(rows)}
 
-{_table(arms)}
+{_table(arms(rows))}
 """
     if diversity(rows):
         card += f"""
@@ -256,10 +259,6 @@ Standard tasks through lm-evaluation-harness: the mean over the trainings, with 
 {_table(arm_tasks(rows))}
 """
     return card
-
-
-def _interval(value: float, low: float, high: float, sign: str = "") -> str:
-    return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
 def _words(name: str) -> str:

@@ -1,7 +1,5 @@
-"""Where a prompt came from and what it led to: the trees of ``tuneshift lineage``.
-
-The view ``lineage`` answers the same for every prompt at once. Here one is followed, at the cost of its own tree.
-"""
+"""Where a prompt came from and what it led to: the trees of ``tuneshift lineage``, each at the cost of its own tree.
+(The view ``lineage`` has all of them.)"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

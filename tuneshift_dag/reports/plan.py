@@ -13,15 +13,14 @@ from operator import attrgetter
 from typing import Any
 
 from tuneshift_dag import TuneshiftError
-from tuneshift_dag.config import Transfer, round_number
+from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.schema import Distill
 from tuneshift_dag.home import database_file
 from tuneshift_dag.method.evaluation import SCALES, texts_to_score
 from tuneshift_dag.method.rehearsal import TOKENS
 from tuneshift_dag.models.memory import BATCH_SHARE, gpu_count, total_bytes
-from tuneshift_dag.models.references import known_config
+from tuneshift_dag.models.references import Reference
 from tuneshift_dag.store import Store
-from tuneshift_dag.store.records import Records, next_step, seeds_reporter
 
 STEPS = ("synthetic_prompts", "scored_pairs", "rehearsal_set", "distilled_model", "evaluation")
 # English text and these models' tokenizers: 3.9 over the packaged transfer's prompts.
@@ -44,24 +43,19 @@ _PROCESS_BYTES = 800_000_000
 _GPU_USABLE, _CPU_USABLE = 0.9, 0.5
 
 
-def models_of(transfer: Transfer, asset: str) -> str | None:
-    """The models of a step whose speed is recorded; None for another one."""
-    config = transfer.config
-    source = config.engine.base.model if config.engine.base else config.source.base
-    target = config.target.base
-    models = (config.generator.model, source, target, target, f"{source}, {target}")
-    return dict(zip(STEPS, models, strict=True)).get(asset)
-
-
-def engine_of(transfer: Transfer, asset: str) -> str | None:
-    """What runs `models_of` the step, as far as speed depends on it."""
-    engine = transfer.config.engine
-    if asset not in STEPS or asset in ("rehearsal_set", "distilled_model"):
-        return "local" if asset in STEPS else None
-    server = transfer.config.generator.server if asset == "synthetic_prompts" else engine.served_by
-    if server is not None:
-        return str(server)
-    return f"ray, {engine.ray}" if engine.type == "ray" else "local"
+def runs_on(transfer: Transfer, step: str) -> tuple[str | None, str | None]:
+    """Models and engine of a step, as far as its speed depends on them; None of one whose speed isn't recorded."""
+    config, engine = transfer.config, transfer.config.engine
+    source, target = engine.base.model if engine.base else config.source.base, config.target.base
+    here = f"ray, {engine.ray}" if engine.type == "ray" else "local"
+    asked = str(engine.served_by or here)
+    return {
+        "synthetic_prompts": (config.generator.model, str(config.generator.server or here)),
+        "scored_pairs": (source, asked),
+        "rehearsal_set": (target, "local"),
+        "distilled_model": (target, "local"),
+        "evaluation": (f"{source}, {target}", asked),
+    }.get(step, (None, None))
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,7 @@ def model_sizes(transfer: Transfer) -> dict[str, ModelSize]:
     sizes: dict[str, ModelSize] = {}
     for key in (key for key, server in elsewhere.items() if not server):
         reference, where = attrgetter(key)(config), f"{transfer.folder / 'transfer.yaml'}: {key}"
-        file = known_config(reference, transfer.folder, where)
+        file = Reference(reference, transfer.folder, where).config_file()
         try:
             if file is None:
                 raise ValueError(f"{reference!r} isn't on this machine yet (`hf download {reference}` gets it)")
@@ -295,7 +289,7 @@ class Speed:
     engine: str | None
 
     def is_of(self, transfer: Transfer) -> bool:
-        return (self.models, self.engine) == (models_of(transfer, self.step), engine_of(transfer, self.step))
+        return (self.models, self.engine) == runs_on(transfer, self.step)
 
 
 def recorded_speeds(store: Store, transfer: Transfer) -> list[Speed]:
@@ -349,8 +343,8 @@ def plan(store: Store, transfer: Transfer) -> dict[str, Any]:
     if missing:
         warnings.append(f"No speed of {', '.join(missing)} is recorded yet: {records} it.")
     warnings += [
-        f"{step} has no recorded speed of {models_of(transfer, step)} ({engine_of(transfer, step)}): this one is of"
-        f" {speed.models} ({speed.engine}). {records} its own."
+        "{} has no recorded speed of {} ({}): this one is of".format(step, *runs_on(transfer, step))
+        + f" {speed.models} ({speed.engine}). {records} its own."
         for step, speed in speeds.items()
         if speed.engine is not None and not speed.is_of(transfer)
     ]
@@ -371,28 +365,3 @@ def plan(store: Store, transfer: Transfer) -> dict[str, Any]:
         "recorded_speeds": [vars(speed) for speed in recorded],
         "warnings": warnings,
     }
-
-
-class _Ahead(Records):
-    """The record as a run leaves it that has made the steps in ``made``, each with another result than before."""
-
-    def __init__(self, store: Store, transfer: Transfer) -> None:
-        super().__init__(store, transfer)
-        self.made: list[tuple[str, str | None]] = []
-
-    def causes(self, asset: str, round_: str | None = None) -> list[str]:
-        return [] if (asset, round_) in self.made else super().causes(asset, round_)
-
-    def version(self, asset: str, round_: str | None = None) -> str:
-        maker = (asset, round_)
-        if asset == "round_seeds" and round_:  # drawn by another step: see `config.versions.INPUTS`
-            maker = seeds_reporter(round_number(round_))
-        return "another" if maker in self.made else super().version(asset, round_)
-
-
-def to_do(store: Store, transfer: Transfer, regrow: bool) -> list[tuple[str, str | None]]:
-    """(asset, round) of the most that `tuneshift run` would make now: a step may turn out to change nothing."""
-    records = _Ahead(store, transfer)
-    while due := next_step(records, regrow):
-        records.made += [(asset, due.round) for asset in (due.assets if due.round else due.assets[:1])]
-    return records.made

@@ -336,7 +336,6 @@ def _log_axis(axis: Any, low: float, high: float) -> None:
 
 
 def _nothing(figure: Figure, axes: Any) -> bytes:
-    """A picture that says that there are no rows, rather than an empty frame."""
     axes.set(xticks=[], yticks=[])
     axes.text(0.5, 0.5, "No scored pairs yet", transform=axes.transAxes, ha="center", va="center", color=_TEXT)
     return _png(figure)
@@ -361,6 +360,5 @@ def _dress(axes: Any, x: str, y: str, sides: Sequence[str] = _SIDES) -> Any:
 
 
 def _legend_beside(axes: Any, title: str | None = None) -> None:
-    """The legend right of the axes, where it covers no data."""
     legend = axes.legend(frameon=False, labelcolor=_TEXT, loc="upper left", bbox_to_anchor=(1.01, 1), title=title)
     legend.get_title().set_color(_TEXT)

@@ -32,13 +32,9 @@ _PARTS = [0.25, 0.5, 1.5, 2.0]
 def sweep(
     store: Store, transfer: Transfer, rules: Sequence[str] = (), grid: Sequence[float] = ()
 ) -> list[dict[str, Any]]:
-    """One cell for each rule and threshold, in the order of `RULES` and of the thresholds: a row of the table
-    ``threshold_report``, with ``by_round`` as an object. `TuneshiftError` where a threshold can't separate anything.
-
-    Args:
-        rules: the rules to try; without any, all of them: of a grid, those that can take all of it.
-        grid: the thresholds to try; without any, `default_grid` of each rule.
-    """
+    """Rows of the table ``threshold_report``, with ``by_round`` as an object, for each rule and threshold; without any
+    ``rules`` all (of a ``grid``, those that can take all of it), without a grid `default_grid` of each rule.
+    `TuneshiftError` where a threshold can't separate anything."""
     rounds = f"SELECT round, count(*) FROM {of_its_rounds(transfer, 'scored_pairs')} GROUP BY round ORDER BY round"
     scored = dict(store.read(rounds, schema=transfer.name).iter_rows())
     grids = thresholds_of(store, transfer, rules, grid)
@@ -48,7 +44,6 @@ def sweep(
 def thresholds_of(
     store: Store, transfer: Transfer, rules: Sequence[str] = (), grid: Sequence[float] = ()
 ) -> dict[Rule, list[float]]:
-    """The thresholds to try by rule, from the arguments of `sweep`."""
     for rule in rules:
         if rule not in RULES:
             raise TuneshiftError(f"There is no rule {rule!r}: use {', '.join(RULES)}.")
@@ -151,7 +146,6 @@ def parse_grid(text: str) -> list[float]:
 
 
 def _check(rule: Rule, grid: Sequence[float]) -> None:
-    """Raise `TuneshiftError` when a rule can't take one of the thresholds."""
     try:
         for threshold in grid:
             check_threshold(rule, threshold)

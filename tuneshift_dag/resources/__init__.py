@@ -16,7 +16,7 @@ from tuneshift_dag.engines.server_process import stop_all
 from tuneshift_dag.home import output_dir
 from tuneshift_dag.method import Engine, PromptWriter, Scorer, Target, TextModel
 from tuneshift_dag.models.memory import release_unused
-from tuneshift_dag.models.references import ModelFiles, cache_dir, resolve_adapter, resolve_model, resolve_tokenizer
+from tuneshift_dag.models.references import Kind, ModelFiles, cache_dir, resolve_adapter
 from tuneshift_dag.store import Store
 
 if TYPE_CHECKING:
@@ -52,11 +52,11 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         """The source base and fine-tuned models, in this process, on a cluster or on a server."""
         settings, (key, _) = transfer.config.engine, transfer.config.source.tuned
         is_whole, dtype = key == "source.fine_tuned", transfer.config.models.compute_dtype
-        resolve = resolve_tokenizer if settings.server else resolve_model
-        tuned = (resolve if is_whole else resolve_adapter)(transfer.reference(key), transfer.folder, key)
+        kind: Kind = "tokenizer" if settings.server else "model"
+        tuned = transfer.named(key, kind if is_whole else "adapter").files()
         if settings.type not in ("vllm", "openai"):
             return self._engine(transfer, "source.base", tuned, whole=is_whole)
-        base = resolve(transfer.reference("source.base"), transfer.folder, "source.base")
+        base = transfer.named("source.base", kind).files()
         name = f"{base.fingerprint}|{tuned.fingerprint}|{settings.model_dump_json()}|{dtype}"
         if name not in _ENGINES and settings.type == "vllm":
             how = (dtype, output_dir(transfer.name), _make_room)
@@ -76,7 +76,7 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             return self._engine(transfer, "generator.model", quantization=transfer.config.generator_quantization)
         is_chat = settings.mode == "chat"
         if isinstance(settings.server, Vllm):
-            files = resolve_model(transfer.reference("generator.model"), transfer.folder, "generator.model")
+            files = transfer.named("generator.model").files()
             how = (transfer.config.models.compute_dtype, output_dir(transfer.name), _make_room)
             started: PromptWriter = _optional("vllm").served_generator(settings.server, files, is_chat, *how)
             return started
@@ -91,13 +91,9 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         return cast("Target", self._engine(transfer, "target.base", files))
 
     def check_chain(self, transfer: Transfer, pairs: Sequence[tuple[str, str]]) -> None:
-        """Run generator and target on a few (prompt, response) pairs as the rounds and the training will, before any of
-        them: answer, one training step, save, load, answer again. What was once right with the same files, settings
-        and packages isn't run again.
-
-        Raises:
-            TuneshiftError: naming the model that can't be used, and why.
-        """
+        """Run generator and target on a few (prompt, response) pairs as the rounds and the training will: answer, one
+        training step, save, load, answer again. What was once right with the same files, settings and packages isn't
+        run again. `TuneshiftError` names the model that can't be used, and why."""
         note = cache_dir() / "preflight" / chain_version(transfer)
         if note.is_file():
             return
@@ -118,11 +114,9 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         note.touch()
 
     def target_weights(self, transfer: Transfer) -> str:
-        """The fingerprint of the target base model's files; nothing is loaded."""
-        return resolve_model(transfer.reference("target.base"), transfer.folder, "target.base").fingerprint
+        return transfer.named("target.base").files().fingerprint
 
     def harness(self, transfer: Transfer) -> "Harness":
-        """The tasks of ``evaluation.tasks``, with their data; no model is loaded."""
         from tuneshift_dag.engines.harness import Harness
 
         return Harness(transfer)
@@ -160,7 +154,7 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             models = models.model_copy(update={"quantization": quantization})
         # The target stays in this process, where it is trained. Ray is looked for before a model is fetched.
         ray = _optional("ray") if settings.type == "ray" and key != "target.base" else None
-        files = resolve_model(transfer.reference(key), transfer.folder, key)
+        files = transfer.named(key).files()
         name = f"{files.fingerprint}|{tuned.fingerprint if tuned else ''}|{models.model_dump_json()}"
         if ray:
             name += f"|{settings.ray.model_dump_json()}"
@@ -186,7 +180,6 @@ def _check_answers(engine: TextModel, prompts: Sequence[list[int]], key: str) ->
 
 
 def _optional(module: str) -> Any:
-    """A module of `_OPTIONAL`."""
     package, extra, why = _OPTIONAL[module]
     try:
         return importlib.import_module(f"tuneshift_dag.engines.{module}")

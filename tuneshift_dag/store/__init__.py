@@ -109,7 +109,6 @@ class Store:
         return str(path.resolve())
 
     def absolute(self, text: str) -> Path:
-        """The path that a table names."""
         return Path(os.path.normpath(self.home / text))
 
     def claim(self, name: str, folder: Path) -> None:

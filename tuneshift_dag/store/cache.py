@@ -68,8 +68,6 @@ def stats(store: Store) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Removable:
-    """What no transfer uses any more."""
-
     kind: str  # responses, scores, adapter, training, discriminators, schema, output or quantized
     name: str
     bytes: int  # on disk; of what is in the database: before DuckDB compresses it
@@ -174,7 +172,6 @@ def _count(store: Store, table: str, unused: str, before: datetime) -> dict[str,
 
 
 def _left_over(store: Store, schema: str) -> Iterator[Removable]:
-    """What steps of a transfer have left in its output folder and no other one needs."""
     folder = store.home / "output" / schema
     old = folder / "discriminators"
     if old.is_dir():

@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from tuneshift_dag.config import Transfer, round_key
+from tuneshift_dag.config import Transfer, round_key, round_number
 from tuneshift_dag.config.versions import Rounds, code_version, inputs_of
 from tuneshift_dag.store import Spool, Store, in_chunks, insert, now
 from tuneshift_dag.store.tables import ATTEMPTS, MATERIALIZATIONS
@@ -43,6 +43,8 @@ class Records:
         noted = store.read(query, schema=transfer.name).rows(named=True)
         self._made = {place(row["asset"], row["round"]): row for row in noted if row["version"] is not None}
         self.attempts = {place(row["asset"], row["round"]) for row in noted if row["attempted"]}
+        self.ahead: list[tuple[str, str | None]] = []
+        """(asset, round) of what `to_do` takes as made, each with another result than before."""
 
     def causes(self, asset: str, round_: str | None = None) -> list[str]:
         """Why an asset, or a round of one, must be made (again); [] when it needn't.
@@ -50,6 +52,8 @@ class Records:
         ``missing``: it never was. ``code``: its settings, files, weights or code changed. ``input PLACE``: what it was
         made from has another version, or is gone. ``attempt``: the last one failed or was killed, or is going on.
         """
+        if (asset, round_) in self.ahead:
+            return []
         here = place(asset, round_)
         made = self._made.get(here)
         if made is None:
@@ -79,7 +83,12 @@ class Records:
         return found
 
     def version(self, asset: str, round_: str | None = None) -> str:
-        """The data version that there is; empty when nothing was made."""
+        """Empty when nothing was made."""
+        maker = (asset, round_)
+        if asset == "round_seeds" and round_:  # drawn by another step: see `config.versions.INPUTS`
+            maker = seeds_reporter(round_number(round_))
+        if maker in self.ahead:
+            return "another"
         made = self._made.get(place(asset, round_))
         return str(made["version"]) if made else ""
 
@@ -111,7 +120,9 @@ def next_step(records: Records, regrow: bool) -> Due | None:
     for round_ in transfer.round_keys:
         for number, asset in enumerate(ROUND_ASSETS):
             causes = records.causes(asset, round_)
-            keeps = asset == "synthetic_prompts" and not regrow and _only_seeds_changed(causes)
+            # The seeds, or the earlier rounds' prompts that it must not repeat.
+            only_seeds = all(cause.startswith(("input round_seeds/", "input synthetic_prompts/")) for cause in causes)
+            keeps = asset == "synthetic_prompts" and not regrow and only_seeds
             if causes and not (keeps and records.grown(round_)):
                 return Due(ROUND_ASSETS[number:], round_)
     # The report comes before the training: it is cheap, and says what to do when too little was kept.
@@ -128,9 +139,12 @@ def next_step(records: Records, regrow: bool) -> Due | None:
     return Due(tuple(stale)) if stale else None
 
 
-def _only_seeds_changed(causes: list[str]) -> bool:
-    """Of a round's prompts: the seeds, or the earlier rounds' prompts that it must not repeat."""
-    return all(cause.startswith(("input round_seeds/", "input synthetic_prompts/")) for cause in causes)
+def to_do(store: Store, transfer: Transfer, regrow: bool) -> list[tuple[str, str | None]]:
+    """(asset, round) of the most that `tuneshift run` would make now: a step may turn out to change nothing."""
+    records = Records(store, transfer)
+    while due := next_step(records, regrow):
+        records.ahead += [(asset, due.round) for asset in (due.assets if due.round else due.assets[:1])]
+    return records.ahead
 
 
 def begin(store: Store, transfer: Transfer, asset: str, round_: str | None, run_id: str) -> None:
@@ -141,7 +155,6 @@ def begin(store: Store, transfer: Transfer, asset: str, round_: str | None, run_
 
 
 def end(store: Store, transfer: Transfer, asset: str, round_: str | None) -> None:
-    """Note that a materialization succeeded, pictures and all."""
     store.replace(transfer.name, ATTEMPTS, ATTEMPTS.empty(), asset=asset, round=round_ or "")
 
 

@@ -55,7 +55,6 @@ million rows are rewritten four times as fast without its index.)"""
 
 
 def _column(line: str) -> Column:
-    """From ``name TYPE: description``."""
     name, type_, description = re.fullmatch(r"(\w+) ([A-Z]+(?:\[\])?): (.+)", line).groups()  # type: ignore[union-attr]
     return Column(name, type_, description)
 

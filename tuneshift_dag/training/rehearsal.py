@@ -175,7 +175,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: torch.Tensor) -> torch.Tensor:
-        (gradient,) = ctx.saved_tensors
+        gradient: torch.Tensor = ctx.saved_tensors[0]
         return gradient * outputs[0]
 
 

@@ -12,8 +12,8 @@ from tests.families.test_families import random_lora
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.method import Decoding, Side
-from tuneshift_dag.models.merging import merge, scale_adapter
 from tuneshift_dag.models.references import resolve_adapter, resolve_model
+from tuneshift_dag.reports.export import merge, scale_adapter
 
 CHAT = "{% for m in messages %}<turn>{{ m['content'] }}<turn_end>{% endfor %}"
 
