@@ -184,8 +184,8 @@ Each arm of `compare.loop` grows {config.rounds} rounds of {config.generator.cal
 same five seeds, {seeds} times with other random choices. What it keeps is all that seeds its next round
 (`generator.original_seeds_per_call: 0`; the packaged transfer shows all five seeds in every call). Whether a prompt is
 in the skill is read by rule (`read_request` in `transfers/meeting_slots/slot_requests.py`: it names an event and a day
-or time, and is no question; of the {len(transfer.heldout)} held-out requests it reads every code, and
-of step one it takes {misread} questions for requests).
+or time, and is no question). It reads the code of every one of the {len(transfer.heldout)} held-out requests, and takes
+{misread} questions of step one for requests.
 
 Share of each round's prompts that are in the skill, one figure for each loop seed:
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tuneshift_dag.config.schema import Arm, TransferConfig
 from tuneshift_dag.method.asking import Format
 from tuneshift_dag.method.evaluation import next_question
-from tuneshift_dag.method.filters import RANKING_RULES, Guards
+from tuneshift_dag.method.filters import RANKING_RULES, Guards, Rule
 from tuneshift_dag.models.references import Fingerprint, Kind, Reference
 
 
@@ -106,8 +106,9 @@ class Transfer:
 
     def _looped(self, arm: Arm, number: int) -> "Transfer":
         settings = self.config.filter
-        without = {**dict.fromkeys(RANKING_RULES, 0.5), settings.rule: settings.threshold, "random": 1, "unfiltered": 1}
-        own = settings.model_copy(update={"rule": arm.rule, "threshold": arm.threshold or without[arm.rule]})
+        usual: dict[Rule, float] = {**dict.fromkeys(RANKING_RULES, 0.5), settings.rule: settings.threshold}
+        threshold = 1.0 if arm.rule in ("random", "unfiltered") else arm.threshold or usual[arm.rule]
+        own = settings.model_copy(update={"rule": arm.rule, "threshold": threshold})
         changes = {"filter": own, "seed": self.config.seed + number, "compare": None, "target_pairs": sys.maxsize}
         name = f"{re.sub(r'[^A-Za-z0-9]', '_', arm.name)}_{number}"
         return replace(self, config=self.config.model_copy(update=changes), loop=name)

@@ -248,7 +248,8 @@ intervals for new trainings and prompts; differences paired, their intervals cor
     if diversity(rows):
         card += f"""
 How varied the pairs were: distinct bigrams are a share of all, repetition is that of word 4-grams within a prompt, and
-similarity the mean cosine of all pairs of prompts (MiniLM). Means over the trainings.
+similarity the mean cosine of all pairs of prompts (MiniLM). General text is the perplexity of a part of it, as a
+multiple of the base's: what was forgotten. Means over the trainings.
 
 {_table(diversity(rows))}
 """
