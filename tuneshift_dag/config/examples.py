@@ -81,7 +81,7 @@ def read_csv(file: Path, columns: Sequence[str], optional: Sequence[str] = ()) -
         wanted = [column for column in (*columns, *optional) if column in found]
         rows = []
         for row in reader:
-            if any(row.pop(None, ())):  # type: ignore[call-overload]
+            if any(row.pop(None, ())):
                 raise TuneshiftError(
                     f"{file}:{reader.line_num}: it has more cells than the first line names columns. Put a text that"
                     " holds a comma into quotation marks."
