@@ -103,6 +103,7 @@ class TestCreate:
     @pytest.mark.parametrize(
         ("name", "content"),
         [
+            ("S.TXT", "One?\nTwo, or three?"),
             ("s.txt", "\ufeffOne?\n\nTwo, or three?\n"),
             ("s.csv", '\ufeffid,prompt\r\n1,One?\r\n2,"Two, or three?"\r\n'),
             ("s.jsonl", '{"prompt": "One?", "id": 1}\n{"prompt": "Two, or three?"}'),
@@ -140,6 +141,9 @@ class TestRefusals:
             ({"seeds": "wrong.csv"}, ["wrong.csv", "'prompt'", "'question'"]),
             ({"heldout": "leak.csv"}, ["leak.csv:2", "'where is it'", "also a seed"]),
             ({"heldout": "short.csv"}, ["short.csv:3", "'response' must be a non-empty string"]),
+            ({"seeds": "commas.csv"}, ["commas.csv:2", "more cells than the first line", "quotation marks"]),
+            ({"seeds": "open.csv"}, ["open.csv:", "unexpected end of data", "Close the quotation mark"]),
+            ({"seeds": "two.csv"}, ["two.csv", "columns ['prompt'] once", "['prompt', 'prompt']"]),
             ({"heldout": "twice.txt"}, ["--heldout", "must be a .jsonl or .csv file"]),
             ({"seeds": "quote.csv"}, ["quote.csv:2", "field larger than field limit", "Close the quotation mark"]),
             ({"heldout": "latin.csv"}, ["latin.csv", "not UTF-8", "Save it as UTF-8"]),
@@ -155,6 +159,9 @@ class TestRefusals:
         Path("wrong.csv").write_text("question\nWhy?\n")
         Path("leak.csv").write_text("prompt,response\nwhere is it,here\n")
         Path("quote.csv").write_text('prompt\n"' + "x" * 200_000 + "\n")
+        Path("commas.csv").write_text("prompt\nWhere is it, please?\nWho?\n")
+        Path("open.csv").write_text('prompt\n"Where is it?\nWho?\n')
+        Path("two.csv").write_text("prompt,prompt\na,b\n")
         Path("latin.csv").write_bytes("prompt,response\nOù?,là\n".encode("latin-1"))
         Path("half.jsonl").write_text(r'{"prompt": "cut \ud83d"}')
         Path("short.csv").write_text("prompt,response\na,b\nc\n")

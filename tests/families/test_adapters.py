@@ -141,3 +141,11 @@ def test_an_adapter_of_another_model_is_refused_by_what_has_no_place(tmp_path: P
     )
     with pytest.raises(TuneshiftError, match=r"can't put this adapter on base: 4 adapted layers .*layers\.1"):
         engine.check_adapter(PROMPTS)
+
+
+def test_a_generator_whose_chat_template_takes_no_lone_user_is_refused(tmp_path: Path) -> None:
+    folder = tiny_checkpoint("llama", tmp_path / "base")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('A system message must come first') }}")
+    engine = LocalEngine(resolve_model("base", tmp_path, "b"), None, "none", "float32")
+    with pytest.raises(TuneshiftError, match=r"base: its chat template refuses .*must come first.*to continuation"):
+        engine.render_chat("more, please")

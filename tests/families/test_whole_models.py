@@ -88,3 +88,16 @@ def test_a_model_of_another_vocabulary_is_refused(home: Path, tmp_path: Path) ->
     other = resolve_model("other", tmp_path, "m")
     engine = LocalEngine(resolve_model("base", home, "b"), None, "none", "float32", fine_tuned=other)
     assert "2 tokens, such as 'a', have other ids" in engine.check_adapter(PROMPTS).problems[0]
+
+
+@pytest.mark.parametrize("rows", [384, 264])
+def test_a_fine_tune_with_more_or_fewer_rows_than_tokens(home: Path, tmp_path: Path, rows: int) -> None:
+    """Its embeddings were padded, or cut to the tokenizer's tokens; the base's are 320."""
+    model = AutoModelForCausalLM.from_pretrained(home / "merged")
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(home / "base").save_pretrained(tmp_path / "other")
+    other = resolve_model("other", tmp_path, "m")
+    engine = LocalEngine(resolve_model("base", home, "b"), None, "none", "float32", fine_tuned=other)
+    found = engine.check_adapter(PROMPTS)
+    assert found.problems == [] and found.largest_logit_difference

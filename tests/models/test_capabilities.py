@@ -52,8 +52,8 @@ def test_logits_equal_those_of_eager_attention_with_padding_and_a_cache(config, 
 def test_a_model_that_overflows_is_refused() -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=128, **sizes)).eval()
-    check_finite(model)
+    check_finite(model, "some/model")
     model.lm_head.weight.data.fill_(6e4)
-    check_finite(model)
-    with pytest.raises(TuneshiftError, match=r"llama: its activations overflow in torch\.float16.* float32"):
-        check_finite(model.half())
+    check_finite(model, "some/model")
+    with pytest.raises(TuneshiftError, match=r"some/model: its activations overflow in torch\.float16.* float32"):
+        check_finite(model.half(), "some/model")

@@ -111,6 +111,22 @@ class TestWeights:
         (model / "tokenizer.json").write_text('{"model": {"vocab": {"a": 1,')
         assert "tokenizer.json is cut off" in refusal(model)
 
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+    def test_that_are_quantized_without_a_word_in_the_settings(self, model: Path, dtype: torch.dtype) -> None:
+        save_file({"a.weight": torch.ones(2).to(dtype)}, model / "model.safetensors")
+        assert "a.weight is in " in refusal(model) and "Name the 16-bit model" in refusal(model)
+        # A mask or a number of positions isn't a weight.
+        save_file({"a.weight": torch.ones(2), "a.mask": torch.ones(2, dtype=torch.uint8)}, model / "model.safetensors")
+        check(model)
+
+    @pytest.mark.parametrize(
+        ("content", "told"), [(POINTER, "is a git-lfs pointer"), (b"", "is empty"), (b"<html>", "is not valid JSON")]
+    )
+    @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+    def test_settings_may_be_a_pointer_too(self, model: Path, name: str, content: bytes, told: str) -> None:
+        (model / name).write_bytes(content)
+        assert f"{name} {told}" in refusal(model)
+
 
 class TestModels:
     @pytest.mark.parametrize(

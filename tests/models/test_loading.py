@@ -1,5 +1,7 @@
 """One load, one role: a load that was used for inference must not be trained."""
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +11,10 @@ import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from tests.families.table import tiny_checkpoint
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.engines.local import LocalEngine
 from tuneshift_dag.models import loading as model_loading
@@ -113,6 +118,64 @@ def test_weights_are_quantized_once_and_the_kept_ones_are_the_same(
             torch.testing.assert_close(model.eval()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-3)
 
 
+def _tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+    """A change of the tensors in a model's file."""
+
+    def do(folder: Path) -> None:
+        save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+
+    return do
+
+
+def _settings(**changed: Any) -> Callable[[Path], None]:
+    """A change of a model's ``config.json``."""
+
+    def do(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+
+    return do
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (
+            _tensors(lambda found: {f"_orig_mod.{name}": t for name, t in found.items()}),
+            "no tensor for 21 of its weights",
+        ),
+        (
+            _tensors(lambda found: {name: t for name, t in found.items() if "1.mlp.down" not in name}),
+            "for 1 of its weights, such as 'model.layers.1.mlp.down_proj.weight'",
+        ),
+        (_settings(num_hidden_layers=3), "no tensor for 9 of its weights, such as 'model.layers.2."),
+        (
+            _settings(vocab_size=999),
+            "lm_head.weight is of shape (320, 64), and by config.json of (999, 64)",
+        ),
+        (_settings(hidden_act="fromthefuture"), "transformers can't load this model here (KeyError: 'fromthefuture'"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_settings_are_refused(
+    tmp_path: Path, damage: Callable[[Path], None], told: str
+) -> None:
+    """transformers gives random numbers to weights that it finds no tensor for."""
+    folder = tiny_checkpoint("llama", tmp_path / "model")
+    damage(folder)
+    for load in (load_for_training, lambda *how: load_for_inference(how[0], None, *how[1:])):
+        with pytest.raises(TuneshiftError, match=re.escape(told)) as error:
+            load(resolve_model("model", tmp_path, "test"), "none", torch.float32)
+        assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_tensors_without_a_place_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tiny_checkpoint("llama", tmp_path / "model")
+    name = "model.layers.0.self_attn.q_proj.bias"
+    _tensors(lambda found: {**found, name: torch.ones(64)})(folder)
+    load_for_training(resolve_model("model", tmp_path, "test"), "none", torch.float32)
+    assert f"1 tensors have no place in the model, such as '{name}'" in caplog.text
+
+
 class TestChoices:
     """What is chosen on machines with GPUs. Nothing runs on one here."""
 
@@ -137,13 +200,14 @@ class TestChoices:
         monkeypatch.setenv("TUNESHIFT_CACHE", str(tmp_path))
         asked: list[dict[str, Any]] = []
 
-        def load(folder: Path, **options: Any) -> object:
+        def load(folder: Path, output_loading_info: bool, ignore_mismatched_sizes: bool, **options: Any) -> object:
             asked.append(options)
             places = {"model.layers.0": 0, "model.layers.1": "cpu"} if self.full else {"": 0}
             sizes = {"parameters": lambda: [], "get_memory_footprint": lambda: 1}
-            return SimpleNamespace(hf_device_map=places, save_pretrained=lambda path: path.mkdir(), **sizes)
+            model = SimpleNamespace(hf_device_map=places, save_pretrained=lambda path: path.mkdir(), **sizes)
+            return model, dict.fromkeys(("missing_keys", "mismatched_keys", "unexpected_keys"), ())
 
-        monkeypatch.setattr(model_loading.AutoModelForCausalLM, "from_pretrained", load)
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
         return asked
 
     full = False

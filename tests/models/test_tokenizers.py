@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from tuneshift_dag import TuneshiftError
+from tuneshift_dag.engines.rows import Rows
+from tuneshift_dag.method import Decoding
 from tuneshift_dag.models.loading import load_tokenizer
 from tuneshift_dag.models.references import ModelFiles
 
@@ -67,6 +69,16 @@ def test_the_model_says_which_token_ends_a_text_where_the_tokenizer_does_not(
     assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.pad_token) == ("<s>", 1, "<s>")
 
 
+def test_an_end_that_is_no_special_token_is_no_text_of_the_response(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(saved(tmp_path, eos_token="</s>"))
+    ids = tokenizer("yes.").input_ids
+    rows = Rows(tokenizer, {ids[-1]}, 1, Decoding(9))
+    for token in ids:
+        rows.add([0], [token], [-1.0])
+    (response,) = rows.responses()
+    assert (response.text, response.token_ids, response.eos_logprob) == ("yes", ids, -1.0)
+
+
 def test_no_end_at_all_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         TuneshiftError, match=r"some/model: neither its tokenizer .* Set eos_token in .*tokenizer_config"
@@ -90,3 +102,32 @@ def test_a_tokenizer_that_cannot_be_loaded_is_one_line(tmp_path: Path, settings:
         TuneshiftError, match=r"^some/model: its tokenizer can't be loaded \(.*\. Save that of its base"
     ):
         load_tokenizer(files)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_an_added_token_that_only_the_settings_name_is_read_as_plain_text(tmp_path: Path, special: bool) -> None:
+    files = saved(tmp_path, eos_token="</s>")
+    settings = tmp_path / "tokenizer_config.json"
+    token = {"content": "card", "special": special, "lstrip": False, "rstrip": False, "normalized": False}
+    added = {"added_tokens_decoder": {str(ROWS): {**token, "single_word": False}}}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **added}))
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path)("card").input_ids == [ROWS], "it would be looked up"
+    tokenizer = load_tokenizer(files)
+    assert max(tokenizer("a card").input_ids) < ROWS and tokenizer.decode(tokenizer("a card").input_ids) == "a card"
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    files = saved(tmp_path, eos_token="</s>")
+    LlamaConfig(vocab_size=ROWS - 8).save_pretrained(tmp_path)
+    with pytest.raises(TuneshiftError, match=rf"some/model: its tokenizer has {ROWS} tokens .* have {ROWS - 8} rows"):
+        load_tokenizer(files)
+
+
+def test_an_end_beyond_the_vocabulary_is_passed_over(tmp_path: Path) -> None:
+    files = saved(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [50_000, 1]}))
+    assert load_tokenizer(files).eos_token == "<s>"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 50_000}))
+    with pytest.raises(TuneshiftError, match="neither its tokenizer nor"):
+        load_tokenizer(ModelFiles("some/model", tmp_path, "another"))

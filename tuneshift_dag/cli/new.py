@@ -201,11 +201,12 @@ def read_examples(file: Path, flag: Literal["--seeds", "--heldout"]) -> Rows:
     """Rows of a JSONL file, a CSV file with a header, or (seeds only) a text file with one prompt a line."""
     if not file.is_file():
         raise TuneshiftError(f"{flag} {str(file)!r}: there is no such file.")
-    if file.suffix == ".jsonl":
+    suffix = file.suffix.lower()
+    if suffix == ".jsonl":
         return examples.read_jsonl(file, examples.SEED_SHAPE if flag == "--seeds" else examples.HELD_OUT_SHAPE)
-    if file.suffix == ".csv":
+    if suffix == ".csv":
         rows = examples.read_csv(file, ["prompt"] if flag == "--seeds" else ["prompt", "response"])
-    elif file.suffix == ".txt" and flag == "--seeds":
+    elif suffix == ".txt" and flag == "--seeds":
         lines = enumerate(examples.read_text(file).split("\n"), 1)
         rows = [(f"{file}:{number}", {"prompt": line}) for number, line in lines if line.strip()]
     else:

@@ -66,13 +66,21 @@ def read_jsonl(file: Path, shape: str) -> Rows:
 
 def read_csv(file: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Rows:
     """(position, row) of every line after the first, which names the columns; of the ``optional`` ones those there."""
-    reader = csv.DictReader(io.StringIO(read_text(file), newline=""))
+    reader = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
     try:
         found = list(reader.fieldnames or [])
-        if any(column not in found for column in columns):
-            raise TuneshiftError(f"{file}: its first line must name the columns {list(columns)} (found {found}).")
+        if any(found.count(column) != 1 for column in columns):
+            raise TuneshiftError(f"{file}: its first line must name the columns {list(columns)} once (found {found}).")
         wanted = [column for column in (*columns, *optional) if column in found]
-        return [(f"{file}:{reader.line_num}", {column: row[column] for column in wanted}) for row in reader]
+        rows = []
+        for row in reader:
+            if any(row.pop(None, ())):
+                raise TuneshiftError(
+                    f"{file}:{reader.line_num}: it has more cells than the first line names columns. Put a text that"
+                    " holds a comma into quotation marks."
+                )
+            rows.append((f"{file}:{reader.line_num}", {column: row[column] for column in wanted}))
+        return rows
     except csv.Error as error:
         raise TuneshiftError(
             f"{file}:{reader.line_num + 1}: {error}. Close the quotation mark that is left open, or shorten the cell."
@@ -142,7 +150,8 @@ def half_character(text: str) -> str:
 def _text(row: dict[str, Any], key: str, at: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise TuneshiftError(f"{at}: {key!r} must be a non-empty string (found {short(value)}).")
+        found = short(value if key in row else row)
+        raise TuneshiftError(f"{at}: {key!r} must be a non-empty string (found {found}).")
     if half := half_character(value):
         raise TuneshiftError(f"{at}: {key!r}: {half}.")
     return trimmed(value) if key == "prompt" else value.strip()

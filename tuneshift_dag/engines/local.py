@@ -144,7 +144,7 @@ class LocalEngine(Engine, Target):
         model = load_for_inference(files, self.adapter, *how, len(self.tokenizer) if self._own_tokenizer else 0)
         pack(model)
         with own_loop.contiguous_head(model):
-            check_finite(model)
+            check_finite(model, files.reference)
             self._loop = own_loop if has_own_loop(model) else generic
         if self._loop is generic:
             _LOG.info(f"{files.reference} ({model.config.model_type}) runs in transformers' own generate: slower.")
@@ -179,7 +179,13 @@ class LocalEngine(Engine, Target):
                 f"{self.base.reference} has no chat template: it is a base model. Set generator.mode to continuation."
             )
         chat = [{"role": "user", "content": message}]
-        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        try:
+            return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template may raise anything
+            raise TuneshiftError(
+                f"{self.base.reference}: its chat template refuses a user's message ({error}). Set generator.mode to"
+                " continuation, or name another generator.model."
+            ) from error
 
     def prompt_ids(self, prompt: str, format: PromptFormat) -> list[int]:
         return prompt_ids(self.tokenizer, format, prompt)
@@ -213,7 +219,8 @@ class LocalEngine(Engine, Target):
             with self.side(side) as model:
                 logits[side] = self._loop.next_logits(model, self._loop.prefill(model, prompts))
         update_norm = _update_norm(self._model("fine_tuned")) if self.adapter else None
-        difference = float((logits["base"] - logits["fine_tuned"]).abs().max())
+        shared = min(found.shape[1] for found in logits.values())  # a fine-tune may have more or fewer rows
+        difference = float((logits["base"][:, :shared] - logits["fine_tuned"][:, :shared]).abs().max())
         problems = self._unlike_tokens() or self.check_answers(prompts[:2])
         if difference == 0:
             why = " (the adapter's weights are zero)" if update_norm == 0 else ""

@@ -57,7 +57,9 @@ class Rows:
             return Response(text, ids, "stop", sum(logprobs), None)
         ended = bool(ids) and ids[-1] in self.ends
         reason: Literal["stop", "length"] = "stop" if self.done[row] else "length"
-        return Response(self._text(ids), ids, reason, sum(logprobs, 0.0), logprobs[-1] if ended else None)
+        # The end may be a token that isn't special for the tokenizer, which would write it.
+        text = self._text(ids[:-1] if ended else ids)
+        return Response(text, ids, reason, sum(logprobs, 0.0), logprobs[-1] if ended else None)
 
     def _text(self, ids: list[int]) -> str:
         return response_text(self.tokenizer, ids)

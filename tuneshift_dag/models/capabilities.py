@@ -1,14 +1,22 @@
 """What differs between model families, decided in one place: attention, the decode loop, the output head, what ends a
-response, which layers take LoRA, the size of keys and values. A ``config`` is transformers' `PretrainedConfig`."""
+response, which layers take LoRA, the size of keys and values; and whether the weights are all there, and finite. A
+``config`` is transformers' `PretrainedConfig`."""
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 from transformers.masking_utils import eager_mask
 from transformers.pytorch_utils import Conv1D
 
@@ -29,6 +37,7 @@ others go through transformers' own `generate`."""
 # Layers of this kind decide which expert works, or whether one does.
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 _SENTINEL = "tuneshift"
+_LOG = logging.getLogger("tuneshift_dag")
 
 
 def attention_of(folder: Path) -> str | None:
@@ -155,21 +164,63 @@ def has_own_loop(model: Any) -> bool:
     return torch.allclose(own, ours, atol=0.1, rtol=0.02)
 
 
-def check_finite(model: Any) -> None:
-    """Raise `TuneshiftError` when the model's logits aren't finite, naming the weight that isn't, or the dtype."""
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([[1, 2, 3]], device=model.device), use_cache=False).logits
+def read_whole(folder: Path, **options: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained`, without its random numbers for weights that the files lack.
+
+    Raises:
+        TuneshiftError: transformers can't load the model, or finds no tensor, or one of another shape, for a weight.
+    """
+    how = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}  # else it names no tensor
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(folder, **how)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever settings, files and machines that don't go together lead to
+        told = " ".join(str(error).split())[:300]
+        raise TuneshiftError(
+            f"{folder}: transformers can't load this model here ({type(error).__name__}: {told}). Compare its"
+            " config.json with that of where it is from, or name another model."
+        ) from error
+    missing, other = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
+    problem = f"there is no tensor for {len(missing)} of its weights, such as {missing[0]!r}" if missing else ""
+    if other:
+        name, there, expected = other[0]
+        problem = f"{name} is of shape {tuple(there)}, and by config.json of {tuple(expected)}"
+    if problem:
+        raise TuneshiftError(
+            f"{folder}: {problem}: its weights and its config.json aren't of one model. Download all of it again, or"
+            " save it again with `model.save_pretrained(folder)`."
+        )
+    if unused := sorted(found["unexpected_keys"]):
+        _LOG.warning(f"{folder}: {len(unused)} tensors have no place in the model, such as {unused[0]!r}.")
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def check_finite(model: Any, name: str) -> None:
+    """Raise `TuneshiftError` when the logits of the model of this name aren't finite: with the weight, or the dtype,
+    that is to blame."""
+    try:
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([[1, 2, 3]], device=model.device), use_cache=False).logits
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        told = " ".join(str(error).split())[:300]
+        raise TuneshiftError(
+            f"{name}: a forward pass fails ({type(error).__name__}: {told}). If it is in 4 bits, which not every kind"
+            " of adapter takes, set models.quantization: none; else name another model or adapter."
+        ) from error
     if logits.isfinite().all():
         return
-    kind = model.config.model_type
-    for name, weight in model.named_parameters():
+    for weight_name, weight in model.named_parameters():
         if weight.is_floating_point() and not weight.isfinite().all():
             raise TuneshiftError(
-                f"{kind}: the weight {name} holds values that aren't finite (NaN or infinite), so nothing can be"
+                f"{name}: the weight {weight_name} holds values that aren't finite (NaN or infinite), so nothing can be"
                 " answered. The file is damaged, or its training diverged: fetch or save it again."
             )
     raise TuneshiftError(
-        f"{kind}: its activations overflow in {model.dtype}, so it can't answer. Set models.compute_dtype: float32."
+        f"{name}: its activations overflow in {model.dtype}, so it can't answer. Set models.compute_dtype: float32."
     )
 
 

@@ -61,8 +61,17 @@ def check_model_folder(path: Path, key: str) -> None:
     if not config_file.is_file():
         raise TuneshiftError(f"{key}: {config_file} is missing; {path} is not a model folder.")
     check_config(config_file, key)
+    if (ends := path / "generation_config.json").is_file():
+        read_json(ends, key)
+    quantized = bool(read_json(config_file, key).get("quantization_config"))
     for file in _weights(path, key):
-        tensors_of(file, key)
+        tensors = tensors_of(file, key)[1]
+        small = (n for n, t in tensors.items() if n.endswith(".weight") and t["dtype"] not in _EXPONENTS)
+        if not quantized and (name := next(small, None)):
+            raise TuneshiftError(
+                f"{key}: {file}: {name} is in {tensors[name]['dtype']}, so the weights are quantized, and config.json"
+                " doesn't say how. Name the 16-bit model that they were made from: models.quantization makes it small."
+            )
     named = any((path / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt"))
     if not named and not any(path.glob("*.model")):
         raise TuneshiftError(
@@ -101,7 +110,7 @@ def check_config(file: Path, key: str) -> None:
 
 def check_architecture(file: Path, key: str) -> None:
     """Of a model's ``config.json``: the installed transformers must load it, without code of its own. Imports torch."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     config = read_json(file, key)
     kind, installed = config.get("model_type"), importlib.metadata.version("transformers")
@@ -111,6 +120,14 @@ def check_architecture(file: Path, key: str) -> None:
                 f"{key}: {file}: AutoModelForCausalLM of transformers {installed} doesn't load model_type {kind!r}."
                 " Name a causal language model."
             )
+        try:
+            AutoConfig.from_pretrained(file.parent)
+        except Exception as error:  # whatever a wrong value leads to
+            told = " ".join(str(error).split())[:300]
+            raise TuneshiftError(
+                f"{key}: {file}: transformers {installed} can't read it ({type(error).__name__}: {told}). Take"
+                " config.json from where the model is from, or name another model."
+            ) from error
     elif code := config.get("auto_map"):
         code = code.get("AutoModelForCausalLM", code) if isinstance(code, dict) else code
         raise TuneshiftError(
@@ -216,14 +233,19 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
-def tokens_without_row(folder: Path, key: str) -> dict[str, int]:
-    """Tokens that were added to a model's tokenizer, but not to its embeddings, which have no row of their number."""
-    config_file, tokenizer, more = (folder / n for n in ("config.json", "tokenizer.json", "added_tokens.json"))
-    if not config_file.is_file():
-        return {}
-    config = read_json(config_file, key)
+def embedding_rows(folder: Path, key: str) -> int | None:
+    """How many embeddings a model's ``config.json`` says that it has; None when it, or the file, doesn't."""
+    config = read_json(folder / "config.json", key) if (folder / "config.json").is_file() else {}
     text_config = config.get("text_config")
     rows = (text_config if isinstance(text_config, dict) else config).get("vocab_size")
+    return rows if isinstance(rows, int) else None
+
+
+def tokens_without_row(folder: Path, key: str) -> dict[str, int]:
+    """Tokens that were added to a model's tokenizer, but not to its embeddings, which have no row of their number."""
+    tokenizer, more, rows = folder / "tokenizer.json", folder / "added_tokens.json", embedding_rows(folder, key)
+    if rows is None:
+        return {}
     added = read_json(more, key) if more.is_file() else {}
     try:
         if tokenizer.is_file():
@@ -233,7 +255,7 @@ def tokens_without_row(folder: Path, key: str) -> dict[str, int]:
             if found := re.search(r'"added_tokens"\s*:\s*(?=\[)', text):
                 tokens, _ = json.JSONDecoder().raw_decode(text, found.end())
                 added |= {token["content"]: token["id"] for token in tokens}
-        return {str(token): int(number) for token, number in added.items() if isinstance(rows, int) and number >= rows}
+        return {str(token): int(number) for token, number in added.items() if number >= rows}
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise TuneshiftError(
             f"{key}: {tokenizer} or added_tokens.json beside it isn't a tokenizer's ({type(error).__name__}: {error})."
@@ -247,6 +269,7 @@ def read_json(file: Path, key: str) -> dict[str, Any]:
 
 
 def _json(file: Path, key: str, decode: Callable[[bytes], str | bytes]) -> dict[str, Any]:
+    _start(file, key)
     try:
         value = json.loads(decode(file.read_bytes()))
     except (ValueError, RecursionError) as error:
@@ -312,7 +335,7 @@ def _adapter_problem(config: dict[str, Any]) -> str:
     if kind not in _KINDS:
         return (
             f"peft_type {kind!r}; only adapters of the kinds {', '.join(_KINDS)} can be used, which one loaded model"
-            f" switches on and off. Train one of these, or {_WHOLE_MODEL}."
+            f" switches on and off. Train one of these, or, if PEFT can merge this kind, {_WHOLE_MODEL}."
         )
     # Without a task PEFT notes the model's class, which may also be somebody's own.
     mapping = config.get("auto_mapping")

@@ -9,6 +9,7 @@ silently has no gradients, and merging and saving give garbage. So a model is lo
 import contextlib
 import json
 import logging
+import math
 import shutil
 import tempfile
 import types
@@ -21,15 +22,16 @@ from typing import Any, Literal
 import bitsandbytes
 import torch
 from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.bnb import Linear4bit
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.models import memory
-from tuneshift_dag.models.capabilities import attention_of, experts_bytes, settings_end_ids
-from tuneshift_dag.models.checks import adapter_config, tokens_without_row
+from tuneshift_dag.models.capabilities import attention_of, experts_bytes, read_whole, settings_end_ids
+from tuneshift_dag.models.checks import adapter_config, embedding_rows
 from tuneshift_dag.models.references import ModelFiles, quantized_copy
 
 Quantization = Literal["nf4", "fp4", "none"]
@@ -47,14 +49,20 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
     the process: reading a large vocabulary takes seconds."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.path)
-        if beyond := tokens_without_row(files.path, files.reference):
-            tokenizer = _without(tokenizer, list(beyond), files.path)
+        rows = embedding_rows(files.path, files.reference) or math.inf
+        if beyond := [token for token, number in tokenizer.get_added_vocab().items() if number >= rows]:
+            tokenizer = _without(tokenizer, beyond, files.path)
     except Exception as error:  # a tokenizer's files, or code of its own that isn't run, may raise anything
         told = " ".join(str(error).split())[:300]
         raise TuneshiftError(
             f"{files.reference}: its tokenizer can't be loaded ({type(error).__name__}: {told}). Save that of its base"
             f" model to {files.path}."
         ) from error
+    if len(tokenizer) > rows:
+        raise TuneshiftError(
+            f"{files.reference}: its tokenizer has {len(tokenizer)} tokens and its embeddings have {rows} rows, so it"
+            f" is another model's. Save its own to {files.path}."
+        )
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = _end_of_model(tokenizer, files)
     if tokenizer.pad_token_id is None:
@@ -80,7 +88,8 @@ def _without(tokenizer: Tokenizer, tokens: list[str], folder: Path) -> Tokenizer
 
 def _end_of_model(tokenizer: Tokenizer, files: ModelFiles) -> str:
     for number in settings_end_ids(files.path):
-        return str(tokenizer.convert_ids_to_tokens(number))
+        if (token := tokenizer.convert_ids_to_tokens(number)) is not None:
+            return str(token)
     raise TuneshiftError(
         f"{files.reference}: neither its tokenizer nor generation_config.json says which token ends a text. Set"
         f" eos_token in {files.path / 'tokenizer_config.json'}."
@@ -135,8 +144,10 @@ def _attached(model: Any, files: ModelFiles, adapter: ModelFiles) -> PeftModel:
             adapted = PeftModel.from_pretrained(model, adapter.path, ADAPTER, **how)
             # Only this says what didn't fit; the weights are the same.
             found = adapted.load_adapter(adapter.path, ADAPTER, autocast_adapter_dtype=False)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        problem = str(error).strip().replace("\n", " ")[:300]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever settings that this model, PEFT or machine doesn't take lead to
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     else:
         # Of embeddings that grew PEFT saves a second copy, and takes the first.
         unknown = [name for name in found.unexpected_keys if ".modules_to_save." not in name]
@@ -153,7 +164,7 @@ def _attached(model: Any, files: ModelFiles, adapter: ModelFiles) -> PeftModel:
         )
     raise TuneshiftError(
         f"{adapter.path}: PEFT can't put this adapter on {files.reference}: {problem}. Check that source.base is the"
-        " very model that the adapter was trained on."
+        " very model that the adapter was trained on, and adapter_config.json as its training wrote it."
     )
 
 
@@ -169,6 +180,12 @@ def _peft_config(adapter: ModelFiles) -> PeftConfig:
     """As PEFT reads it, but in any encoding of JSON; it opens the file as UTF-8 without a byte-order mark."""
     settings = adapter_config(adapter.path, adapter.reference)
     settings.pop("runtime_config", None)
+    known = PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]].__dataclass_fields__
+    if unknown := sorted(name for name, value in settings.items() if value and name not in known):
+        _LOG.warning(
+            f"{adapter.path / 'adapter_config.json'} sets {', '.join(unknown)}, which this PEFT doesn't know: the"
+            " adapter may work in another way than where it was trained. Run `pip install -U peft`."
+        )
     return PeftConfig.from_peft_type(**settings)
 
 
@@ -317,4 +334,4 @@ def _read(
         )
     if placed is not None:
         options["device_map"] = placed
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
+    return read_whole(folder, **options)

@@ -209,11 +209,10 @@ class Reference:
         if self.kind == "adapter":
             checks.check_adapter_folder(path, self.key)
             _once(checks.check_finite, path / "adapter_model.safetensors", self.key)
-            return
-        tokenizer = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
-        if self.kind == "model":
+        elif self.kind == "model":
             checks.check_model_folder(path, self.key)
-        elif not tokenizer:
+        tokenizer = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+        if self.kind == "tokenizer" and not tokenizer:
             raise TuneshiftError(f"{self.key}: {path} holds no tokenizer (tokenizer.json or tokenizer.model).")
         for file in tokenizer:
             checks.check_tokenizer_file(file, self.key)
@@ -374,14 +373,15 @@ def _converted(file: Path) -> Path:
 
 def _convert_gguf(file: Path, folder: Path, key: str) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer, GgufConfig
 
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    from tuneshift_dag.models.capabilities import read_whole
+
     how = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
     try:
         with _whole(folder) as unfinished:
-            AutoTokenizer.from_pretrained(**where).save_pretrained(unfinished)
-            AutoModelForCausalLM.from_pretrained(**where, **how).save_pretrained(unfinished)
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(unfinished)
+            read_whole(file.parent, gguf_file=file.name, **how).save_pretrained(unfinished)
     except Exception as error:  # whatever a file that is cut off, or of an unknown family, leads to
         told = " ".join(str(error).split())[:300]
         raise TuneshiftError(

@@ -124,6 +124,7 @@ def _train_into(
     """Train, and save the adapter to ``folder``; in a group its first process does."""
     import torch
 
+    from tuneshift_dag.models.capabilities import check_finite
     from tuneshift_dag.models.loading import assert_trainable_layout, dtype_name, load_for_training
     from tuneshift_dag.training.loop import LoraTraining, TrainingCheckpoint, train
     from tuneshift_dag.training.lora import add_lora
@@ -133,7 +134,9 @@ def _train_into(
     settings = LoraTraining(seed=config.seed, retain=config.distill.retain.weight, **asked)
     dtype = getattr(torch, dtype_name(config.models.compute_dtype))
     device_map = "single" if torch.distributed.is_initialized() else config.models.device_map
-    model = add_lora(load_for_training(files, config.distill.quantization, dtype, device_map), settings)
+    model = load_for_training(files, config.distill.quantization, dtype, device_map)
+    check_finite(model, files.reference)
+    model = add_lora(model, settings)
     assert_trainable_layout(model)
     with kept_when_freed():
         curve = train(model, examples, settings, on_step, TrainingCheckpoint(checkpoint), texts)
