@@ -1,10 +1,14 @@
 """Batches: similar lengths together, fewer rows when memory is short, halved when it runs out."""
 
+import multiprocessing
 import os
+import random
 import subprocess
 import sys
+import threading
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -107,12 +111,49 @@ class TestWorkers:
         assert sorted(row for batch, _ in done for row in batch) == list(range(len(self.LENGTHS)))
         assert [process for batch, process in done if 1 in batch] == [here]
 
+    def test_those_that_are_killed_at_any_moment_cost_nothing(self) -> None:
+        dice, over = random.Random(0), threading.Event()
+
+        def kill() -> None:
+            while not over.wait(dice.uniform(0, 0.02)):
+                for process in psutil.Process().children()[:1]:
+                    process.kill()
+
+        def large(batch: list[int]) -> bytes:
+            time.sleep(0.002)
+            return bytes(500_000)  # more than a pipe holds, so that some are killed in the middle of it
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            for _ in range(20):
+                done = [row for batch, _ in in_batches([1] * 60, 2, lambda n: 1, large, 2) for row in batch]
+                assert sorted(done) == list(range(60))
+        finally:
+            over.set()
+            killer.join()
+
+    def test_none_stays_when_this_process_is_killed(self) -> None:
+        here = multiprocessing.get_context("fork").Process(target=hold)
+        here.start()
+        process = psutil.Process(here.pid)
+        while len(workers := process.children()) < 2:
+            time.sleep(0.01)
+        here.kill()
+        here.join()
+        assert psutil.wait_procs(workers, timeout=20)[1] == []
+
     def test_an_error_is_raised_here(self) -> None:
         def fails(batch: list[int]) -> None:
             raise ValueError("not a number")
 
         with pytest.raises(ValueError, match="not a number"):
             list(in_batches(self.LENGTHS, 2, lambda n: 1, fails, 2))
+
+
+def hold() -> None:
+    for _ in in_batches([1] * 1_000, 2, lambda n: 1, lambda batch: time.sleep(0.1), 2):
+        pass
 
 
 def with_process(batch: list[int]) -> tuple[list[int], int]:

@@ -1,5 +1,7 @@
 """Two processes of one group on the CPU: they train what one process trains, and a failure of one ends both."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.models.loading import load_tokenizer
@@ -69,6 +72,20 @@ def test_two_processes_train_what_one_trains(transfer: Transfer) -> None:
     assert sorted(path.name for path in transfer.folder.iterdir()) == ["adapter-1", "adapter-2", "tiny"]
 
 
+def test_an_adapter_is_on_the_disk_when_it_appears(transfer: Transfer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database, which syncs each commit, says that it is there."""
+    synced, fsync = set(), os.fsync
+
+    def noted(file: int) -> None:
+        synced.add(os.fstat(file).st_ino)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    trained(transfer, 1)
+    folder = transfer.folder / "adapter-1"
+    assert {path.stat().st_ino for path in (*folder.iterdir(), folder, folder.parent)} <= synced
+
+
 def second_fails(send: Any) -> None:
     if torch.distributed.get_rank() == 1:
         raise ValueError("the second can't")
@@ -79,3 +96,14 @@ def test_a_failure_of_one_ends_all() -> None:
     # Which is reported is a race: the first one loses its connection at once.
     with pytest.raises(torch.multiprocessing.ProcessRaisedException):
         in_processes(2, second_fails, on_message=print)
+
+
+def second_is_killed(send: Any) -> None:
+    if torch.distributed.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.distributed.barrier()
+
+
+def test_one_that_is_killed_is_told() -> None:
+    with pytest.raises(TuneshiftError, match=r"a process of the training was killed.*goes on from the state"):
+        in_processes(2, second_is_killed, on_message=print)

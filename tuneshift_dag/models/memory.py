@@ -205,27 +205,33 @@ def in_workers(
     context = multiprocessing.get_context("fork")
     waiting = iter(batches)
     processes: list[Any] = []
+    pipes: list[Any] = []
     busy: dict[Any, list[int]] = {}
+
+    def hand(pipe: Any, batch: list[int]) -> None:
+        with contextlib.suppress(OSError):  # a worker that has died takes nothing any more
+            pipe.send(batch)
+            busy[pipe] = batch
+
     try:
         for batch in itertools.islice(waiting, count):
             ours, theirs = context.Pipe()
-            processes.append(context.Process(target=_work, args=(theirs, work), daemon=True))
+            pipes.append(ours)
+            processes.append(context.Process(target=_work, args=(theirs, tuple(pipes), work), daemon=True))
             processes[-1].start()
             theirs.close()
-            ours.send(batch)
-            busy[ours] = batch
+            hand(ours, batch)
         while busy:
             ready: list[Any] = multiprocessing.connection.wait(list(busy))
             for pipe in ready:
                 batch = busy.pop(pipe)
                 try:
                     result: T = pipe.recv()
-                except EOFError:
+                except (EOFError, OSError):  # which of them: by what it was at when it died
                     continue
                 following = next(waiting, None)
                 if following is not None:
-                    pipe.send(following)
-                    busy[pipe] = following
+                    hand(pipe, following)
                 yield batch, result
     finally:
         for process in processes:
@@ -233,10 +239,15 @@ def in_workers(
             process.join()
 
 
-def _work(pipe: Any, work: Callable[[list[int]], Any]) -> None:
-    """What a worker does. If it fails it goes without a word: the batch is done again, and fails, where it is heard."""
+def _work(pipe: Any, inherited: Sequence[Any], work: Callable[[list[int]], Any]) -> None:
+    """What a worker does. If it fails it goes without a word: the batch is done again, and fails, where it is heard.
+
+    It closes the ends of pipes that it has ``inherited``: else it would wait for ever for one who was killed, since it
+    held the other end itself."""
     import torch
 
+    for other in inherited:
+        other.close()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads weren't forked
     with contextlib.suppress(Exception):

@@ -99,11 +99,24 @@ def distill(
             torch.cuda.empty_cache()
             inputs = (partial, config, files, examples, texts, checkpoint)
             curve = in_processes(count, _train_into, *inputs, on_message=on_step)
+        # The database is on the disk as soon as it names this adapter, and then the adapter must be, too.
+        _sync(*partial.iterdir(), partial)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
+        _sync(folder.parent)
     checkpoint.unlink(missing_ok=True)
     curve.cut, curve.left_out = cut, left_out
     return curve
+
+
+def _sync(*paths: Path) -> None:
+    """Wait until files, or the names in folders, are on the disk."""
+    for path in paths:
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def checkpoint_file(folder: Path, fingerprint: str) -> Path:

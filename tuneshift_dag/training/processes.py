@@ -2,15 +2,19 @@
 the CPU. They find each other through a file, so nothing listens on a port that others could know."""
 
 import os
+import signal
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.multiprocessing
 from accelerate import PartialState
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
+
+from tuneshift_dag import TuneshiftError
 
 T = TypeVar("T")
 # How long the messages of a process may wait, in seconds.
@@ -20,24 +24,43 @@ _EVERY = 0.2
 def in_processes(count: int, work: Callable[..., T], *arguments: Any, on_message: Callable[..., None]) -> T:
     """Run ``work(send, *arguments)``, a function of a module, in ``count`` new processes; return what the first one
     returns. ``on_message`` is called here with the arguments with which the first one calls ``send``. When one fails,
-    the others are ended and `torch.multiprocessing.ProcessRaisedException` is raised with its traceback."""
-    inbox = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    the others are ended and `torch.multiprocessing.ProcessRaisedException` is raised with its traceback;
+    `TuneshiftError` when one was killed."""
+    # A pipe and no queue: it ends with the process that writes to it, also in the middle of a message.
+    inbox, outbox = torch.multiprocessing.get_context("spawn").Pipe(duplex=False)
     results: list[T] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, inbox:
         meeting_point = (Path(folder) / "group").as_uri()
         threads = max(1, torch.get_num_threads() // count)
-        passed = (count, meeting_point, threads, inbox, work, arguments)
+        passed = (count, meeting_point, threads, outbox, work, arguments)
         running = spawn(_process, passed, nprocs=count, join=False)  # type: ignore[no-untyped-call]
+        outbox.close()
         ended = False
-        while not ended:
-            ended = running.join(timeout=_EVERY)
-            while not inbox.empty():
-                is_result, content = inbox.get()
-                if is_result:
-                    results.append(content)
-                else:
-                    on_message(*content)
+        try:
+            while not ended:
+                ended = running.join(timeout=_EVERY)
+                for is_result, content in _arrived(inbox):
+                    if is_result:
+                        results.append(content)
+                    else:
+                        on_message(*content)
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            # One that was killed may show as the lost connection of another.
+            if not any(process.exitcode == -signal.SIGKILL for process in running.processes):
+                raise
+            raise TuneshiftError(
+                "a process of the training was killed, mostly for lack of memory. Run again: it goes on from the state"
+                " that it saved last. If it happens again, lower distill.batch_size, distill.processes or"
+                " models.workers."
+            ) from error
     return results[0]
+
+
+def _arrived(inbox: Any) -> Iterator[Any]:
+    """The messages that are there."""
+    with suppress(EOFError, OSError):  # the one who writes them has ended
+        while inbox.poll():
+            yield inbox.recv()
 
 
 def _process(rank: int, count: int, meeting_point: str, threads: int, outbox: Any, work: Any, arguments: Any) -> None:
@@ -49,12 +72,14 @@ def _process(rank: int, count: int, meeting_point: str, threads: int, outbox: An
 
     def send(*message: Any) -> None:
         if rank == 0:
-            outbox.put((False, message))
+            outbox.send((False, message))
 
+    if rank:
+        outbox.close()
     try:
         result = work(send, *arguments)
         if rank == 0:
-            outbox.put((True, result))
+            outbox.send((True, result))
     finally:
         torch.distributed.destroy_process_group()
 
