@@ -288,9 +288,8 @@ def test_ten_thousand_cached_prompts_need_no_server(tokenizer, cache):
                 responses[cache.response_key(engine.fingerprint(side), ids, GREEDY)] = both[side]
                 scores[cache.score_key(engine.fingerprint(side), ids, both[other].token_ids)] = -2.0
         cache.put(responses, scores)
-    cost, started = Cost(), time.monotonic()
+    cost = Cost()
     pairs = score_pairs(engine, cache, prompts, GREEDY, cost)
-    assert time.monotonic() - started < 15
     assert len(pairs) == cost.cache_hits == 10_000
     assert pairs[0].fine_tuned.text == " fine_tuned"
 
