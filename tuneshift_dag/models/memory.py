@@ -22,8 +22,6 @@ BATCH_SHARE = 0.5
 """Share of the free memory that a batch may plan with: estimates leave out activations and the allocator's waste."""
 _PROC = Path("/proc/self")
 _MADV_PAGEOUT = 21
-# Options of glibc's mallopt.
-_TRIM_THRESHOLD, _MMAP_MAX, _NEVER = -1, -4, (1 << 31) - 1
 # Rows from which on a batch is divided among workers.
 _WORTH_A_WORKER = 16
 
@@ -97,25 +95,6 @@ def trim() -> None:
     """Give freed memory back to the system. glibc keeps it, and its holes seldom fit the next, longer tensor."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
         ctypes.CDLL(None).malloc_trim(0)
-
-
-@contextlib.contextmanager
-def kept_when_freed() -> Iterator[None]:
-    """Within it this process keeps what it frees for what it allocates next, on Linux. glibc maps every tensor of some
-    megabytes anew; a training step on a CPU frees and allocates the same ones again, and in a virtual machine its fresh
-    pages can cost as much time as its arithmetic."""
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):  # another libc
-        yield
-        return
-    for option, most in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER)):
-        libc.mallopt(option, most)
-    try:
-        yield
-    finally:
-        for option, most in ((_MMAP_MAX, 1 << 16), (_TRIM_THRESHOLD, 1 << 17)):  # glibc's own
-            libc.mallopt(option, most)
-        trim()
 
 
 def release_unused() -> None:

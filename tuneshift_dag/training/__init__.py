@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuneshift_dag import TuneshiftError
-from tuneshift_dag.models.memory import gpu_count, kept_when_freed
+from tuneshift_dag.models.memory import gpu_count
 
 if TYPE_CHECKING:
     from tuneshift_dag.config import Transfer
@@ -151,8 +151,7 @@ def _train_into(
     check_finite(model, files.reference)
     model = add_lora(model, settings)
     assert_trainable_layout(model)
-    with kept_when_freed():
-        curve = train(model, examples, settings, on_step, TrainingCheckpoint(checkpoint), texts)
+    curve = train(model, examples, settings, on_step, TrainingCheckpoint(checkpoint), texts)
     assert_trainable_layout(model)
     model.peft_config["default"].base_model_name_or_path = config.target.base
     if is_first_process():
