@@ -368,8 +368,9 @@ class TransferConfig(Section):
 
     @property
     def rules(self) -> set[Rule]:
-        """Those of ``filter`` and of the filters to compare."""
-        return {self.filter.rule, *(arm.rule for arm in self.arms)}
+        """Those that judge its pairs: that of ``filter``, and of the arms that choose from them."""
+        arms = self.arms if self.compare and not self.compare.loop else ()
+        return {self.filter.rule, *(arm.rule for arm in arms)}
 
     @property
     def arms(self) -> tuple[Arm, ...]:
