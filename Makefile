@@ -55,8 +55,10 @@ $(SERVERS)/.installed:
 	$(SERVERS)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
-# Writes docs/reliability.md. How many: TUNESHIFT_KILLS, TUNESHIFT_MUTATIONS; how long at most, each campaign:
-# TUNESHIFT_RELIABILITY_MINUTES. One that was ended goes on, as long as the commit is the same.
+# Writes docs/reliability.md, in hours. How many: TUNESHIFT_KILLS, TUNESHIFT_PART_KILLS, TUNESHIFT_DAGSTER_KILLS,
+# TUNESHIFT_HOLDERS, TUNESHIFT_STORMS, TUNESHIFT_POWER_LOSSES, TUNESHIFT_FULL_DISKS, TUNESHIFT_MUTATIONS; how long at
+# most, each campaign: TUNESHIFT_RELIABILITY_MINUTES. One that was ended goes on, as long as the package and the
+# campaign's own file are the same.
 test-reliability: setup
 	$(BIN)/pytest -n 0 -m reliability tests/reliability
 

@@ -1,8 +1,9 @@
-"""A fake engine that fails in an actor of a cluster; in a file of its own, which an actor imports quickly."""
+"""Fake engines for the actors of a cluster; in a file of their own, which an actor imports quickly."""
 
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +26,12 @@ class BrokenEngine(FakeEngine):
                 os.kill(os.getpid(), signal.SIGKILL)
             raise ValueError("too short")
         yield from super().generate(prompts, *rest)
+
+
+class SlowEngine(FakeEngine):
+    """Takes a moment for each batch, so that it can be killed there."""
+
+    def _batches(self, prompts: Sequence[list[int]]) -> Iterator[list[int]]:
+        for batch in super()._batches(prompts):
+            time.sleep(0.1)
+            yield batch

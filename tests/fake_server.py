@@ -53,7 +53,7 @@ class FakeServer:
             sides: which model answers under which name.
             echo_sides: the same for log-probabilities of prompt tokens.
             before: called with the body of a request before it is answered, in a thread of its own; it may
-                return a status and a text to answer instead.
+                return a status and a text to answer instead. With status 0 the connection ends after half of it.
         """
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.style = style
@@ -87,7 +87,10 @@ class FakeServer:
                 self._send(200, json.dumps({"object": "list", "data": names}))
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                data = self.rfile.read(int(self.headers["Content-Length"]))
+                if not data:
+                    return  # the client has gone
+                body = json.loads(data)
                 with server._lock:
                     server.headers.append({name.lower(): value for name, value in self.headers.items()})
                     server.bodies.append(body)
@@ -95,6 +98,8 @@ class FakeServer:
                     server.most_in_flight = max(server.most_in_flight, server.in_flight)
                 try:
                     status, text = server.before(server, body) or (200, "")
+                    if not text and body["model"] not in server.sides:
+                        status, text = 404, '{"error": {"message": "there is no such model"}}'
                     self._send(status, text or json.dumps(server.answer(self.path, body)))
                 finally:
                     with server._lock:
@@ -103,13 +108,14 @@ class FakeServer:
             def _send(self, status: int, text: str) -> None:
                 data = text.encode()
                 try:
-                    self.send_response(status)
+                    self.send_response(status or 200)
                     self.send_header("Content-Type", "application/json")
                     self.send_header("Content-Length", str(len(data)))
                     # What the client waits before a retry; its own pauses start at half a second.
                     self.send_header("retry-after-ms", "1")
                     self.end_headers()
-                    self.wfile.write(data)
+                    self.wfile.write(data if status else data[: len(data) // 2])
+                    self.close_connection |= not status
                 except OSError:
                     pass  # the client has gone
 

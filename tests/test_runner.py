@@ -17,7 +17,7 @@ from dagster import DagsterRunStatus
 from tests.conftest import Project
 from tests.fakes import FakeEngine
 from tuneshift_dag.home import use_dagster_home
-from tuneshift_dag.runner import _PID_TAG, close_dead_runs, process_tag
+from tuneshift_dag.resources.runs import PROCESS_TAG, close_dead_runs, process_tag
 
 TABLES = ["synthetic_prompts", "scored_pairs", "filtered_dataset", "round_seeds", "rejected_pairs", "accuracy"]
 
@@ -41,7 +41,7 @@ class TestCloseDeadRuns:
     @pytest.mark.parametrize(
         "tag",
         [process_tag(), f"{socket.gethostname()}-1-a", "another-host-999999-a", None],
-        ids=["own process", "other user's process", "other host", "not of the command line"],
+        ids=["own process", "other user's process", "other host", "no step has begun"],
     )
     def test_leaves_other_runs_alone(self, instance: dg.DagsterInstance, tag: str | None) -> None:
         run = started_run(instance, tag)
@@ -57,6 +57,11 @@ class TestCloseDeadRuns:
         close_dead_runs(instance)
         assert status(instance, run) == DagsterRunStatus.FAILURE
         assert slots_taken(instance) == 0
+
+    def test_knows_the_process_also_of_a_run_that_dagster_has_launched(self, project: Project) -> None:
+        run_id = project.materialize("seed_set").run_id
+        run = project.instance.get_run_by_id(run_id)
+        assert run is not None and run.tags[PROCESS_TAG] == process_tag()
 
     def test_leaves_a_finished_run_of_a_dead_process_alone(self, instance: dg.DagsterInstance) -> None:
         run = started_run(instance, f"{socket.gethostname()}-{dead_pid()}-a", DagsterRunStatus.SUCCESS)
@@ -115,7 +120,7 @@ def started_run(
         pass
 
     return instance.create_run_for_job(
-        work, run_id=str(uuid.uuid4()), tags={_PID_TAG: tag} if tag else {}, status=status
+        work, run_id=str(uuid.uuid4()), tags={PROCESS_TAG: tag} if tag else {}, status=status
     )
 
 

@@ -17,6 +17,7 @@ from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import load_all
 from tuneshift_dag.home import database_file, transfers_dir
 from tuneshift_dag.resources import EngineResource, StoreResource
+from tuneshift_dag.resources.runs import close_dead_runs
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import Records, next_step
 
@@ -75,6 +76,7 @@ def build_automation(transfer: Transfer, database: Path) -> dg.SensorDefinition:
         ),
     )
     def automation(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        close_dead_runs(context.instance)
         wait = _reason_to_wait(transfer, context.instance)
         if wait:
             return dg.SkipReason(wait)

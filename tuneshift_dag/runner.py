@@ -1,8 +1,6 @@
 """``tuneshift run``: materialize what is missing or out of date (`store.records`), in round order, through Dagster."""
 
 import logging
-import os
-import socket
 import sys
 import time
 import uuid
@@ -10,22 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import dagster as dg
-import psutil
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.definitions import build_definitions
 from tuneshift_dag.home import database_file
 from tuneshift_dag.resources import BATCH_TAG, EngineResource
+from tuneshift_dag.resources.runs import PROCESS_TAG, close_dead_runs, process_tag
 from tuneshift_dag.store import Store, now
 from tuneshift_dag.store.records import Due, Records, next_step
 from tuneshift_dag.store.tables import RUNS
 from tuneshift_dag.training import check_training
-
-_PID_TAG = "tuneshift/process"
-# In a container that was started again, a killed process had this one's id.
-_OWN_ID = uuid.uuid4().hex
-_IN_PROGRESS = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
 
 @dataclass
@@ -120,7 +113,7 @@ class Runner:
                 raise_on_error=False,
                 # Who looks at the terminal gets our own lines; Dagster's are in its event log.
                 run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-                tags={BATCH_TAG: self.result.batch_id, _PID_TAG: process_tag()},
+                tags={BATCH_TAG: self.result.batch_id, PROCESS_TAG: process_tag()},
             )
         finally:
             said.removeHandler(self.lines)
@@ -139,27 +132,6 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if not (getattr(record, "progress", False) and sys.stderr.isatty()):
             self.on_line(record.getMessage())
-
-
-def close_dead_runs(instance: dg.DagsterInstance) -> None:
-    """Mark runs of killed `tuneshift` processes as failed, and free their pool slots: they would block later runs."""
-    for run in instance.get_runs(dg.RunsFilter(statuses=_IN_PROGRESS)):
-        process, _, own_id = run.tags.get(_PID_TAG, "").rpartition("-")
-        host, _, pid = process.rpartition("-")
-        if host == socket.gethostname() and not _is_alive(int(pid), own_id):
-            instance.report_run_failed(run, "The process that ran this was killed.")
-            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-
-
-def process_tag() -> str:
-    """Names this process, also when another one had its number before."""
-    return f"{socket.gethostname()}-{os.getpid()}-{_OWN_ID}"
-
-
-def _is_alive(pid: int, own_id: str) -> bool:
-    if pid == os.getpid():
-        return own_id == _OWN_ID
-    return psutil.pid_exists(pid)
 
 
 def _explain(result: dg.ExecuteInProcessResult, round_: str | None) -> str:

@@ -216,7 +216,9 @@ def test_what_goes_wrong_is_one_message_with_its_repair(serve, tokenizer, before
 
 def test_a_server_that_is_not_there_is_named(tokenizer):
     engine = source("http://127.0.0.1:9/v1", tokenizer, max_retries=0)
-    with pytest.raises(TuneshiftError, match=r"engine.server \(http://127.0.0.1:9/v1\): can't be reached"):
+    with pytest.raises(
+        TuneshiftError, match=r"engine.server \(http://127.0.0.1:9/v1\): POST /completions for 'base': can't be"
+    ):
         collect(engine.generate([engine.encode(TEXTS[0])], "base", GREEDY))
 
 

@@ -282,6 +282,19 @@ time.sleep(600)
     wait_until(lambda: alive(note) == [])
 
 
+def test_a_server_whose_keeper_is_killed_ends_when_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM_NOTES", str(tmp_path / "notes"))
+    monkeypatch.setenv("FAKE_VLLM_FAILS", "never")
+    ServerProcess(FAKE, {**os.environ, "VLLM_API_KEY": "k"}, tmp_path / "log")
+    wait_until(lambda: notes(tmp_path) != [])
+    [note] = notes(tmp_path)
+    psutil.Process(note["pids"][0]).parent().kill()
+    stop_all()
+    assert alive(note) == []
+
+
 def test_a_server_that_does_not_end_by_itself_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deaf = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(99)"

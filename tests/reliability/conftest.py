@@ -6,9 +6,11 @@ import os
 import platform
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,20 @@ JOBS = int(os.environ.get("TUNESHIFT_JOBS", 1))
 HEAD = """# Reliability, counted
 
 What `make test-reliability` counted, by campaign: cases, and how many of them ended as they must. `tests/reliability`
-says what a case is; its number is its seed.
+says what a case is; its number is its seed. What is counted within the cases stands in brackets.
 
 | campaign | must be | cases | as it must be | date | commit | machine |
 | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
-def count(name: str, must: str, cases: int, run: Callable[[int], str], jobs: int = 1) -> None:
-    """Run the cases of a campaign that weren't run at this commit; the words that ``run`` gives for a case say what was
-    wrong, or stand in brackets when nothing was. Asserts that nothing was."""
+def count(name: str, must: str, cases: int, run: Callable[[int], str], jobs: int = 1, file: Path = ROOT) -> None:
+    """Run the cases of a campaign that weren't run with this code; the words that ``run`` gives for a case say what was
+    wrong, or stand in brackets, with commas between, when nothing was: each is counted. Asserts that nothing was.
+
+    ``file`` says what a case is: when it or the package has changed, all cases are run anew."""
     known = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    state = _state()
+    state = _state(file)
     campaign = known.get(name, {})
     if campaign.get("commit") != state:
         campaign = {"commit": state, "found": {}}
@@ -67,25 +71,28 @@ def _wrong(campaign: dict[str, Any]) -> dict[str, str]:
 def _row(item: tuple[str, dict[str, Any]]) -> str:
     name, campaign = item
     found, wrong = campaign["found"], _wrong(campaign)
-    where: dict[str, int] = {}
+    counted: Counter[str] = Counter()
     for said in found.values():
         if said.startswith("("):
-            where[said.strip("()")] = where.get(said.strip("()"), 0) + 1
-    told = f" ({', '.join(f'{n} {place}' for place, n in sorted(where.items(), key=lambda i: -i[1]))})" if where else ""
+            for part in said.strip("()").split(", "):
+                number, _, what = part.partition(" ")
+                counted.update({what: int(number)} if number.isdigit() else {part: 1})
+    told = f" ({', '.join(f'{number} {what}' for what, number in counted.most_common())})" if counted else ""
     cells = [name, campaign["must"], f"{len(found)}{told}", str(len(found) - len(wrong))]
     return f"| {' | '.join([*cells, campaign['date'], campaign['commit'], campaign['machine']])} |\n"
 
 
-def _state() -> str:
-    """The commit, with a mark when the files differ from it."""
+def _state(file: Path) -> str:
+    """The last commit that changed the package or ``file``, with a mark when they differ from it."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        command = ["git", *words, "--", "tuneshift_dag", str(file)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "tuneshift_dag", "tests")
-    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    return git("log", "-1", "--format=%h") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
-@pytest.fixture(scope="session")
-def campaign() -> Callable[..., None]:
-    return count
+@pytest.fixture
+def campaign(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`count` for the campaigns of a test's file."""
+    return partial(count, file=request.path)

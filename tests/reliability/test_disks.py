@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import make_transfer_folder
-from tests.reliability.test_kills import finish, outcome, same
-from tests.reliability.whole_run import start
+from tests.reliability.whole_run import fake, finish, log_of, outcome, same, start
+from tests.reliability.whole_run import refused as told
 from tuneshift_dag.store import Store
 
 pytestmark = [
@@ -39,22 +39,13 @@ def disk(folder: Path, size: int) -> Iterator[Callable[[str], None]]:
 
 def refused(home: Path, folder: Path, words: tuple[str, ...]) -> str:
     """What is wrong with how a run ends; empty when it is one message with one of the words, or all went well."""
-    log = home.with_suffix(".log")
-    log.unlink(missing_ok=True)
-    process = start(home, folder, fake=True)
-    process.join()
-    said = log.read_text()
-    if process.exitcode == 0:
-        return ""
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    if process.exitcode != 1 or "Traceback" in said or len(errors) != 1:
-        return f"exit status {process.exitcode}: {said[-2000:]}"
-    return "" if any(word in errors[0] for word in words) else f"no cause in: {errors[0]}"
+    log_of(home).unlink(missing_ok=True)
+    return told(home, start(home, folder, fake), words)
 
 
 def test_a_full_disk_costs_what_was_not_committed(tmp_path: Path, campaign: Callable[..., None]) -> None:
     folder = make_transfer_folder(tmp_path)
-    finish(tmp_path / "home", folder, fake=True)
+    finish(tmp_path / "home", folder, fake)
     whole, needed = outcome(tmp_path / "home", "banking"), size_of(tmp_path / "home")
 
     def fill(case: int) -> str:
@@ -66,7 +57,7 @@ def test_a_full_disk_costs_what_was_not_committed(tmp_path: Path, campaign: Call
             remount("size=1g")
             if scores(home) < kept:
                 return "committed rows are gone"
-            finish(home, folder, fake=True)
+            finish(home, folder, fake)
             found = outcome(home, "banking")
         return ", ".join(table for table, rows in whole.items() if not same(rows, found[table]))
 
@@ -77,13 +68,13 @@ def test_a_full_disk_costs_what_was_not_committed(tmp_path: Path, campaign: Call
 def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path, place: str) -> None:
     folder = make_transfer_folder(tmp_path)
     with disk(tmp_path / place, 10**9) as remount:
-        finish(tmp_path / "home", folder, fake=True)
+        finish(tmp_path / "home", folder, fake)
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         (folder / "seeds.jsonl").write_text('{"prompt": "Another?"}\n')
         remount("ro")
         assert refused(tmp_path / "home", folder, ("Read-only", "Permission denied")) == ""
         remount("rw")
-        finish(tmp_path / "home", folder, fake=True)
+        finish(tmp_path / "home", folder, fake)
 
 
 def scores(home: Path) -> int:

@@ -1,106 +1,91 @@
-"""SIGKILL at a random moment of a whole run on tiny real models; the next run ends with what one in one go gives."""
+"""SIGKILL at random moments of whole runs on tiny real models; each ends with what one in one go gives."""
 
-import hashlib
-import math
+import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 
 from tests.reliability.conftest import JOBS
-from tests.reliability.whole_run import make_tiny_transfer, start
+from tests.reliability.whole_run import SETTINGS, Undisturbed, batches_of, make_tiny_transfer, start, tiny
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.store import Store
 
 pytestmark = pytest.mark.reliability
-KILLS = int(os.environ.get("TUNESHIFT_KILLS", 20))
-# Not those of times, run ids and costs.
-TABLES = """seed_set round_seeds proposals synthetic_prompts rejected_prompts scored_pairs filtered_dataset
-    rejected_pairs rehearsal_set training_examples evaluations accuracy retention retention_by_kind frontier"""
-MODELS = "model_id, dataset_version, pairs, target, target_weights, settings, path, current"
-
-
-def outcome(home: Path, name: str) -> dict[str, Any]:
-    """Rows by table, and the trained adapter's files."""
-    store = Store(home / "tuneshift.duckdb")
-    queries = {table: f"SELECT * FROM {table} ORDER BY ALL" for table in TABLES.split()}
-    queries["models"] = f"SELECT {MODELS} FROM distilled_models ORDER BY ALL"
-    found: dict[str, Any] = {table: store.read(query, schema=name).rows() for table, query in queries.items()}
-    adapters = sorted((home / "output" / name / "models").glob("*/*"))
-    found["adapter"] = [
-        (file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in adapters if file.is_file()
-    ]
-    return found
-
-
-def same(one: Any, other: Any) -> bool:
-    """Up to the rounding of another batch."""
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-5)
-    return bool(one == other)
-
-
-class Undisturbed:
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.folder = make_tiny_transfer(root / "transfers" / "tiny")
-        finish(root / "warm", self.folder)  # so that what is noted once for all runs is there
-        began = time.monotonic()
-        finish(root / "home", self.folder)
-        self.seconds = time.monotonic() - began
-        self.outcome = outcome(root / "home", "tiny")
-        assert all(self.outcome[table] for table in ("scored_pairs", "filtered_dataset", "evaluations", "adapter"))
-
-
-def finish(home: Path, folder: Path, fake: bool = False) -> None:
-    process = start(home, folder, fake)
-    process.join()
-    assert process.exitcode == 0, home.with_suffix(".log").read_text()[-3000:]
+KILLS = int(os.environ.get("TUNESHIFT_KILLS", 200))
+EACH = 5
+"""Kills in one case. The run is begun anew when it has ended before the last of them."""
+# A row of a batch is two responses and two scores.
+LARGEST = 4 * SETTINGS["models"]["batch_size"]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    return Undisturbed(tmp_path_factory.mktemp("kills"))
+    root = tmp_path_factory.mktemp("kills")
+    return Undisturbed(root, make_tiny_transfer(root / "transfers" / "tiny"), tiny)
 
 
 def test_a_run_that_was_killed_ends_as_one_that_was_not(
     undisturbed: Undisturbed, campaign: Callable[..., None]
 ) -> None:
     def kill(seed: int) -> str:
-        home = undisturbed.root / f"home{seed}"
-        process = start(home, undisturbed.folder)
-        time.sleep(Random(seed).uniform(0, undisturbed.seconds))
-        process.kill()
-        process.join()
+        dice, places, life = Random(seed), list[str](), 0
+        home, kept = undisturbed.root / f"home{seed}", set[str]()
         try:
-            place = interrupted(home)
-            finish(home, undisturbed.folder)
-            found = outcome(home, "tiny")
+            while len(places) < EACH:
+                batches_of(home).unlink(missing_ok=True)
+                process = start(home, undisturbed.folder, tiny)
+                process.join(dice.uniform(0, undisturbed.idle + 2 * undisturbed.seconds / EACH))
+                if process.exitcode is not None:  # a run's end
+                    assert process.exitcode == 0, f"exit status {process.exitcode}"
+                    if different := undisturbed.different(home):
+                        return different
+                    shutil.rmtree(home)
+                    life += 1
+                    home, kept = undisturbed.root / f"home{seed}-{life}", set()
+                    continue
+                process.kill()
+                process.join()
+                places.append(interrupted(home))
+                there = cached(home)
+                if lost := (kept - there) | not_committed(home, there):
+                    return f"lost after kill {len(places)}: {len(lost)} results; {home}"
+                kept = there
+            different = undisturbed.finished(home)
         except (AssertionError, TuneshiftError) as error:
-            return f"not finished: {error}"
-        different = [table for table, rows in undisturbed.outcome.items() if not same(rows, found[table])]
+            return f"not finished: {error}; {home}"
         if not different:
             shutil.rmtree(home)
-        return f"{', '.join(different)} differ: {home}" if different else f"({place})"
+        return different or f"({', '.join(places)})"
 
-    must = "tables and adapter equal those of a run that wasn't killed"
-    campaign("SIGKILL of a run", must, KILLS, kill, JOBS)
+    must = "tables and adapter equal those of a run that wasn't killed; nothing committed is lost, at most a batch is"
+    campaign(f"SIGKILL of a run, {EACH} in each", must, -(-KILLS // EACH), kill, JOBS)
+
+
+def cached(home: Path) -> set[str]:
+    """Keys of all results that are committed."""
+    file = home / "tuneshift.duckdb"
+    keys = "SELECT key FROM cache.responses UNION ALL SELECT key FROM cache.scores"
+    return set(Store(file).read(keys)["key"]) if file.exists() else set()
+
+
+def not_committed(home: Path, there: set[str]) -> set[str]:
+    """Results of the killed run that were computed and aren't there, but for those of its last batch; and those of a
+    batch that was too large to be one."""
+    lines = batches_of(home).read_text().split("\n")[:-1] if batches_of(home).exists() else []
+    noted = [json.loads(line) for line in lines]
+    lost = {key for batch in noted[:-1] for key in batch} - there
+    return lost.union(*(batch for batch in noted if len(batch) > LARGEST))
 
 
 def interrupted(home: Path) -> str:
     """Which step was at work."""
-    if not (home / "tuneshift.duckdb").exists():
+    file = home / "tuneshift.duckdb"
+    if not file.exists():
         return "before the first step"
-    rows = (
-        Store(home / "tuneshift.duckdb")
-        .read("SELECT asset FROM attempts ORDER BY started_at DESC", schema="tiny")
-        .rows()
-    )
-    return rows[0][0] if rows else "between steps"
+    begun = "SELECT asset FROM attempts ORDER BY started_at DESC LIMIT 1"
+    rows = Store(file).read(begun, schema="tiny").rows()
+    return str(rows[0][0]) if rows else "between steps"

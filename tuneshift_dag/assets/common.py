@@ -24,6 +24,7 @@ from tuneshift_dag.models.memory import peak_bytes, reset_peak
 from tuneshift_dag.reports import escape_markdown
 from tuneshift_dag.reports.plan import runs_on
 from tuneshift_dag.resources import BATCH_TAG
+from tuneshift_dag.resources.runs import note_process
 from tuneshift_dag.store import Spool, Store, insert, now, records
 from tuneshift_dag.store.cache import ResponseCache
 from tuneshift_dag.store.queries import COLUMN_SOURCES
@@ -268,6 +269,7 @@ def step(
     """A materialization, from its first note to its last: one that doesn't come to the end is taken up again. Servers
     that it has started end with it."""
     reset_peak()
+    note_process(context.instance, context.run)
     try:
         with store.spool(CACHE_REFERENCES) as references, _heard_by(context.log):
             records.begin(store, transfer, asset, round_, context.run.run_id)

@@ -118,10 +118,11 @@ class OpenAIServer:
         """What carries the requests, for one stream of them; None for the client's own."""
         return None
 
-    def explain(self, error: openai.APIError) -> TuneshiftError:
-        """One message for what went wrong, with the repair, and without the API key."""
+    def explain(self, error: openai.APIError, asked: str) -> TuneshiftError:
+        """One message for what went wrong with the request that was ``asked``, with the repair, and without the API
+        key."""
         settings, after = self.settings, f"after {self.settings.max_retries} retries"
-        where = str(self)
+        where = f"{self}: {asked}"
         if isinstance(error, openai.APITimeoutError):
             return TuneshiftError(
                 f"{where}: no response within {settings.timeout_seconds:g} s {after}. Raise timeout_seconds, or"
@@ -164,29 +165,38 @@ class Requests:
         self._slots = asyncio.Semaphore(server.settings.concurrency)
 
     async def models(self) -> list[dict[str, Any]] | None:
-        raw = await self._send(self.client.models.with_raw_response.list, optional=True)
-        listed = self._json(raw).get("data") if raw else None
-        return listed if isinstance(listed, list) else None
+        asked = "GET /models"
+        raw = await self._send(asked, self.client.models.with_raw_response.list, optional=True)
+        listed = self._json(raw, asked).get("data") if raw else None
+        return [model for model in listed if isinstance(model, dict)] if isinstance(listed, list) else None
 
     async def complete(
-        self, body: Mapping[str, Any], extra_body: Mapping[str, Any], chat: bool = False
-    ) -> dict[str, Any]:
-        """The first choice of a completion, or of a chat completion."""
+        self,
+        body: Mapping[str, Any],
+        extra_body: Mapping[str, Any],
+        read: Callable[[dict[str, Any]], T],
+        chat: bool = False,
+    ) -> T:
+        """What ``read`` makes of the first choice of a completion, or of a chat completion."""
         completions: Any = self.client.chat.completions if chat else self.client.completions
+        asked = f"POST {'/chat' if chat else ''}/completions for {body['model']!r}"
         extra = {**self.server.settings.extra_body, **extra_body}
-        raw = await self._send(completions.with_raw_response.create, **body, extra_body=extra)
-        found = self._json(raw)
-        usage = found.get("usage") or {}
+        raw = await self._send(asked, completions.with_raw_response.create, **body, extra_body=extra)
+        found = self._json(raw, asked)
         self.totals.requests += 1
         self.totals.retries += raw.retries_taken
-        self.totals.prompt_tokens += usage.get("prompt_tokens") or 0
-        self.totals.completion_tokens += usage.get("completion_tokens") or 0
-        choices = found.get("choices")
-        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-            raise self._unreadable(raw)
-        return dict(choices[0])
+        try:
+            usage = found.get("usage") or {}
+            self.totals.prompt_tokens += int(usage.get("prompt_tokens") or 0)
+            self.totals.completion_tokens += int(usage.get("completion_tokens") or 0)
+            return read(dict(found["choices"][0]))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            problem = self._unreadable(raw, asked)
+        raise problem
 
-    async def _send(self, request: Callable[..., Awaitable[Any]], optional: bool = False, **arguments: Any) -> Any:
+    async def _send(
+        self, asked: str, request: Callable[..., Awaitable[Any]], optional: bool = False, **arguments: Any
+    ) -> Any:
         """The response; None when the server doesn't know a request that is ``optional``."""
         async with self._slots:
             try:
@@ -194,24 +204,24 @@ class Requests:
             except openai.APIError as error:
                 if optional and isinstance(error, openai.NotFoundError):
                     return None
-                problem = self.server.explain(error)
+                problem = self.server.explain(error, asked)
         # Outside of the handler: the client's own exception holds the request and its headers.
         raise problem
 
-    def _json(self, raw: Any) -> dict[str, Any]:
+    def _json(self, raw: Any, asked: str) -> dict[str, Any]:
         # Read as it is: fields beyond OpenAI's matter here, and a model of every token costs time.
         try:
             found = json.loads(raw.content)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
-            raise self._unreadable(raw)
+            raise self._unreadable(raw, asked)
         return found
 
-    def _unreadable(self, raw: Any) -> TuneshiftError:
+    def _unreadable(self, raw: Any, asked: str) -> TuneshiftError:
         said = self.server.redact(raw.content.decode(errors="replace").strip())[:200]
         return TuneshiftError(
-            f"{self.server}: the response isn't that of an OpenAI-compatible server: {said!r}. Check base_url."
+            f"{self.server}: {asked}: the response isn't that of an OpenAI-compatible server: {said!r}. Check base_url."
         )
 
 
@@ -236,21 +246,21 @@ class ServedGenerator(PromptWriter):
     def generate(
         self, prompts: Sequence[list[int]], side: Side, decoding: Decoding, seeds: Sequence[int] | None = None
     ) -> Iterator[list[tuple[int, Response]]]:
+        def read(choice: dict[str, Any]) -> Response:
+            answer = (choice.get("message") or {}).get("content") if self.is_chat else choice.get("text")
+            # Whatever else ended it (a content filter), its last item may be cut off.
+            finished = choice.get("finish_reason") == "stop"
+            return Response(whole_characters(answer or ""), [], "stop" if finished else "length", float("nan"), None)
+
         async def work(requests: Requests, i: int) -> Response:
             text = "".join(map(chr, prompts[i]))
             body, extra = sampling_fields(decoding, seeds[i] if seeds else decoding.seed)
             body["model"] = self.model.model
-            if self.is_chat:
-                # The name that OpenAI's newer models insist on.
-                body["max_completion_tokens"] = body.pop("max_tokens")
-                choice = await requests.complete({"messages": [{"role": "user", "content": text}], **body}, extra, True)
-                answer = (choice.get("message") or {}).get("content")
-            else:
-                choice = await requests.complete({"prompt": text, **body}, extra)
-                answer = choice.get("text")
-            # Whatever else ended it (a content filter), its last item may be cut off.
-            finished = choice.get("finish_reason") == "stop"
-            return Response(whole_characters(answer or ""), [], "stop" if finished else "length", float("nan"), None)
+            if not self.is_chat:
+                return await requests.complete({"prompt": text, **body}, extra, read)
+            # The name that OpenAI's newer models insist on.
+            body["max_completion_tokens"] = body.pop("max_tokens")
+            return await requests.complete({"messages": [{"role": "user", "content": text}], **body}, extra, read, True)
 
         yield from self.server.stream("generator calls", len(prompts), work)
 
@@ -275,15 +285,16 @@ def sampling_fields(decoding: Decoding, seed: int) -> tuple[dict[str, Any], dict
 
 def token_logprobs(choice: dict[str, Any]) -> list[tuple[int, float]] | None:
     """Id and log-probability of each token of a choice, 0 of an echoed prompt's first; None when the server didn't
-    give them. vLLM writes a token as "token_id:42" when asked to; llama.cpp gives an object with its id."""
+    give them. vLLM writes a token as "token_id:42" when asked to; llama.cpp gives an object with its id. What can't be
+    read is an `AttributeError`, `TypeError` or `ValueError`."""
     logprobs = choice.get("logprobs") or {}
     if logprobs.get("content") is not None:
         found = [(token.get("id"), token.get("logprob")) for token in logprobs["content"]]
-        return None if any(i is None or p is None for i, p in found) else found
+        return None if any(i is None or p is None for i, p in found) else [(int(i), float(p)) for i, p in found]
     names, values = logprobs.get("tokens"), logprobs.get("token_logprobs")
     if names is None or values is None or not all(str(name).startswith("token_id:") for name in names):
         return None
     return [
-        (int(name.removeprefix("token_id:")), 0.0 if value is None else value)
+        (int(name.removeprefix("token_id:")), 0.0 if value is None else float(value))
         for name, value in zip(names, values, strict=True)
     ]

@@ -100,8 +100,7 @@ class ServedSource(Scorer):
         self, prompts: Sequence[list[int]], side: Side, decoding: Decoding, seeds: Sequence[int] | None = None
     ) -> Iterator[list[tuple[int, Response]]]:
         async def work(requests: Requests, i: int) -> Response:
-            seed = seeds[i] if seeds else decoding.seed
-            return self._response(await self._choice(requests, side, prompts[i], decoding, seed))
+            return await self._answer(requests, side, prompts[i], decoding, seeds[i] if seeds else decoding.seed)
 
         yield from self.servers[side].stream(f"{side} responses", len(prompts), work)
 
@@ -109,8 +108,7 @@ class ServedSource(Scorer):
         self, prompts: Sequence[list[int]], known: Sequence[dict[Side, Response]], decoding: Decoding
     ) -> Iterator[list[tuple[int, Pair]]]:
         async def answer(requests: Requests, i: int, side: Side) -> Response:
-            found = known[i].get(side)
-            return found or self._response(await self._choice(requests, side, prompts[i], decoding))
+            return known[i].get(side) or await self._answer(requests, side, prompts[i], decoding)
 
         async def work(requests: Requests, i: int) -> Pair:
             base, fine_tuned = await asyncio.gather(*(answer(requests, i, side) for side in SIDES))
@@ -153,7 +151,11 @@ class ServedSource(Scorer):
             return _in_order(self.servers[sides[0]].stream(what, len(ids), work))
 
         async def choose(requests: Requests, i: int, side: Side) -> dict[str, Any]:
-            return await self._choice(requests, side, ids[i], decoding)
+            def read(choice: dict[str, Any]) -> dict[str, Any]:
+                self._response(choice, side)
+                return {**choice, "text": str(choice["text"])}
+
+            return await self._ask(requests, side, ids[i], decoding, 0, read)
 
         async def score(requests: Requests, i: int, side: Side) -> float:
             return await self._score(requests, side, ids[i], canaries[i].responses[side].token_ids)
@@ -165,7 +167,7 @@ class ServedSource(Scorer):
         alone = ask("preflight, base alone", ("base",), choose)
         mixed = _merged(ask("preflight", sides, choose) for sides in turns)
         canaries = [
-            _Canary(choices, {side: self._response(choices[side]) for side in SIDES}, unmixed["base"])
+            _Canary(choices, {side: self._response(choices[side], side) for side in SIDES}, unmixed["base"])
             for choices, unmixed in zip(mixed, alone, strict=True)
         ]
         problems = self._tokenizer_problems(canaries) or self._differences(canaries)
@@ -258,14 +260,26 @@ class ServedSource(Scorer):
             )
         return warnings
 
-    async def _choice(
+    async def _answer(
         self, requests: Requests, side: Side, prompt: list[int], decoding: Decoding, seed: int = 0
-    ) -> dict[str, Any]:
+    ) -> Response:
+        return await self._ask(requests, side, prompt, decoding, seed, lambda choice: self._response(choice, side))
+
+    async def _ask(
+        self,
+        requests: Requests,
+        side: Side,
+        prompt: list[int],
+        decoding: Decoding,
+        seed: int,
+        read: Callable[[dict[str, Any]], T],
+    ) -> T:
         body, extra = sampling_fields(decoding, seed)
         return await requests.complete(
             {"model": self.models[side].model, "prompt": prompt, "logprobs": 1, **body},
             # A model's own generation_config.json may set a penalty, which would change a greedy response.
             {"repetition_penalty": 1.0, **extra, **self._extra(side)},
+            read,
         )
 
     def _extra(self, side: Side) -> dict[str, Any]:
@@ -276,11 +290,11 @@ class ServedSource(Scorer):
             extra["cache_prompt"] = False
         return {**extra, **self.models[side].extra_body}
 
-    def _response(self, choice: dict[str, Any]) -> Response:
+    def _response(self, choice: dict[str, Any], side: Side) -> Response:
         tokens = token_logprobs(choice)
         if tokens is None:
             raise TuneshiftError(
-                f"{self.servers['base']}: the server doesn't return the ids and log-probabilities of the tokens that it"
+                f"{self.servers[side]}: the server doesn't return the ids and log-probabilities of the tokens that it"
                 " generates, without which there is no perplexity. docs/servers.md names servers that do."
             )
         ids, logprobs = [t for t, _ in tokens], [p for _, p in tokens]
@@ -294,12 +308,12 @@ class ServedSource(Scorer):
             return 0.0
         ids, model, tokens, said = [*prompt, *response], self.models[side], None, ""
         try:
-            choice = await requests.complete(
+            tokens = await requests.complete(
                 # No server takes less than one new token from every client.
                 {"model": model.model, "prompt": ids, "logprobs": 1, "max_tokens": 1, "temperature": 0, "echo": True},
                 self._extra(side),
+                token_logprobs,
             )
-            tokens = token_logprobs(choice)
         except Refused as error:
             said = f"; {error}"
         if tokens is None or [t for t, _ in tokens[: len(ids)]] != ids:

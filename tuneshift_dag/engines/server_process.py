@@ -60,7 +60,8 @@ class ServerProcess:
             # A word, since a process that was forked meanwhile may hold the pipe open.
             self._keeper.stdin.write(b"stop\n")
             self._keeper.stdin.close()
-        self._keeper.wait()
+        if self._keeper.wait() == -signal.SIGKILL:
+            _end_session(self._keeper.pid)
 
 
 def stop_all() -> None:
@@ -72,11 +73,22 @@ def stop_all() -> None:
 atexit.register(stop_all)
 
 
+def _end_session(leader: int) -> None:
+    """Kill what a keeper has left that was killed itself: all of its session."""
+    import psutil
+
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.Error):
+            if os.getsid(process.pid) == leader:
+                process.kill()
+                process.wait()
+
+
 def _keep(grace: float, command: Sequence[str]) -> int:
     """The keeper: run a command until it ends or there is something on standard input; its exit status."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # A group of its own, in which all is that the server has started.
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    # A group of its own, in which all is that the server has started; the session is the keeper's.
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
     try:
         while server.poll() is None and not select.select([sys.stdin], [], [], _EVERY)[0]:
             pass

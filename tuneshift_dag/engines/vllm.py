@@ -89,13 +89,13 @@ class VllmServer(OpenAIServer):
         # A proxy of the environment isn't to be asked for this machine, and would be told the key.
         return openai.DefaultAsyncHttpxClient(trust_env=False)
 
-    def explain(self, error: openai.APIError) -> TuneshiftError:
+    def explain(self, error: openai.APIError, asked: str) -> TuneshiftError:
         broken = isinstance(error, openai.APIConnectionError | openai.InternalServerError)
         if broken and not isinstance(error, openai.APITimeoutError) and self._process is not None:
             status = self._process.ended(_DYING)
             if status is not None:
                 return self._failure(self._process, f"ended with status {status}, and what had finished is kept")
-        return super().explain(error)
+        return super().explain(error, asked)
 
     def _start(self) -> ServerProcess:
         """The process, once it is ready; `TuneshiftError` when it ends before, or takes too long."""
