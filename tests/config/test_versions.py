@@ -211,7 +211,7 @@ def test_a_file_makes_out_of_date_what_reads_it(
 
 def test_a_replaced_weights_folder_makes_out_of_date_what_uses_it(transfer_folder: Path) -> None:
     def overwrite(file: Path) -> set[str]:
-        data = file.read_bytes() if file.exists() else b""
+        data = file.read_bytes() if file.exists() else b"{}"
         other = data[:-1] + b"\1" if file.suffix == ".safetensors" else data + b" "
         return changed(transfer_folder, lambda: file.write_bytes(other))
 
