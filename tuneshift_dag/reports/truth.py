@@ -44,7 +44,7 @@ def sweep_truth(
     scored = store.read(query, schema=transfer.name)
     known = [
         {"round": round_, "prompt_id": id_, "truth": truths[id_].of(response, metric)}
-        | {"rank": hashlib.sha256(f"{transfer.config.seed}|{id_}".encode()).hexdigest()}
+        | {"rank": hashlib.sha256(f"pool|{transfer.config.seed}|{id_}".encode()).hexdigest()}
         for round_, id_, response in scored.iter_rows()
         if id_ in truths
     ]
