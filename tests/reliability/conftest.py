@@ -76,7 +76,7 @@ def _row(item: tuple[str, dict[str, Any]]) -> str:
         if said.startswith("("):
             for part in said.strip("()").split(", "):
                 number, _, what = part.partition(" ")
-                counted.update({what: int(number)} if number.isdigit() else {part: 1})
+                counted.update({what: int(number)} if what and number.isdigit() else {part: 1})
     told = f" ({', '.join(f'{number} {what}' for what, number in counted.most_common())})" if counted else ""
     cells = [name, campaign["must"], f"{len(found)}{told}", str(len(found) - len(wrong))]
     return f"| {' | '.join([*cells, campaign['date'], campaign['commit'], campaign['machine']])} |\n"

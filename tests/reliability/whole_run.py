@@ -106,6 +106,15 @@ class Undisturbed:
         return f"{', '.join(different)} differ: {home}" if different else ""
 
 
+def _content(file: Path) -> str:
+    """A file's hash; of settings without the order of lists, which PEFT makes of sets."""
+    content = file.read_bytes()
+    if file.suffix == ".json":
+        settings = {key: sorted(v) if isinstance(v, list) else v for key, v in json.loads(content).items()}
+        content = json.dumps(settings, sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
 def outcome(home: Path, name: str) -> dict[str, Any]:
     """Rows by table, and the trained adapter's files."""
     store = Store(home / "tuneshift.duckdb")
@@ -114,7 +123,7 @@ def outcome(home: Path, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {table: store.read(query, schema=name).rows() for table, query in queries.items()}
     adapters = sorted((home / "output" / name / "models").glob("*/*"))
     found["adapter"] = [
-        (file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in adapters if file.is_file()
+        (file.name, _content(file)) for file in adapters if file.is_file()
     ]
     return found
 
