@@ -135,19 +135,20 @@ class _Lines(logging.Handler):
 
 
 def _explain(result: dg.ExecuteInProcessResult, round_: str | None) -> str:
-    """One message from a failed run: the first failing step and the innermost cause."""
+    """One message from a failed run: the first failing step, and the innermost cause or what was raised for people."""
     failed = next((event for event in result.all_events if event.is_step_failure), None)
     if failed is None:
         return f"run {result.run_id} failed"
     error, failure = failed.step_failure_data.error, failed.step_failure_data.user_failure_data
-    while error and error.cause:
+    told = {kind.__name__ for kind in _told()}
+    while error and error.cause and error.cls_name not in told:
         error = error.cause
     if error and error.cls_name == "DagsterExecutionInterruptedError":
         raise KeyboardInterrupt  # Dagster makes a failed step of it
     message = (failure and failure.description) or (error.message.strip() if error else "unknown error")
     if error and error.cls_name in ("OSError", "PermissionError"):
         message += " (make room on the disk, or correct its permissions; what was computed is kept)"
-    elif not failure and error and error.cls_name not in {kind.__name__ for kind in _told()}:
+    elif not failure and error and error.cls_name not in told:
         message += f" (not a fault of your input; its traceback is in Dagster's UI, run {result.run_id[:8]})"
     where = f"{(failed.step_key or '').split('__')[-1]}{f' of {round_}' if round_ else ''}"
     for kind in _told():

@@ -495,6 +495,19 @@ class TestErrors:
         assert project.models.calls() == 0
         assert project.rows("SELECT * FROM seed_set") == []
 
+    def test_what_is_said_is_what_was_raised_for_people_and_not_its_cause(
+        self, project: Project, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: Any) -> None:
+            try:
+                raise ValueError("process 1 terminated with signal SIGKILL")
+            except ValueError as error:
+                raise TuneshiftError("a process was killed. Run again.") from error
+
+        monkeypatch.setattr(project.models.source, "check_adapter", refuse)
+        with pytest.raises(TuneshiftError, match=r"^seed_set failed: a process was killed\. Run again\.$"):
+            project.run()
+
     def test_a_failure_while_scoring_keeps_the_finished_batches(self, project: Project) -> None:
         project.models.source = FakeEngine("source", fail_after=2)
         with pytest.raises(TuneshiftError, match=r"scored_pairs of round_01 failed: .*the engine was killed"):
