@@ -191,6 +191,8 @@ class Step:
         self.spool_keys()
         self.version = version
         condition, values = ("round = ?", [self.round]) if self.round else ("TRUE", [])
+        # Before the transaction: within it nothing else of this file can be read.
+        code, inputs = code_version(self.transfer, self.asset), self.records.inputs(self.asset, self.round)
 
         def transaction(connection: Any) -> None:
             for table, rows in tables:
@@ -202,7 +204,6 @@ class Step:
             connection.execute("DELETE FROM cache_references WHERE asset = ? AND round = ?", here)
             insert(connection, CACHE_REFERENCES, self.references)
             insert(connection, STEPS, STEPS.frame([self._cost_row()]))
-            code, inputs = code_version(self.transfer, self.asset), self.records.inputs(self.asset, self.round)
             records.note(connection, self.asset, self.round, self.version, self.run.run_id, code, inputs)
 
         sizes = [rows.at_once if isinstance(rows, Spool) else rows.estimated_size() for _, rows in tables]
