@@ -122,9 +122,7 @@ def outcome(home: Path, name: str) -> dict[str, Any]:
     queries["models"] = f"SELECT {_MODELS} FROM distilled_models ORDER BY ALL"
     found: dict[str, Any] = {table: store.read(query, schema=name).rows() for table, query in queries.items()}
     adapters = sorted((home / "output" / name / "models").glob("*/*"))
-    found["adapter"] = [
-        (file.name, _content(file)) for file in adapters if file.is_file()
-    ]
+    found["adapter"] = [(file.name, _content(file)) for file in adapters if file.is_file()]
     return found
 
 
