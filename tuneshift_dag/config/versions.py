@@ -158,8 +158,9 @@ def tasks_hash(transfer: Transfer) -> str:
 
 
 def _training_code(config: TransferConfig) -> int:
-    # Balanced drawing has changed three times, and where rehearsal compares once: those models aren't current.
-    return (1 if config.distill.balance == "none" else 4) + (config.distill.retain.weight > 0)
+    # Balanced drawing has changed three times, and how a target is held to what it knew twice: those models aren't
+    # current.
+    return (1 if config.distill.balance == "none" else 4) + 2 * (config.distill.retain.weight > 0)
 
 
 def _settings(transfer: Transfer) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from tuneshift_dag.training.batches import (
 )
 from tuneshift_dag.training.processes import add_over_processes, is_first_process, own_share
 from tuneshift_dag.training.rehearsal import HeldTo, Rehearsal, divergence
+from tuneshift_dag.training.whitening import bake, whiten
 
 _LOG = logging.getLogger("tuneshift_dag")
 # Writing a checkpoint takes at most this share of the training's time.
@@ -145,6 +146,9 @@ def train(
 
     pairs_a_step = settings.batch_size * settings.gradient_accumulation
     total = math.ceil(len(training) / pairs_a_step) * settings.epochs
+    texts = texts if settings.retain else ()
+    if texts:
+        whiten(model, texts, settings.seed, lambda: _autocast(model))
     optimizer, curve = _Optimizer(model, settings, total), TrainingCurve()
     saved = checkpoint.load() if checkpoint else None
     if saved is not None:
@@ -152,7 +156,7 @@ def train(
         vars(curve).update(saved["curve"])
     started = time.monotonic() - curve.seconds
     step, done = 0, len(curve.steps)
-    rehearsal = Rehearsal(texts, total, settings.seed) if settings.retain and texts else None
+    rehearsal = Rehearsal(texts, total, settings.seed) if texts else None
     if rehearsal:
         rehearsal.remember(model, done, lambda: _autocast(model))
     balanced = settings.balance == "response"
@@ -190,6 +194,7 @@ def train(
                 optimizer.keep()
     if curve.kept_epoch < len(epochs):
         optimizer.take_kept()
+    bake(model)
     curve.seconds = time.monotonic() - started
     return curve
 

@@ -93,7 +93,7 @@ def _compared(ids: list[int]) -> int:
     return min(POSITIONS, len(ids) - 1)
 
 
-def _padded(texts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(texts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (B, L), padded on the right (under a causal mask no real token sees that), and the places of all tokens
     but the last of each text in the flattened ids."""
     length = max(map(len, texts))
@@ -103,7 +103,7 @@ def _padded(texts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _head_inputs(model: Any, texts: Sequence[list[int]]) -> torch.Tensor:
     """What goes into the head at each token but the last of each text (N, width)."""
-    ids, places = _padded(texts)
+    ids, places = padded(texts)
     seen: list[torch.Tensor] = []
 
     def keep(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -119,7 +119,7 @@ def _head_inputs(model: Any, texts: Sequence[list[int]]) -> torch.Tensor:
 def divergence(model: Any, texts: Sequence[Remembered]) -> torch.Tensor:
     """Sum of KL(model without adapter || model) in nats, over the whole vocabulary, at the positions of each text that
     have changed most."""
-    ids, places = _padded([text.ids for text in texts])
+    ids, places = padded([text.ids for text in texts])
     with head_only_at(model, places), changed_most(model, texts):
         logits = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits.squeeze(0)
     apart: torch.Tensor = _Divergence.apply(logits)  # type: ignore[no-untyped-call]

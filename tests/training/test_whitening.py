@@ -1,0 +1,105 @@
+"""A LoRA that is damped where a layer's inputs of general text are loud."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.utils import parametrize
+
+from tests.training.tiny import SETTINGS, TEXTS, examples, tiny_gemma, tiny_model
+from tuneshift_dag.training import whitening
+from tuneshift_dag.training.loop import _autocast, train
+from tuneshift_dag.training.lora import add_lora
+from tuneshift_dag.training.whitening import Whitened, bake, whiten
+
+
+def loud_inputs(width: int = 48, tokens: int = 4_000) -> torch.Tensor:
+    """Each direction of a random basis half as loud as the one before, down to the quiet rest."""
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(width, width)).Q
+    return torch.randn(tokens, width) * torch.logspace(0, -3, width).sqrt() @ basis.T
+
+
+def test_a_direction_counts_by_the_root_of_its_energy_in_general_text() -> None:
+    inputs = loud_inputs()
+    moment = inputs.T @ inputs / len(inputs)
+    mean = moment.trace() / 48
+    values, vectors = torch.linalg.eigh(moment + whitening._FLOOR * mean * torch.eye(48))
+    expected = vectors * values.rsqrt() @ vectors.T
+    expected *= 48**0.5 / expected.norm()
+    found = Whitened(inputs)(torch.eye(48)).detach()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert float(found.norm()) == pytest.approx(48**0.5), "a random A stays as large"
+
+
+def test_quiet_directions_share_one_factor(monkeypatch) -> None:
+    monkeypatch.setattr(whitening, "_DIRECTIONS", 8)
+    found = Whitened(loud_inputs())(torch.eye(48)).detach()
+    factors = torch.linalg.eigvalsh(found)
+    assert torch.allclose(factors[8:], factors[-1].expand(40), rtol=1e-3)
+    assert bool((factors[:8] < factors[-1]).all())
+    assert float(found.norm()) == pytest.approx(48**0.5)
+
+
+@pytest.mark.parametrize("build", [tiny_model, tiny_gemma])
+def test_what_is_saved_is_an_ordinary_lora(build) -> None:
+    model = add_lora(build(), SETTINGS)
+    names = list(dict(model.named_parameters()))
+    train(model, examples(16), replace(SETTINGS, retain=1.0), texts=TEXTS)
+    assert list(dict(model.named_parameters())) == names
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
+
+
+def test_baking_changes_no_answer_and_queries_keys_and_values_share_what_they_are_damped_by() -> None:
+    model = add_lora(tiny_model(), SETTINGS)
+    torch.nn.init.normal_(model.get_submodule("base_model.model.model.layers.1.mlp.up_proj.lora_B.default").weight)
+    whiten(model, TEXTS, 0, lambda: _autocast(model))
+    found = {
+        name: module.parametrizations.weight[0]
+        for name, module in model.named_modules()
+        if parametrize.is_parametrized(module, "weight")
+    }
+    assert len(found) == 2 * 7 and len(set(map(id, found.values()))) == 2 * 4
+    ids = torch.tensor([TEXTS[3]])
+    before = model(input_ids=ids).logits
+    bake(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, before)
+
+
+def test_it_is_the_same_for_the_same_seed_and_leaves_the_random_numbers_alone() -> None:
+    def weight() -> torch.Tensor:
+        model = add_lora(tiny_model(), SETTINGS)
+        state = torch.get_rng_state()
+        whiten(model, TEXTS, 3, lambda: _autocast(model))
+        assert torch.equal(torch.get_rng_state(), state)
+        return model.get_submodule("base_model.model.model.layers.0.mlp.down_proj.lora_A.default").weight
+
+    assert torch.equal(weight(), weight())
+
+
+def test_without_retain_it_isn_t_there() -> None:
+    plain, held = add_lora(tiny_model(), SETTINGS), add_lora(tiny_model(), SETTINGS)
+    train(plain, examples(16), SETTINGS, texts=TEXTS)
+    train(held, examples(16), SETTINGS)
+    for one, other in zip(plain.parameters(), held.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_update_changes_general_text_less() -> None:
+    """Steps of one size, on other text than that which says where it is loud."""
+
+    def changed(damped: bool) -> float:
+        model = add_lora(tiny_model(), SETTINGS)
+        if damped:
+            whiten(model, TEXTS[:6], 0, lambda: _autocast(model))
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        ids = torch.tensor([TEXTS[7]])
+        with torch.no_grad():
+            after = model(input_ids=ids).logits
+            with model.disable_adapter():
+                return float((after - model(input_ids=ids).logits).norm())
+
+    assert changed(damped=True) < 0.8 * changed(damped=False)
