@@ -79,7 +79,7 @@ def test_a_step_is_on_the_responses_and_on_what_was_predicted_before() -> None:
     """The step's gradients against the objective written out, in one pass and in several."""
     settings = replace(ONE_STEP, retain=0.7)
     model = with_lora(tiny_model(), settings)
-    whiten(model, TEXTS, settings.seed, lambda: _autocast(model))
+    whiten(model, TEXTS, lambda: _autocast(model))
     known = remembered(model, TEXTS).of_step(0, 1.0).texts
     apart = sum(whole_divergence(model, text.ids, rehearsal.POSITIONS) for text in known)
     weight = 0.7 * rehearsal.EVERY  # for the steps that don't rehearse, too

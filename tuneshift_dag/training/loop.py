@@ -148,7 +148,7 @@ def train(
     total = math.ceil(len(training) / pairs_a_step) * settings.epochs
     texts = texts if settings.retain else ()
     if texts:
-        whiten(model, texts, settings.seed, lambda: _autocast(model))
+        whiten(model, texts, lambda: _autocast(model))
     optimizer, curve = _Optimizer(model, settings, total), TrainingCurve()
     saved = checkpoint.load() if checkpoint else None
     if saved is not None:

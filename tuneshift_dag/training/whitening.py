@@ -1,8 +1,8 @@
 """A LoRA that writes where general text is quiet.
 
 Of the texts that the target wrote itself, a layer's inputs x mostly lie in a few directions; an update in these changes
-whatever the model does. So the update is B (A P) x, where P damps them: with C, the mean of x xᵀ, it is proportional to
-(C + floor)^(-1/2). A step of the optimizer is then small in a loud direction, and as large as ever in a quiet one. What
+whatever the model does. So the update is B (A P) x, where P damps them: with C, the mean of x xᵀ, P is a root of
+(C + floor)⁻¹. A step of the optimizer is then small in a loud direction, and as large as ever in a quiet one. What
 comes out, B and A P, is an ordinary LoRA.
 
 Steps in the null space of C alone: arXiv 2103.07113; the same for edits of single facts: arXiv 2410.02355."""
@@ -19,20 +19,19 @@ from torch.nn.utils import parametrize
 from tuneshift_dag.training.batches import head_only_at
 from tuneshift_dag.training.rehearsal import padded
 
-_TEXTS = 64
+_TEXTS = 128
 """Texts whose inputs are looked at, all in one pass."""
-_DIRECTIONS = 128
-"""Loudest directions that have a factor of their own; the others of a layer share one."""
 _FLOOR = 0.05
 """What is added to the energy of each direction, as a part of the mean over directions."""
+_WIDEST = 4096
+"""Inputs of more numbers than this are damped one by one: the matrix takes the square of their width."""
 
 
 class Whitened(torch.nn.Module):
     """A P in the place of A (rank, in), as `torch.nn.utils.parametrize` asks for it."""
 
-    directions: torch.Tensor
-    apart: torch.Tensor
-    factor: torch.Tensor
+    p: torch.Tensor
+    """(in, in), or (in,) for a diagonal one, in the dtype that the model computes in."""
 
     def __init__(self, inputs: torch.Tensor) -> None:
         """``inputs`` of the layer (tokens, in)."""
@@ -40,29 +39,28 @@ class Whitened(torch.nn.Module):
         tokens, width = inputs.shape
         with torch.autocast(inputs.device.type, enabled=False):
             rows = inputs.float()
-            _, values, directions = torch.svd_lowrank(rows, min(_DIRECTIONS, tokens, width))
-            energy, whole = values**2 / tokens, rows.square().sum() / tokens
-        others = width - len(energy)
-        rest = (whole - energy.sum()).clamp_min(0) / max(1, others)
-        floor = _FLOOR * whole / width
-        factors, factor = (energy + floor).rsqrt(), (rest + floor).rsqrt()
-        # So that a random A stays as large as it was.
-        scale = ((factors.square().sum() + others * factor.square()) / width).rsqrt()
-        self.register_buffer("directions", directions, persistent=False)
-        self.register_buffer("apart", (factors - factor) * scale, persistent=False)
-        self.register_buffer("factor", factor * scale, persistent=False)
+            energy = rows.square().sum(0) / tokens
+            floor = _FLOOR * energy.mean()
+            if width > _WIDEST:
+                p = (energy + floor).rsqrt()
+            else:
+                moment = (rows.T @ rows).div_(tokens)
+                moment.diagonal().add_(floor)
+                # Of its inverse any root will do, and this one takes the least time.
+                root, one = torch.linalg.cholesky(moment), torch.eye(width, device=rows.device)
+                p = torch.linalg.solve_triangular(root, one, upper=False)
+        # A random A stays as large as it was.
+        self.register_buffer("p", (p * (width**0.5 / p.norm())).to(inputs.dtype), persistent=False)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
-            return weight * self.factor + ((weight @ self.directions) * self.apart) @ self.directions.T
+        a = weight.to(self.p.dtype)
+        return (a * self.p if self.p.dim() == 1 else a @ self.p).to(weight.dtype)
 
 
 @torch.no_grad()
-def whiten(
-    model: Any, texts: Sequence[list[int]], seed: int, autocast: Callable[[], AbstractContextManager[Any]]
-) -> None:
-    """The LoRA of every linear layer that ``texts`` (token ids, two or more of each) pass through; the same for the
-    same seed. (That of experts whose weights are one tensor stays as it is.)"""
+def whiten(model: Any, texts: Sequence[list[int]], autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+    """The LoRA of every linear layer that ``texts`` (token ids, two or more of each) pass through. (That of experts
+    whose weights are one tensor stays as it is.)"""
     ids, places = padded(texts[:_TEXTS])
     # A text's first token is always the same, and its inputs are many times as large as all others.
     places = places[places % ids.shape[1] > 0]
@@ -80,10 +78,8 @@ def whiten(
 
     layers = [module for module in model.modules() if isinstance(module, Linear | Linear4bit)]
     hooks = [layer.register_forward_pre_hook(look) for layer in layers]
-    with torch.random.fork_rng(list(range(torch.cuda.device_count()))), model.disable_adapter(), autocast():
-        torch.manual_seed(seed)
-        with head_only_at(model, torch.tensor([0])):
-            model(input_ids=ids.to(device), use_cache=False)
+    with model.disable_adapter(), autocast(), head_only_at(model, torch.tensor([0])):
+        model(input_ids=ids.to(device), use_cache=False)
     for hook in hooks:
         hook.remove()
     for layer, whitened in found.items():
