@@ -21,17 +21,17 @@ def add_lora(model: Any, settings: "LoraTraining") -> PeftModel:
     """A fresh LoRA on every linear layer of the language model that takes one, in float32, reproducible from the
     seed."""
     torch.manual_seed(settings.seed)
-    if settings.gradient_checkpointing:
-        with warnings.catch_warnings():
-            # It was renamed in a later transformers than the oldest that is supported.
-            warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable({"use_reentrant": False})
     sizes = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
     # The output head is no part of PEFT's "all-linear".
     head = model.get_output_embeddings()
     left_out = [name for name in linear_layers(model)[1] if model.get_submodule(name) is not head] or None
     chosen = LoraConfig(target_modules="all-linear", exclude_modules=left_out, task_type="CAUSAL_LM", **sizes)
-    adapted = get_peft_model(model, chosen)
+    with warnings.catch_warnings():
+        # Checkpointing was renamed in a later transformers than the oldest that is supported, and PEFT asks for it.
+        warnings.simplefilter("ignore", FutureWarning)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        adapted = get_peft_model(model, chosen)
     shorten(adapted)
     return adapted
 
