@@ -33,6 +33,7 @@ from tuneshift_dag.method.evaluation import general_texts
 from tuneshift_dag.models import encoder
 from tuneshift_dag.runner import Runner, RunResult
 from tuneshift_dag.store import Store
+from tuneshift_dag.store.file import _WRITER
 
 Run = Callable[..., tuple[int, str, str]]
 # Tests that take a minute and more, and servers and clusters that are started.
@@ -50,6 +51,18 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESHIFT_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TUNESHIFT_TRANSFERS", str(tmp_path / "transfers"))
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home" / "dagster"))
+
+
+@pytest.fixture(autouse=True)
+def short_wal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with fakes leaves hundreds of tiny commits in the ``.wal``, and every connection reads them again: half of
+    such a test's time. (A real run has few and large ones.) The store's own tests have it as it is."""
+    if request.path.parent.name != "store":
+        keep_wal_short(monkeypatch)
+
+
+def keep_wal_short(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("tuneshift_dag.store.file._WRITER", _WRITER.replace("4 MB", "64 kB"))
 
 
 @pytest.fixture(autouse=True)
@@ -236,6 +249,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     root = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch, dg.DagsterInstance.ephemeral() as instance:
         patch.setenv("TUNESHIFT_HOME", str(root / "home"))
+        keep_wal_short(patch)
         project = Project(make_transfer_folder(root), instance)
         project.result = project.run()
         yield project
