@@ -76,8 +76,8 @@ def kill_one(run: BaseProcess, find: Find, dice: Random, seen: set[int], skip: i
             if skip > 0:
                 skip -= 1
                 continue
-            time.sleep(dice.uniform(0, longest))
-            if command(pid):  # it may have ended since
+            time.sleep(dice.uniform(0.01, max(longest, 0.01)))
+            if pid in find(run.pid):  # it may have ended, or become another program: of a training, say
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                     return True

@@ -304,17 +304,17 @@ def test_replaced_rows_make_no_file_of_ever_larger_size(store):
             connection.execute("DELETE FROM responses")
         append_responses(store, 0)
         append_responses(store, 600)
-        sizes.append(store.read("SELECT used_blocks FROM pragma_database_size()").item())
+        sizes.append(store.read("SELECT used_blocks FROM pragma_database_size() WHERE database_name = 'tuneshift'").item())
     assert max(sizes[2:]) <= max(sizes[:2])
 
 
 def test_compacting_leaves_no_deleted_rows_in_the_file(store):
     for start in range(0, 2_400, 600):
         append_responses(store, start)
-    before = store.read("SELECT used_blocks FROM pragma_database_size()").item()
+    before = store.read("SELECT used_blocks FROM pragma_database_size() WHERE database_name = 'tuneshift'").item()
     with store.transaction(CACHE, compact=True) as connection:
         connection.execute("DELETE FROM responses WHERE key::INTEGER % 4 > 0")
-    after = store.read("SELECT used_blocks FROM pragma_database_size()").item()
+    after = store.read("SELECT used_blocks FROM pragma_database_size() WHERE database_name = 'tuneshift'").item()
     assert after < before / 2
     assert store.read("SELECT count(*) FROM cache.responses").item() == 600
 

@@ -8,6 +8,7 @@ for one transaction or one read, and never while a model runs; a held lock is wa
 # process, and DuckDB then prints pages of "nanobind: leaked … instances".
 from __future__ import annotations
 
+import atexit
 import os
 import tempfile
 import time
@@ -39,6 +40,14 @@ that it must hold at once. Without a limit it keeps what it has read and, until 
 100,000 scored pairs. With 16 an append and the commit of those pairs fail."""
 _TOO_LITTLE_MEMORY = (duckdb.OutOfMemoryException, duckdb.TransactionException, duckdb.FatalException)
 """As a statement, a commit and the checkpoint that a commit makes say it."""
+_DATABASE = "tuneshift"
+"""What the file is called in queries: no transfer may have this name."""
+_IN_USE = ("Could not set lock", "already attached")
+"""Said of a file that another process holds, or another thread of this one."""
+_FRESH = "RESET memory_limit; RESET threads"
+_INSTANCES: dict[tuple[int, Path], duckdb.DuckDBPyConnection] = {}
+"""DuckDB in memory, by process and database file, which is attached to it when it is needed: that takes 2 ms, and a
+new instance for each connection 30."""
 _READY: dict[tuple[Path, int], set[str]] = {}
 """Schemas that were prepared in this process, which takes some statements each, by the very file (path and inode)."""
 
@@ -302,20 +311,40 @@ class Store:
                 " correct its permissions, and run again. If it is damaged, put a copy of it and its .wal back."
             ) from error
 
-    def _connect(self, read_only: bool) -> duckdb.DuckDBPyConnection:
+    @contextmanager
+    def _connect(self, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
+        """The file, for as long as the block takes: other threads and processes wait for it meanwhile."""
+        key = os.getpid(), self.path
+        instance = _INSTANCES.get(key) or _INSTANCES.setdefault(key, _instance(self.path))
+        self._attach(instance, read_only)
+        connection = instance.cursor()
+        try:
+            connection.execute(f"USE {_DATABASE}; {'' if read_only else _WRITER}")
+            yield connection
+        except duckdb.Error:
+            # It may be one after which this instance refuses everything.
+            _INSTANCES.pop(key, None)
+            raise
+        finally:
+            connection.close()  # with what isn't committed
+            if _INSTANCES.get(key) is instance:
+                instance.cursor().execute(f"DETACH {_DATABASE}")
+            else:
+                instance.close()
+
+    def _attach(self, instance: duckdb.DuckDBPyConnection, read_only: bool) -> None:
         give_up = time.monotonic() + _LOCK_WAIT_SECONDS
         pause = 0.01
         while True:
             self._check_whole()
             try:
-                connection = duckdb.connect(str(self.path), read_only=read_only)
+                with instance.cursor() as connection:
+                    how = " (READ_ONLY)" if read_only else ""
+                    connection.execute(f"ATTACH {_quoted(self.path)} AS {_DATABASE}{how}; {_FRESH}")
                 self._known = self._known or self._state()[0]
-                if not read_only:
-                    connection.execute(_WRITER)
-                return connection
+                return
             except duckdb.Error as error:
-                # Another thread of this process may hold a connection of the other kind for a moment.
-                if not isinstance(error, duckdb.ConnectionException) and "Could not set lock" not in str(error):
+                if not any(words in str(error) for words in _IN_USE):
                     raise TuneshiftError(f"{self.path} can't be opened as a DuckDB file: {error}") from error
                 if time.monotonic() > give_up:
                     raise TuneshiftError(
@@ -324,6 +353,26 @@ class Store:
                     ) from error
             time.sleep(pause)
             pause = min(0.5, pause * 2)
+
+
+def _instance(path: Path) -> duckdb.DuckDBPyConnection:
+    instance = duckdb.connect()
+    # What doesn't fit in memory goes beside the file, as for a connection to it; without a file to the working folder.
+    instance.execute(f"SET temp_directory = {_quoted(path.with_name(f'{path.name}.tmp'))}")
+    return instance
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+@atexit.register
+def _close_instances() -> None:
+    """Before DuckDB's module goes: what is left of it then is reported as leaked."""
+    while _INSTANCES:
+        (process, _), instance = _INSTANCES.popitem()
+        if process == os.getpid():  # one that was forked leaves alone what isn't its own
+            instance.close()
 
 
 def _limit_memory(connection: duckdb.DuckDBPyConnection, at_once: float = 0) -> None:
