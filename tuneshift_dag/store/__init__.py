@@ -340,7 +340,8 @@ class Store:
             try:
                 with instance.cursor() as connection:
                     how = " (READ_ONLY)" if read_only else ""
-                    connection.execute(f"ATTACH {_quoted(self.path)} AS {_DATABASE}{how}; {_FRESH}")
+                    # At first: attaching reads the whole `.wal`.
+                    connection.execute(f"{_FRESH}; ATTACH {_quoted(self.path)} AS {_DATABASE}{how}")
                 self._known = self._known or self._state()[0]
                 return
             except duckdb.Error as error:
