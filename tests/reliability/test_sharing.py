@@ -95,7 +95,7 @@ connection.close()
 def impatient(patch: pytest.MonkeyPatch) -> None:
     """A run that waits two seconds for the file instead of a minute."""
     fake(patch)
-    patch.setattr("tuneshift_dag.store._LOCK_WAIT_SECONDS", 2.0)
+    patch.setattr("tuneshift_dag.store.file._LOCK_WAIT_SECONDS", 2.0)
 
 
 def test_a_browser_that_holds_the_file(tmp_path: Path, campaign: Callable[..., None]) -> None:

@@ -222,7 +222,7 @@ def tiny(patch: pytest.MonkeyPatch) -> None:
     little(patch)
     patch.setattr(loop, "TrainingCheckpoint", partial(loop.TrainingCheckpoint, every=0.02))
     often = "PRAGMA disable_checkpoint_on_shutdown; SET wal_autocheckpoint = '100 kB'; SET max_vacuum_tasks = 0"
-    patch.setattr("tuneshift_dag.store._WRITER", often)
+    patch.setattr("tuneshift_dag.store.file._WRITER", often)
     put, notes = ResponseCache.put, batches_of(Path(os.environ["TUNESHIFT_HOME"]))
 
     def noted(cache: ResponseCache, responses: dict[str, Any], scores: dict[str, float]) -> None:

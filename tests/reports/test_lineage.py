@@ -116,7 +116,7 @@ def test_a_view_of_older_code_is_replaced_and_its_description_is_in_the_database
     monkeypatch.setattr("tuneshift_dag.store.TRANSFER_VIEWS", (older,))
     assert store.read("FROM rejections", schema="banking").rows() == [(1,)]
     monkeypatch.undo()
-    monkeypatch.setattr("tuneshift_dag.store._READY", {})  # as in another process
+    monkeypatch.setattr("tuneshift_dag.store.file._READY", {})  # as in another process
     fresh = Store(store.path)
     assert fresh.read("FROM rejections", schema="banking").is_empty()
     comment = fresh.read("SELECT comment FROM duckdb_views() WHERE view_name = 'rejections'", schema="banking").item()

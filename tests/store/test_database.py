@@ -50,7 +50,7 @@ def test_a_column_that_an_older_file_lacks_is_added_empty(store, monkeypatch):
     store.replace("transfer", SEED_SET, seeds("old"))
     with store.transaction("transfer") as connection:
         connection.execute("ALTER TABLE seed_set DROP COLUMN response")
-    monkeypatch.setattr("tuneshift_dag.store._READY", {})  # as in another process
+    monkeypatch.setattr("tuneshift_dag.store.file._READY", {})  # as in another process
     again = Store(store.path)
     assert again.read("SELECT prompt_id, response FROM seed_set", schema="transfer").rows() == [("old", None)]
     again.append_all("transfer", [(SEED_SET, seeds("new"))])
@@ -127,7 +127,7 @@ def test_a_file_of_a_newer_schema_is_refused(store, monkeypatch):
     store.prepare("transfer")
     with duckdb.connect(str(store.path)) as connection:
         connection.execute("UPDATE main.tuneshift_schema SET version = ?", [SCHEMA_VERSION + 1])
-    monkeypatch.setattr("tuneshift_dag.store._READY", {})  # as in another process
+    monkeypatch.setattr("tuneshift_dag.store.file._READY", {})  # as in another process
     with pytest.raises(TuneshiftError, match=rf"schema version {SCHEMA_VERSION + 1}.*Upgrade") as error:
         Store(store.path).read("SELECT * FROM seed_set", schema="transfer")
     assert str(store.path) in str(error.value)
@@ -180,14 +180,14 @@ def test_a_missing_wal_is_named_and_what_is_there_is_not_begun_anew(store, check
     for start in range(0, 1_800 if checkpoint else 0, 600):
         append_responses(store, start)
     store.replace("transfer", SEED_SET, seeds("a"))
-    wal = store.wal.read_bytes()
-    store.wal.unlink()
+    wal = store.file.wal.read_bytes()
+    store.file.wal.unlink()
     for again in (store, Store(store.path)):
         with pytest.raises(TuneshiftError, match=r"\.wal is missing.*delete .*wal-is-due"):
             again.replace("transfer", SEED_SET, seeds("b"))
-    store.wal.write_bytes(wal)
+    store.file.wal.write_bytes(wal)
     assert seed_ids(store) == ["a"]
-    store.wal.unlink()
+    store.file.wal.unlink()
     with pytest.raises(TuneshiftError, match=r"\.wal is missing"):
         seed_ids(store)
     store.path.with_name(f"{store.path.name}.wal-is-due").unlink()
@@ -198,7 +198,7 @@ def test_a_wal_that_another_program_took_in_is_not_missed(store, tmp_path):
     store.replace("transfer", SEED_SET, seeds("a"))
     with duckdb.connect(str(store.path)):
         pass  # it makes a checkpoint when it closes
-    assert not store.wal.exists()
+    assert not store.file.wal.exists()
     (tmp_path / "copy").mkdir()
     for file in store.path.parent.iterdir():
         shutil.copyfile(file, tmp_path / "copy" / file.name)
@@ -220,7 +220,7 @@ def test_a_file_that_is_deleted_while_it_is_in_use_is_not_begun_anew(store):
 
 
 def test_a_process_that_holds_the_file_is_named(store, monkeypatch):
-    monkeypatch.setattr("tuneshift_dag.store._LOCK_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("tuneshift_dag.store.file._LOCK_WAIT_SECONDS", 0.2)
     store.replace("transfer", SEED_SET, seeds("a"))
     hold = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(store.path)]
@@ -304,7 +304,9 @@ def test_replaced_rows_make_no_file_of_ever_larger_size(store):
             connection.execute("DELETE FROM responses")
         append_responses(store, 0)
         append_responses(store, 600)
-        sizes.append(store.read("SELECT used_blocks FROM pragma_database_size() WHERE database_name = 'tuneshift'").item())
+        sizes.append(
+            store.read("SELECT used_blocks FROM pragma_database_size() WHERE database_name = 'tuneshift'").item()
+        )
     assert max(sizes[2:]) <= max(sizes[:2])
 
 
@@ -398,6 +400,8 @@ def test_an_append_has_room_for_what_the_commit_before_left_to_a_checkpoint(stor
     """100 MB that wait in the ``.wal``, then rows whose commit writes them to the database file."""
     append_responses(store, 0, characters=160_000)
     assert store.path.with_name(store.path.name + ".wal").stat().st_size > 90_000_000
+    for _ in range(2):  # the limit of the first look-up isn't that of the next connection
+        store.read("SELECT 1 FROM cache.scores", little_memory=True)
     append_responses(store, 600)
     lengths = store.read("SELECT length(text) AS length FROM cache.responses ORDER BY 1")["length"]
     assert lengths.to_list() == [8_000] * 600 + [160_000] * 600

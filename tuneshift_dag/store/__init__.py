@@ -1,7 +1,6 @@
 """The store: one DuckDB file, one schema per transfer, and a schema ``cache`` that all of them share.
 
-DuckDB lets one process write at a time, and a writer shuts out readers. So a connection lives only
-for one transaction or one read, and never while a model runs; a held lock is waited for.
+A connection lives only for one transaction or one read, and never while a model runs.
 """
 
 # Annotations stay text: as objects, those that name a DuckDB class keep its module alive to the end of the
@@ -11,7 +10,6 @@ from __future__ import annotations
 import atexit
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -23,33 +21,16 @@ import polars as pl
 import pyarrow as pa
 
 from tuneshift_dag import TuneshiftError
+from tuneshift_dag.store.file import DatabaseFile
 from tuneshift_dag.store.queries import TRANSFER_VIEWS
 from tuneshift_dag.store.tables import CACHE, CACHE_TABLES, MAIN_TABLES, SCHEMA_VERSION, TRANSFER_TABLES, Table
 
-_LOCK_WAIT_SECONDS = 60.0
-# A checkpoint overwrites DuckDB's first block (256 KiB) in place: a process killed within those microseconds leaves a
-# file that can't be opened (seen once in 1,200 kills while every close made one). What is committed is safe in the
-# `.wal` beside the file before; a larger one is slower to open (4 MB: about 10 ms).
-# A checkpoint also merges a table's small row groups into one of up to 122,880 rows, and holds all of it in memory:
-# 80 MB for responses. Without merges it writes what was added since the last one, some 2,500 rows, and drops row groups
-# whose rows are all deleted; look-ups in 27 groups of 400,000 responses were as fast as in 5.
-_WRITER = "PRAGMA disable_checkpoint_on_shutdown; SET wal_autocheckpoint = '4 MB'; SET max_vacuum_tasks = 0"
 _LITTLE_MEMORY = 24
 """MB that DuckDB gets for a look-up or an append in a large table, or for rows that come in parts, beside those rows
 that it must hold at once. Without a limit it keeps what it has read and, until the commit, what it writes: 180 MB for
 100,000 scored pairs. With 16 an append and the commit of those pairs fail."""
 _TOO_LITTLE_MEMORY = (duckdb.OutOfMemoryException, duckdb.TransactionException, duckdb.FatalException)
 """As a statement, a commit and the checkpoint that a commit makes say it."""
-_DATABASE = "tuneshift"
-"""What the file is called in queries: no transfer may have this name."""
-_IN_USE = ("Could not set lock", "already attached")
-"""Said of a file that another process holds, or another thread of this one."""
-_FRESH = "RESET memory_limit; RESET threads"
-_INSTANCES: dict[tuple[int, Path], duckdb.DuckDBPyConnection] = {}
-"""DuckDB in memory, by process and database file, which is attached to it when it is needed: that takes 2 ms, and a
-new instance for each connection 30."""
-_READY: dict[tuple[Path, int], set[str]] = {}
-"""Schemas that were prepared in this process, which takes some statements each, by the very file (path and inode)."""
 
 
 class Spool:
@@ -101,13 +82,7 @@ class Store:
         self.path = path
         self.home = path.parent.resolve()
         """Folder of the database file. Paths in its tables are relative to it, so that both can be moved."""
-        self.wal = path.with_name(f"{path.name}.wal")
-        self._wal_is_due = path.with_name(f"{path.name}.wal-is-due")
-        self._known: int | None = None
-
-    @property
-    def _ready(self) -> set[str]:
-        return _READY.setdefault((self.path, self.path.stat().st_ino), set()) if self.path.exists() else set()
+        self.file = DatabaseFile(path)
 
     def relative(self, path: Path) -> str:
         """How a path is written into a table: relative to `home`, or absolute when it isn't inside."""
@@ -151,7 +126,7 @@ class Store:
         """Rows of a query to the tables of ``schema`` (a transfer's name). With ``little_memory`` what was read of a
         large table isn't kept, as long as the rows of the result allow it."""
         self.prepare(schema)
-        with self._told(), self._connect(read_only=True) as connection:
+        with self.file.open(read_only=True) as connection:
             if schema:
                 connection.execute(f"SET schema = '{schema}'")
             rows: pl.DataFrame
@@ -210,7 +185,7 @@ class Store:
         """A read-write connection inside one transaction, for a few statements and no model call. With ``compact``
         what was deleted leaves the file, whatever memory it takes."""
         self.prepare(schema)
-        with self._told(), self._connect(read_only=False) as connection:
+        with self.file.open(read_only=False) as connection:
             connection.execute(f"SET schema = '{schema}'")
             if compact:
                 connection.execute("RESET max_vacuum_tasks")
@@ -219,16 +194,16 @@ class Store:
             connection.execute("COMMIT")
             if compact:
                 connection.execute("CHECKPOINT")
-                self._ready.clear()  # schemas may be gone
-            self._note_wal()
+                self.file.ready.clear()  # schemas may be gone
+            self.file.note_wal()
 
     def prepare(self, schema: str | None) -> None:
         """Create the file, the schema and its tables when they aren't there yet, and the views when they differ."""
         name = schema or CACHE
-        if name in self._ready:
+        if name in self.file.ready:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._told(), self._connect(read_only=False) as connection:
+        with self.file.open(read_only=False) as connection:
             connection.execute("BEGIN")
             self._check_version(connection)
             for known, tables in {name: TRANSFER_TABLES, "main": MAIN_TABLES, CACHE: CACHE_TABLES}.items():
@@ -239,8 +214,8 @@ class Store:
             if name != CACHE:
                 _replace_views(connection, name)
             connection.execute("COMMIT")
-            self._note_wal()
-        self._ready.add(name)
+            self.file.note_wal()
+        self.file.ready.add(name)
 
     def _check_version(self, connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute("CREATE TABLE IF NOT EXISTS main.tuneshift_schema (version INTEGER)")
@@ -259,101 +234,6 @@ class Store:
                 problem = f"can't be brought from schema version {version} to {SCHEMA_VERSION}, and stays as it was"
                 raise TuneshiftError(f"{self.path} {problem}: {error}") from error
         connection.execute("INSERT INTO main.tuneshift_schema VALUES (?)", [SCHEMA_VERSION])
-
-    def _state(self) -> tuple[int | None, str]:
-        """The file's inode, and what a checkpoint changes and a commit doesn't. Never open the file for it: when this
-        process closes it, DuckDB's lock on it is gone (POSIX)."""
-        with suppress(FileNotFoundError):
-            found = self.path.stat()
-            return found.st_ino, f"{found.st_size} {found.st_mtime_ns}"
-        return None, ""
-
-    def _note_wal(self) -> None:
-        """While this process holds the file: note of which state of it the ``.wal`` has what was written since."""
-        if not self.wal.exists():
-            self._wal_is_due.unlink(missing_ok=True)
-        elif self._noted() != (state := self._state()[1]):
-            self._wal_is_due.write_text(state)
-
-    def _noted(self) -> str:
-        with suppress(FileNotFoundError):
-            return self._wal_is_due.read_text()
-        return ""
-
-    def _check_whole(self) -> None:
-        """Raise `TuneshiftError` for a file where DuckDB would begin anew, or go on without what was written last."""
-        # In this order: another process may create the file, or make a checkpoint (the file first, then the `.wal`).
-        due, wal, (inode, state) = self._noted(), self.wal.exists(), self._state()
-        if self._known is not None and inode != self._known:
-            raise TuneshiftError(
-                f"{self.path} was deleted or replaced while it was in use. Put it back, and run again."
-            )
-        if wal and not state:
-            problem = f"is missing, and {self.wal.name} beside it is there"
-            raise TuneshiftError(f"{self.path} {problem}. Put it back; to begin anew, delete that one too.")
-        if state and state == due and not wal:
-            self._ready.clear()  # schemas may be gone
-            problem = f"is missing, with what was written to {self.path.name} last"
-            go_on = f"to compute that again, delete {self._wal_is_due.name}"
-            raise TuneshiftError(f"{self.wal} {problem}. Put it back; {go_on}.")
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """A full disk and a damaged file as `TuneshiftError`."""
-        try:
-            yield
-        except (duckdb.Error, OSError) as error:
-            is_file = type(error) is duckdb.Error or isinstance(error, duckdb.IOException | OSError)
-            if not is_file and "Could not write" not in str(error):
-                raise
-            raise TuneshiftError(
-                f"{self.path} can't be read or written: {error}. What was committed is kept: make room on the disk or"
-                " correct its permissions, and run again. If it is damaged, put a copy of it and its .wal back."
-            ) from error
-
-    @contextmanager
-    def _connect(self, read_only: bool) -> Iterator[duckdb.DuckDBPyConnection]:
-        """The file, for as long as the block takes: other threads and processes wait for it meanwhile."""
-        key = os.getpid(), self.path
-        instance = _INSTANCES.get(key) or _INSTANCES.setdefault(key, _instance(self.path))
-        self._attach(instance, read_only)
-        connection = instance.cursor()
-        try:
-            connection.execute(f"USE {_DATABASE}; {'' if read_only else _WRITER}")
-            yield connection
-        except duckdb.Error:
-            # It may be one after which this instance refuses everything.
-            _INSTANCES.pop(key, None)
-            raise
-        finally:
-            connection.close()  # with what isn't committed
-            if _INSTANCES.get(key) is instance:
-                instance.cursor().execute(f"DETACH {_DATABASE}")
-            else:
-                instance.close()
-
-    def _attach(self, instance: duckdb.DuckDBPyConnection, read_only: bool) -> None:
-        give_up = time.monotonic() + _LOCK_WAIT_SECONDS
-        pause = 0.01
-        while True:
-            self._check_whole()
-            try:
-                with instance.cursor() as connection:
-                    how = " (READ_ONLY)" if read_only else ""
-                    # At first: attaching reads the whole `.wal`.
-                    connection.execute(f"{_FRESH}; ATTACH {_quoted(self.path)} AS {_DATABASE}{how}")
-                self._known = self._known or self._state()[0]
-                return
-            except duckdb.Error as error:
-                if not any(words in str(error) for words in _IN_USE):
-                    raise TuneshiftError(f"{self.path} can't be opened as a DuckDB file: {error}") from error
-                if time.monotonic() > give_up:
-                    raise TuneshiftError(
-                        f"{self.path} has been in use by another process for {_LOCK_WAIT_SECONDS:.0f} s"
-                        f" (a notebook or DuckDB shell with an open connection?): {error}"
-                    ) from error
-            time.sleep(pause)
-            pause = min(0.5, pause * 2)
 
 
 def _instance(path: Path) -> duckdb.DuckDBPyConnection:
