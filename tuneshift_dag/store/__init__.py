@@ -7,7 +7,6 @@ A connection lives only for one transaction or one read, and never while a model
 # process, and DuckDB then prints pages of "nanobind: leaked … instances".
 from __future__ import annotations
 
-import atexit
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -234,26 +233,6 @@ class Store:
                 problem = f"can't be brought from schema version {version} to {SCHEMA_VERSION}, and stays as it was"
                 raise TuneshiftError(f"{self.path} {problem}: {error}") from error
         connection.execute("INSERT INTO main.tuneshift_schema VALUES (?)", [SCHEMA_VERSION])
-
-
-def _instance(path: Path) -> duckdb.DuckDBPyConnection:
-    instance = duckdb.connect()
-    # What doesn't fit in memory goes beside the file, as for a connection to it; without a file to the working folder.
-    instance.execute(f"SET temp_directory = {_quoted(path.with_name(f'{path.name}.tmp'))}")
-    return instance
-
-
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("'", "''") + "'"
-
-
-@atexit.register
-def _close_instances() -> None:
-    """Before DuckDB's module goes: what is left of it then is reported as leaked."""
-    while _INSTANCES:
-        (process, _), instance = _INSTANCES.popitem()
-        if process == os.getpid():  # one that was forked leaves alone what isn't its own
-            instance.close()
 
 
 def _limit_memory(connection: duckdb.DuckDBPyConnection, at_once: float = 0) -> None:
