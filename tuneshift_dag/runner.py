@@ -14,7 +14,7 @@ from tuneshift_dag.config import Transfer
 from tuneshift_dag.definitions import build_definitions
 from tuneshift_dag.home import database_file
 from tuneshift_dag.resources import BATCH_TAG, EngineResource
-from tuneshift_dag.resources.runs import PROCESS_TAG, close_dead_runs, process_tag
+from tuneshift_dag.resources.runs import PROCESS_TAG, close_dead_runs, process_tag, wait_for_pool
 from tuneshift_dag.store import Store, now
 from tuneshift_dag.store.records import Due, Records, next_step
 from tuneshift_dag.store.tables import RUNS
@@ -103,12 +103,15 @@ class Runner:
 
     def _materialize(self, assets: Sequence[str], round_: str | None) -> None:
         self.on_step(assets[0], round_)
+        keys = [dg.AssetKey([self.transfer.name, asset]) for asset in assets]
+        for pool in {pool for key in keys if (pool := self.defs.resolve_assets_def(key).op.pool)}:
+            wait_for_pool(self.instance, pool, self.lines.on_line)
         said = logging.getLogger(__package__)
         said.addHandler(self.lines)
         try:
             result = self.job.execute_in_process(
                 instance=self.instance,
-                asset_selection=[dg.AssetKey([self.transfer.name, asset]) for asset in assets],
+                asset_selection=keys,
                 partition_key=round_,
                 raise_on_error=False,
                 # Who looks at the terminal gets our own lines; Dagster's are in its event log.
