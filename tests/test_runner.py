@@ -107,6 +107,16 @@ def test_a_run_takes_the_place_of_one_that_was_ended_while_no_daemon_was_there(i
     assert slots_taken(instance) == 0
 
 
+def test_what_dagster_cannot_read_or_write_is_one_message(instance: dg.DagsterInstance, transfer_folder: Path) -> None:
+    """As on a full disk."""
+    project, home = Project(transfer_folder, instance), Path(os.environ["DAGSTER_HOME"])
+    (home / "history" / "runs.db").write_bytes(b"damaged" * 999)
+    with pytest.raises(
+        TuneshiftError, match=rf"^Dagster can't read or write its files in {home}: file is not a database"
+    ):
+        project.run()
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_a_killed_run_is_finished_by_the_next_one(
     seed: int, finished: Project, transfer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

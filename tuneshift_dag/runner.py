@@ -1,13 +1,16 @@
 """``tuneshift run``: materialize what is missing or out of date (`store.records`), in round order, through Dagster."""
 
 import logging
+import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import dagster as dg
+from sqlalchemy.exc import DBAPIError
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
@@ -20,6 +23,8 @@ from tuneshift_dag.store.records import Due, Records, next_step
 from tuneshift_dag.store.tables import RUNS
 from tuneshift_dag.training import check_training
 
+_DISK = " (make room on the disk, or correct its permissions; what was computed is kept)"
+
 
 @dataclass
 class RunResult:
@@ -30,7 +35,20 @@ class RunResult:
     kept_rounds: list[str] = field(default_factory=list)
 
 
+@contextmanager
+def _told_of_the_disk() -> Iterator[None]:
+    """What Dagster can't write of its own, as `TuneshiftError`: that is outside of every step."""
+    try:
+        yield
+    except (OSError, DBAPIError) as error:
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        raise TuneshiftError(
+            f"Dagster can't read or write its files in {os.environ.get('DAGSTER_HOME')}: {cause}{_DISK}"
+        ) from error
+
+
 class Runner:
+    @_told_of_the_disk()
     def __init__(
         self,
         transfer: Transfer,
@@ -51,6 +69,7 @@ class Runner:
         self.lines = _Lines(on_line)
         self.result = RunResult(f"cli-{uuid.uuid4().hex[:12]}")
 
+    @_told_of_the_disk()
     def run(self, regrow: bool = False) -> RunResult:
         """Run every step that `next_step` names; `TuneshiftError` when one fails, and what was done before is kept."""
         started = time.monotonic()
@@ -65,6 +84,7 @@ class Runner:
         self.store.append_all(self.transfer.name, [(RUNS, RUNS.frame([row]))])
         return self.result
 
+    @_told_of_the_disk()
     def compare(self) -> RunResult:
         """Bring ``comparison`` up to date, with `compare.loop` after the rounds of every arm; `run` leaves it out,
         since it trains many models. Errors as in `run`."""
@@ -149,8 +169,8 @@ def _explain(result: dg.ExecuteInProcessResult, round_: str | None) -> str:
     if error and error.cls_name == "DagsterExecutionInterruptedError":
         raise KeyboardInterrupt  # Dagster makes a failed step of it
     message = (failure and failure.description) or (error.message.strip() if error else "unknown error")
-    if error and error.cls_name in ("OSError", "PermissionError"):
-        message += " (make room on the disk, or correct its permissions; what was computed is kept)"
+    if error and error.cls_name in ("OSError", "PermissionError", "OperationalError"):
+        message += _DISK
     elif not failure and error and error.cls_name not in told:
         message += f" (not a fault of your input; its traceback is in Dagster's UI, run {result.run_id[:8]})"
     where = f"{(failed.step_key or '').split('__')[-1]}{f' of {round_}' if round_ else ''}"
