@@ -102,7 +102,7 @@ class DatabaseFile:
             pause = min(0.5, pause * 2)
 
     def _cut(self, error: str) -> str:
-        """The repair of a ``.wal`` that a loss of power left with holes. (DuckDB itself goes on where only its end lacks.)"""
+        """The repair of a ``.wal`` that a loss of power left with holes; one without its end is none to DuckDB."""
         found = re.search(r"Corrupt WAL file: entry at byte position (\d+)", error)
         if not found:
             return ""
