@@ -1,5 +1,6 @@
 """``tuneshift run``: materialize what is missing or out of date (`store.records`), in round order, through Dagster."""
 
+import errno
 import logging
 import os
 import sys
@@ -23,6 +24,7 @@ from tuneshift_dag.store.records import Due, Records, next_step
 from tuneshift_dag.store.tables import RUNS
 from tuneshift_dag.training import check_training
 
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 _DISK = " (make room on the disk, or correct its permissions; what was computed is kept)"
 
 
@@ -37,14 +39,16 @@ class RunResult:
 
 @contextmanager
 def _told_of_the_disk() -> Iterator[None]:
-    """What Dagster can't write of its own, as `TuneshiftError`: that is outside of every step."""
+    """What can't be written outside of every step, by Dagster mostly, as `TuneshiftError`."""
     try:
         yield
-    except (OSError, DBAPIError) as error:
-        cause = error.orig if isinstance(error, DBAPIError) else error
-        raise TuneshiftError(
-            f"Dagster can't read or write its files in {os.environ.get('DAGSTER_HOME')}: {cause}{_DISK}"
-        ) from error
+    except DBAPIError as error:
+        home = os.environ.get("DAGSTER_HOME")
+        raise TuneshiftError(f"Dagster can't read or write its files in {home}: {error.orig}{_DISK}") from error
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        raise TuneshiftError(f"{error}{_DISK}") from error
 
 
 class Runner:
