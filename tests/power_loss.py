@@ -171,17 +171,18 @@ class Disk:
     def left(self, dice: Random) -> dict[str, bytes]:
         """Files after a loss of power."""
         there = {path: bytearray(content) for path, content in self.synced.items()}
-        there |= {path: bytearray(content) for path, content in self.removed.items() if dice.random() < 0.5}
+        back = {path: bytearray(content) for path, content in self.removed.items() if dice.random() < 0.5}
         share = dice.choice([0.0, 0.5, 1.0])
         for path, changes in self.pending.items():
-            for change in changes:
+            # What is written to a new file of a removed one's name never gets into that one.
+            for change in changes if path not in back else ():
                 if change.kind == "cut" and dice.random() < share:
                     _apply(there.setdefault(path, bytearray()), change.at, b"", True)
                 for start in range(0, len(change.data), _SECTOR):
                     if dice.random() < share:
                         sector = change.data[start : start + _SECTOR]
                         _apply(there.setdefault(path, bytearray()), change.at + start, sector, False)
-        return {path: bytes(content) for path, content in there.items()}
+        return {path: bytes(content) for path, content in (there | back).items()}
 
 
 def _apply(content: bytearray, at: int, data: bytes, is_cut: bool) -> None:
@@ -192,10 +193,9 @@ def _apply(content: bytearray, at: int, data: bytes, is_cut: bool) -> None:
 
 
 def lost(events: list[Event], case: int, folder: Path, syncs: bool = True) -> str:
-    """What is wrong with the store after a loss of power at the moment ``case`` draws; empty for nothing. ``folder``
-    is that of the events' files."""
+    """What is wrong with the store after a loss of power at the moment ``case`` draws, and after the repair that its
+    message names, if it does; empty for nothing. ``folder`` is that of the events' files."""
     from tuneshift_dag import TuneshiftError
-    from tuneshift_dag.store import Store
 
     dice, disk = Random(case), Disk()
     for event in events[: dice.randrange(len(events) + 1)]:
@@ -206,10 +206,13 @@ def lost(events: list[Event], case: int, folder: Path, syncs: bool = True) -> st
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
     try:
-        query = "SELECT token_ids[1], count(*), min(length(text)) FROM cache.responses GROUP BY 1"
-        found = {batch: tuple(rest) for batch, *rest in Store(after / "test.duckdb").read(query).iter_rows()}
-    except TuneshiftError as error:  # of a file whose very beginning isn't there yet
-        return f"after {len(disk.said)} batches: {error}" if disk.said else ""
+        found = _batches(after / "test.duckdb")
+    except TuneshiftError as error:
+        repair = re.search(r"truncate -s \d+ '.*'$", str(error))
+        if not repair:  # a file whose very beginning isn't there yet
+            return f"after {len(disk.said)} batches: {error}" if disk.said else ""
+        subprocess.run(repair[0], shell=True, check=True)
+        found = _batches(after / "test.duckdb")
     missing = [batch for batch in range(len(disk.said)) if found.get(batch) != (ROWS, 8_000)]
     halves = [batch for batch, rows in found.items() if rows != (ROWS, 8_000)]
     return (
@@ -217,6 +220,14 @@ def lost(events: list[Event], case: int, folder: Path, syncs: bool = True) -> st
         if missing or halves
         else ""
     )
+
+
+def _batches(database: Path) -> dict[int, tuple[int, int]]:
+    """Rows, and the length of the shortest text, by batch."""
+    from tuneshift_dag.store import Store
+
+    query = "SELECT token_ids[1], count(*), min(length(text)) FROM cache.responses GROUP BY 1"
+    return {batch: (rows, shortest) for batch, rows, shortest in Store(database).read(query).iter_rows()}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import polars as pl
 import pytest
 
@@ -79,12 +80,27 @@ def test_hostile_texts_come_through_unchanged_and_are_shown_as_text(
     listed = card.partition("Seeds:\n\n")[2].partition("\n\n## Use")[0]
     assert len(listed.split("\n")) == len(HOSTILE)
     assert not re.search(r"(?<!\\)[<`\[|*]|http:", listed)
+    tables = shown_in_dagster(hostile)
+    assert any("alert" in table for table in tables)
+    for table in tables:
+        assert not re.search(r"(?<!\\)[<`\[*]|http:", table), table
     for text in HOSTILE.values():
         code, out, err = tuneshift("lineage", "banking", prompt_id(text), "--down")
         assert code == 0 and not CONTROLS.search(out.replace("\r\n", "\n") + err), text
     found = json.loads(tuneshift("lineage", "banking", prompt_id(HOSTILE["ansi"]), "--json")[1])
     assert found["root"]["prompt"] == HOSTILE["ansi"]
     assert tuneshift("report", "banking")[0] == tuneshift("sweep", "banking")[0] == 0
+
+
+def shown_in_dagster(project: Project) -> list[str]:
+    """The tables of its materializations."""
+    found = []
+    for asset in project.instance.all_asset_keys():
+        for record in project.instance.fetch_materializations(asset, limit=10).records:
+            assert record.asset_materialization
+            values = record.asset_materialization.metadata.values()
+            found += [str(value.value) for value in values if isinstance(value, dg.MarkdownMetadataValue)]
+    return [text for text in found if text.startswith("| ")]
 
 
 def test_a_line_of_a_megabyte_comes_through_or_is_named(project: Project) -> None:

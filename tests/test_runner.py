@@ -16,8 +16,10 @@ from dagster import DagsterRunStatus
 
 from tests.conftest import Project
 from tests.fakes import FakeEngine
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.home import use_dagster_home
-from tuneshift_dag.resources.runs import PROCESS_TAG, close_dead_runs, process_tag
+from tuneshift_dag.resources.runs import PROCESS_TAG, close_dead_runs, process_tag, wait_for_pool
+from tuneshift_dag.runner import Runner
 
 TABLES = ["synthetic_prompts", "scored_pairs", "filtered_dataset", "round_seeds", "rejected_pairs", "accuracy"]
 
@@ -58,6 +60,14 @@ class TestCloseDeadRuns:
         assert status(instance, run) == DagsterRunStatus.FAILURE
         assert slots_taken(instance) == 0
 
+    def test_fails_the_run_of_a_killed_process_that_nobody_has_waited_for(self, instance: dg.DagsterInstance) -> None:
+        process = subprocess.Popen(["true"])
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        run = started_run(instance, f"{socket.gethostname()}-{process.pid}-a")
+        close_dead_runs(instance)
+        assert status(instance, run) == DagsterRunStatus.FAILURE
+        process.wait()
+
     def test_knows_the_process_also_of_a_run_that_dagster_has_launched(self, project: Project) -> None:
         run_id = project.materialize("seed_set").run_id
         run = project.instance.get_run_by_id(run_id)
@@ -67,6 +77,44 @@ class TestCloseDeadRuns:
         run = started_run(instance, f"{socket.gethostname()}-{dead_pid()}-a", DagsterRunStatus.SUCCESS)
         close_dead_runs(instance)
         assert status(instance, run) == DagsterRunStatus.SUCCESS
+
+
+def test_a_run_says_whom_it_waits_for_and_goes_on_when_that_one_is_killed(
+    instance: dg.DagsterInstance, transfer_folder: Path
+) -> None:
+    holder = subprocess.Popen(["sleep", "60"])
+    held = started_run(instance, f"{socket.gethostname()}-{holder.pid}-a")
+    claim_slot(instance, held)
+    said: list[str] = []
+
+    def hear(line: str) -> None:
+        said.append(line)
+        holder.kill()
+
+    project = Project(transfer_folder, instance)
+    project.models.source.fail_after = 0
+    with pytest.raises(TuneshiftError, match=r"seed_set failed: .*the engine was killed"):
+        Runner(project.transfer, instance, project.models.resource(), on_line=hear).run()
+    holder.wait()
+    assert held.run_id[:8] in said[0] and f"{socket.gethostname()}-{holder.pid}" in said[0]
+    assert status(instance, held) == DagsterRunStatus.FAILURE
+
+
+def test_a_run_takes_the_place_of_one_that_was_ended_while_no_daemon_was_there(instance: dg.DagsterInstance) -> None:
+    held = started_run(instance, None, DagsterRunStatus.CANCELED)
+    claim_slot(instance, held)
+    wait_for_pool(instance, "models", pytest.fail)
+    assert slots_taken(instance) == 0
+
+
+def test_what_dagster_cannot_read_or_write_is_one_message(instance: dg.DagsterInstance, transfer_folder: Path) -> None:
+    """As on a full disk."""
+    project, home = Project(transfer_folder, instance), Path(os.environ["DAGSTER_HOME"])
+    (home / "history" / "runs.db").write_bytes(b"damaged" * 999)
+    with pytest.raises(
+        TuneshiftError, match=rf"^Dagster can't read or write its files in {home}: file is not a database"
+    ):
+        project.run()
 
 
 @pytest.mark.parametrize("seed", range(2))

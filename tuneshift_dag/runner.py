@@ -1,24 +1,31 @@
 """``tuneshift run``: materialize what is missing or out of date (`store.records`), in round order, through Dagster."""
 
+import errno
 import logging
+import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import dagster as dg
+from sqlalchemy.exc import DBAPIError
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.definitions import build_definitions
 from tuneshift_dag.home import database_file
 from tuneshift_dag.resources import BATCH_TAG, EngineResource
-from tuneshift_dag.resources.runs import PROCESS_TAG, close_dead_runs, process_tag
+from tuneshift_dag.resources.runs import PROCESS_TAG, close_dead_runs, process_tag, wait_for_pool
 from tuneshift_dag.store import Store, now
 from tuneshift_dag.store.records import Due, Records, next_step
 from tuneshift_dag.store.tables import RUNS
 from tuneshift_dag.training import check_training
+
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+_DISK = " (make room on the disk, or correct its permissions; what was computed is kept)"
 
 
 @dataclass
@@ -30,7 +37,22 @@ class RunResult:
     kept_rounds: list[str] = field(default_factory=list)
 
 
+@contextmanager
+def _told_of_the_disk() -> Iterator[None]:
+    """What can't be written outside of every step, by Dagster mostly, as `TuneshiftError`."""
+    try:
+        yield
+    except DBAPIError as error:
+        home = os.environ.get("DAGSTER_HOME")
+        raise TuneshiftError(f"Dagster can't read or write its files in {home}: {error.orig}{_DISK}") from error
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        raise TuneshiftError(f"{error}{_DISK}") from error
+
+
 class Runner:
+    @_told_of_the_disk()
     def __init__(
         self,
         transfer: Transfer,
@@ -51,6 +73,7 @@ class Runner:
         self.lines = _Lines(on_line)
         self.result = RunResult(f"cli-{uuid.uuid4().hex[:12]}")
 
+    @_told_of_the_disk()
     def run(self, regrow: bool = False) -> RunResult:
         """Run every step that `next_step` names; `TuneshiftError` when one fails, and what was done before is kept."""
         started = time.monotonic()
@@ -65,6 +88,7 @@ class Runner:
         self.store.append_all(self.transfer.name, [(RUNS, RUNS.frame([row]))])
         return self.result
 
+    @_told_of_the_disk()
     def compare(self) -> RunResult:
         """Bring ``comparison`` up to date, with `compare.loop` after the rounds of every arm; `run` leaves it out,
         since it trains many models. Errors as in `run`."""
@@ -103,12 +127,15 @@ class Runner:
 
     def _materialize(self, assets: Sequence[str], round_: str | None) -> None:
         self.on_step(assets[0], round_)
+        keys = [dg.AssetKey([self.transfer.name, asset]) for asset in assets]
+        for pool in {pool for key in keys if (pool := self.defs.resolve_assets_def(key).op.pool)}:
+            wait_for_pool(self.instance, pool, self.lines.on_line)
         said = logging.getLogger(__package__)
         said.addHandler(self.lines)
         try:
             result = self.job.execute_in_process(
                 instance=self.instance,
-                asset_selection=[dg.AssetKey([self.transfer.name, asset]) for asset in assets],
+                asset_selection=keys,
                 partition_key=round_,
                 raise_on_error=False,
                 # Who looks at the terminal gets our own lines; Dagster's are in its event log.
@@ -146,8 +173,8 @@ def _explain(result: dg.ExecuteInProcessResult, round_: str | None) -> str:
     if error and error.cls_name == "DagsterExecutionInterruptedError":
         raise KeyboardInterrupt  # Dagster makes a failed step of it
     message = (failure and failure.description) or (error.message.strip() if error else "unknown error")
-    if error and error.cls_name in ("OSError", "PermissionError"):
-        message += " (make room on the disk, or correct its permissions; what was computed is kept)"
+    if error and error.cls_name in ("OSError", "PermissionError", "OperationalError"):
+        message += _DISK
     elif not failure and error and error.cls_name not in told:
         message += f" (not a fault of your input; its traceback is in Dagster's UI, run {result.run_id[:8]})"
     where = f"{(failed.step_key or '').split('__')[-1]}{f' of {round_}' if round_ else ''}"

@@ -503,12 +503,14 @@ def test_the_api_key_is_sent_and_written_nowhere(serve, served_project, monkeypa
     assert project.rows("SELECT count(*) > 0 FROM scored_pairs") == [(True,)]
     export(project.store, project.transfer, tmp_path / "exported")
     tables = project.rows("SELECT database_name || '.' || schema_name || '.' || table_name FROM duckdb_tables()")
+    events = [entry for run in project.instance.get_runs() for entry in project.instance.all_logs(run.run_id)]
+    assert any("bad request" in str(event) for event in events)
     # Files of DuckDB and Parquet are compressed.
     rows = [project.rows(f"SELECT * FROM {table}") for (table,) in tables]
     assert len(rows) > 20
     rows.append(pl.read_parquet(tmp_path / "exported" / "dataset.parquet").rows())
     out, err = capfd.readouterr()
-    for text in [*traceback.format_exception(error.value), caplog.text, out, err, str(rows)]:
+    for text in [*traceback.format_exception(error.value), caplog.text, out, err, str(rows), str(events)]:
         assert KEY not in text
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(files) > 10

@@ -295,6 +295,33 @@ def test_a_server_whose_keeper_is_killed_ends_when_it_is_stopped(
     assert alive(note) == []
 
 
+# The first process of a container, which waits for no process but its own child.
+CONTAINER = """
+import ctypes, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+sys.exit(subprocess.run([sys.executable, "-c", sys.argv[1]], timeout=20).returncode)
+"""
+KILLED_KEEPER = f"""
+import os, psutil, time
+from pathlib import Path
+from tuneshift_dag.engines.server_process import ServerProcess, stop_all
+notes = Path(os.environ["FAKE_VLLM_NOTES"])
+ServerProcess({FAKE!r}, {{**os.environ, "VLLM_API_KEY": "k"}}, notes.with_name("log"))
+while not notes.exists():
+    time.sleep(0.05)
+psutil.Process().children()[0].kill()
+stop_all()
+"""
+
+
+def test_a_killed_keepers_server_is_not_waited_for_in_a_container_that_clears_nothing_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VLLM_NOTES", str(tmp_path / "notes"))
+    monkeypatch.setenv("FAKE_VLLM_FAILS", "never")
+    subprocess.run([sys.executable, "-c", CONTAINER, KILLED_KEEPER], cwd=ROOT, check=True)
+
+
 def test_a_server_that_does_not_end_by_itself_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deaf = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(99)"

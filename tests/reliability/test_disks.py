@@ -51,7 +51,7 @@ def test_a_full_disk_costs_what_was_not_committed(tmp_path: Path, campaign: Call
     def fill(case: int) -> str:
         home = tmp_path / f"full{case}"
         with disk(home, int(needed * (case + 0.5) / FULL)) as remount:
-            if problem := refused(home, folder, ("No space left", "disk is full", "Could not write")):
+            if problem := refused(home, folder, ("No space left", "disk is full", "disk I/O error", "Could not write")):
                 return problem
             kept = scores(home)
             remount("size=1g")

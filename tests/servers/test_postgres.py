@@ -26,6 +26,7 @@ from dagster._config import process_config
 from tests.conftest import Project, make_transfer_folder
 from tests.ui.server import Server, end_group, free_port, wait_for
 from tuneshift_dag.assets.common import MODEL_POOL
+from tuneshift_dag.runner import Runner
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import ROUND_ASSETS
 
@@ -171,9 +172,11 @@ class TestOneHost:
         project, elsewhere = Project(transfer_folder, shared()), shared().event_log_storage
         assert elsewhere.initialize_concurrency_limit_to_default(MODEL_POOL)
         assert elsewhere.claim_concurrency_slot(MODEL_POOL, "another host's run", "step").is_claimed
-        running = threading.Thread(target=project.run)
+        said: list[str] = []
+        runner = Runner(project.transfer, project.instance, project.models.resource(), on_line=said.append)
+        running = threading.Thread(target=runner.run)
         running.start()
-        wait_for(lambda: elsewhere.get_concurrency_info(MODEL_POOL).pending_step_count == 1, 60, "the run doesn't wait")
+        wait_for(lambda: said and "waiting for run another" in said[0], 60, "the run doesn't wait")
         assert elsewhere.get_concurrency_info(MODEL_POOL).slot_count == 1
         assert project.models.calls() == 0
         elsewhere.free_concurrency_slots_for_run("another host's run")

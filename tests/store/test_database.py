@@ -175,6 +175,25 @@ def test_a_damaged_file_is_named_and_left_as_it_is(store, damage, words):
     assert store.path.read_bytes() == content
 
 
+def test_what_a_loss_of_power_left_half_written_is_named_with_its_repair(store):
+    store.replace("transfer", SEED_SET, seeds("a"))
+    whole = store.file.wal.stat().st_size
+    append_responses(store, 0)
+    content = bytearray(store.file.wal.read_bytes())
+    middle = (whole + len(content)) // 2
+    content[middle : middle + 512] = bytes(512)
+    store.file.wal.write_bytes(content)
+    with pytest.raises(
+        TuneshiftError, match=r"can't be opened .* a loss of power .*: truncate -s \d+ '.*\.wal'$"
+    ) as error:
+        seed_ids(store)
+    assert store.file.wal.read_bytes() == content
+    subprocess.run(str(error.value).rpartition(": ")[2], shell=True, check=True)
+    assert seed_ids(store) == ["a"]
+    append_responses(store, 0)
+    assert store.read("SELECT count(*) FROM cache.responses").item() == 600
+
+
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_a_missing_wal_is_named_and_what_is_there_is_not_begun_anew(store, checkpoint):
     for start in range(0, 1_800 if checkpoint else 0, 600):

@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -81,7 +82,9 @@ def _end_session(leader: int) -> None:
         with suppress(ProcessLookupError, psutil.Error):
             if os.getsid(process.pid) == leader:
                 process.kill()
-                process.wait()
+                # Whoever is to wait for it clears it away: the first process of a container may never do so.
+                while process.status() != psutil.STATUS_ZOMBIE:
+                    time.sleep(0.01)
 
 
 def _keep(grace: float, command: Sequence[str]) -> int:

@@ -4,7 +4,10 @@ Dagster's own run monitoring doesn't see it when the process that launched the r
 
 import os
 import socket
+import time
 import uuid
+from collections.abc import Callable
+from contextlib import suppress
 
 import dagster as dg
 import psutil
@@ -12,6 +15,8 @@ import psutil
 PROCESS_TAG = "tuneshift/process"
 # In a container that was started again, a killed process had this one's id.
 _OWN_ID = uuid.uuid4().hex
+# Seconds between two looks whether a pool has room.
+_EVERY = 1.0
 _IN_PROGRESS = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
 
@@ -31,6 +36,27 @@ def close_dead_runs(instance: dg.DagsterInstance) -> None:
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
 
+def wait_for_pool(instance: dg.DagsterInstance, pool: str, say: Callable[[str], None]) -> None:
+    """Until the pool has room. Dagster would wait too, but with a busy core, without a word, and for ever when the
+    process of the run that has it is killed meanwhile."""
+    storage, told = instance.event_log_storage, set[str]()
+    while True:
+        close_dead_runs(instance)
+        found = storage.get_concurrency_info(pool)
+        if not found.claimed_slots or found.active_slot_count < found.slot_count:
+            return
+        for run_id in found.active_run_ids:
+            run = instance.get_run_by_id(run_id)
+            if run and run.is_finished:  # it was ended from outside, and no daemon was there to see it
+                storage.free_concurrency_slots_for_run(run_id)
+            elif run_id not in told:
+                told.add(run_id)
+                process = run.tags.get(PROCESS_TAG, "").rpartition("-")[0] if run else ""
+                where = f" in {process}" if process else ""
+                say(f"waiting for run {run_id[:8]}{where}, which has the models (pool {pool})")
+        time.sleep(_EVERY)
+
+
 def process_tag() -> str:
     """Names this process, also when another one had its number before."""
     return f"{socket.gethostname()}-{os.getpid()}-{_OWN_ID}"
@@ -39,4 +65,7 @@ def process_tag() -> str:
 def _is_alive(pid: int, own_id: str) -> bool:
     if pid == os.getpid():
         return own_id == _OWN_ID
-    return psutil.pid_exists(pid)
+    with suppress(psutil.NoSuchProcess):
+        # A killed one stays until somebody has waited for it, which the first process of a container may never do.
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False

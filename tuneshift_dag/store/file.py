@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -89,7 +90,9 @@ class DatabaseFile:
             except duckdb.Error as error:
                 if not any(words in str(error) for words in _IN_USE):
                     _INSTANCES.pop((os.getpid(), self.path), None)
-                    raise TuneshiftError(f"{self.path} can't be opened as a DuckDB file: {error}") from error
+                    raise TuneshiftError(
+                        f"{self.path} can't be opened as a DuckDB file: {error}{self._cut(str(error))}"
+                    ) from error
                 if time.monotonic() > give_up:
                     raise TuneshiftError(
                         f"{self.path} has been in use by another process for {_LOCK_WAIT_SECONDS:.0f} s"
@@ -97,6 +100,14 @@ class DatabaseFile:
                     ) from error
             time.sleep(pause)
             pause = min(0.5, pause * 2)
+
+    def _cut(self, error: str) -> str:
+        """The repair of a ``.wal`` that a loss of power left with holes; one without its end is none to DuckDB."""
+        found = re.search(r"Corrupt WAL file: entry at byte position (\d+)", error)
+        if not found:
+            return ""
+        repair = f"keep a copy of {self.wal.name}, and cut it there: truncate -s {found[1]} '{self.wal}'"
+        return f". After a loss of power this was being written then, and what was committed is before it: {repair}"
 
     @contextmanager
     def _told(self) -> Iterator[None]:
