@@ -249,9 +249,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     root = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch, dg.DagsterInstance.ephemeral() as instance:
         patch.setenv("TUNESHIFT_HOME", str(root / "home"))
-        keep_wal_short(patch)
         project = Project(make_transfer_folder(root), instance)
-        project.result = project.run()
+        with pytest.MonkeyPatch.context() as short:
+            keep_wal_short(short)
+            project.result = project.run()
         yield project
 
 
