@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn.utils import parametrize
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.training.tiny import SETTINGS, TEXTS, examples, tiny_gemma, tiny_model
 from tuneshift_dag.training import whitening
@@ -62,6 +63,31 @@ def test_baking_changes_no_answer_and_queries_keys_and_values_share_what_they_ar
     before = model(input_ids=ids).logits
     bake(model)
     torch.testing.assert_close(model(input_ids=ids).logits, before)
+
+
+def test_a_base_with_dropout_gives_the_same_each_time_and_leaves_the_random_numbers_alone() -> None:
+    def weight() -> torch.Tensor:
+        base = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, attn_pdrop=0.5))
+        base.load_state_dict(weights)
+        model = add_lora(base.requires_grad_(False).train(), SETTINGS)
+        state = torch.get_rng_state()
+        whiten(model, TEXTS, lambda: _autocast(model))
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.rand(3)
+        return model.get_submodule("base_model.model.transformer.h.1.mlp.c_fc.lora_A.default").weight
+
+    weights = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4)).state_dict()
+    assert torch.equal(weight(), weight())
+
+
+@pytest.mark.parametrize("value", [0.0, float("inf")])
+def test_a_layer_whose_inputs_say_nothing_stays_as_it_is(value: float) -> None:
+    model = add_lora(tiny_model(), SETTINGS)
+    model.get_submodule("base_model.model.model.layers.0.post_attention_layernorm").weight.fill_(value)
+    whiten(model, TEXTS, lambda: _autocast(model))
+    layer = model.get_submodule("base_model.model.model.layers.0")
+    assert not parametrize.is_parametrized(layer.mlp.up_proj.lora_A["default"])
+    assert parametrize.is_parametrized(layer.self_attn.q_proj.lora_A["default"])
 
 
 def test_without_retain_it_isn_t_there() -> None:

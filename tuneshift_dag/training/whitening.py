@@ -7,6 +7,7 @@ comes out, B and A P, is an ordinary LoRA.
 
 Steps in the null space of C alone: arXiv 2103.07113; the same for edits of single facts: arXiv 2410.02355."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -72,14 +73,19 @@ def whiten(model: Any, texts: Sequence[list[int]], autocast: Callable[[], Abstra
         if inputs[0] is not last[0]:  # queries, keys and values have one input
             rows = inputs[0].flatten(0, -2)
             rows = rows[places.to(rows.device)] if len(rows) == ids.numel() else rows  # of an expert its own
-            last[:] = inputs[0], Whitened(rows) if len(rows) else None
+            # A layer that gets nothing, or what has overflowed, says nothing of directions.
+            size = float(rows.float().square().sum())
+            last[:] = inputs[0], Whitened(rows) if 0 < size < math.inf else None
         if last[1] is not None:
             found.setdefault(layer, last[1])
 
     layers = [module for module in model.modules() if isinstance(module, Linear | Linear4bit)]
     hooks = [layer.register_forward_pre_hook(look) for layer in layers]
-    with model.disable_adapter(), autocast(), head_only_at(model, torch.tensor([0])):
-        model(input_ids=ids.to(device), use_cache=False)
+    # Some bases have dropout of their own: a training that goes on must begin as it did.
+    with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
+        torch.manual_seed(0)
+        with model.disable_adapter(), autocast(), head_only_at(model, torch.tensor([0])):
+            model(input_ids=ids.to(device), use_cache=False)
     for hook in hooks:
         hook.remove()
     for layer, whitened in found.items():
