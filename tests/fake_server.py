@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on 127.0.0.1 without a model: it answers what `tests.fakes.FakeEngine` answers.
+"""An OpenAI-compatible server on 127.0.0.1 without a model: it answers what `tests.fake_engine.FakeEngine` answers.
 
 It speaks the completions of vLLM or of llama.cpp, and fails as it is told to. Whatever it is asked is kept.
 """
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.fakes import FakeEngine
+from tests.fake_engine import FakeEngine
 from tuneshift_dag.method import Decoding, Response, Side
 
 END = "<|end|>"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import dagster as dg
 
-from tests.fakes import FakeEngine, FakeModels
+from tests.fake_engine import FakeEngine
+from tests.fakes import FakeModels
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.home import use_dagster_home
 from tuneshift_dag.runner import Runner

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.fakes import FakeEngine
+from tests.fake_engine import FakeEngine
 from tuneshift_dag.method import Decoding
 from tuneshift_dag.method.scoring import Cost, score_pairs
 from tuneshift_dag.store import Store

@@ -8,8 +8,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from tests.fake_engine import FakeEngine
 from tests.fake_server import FakeServer
-from tests.fakes import FakeEngine
 from tests.mutations import mutated_value
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.schema_models import ServedModel, Server

@@ -9,7 +9,7 @@ import pytest
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 
 from tests.conftest import Project, make_transfer_folder
-from tests.fakes import FakeEngine
+from tests.fake_engine import FakeEngine
 from tuneshift_dag.config.files import load_transfer
 
 Edit = Callable[[str, Any], None]

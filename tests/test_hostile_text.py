@@ -11,8 +11,9 @@ import polars as pl
 import pytest
 
 from tests.conftest import Project, Run, edit, write_jsonl
+from tests.fake_engine import FakeEngine
 from tests.fake_server import save_tokenizer
-from tests.fakes import FakeEngine, FakeModels
+from tests.fakes import FakeModels
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.method import Decoding, Response
 from tuneshift_dag.method.prompting import prompt_id

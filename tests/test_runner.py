@@ -15,7 +15,7 @@ import pytest
 from dagster import DagsterRunStatus
 
 from tests.conftest import Project
-from tests.fakes import FakeEngine
+from tests.fake_engine import FakeEngine
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.home import use_dagster_home
 from tuneshift_dag.resources.runs import PROCESS_TAG, close_dead_runs, process_tag, wait_for_pool

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from tests.conftest import Project, write_jsonl
-from tests.fakes import FakeEngine
+from tests.fake_engine import FakeEngine
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.method import SIDES, PromptFormat, Side

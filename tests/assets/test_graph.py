@@ -12,7 +12,7 @@ import pytest
 
 from tests import conftest
 from tests.conftest import Project, make_transfer_folder
-from tests.fakes import FakeEngine
+from tests.fake_engine import FakeEngine
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.assets.comparison import _candidates
 from tuneshift_dag.assets.filtered_dataset import _check_seeds

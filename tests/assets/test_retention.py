@@ -7,7 +7,7 @@ import dagster as dg
 import pytest
 
 from tests.conftest import Project
-from tests.fakes import FakeEngine
+from tests.fake_engine import FakeEngine
 from tuneshift_dag.assets.retention import chosen_scale
 from tuneshift_dag.config.schema import Evaluation
 from tuneshift_dag.method import Side

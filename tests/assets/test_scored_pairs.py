@@ -8,7 +8,7 @@ import pytest
 
 from tests.assets.test_graph import add_prompts, failure, materializations
 from tests.conftest import Project
-from tests.fakes import FakeEngine
+from tests.fake_engine import FakeEngine
 from tuneshift_dag.method import Decoding, Pair, Response, Side
 from tuneshift_dag.method.scoring import Cost
 

@@ -6,8 +6,8 @@ import dagster as dg
 import pytest
 
 from tests.conftest import Project, edit, write_jsonl
+from tests.fake_engine import FakeEngine
 from tests.fake_server import save_tokenizer
-from tests.fakes import FakeEngine
 from tuneshift_dag.assets.filtered_dataset import judge
 
 SEEDS = ["Fix:\n```python\nx = a_b[0]\n```", "Say:\n---\n  this"]

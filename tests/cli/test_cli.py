@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from tests.conftest import Project, Run
-from tests.fakes import FakeEngine, FakeModels
+from tests.fake_engine import FakeEngine
+from tests.fakes import FakeModels
 from tests.method.test_format_detection import Tuned
 from tuneshift_dag.cli.doctor import quantized_in_use
 from tuneshift_dag.config.files import load_transfer

@@ -19,8 +19,9 @@ import polars as pl
 import pytest
 
 from tests.conftest import Project
+from tests.fake_engine import FakeEngine
 from tests.fake_server import FakeServer, fail_first, save_tokenizer
-from tests.fakes import FakeEngine, FakeModels
+from tests.fakes import FakeModels
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.schema_models import ServedModel, Server
 from tuneshift_dag.engines.openai_client import OpenAIServer, ServedGenerator

@@ -20,7 +20,8 @@ import torch
 from tests.broken_engine import BrokenEngine
 from tests.conftest import Project
 from tests.engines.test_local import TRANSFER, smollm2
-from tests.fakes import FakeEngine, FakeModels
+from tests.fake_engine import FakeEngine
+from tests.fakes import FakeModels
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.config.schema_models import RayCluster

@@ -18,8 +18,8 @@ import pytest
 
 from tests.conftest import Project
 from tests.engines.test_openai import ServedModels
+from tests.fake_engine import FakeEngine
 from tests.fake_server import FakeServer, save_tokenizer
-from tests.fakes import FakeEngine
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.config.schema_models import Vllm

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tests.fakes import FakeEngine
+from tests.fake_engine import FakeEngine
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.method import Decoding, PromptFormat, Response, Side
 from tuneshift_dag.method.format_detection import Fit, best_fit, candidates, fits

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.fakes import FakeEngine
+from tests.fake_engine import FakeEngine
 from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.method.rehearsal import TOKENS, conversations, rehearsal_texts
 from tuneshift_dag.method.scoring import Cost

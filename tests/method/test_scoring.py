@@ -1,6 +1,6 @@
 import pytest
 
-from tests.fakes import FakeEngine
+from tests.fake_engine import FakeEngine
 from tuneshift_dag.method import Decoding, before_stop
 from tuneshift_dag.method.scoring import Cost, chunk_progress, generate, score, score_pairs
 from tuneshift_dag.store import Store

@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from tests.conftest import Run
-from tests.fakes import FakeEngine, FakeModels
+from tests.fake_engine import FakeEngine
+from tests.fakes import FakeModels
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.cli import rendering
 from tuneshift_dag.config.files import load_transfer

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import dagster as dg
 
-from tests.fakes import FakeEngine, FakeModels
+from tests.fake_engine import FakeEngine
+from tests.fakes import FakeModels
 from tuneshift_dag.config.files import find_transfers, load_transfer
 from tuneshift_dag.definitions import build_definitions
 from tuneshift_dag.home import database_file, transfers_dir

@@ -152,25 +152,29 @@ class Step:
         """A callback (done, total): a bar in a terminal, else at most one line in ten seconds."""
         started, tokens_before = time.monotonic(), self.cost.tokens
         bar = tqdm(desc=f"{self.round or self.asset}: {what}", disable=not sys.stderr.isatty(), leave=False)
+        first: tuple[int, float] | None = None
 
         def report(done: int, total: int) -> None:
+            nonlocal first
             bar.total = total
             bar.update(done - bar.n)
             bar.set_postfix(cached=self.cost.cache_hits)
             if done == total:
                 bar.close()
             clock = time.monotonic()
+            # What comes before the first results, such as loading a model, says nothing of how long the others take.
+            first = first or (done, clock)
+            before, since = first
             if done < total and clock - self._last_line < 10:
                 return
             self._last_line = clock
-            seconds = max(clock - started, 1e-9)
-            left = (total - done) * seconds / done if done else 0
-            tokens = (self.cost.tokens - tokens_before) / seconds
-            LOG.info(
-                f"{what}: {done}/{total}, {done / seconds:.1f}/s{f', {tokens:.0f} tokens/s' if tokens else ''},"
-                f" {left:.0f} s left, {self.cost.cache_hits} from the cache",
-                extra={"progress": True},
-            )
+            words = f"{what}: {done}/{total}"
+            if before < done or done == total:
+                seconds = max(clock - started, 1e-9)
+                tokens = (self.cost.tokens - tokens_before) / seconds
+                left = (total - done) * (clock - since) / max(1, done - before)
+                words += f", {done / seconds:.1f}/s{f', {tokens:.0f} tokens/s' if tokens else ''}, {left:.0f} s left"
+            LOG.info(f"{words}, {self.cost.cache_hits} from the cache", extra={"progress": True})
 
         return report
 
