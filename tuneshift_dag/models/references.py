@@ -11,6 +11,7 @@ GGUF can't be loaded in 4-bit by transformers, so it is converted once into a sa
 directory, whose name is the hash of the GGUF file. Models are loaded for use in ``loading.py``.
 """
 
+import gc
 import hashlib
 import importlib
 import importlib.metadata
@@ -379,6 +380,7 @@ def _convert_gguf(file: Path, folder: Path, key: str) -> None:
     from tuneshift_dag.models.capabilities import read_whole
 
     how = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+    gc.disable()  # a tokenizer is read as millions of arrays, and each collection looks at them all
     try:
         with _whole(folder) as unfinished:
             AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(unfinished)
@@ -389,3 +391,5 @@ def _convert_gguf(file: Path, folder: Path, key: str) -> None:
             f"{key}: {file} can't be converted ({type(error).__name__}: {told}). It is cut off, or of a family whose"
             " GGUF transformers can't read: download it again, or name the model that it was made from."
         ) from error
+    finally:
+        gc.enable()

@@ -18,6 +18,7 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch.nn.utils import parametrize
 
 from tuneshift_dag.training.batches import head_only_at
+from tuneshift_dag.training.processes import add_over_processes, own_share
 from tuneshift_dag.training.rehearsal import padded
 
 _TEXTS = 128
@@ -35,7 +36,7 @@ class Whitened(torch.nn.Module):
     """(in, in), or (in,) for a diagonal one, in the dtype that the model computes in."""
 
     def __init__(self, inputs: torch.Tensor) -> None:
-        """``inputs`` of the layer (tokens, in)."""
+        """``inputs`` of the layer (tokens, in). In a group every process has all of them, and multiplies its share."""
         super().__init__()
         tokens, width = inputs.shape
         with torch.autocast(inputs.device.type, enabled=False):
@@ -45,7 +46,9 @@ class Whitened(torch.nn.Module):
             if width > _WIDEST:
                 p = (energy + floor).rsqrt()
             else:
-                moment = (rows.T @ rows).div_(tokens)
+                own = rows[list(own_share(range(tokens)))]
+                moment = (own.T @ own).div_(tokens)
+                add_over_processes([moment])
                 moment.diagonal().add_(floor)
                 # Of its inverse any root will do, and this one takes the least time.
                 root, one = torch.linalg.cholesky(moment), torch.eye(width, device=rows.device)
