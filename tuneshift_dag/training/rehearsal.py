@@ -55,24 +55,23 @@ class HeldTo:
 class Rehearsal:
     """The texts of every step, drawn from a seed, and what the model predicted in them before the training."""
 
-    def __init__(self, texts: Sequence[list[int]], steps: int, seed: int) -> None:
-        """``texts`` are token ids, two or more of each, with what starts them."""
+    def __init__(self, texts: Sequence[list[int]], steps: int, seed: int, known: Sequence[Remembered] = ()) -> None:
+        """``texts`` are token ids, two or more of each, with what starts them; of the first ones it is ``known`` what
+        the model predicts."""
         rng = random.Random(seed)
         drawn = min(TEXTS, len(texts))
         self.steps = [rng.sample(range(len(texts)), 0 if step % EVERY else drawn) for step in range(steps)]
         self._texts = texts
-        self._known: dict[int, Remembered] = {}
+        self._known = dict(enumerate(known))
 
     def remember(self, model: Any, first: int, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
         """Compute what this process's share of the steps from number ``first`` on (from 0) needs; the model's adapter
         is off meanwhile."""
-        needed = sorted({text for step in self.steps[first:] for text in own_share(step)})
+        needed = sorted({text for step in self.steps[first:] for text in own_share(step)} - self._known.keys())
 
         def work(batch: list[int]) -> list[Remembered]:
-            texts = [self._texts[needed[i]] for i in batch]
             with autocast():
-                states = _head_inputs(model, texts)
-            return list(map(Remembered, texts, torch.split(states.cpu(), [len(text) - 1 for text in texts])))
+                return remembered(model, [self._texts[needed[i]] for i in batch])
 
         # The embeddings of a text, and as much again in every layer, are most of what a row takes.
         width = model.get_input_embeddings().weight.shape[1]
@@ -101,8 +100,8 @@ def padded(texts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.tensor([row * length + at for row, text in enumerate(texts) for at in range(len(text) - 1)])
 
 
-def _head_inputs(model: Any, texts: Sequence[list[int]]) -> torch.Tensor:
-    """What goes into the head at each token but the last of each text (N, width)."""
+def remembered(model: Any, texts: Sequence[list[int]]) -> list[Remembered]:
+    """What the model as it is predicts in each text."""
     ids, places = padded(texts)
     seen: list[torch.Tensor] = []
 
@@ -113,7 +112,8 @@ def _head_inputs(model: Any, texts: Sequence[list[int]]) -> torch.Tensor:
     head: torch.nn.Module = model.get_output_embeddings()
     with head_only_at(model, places), head.register_forward_pre_hook(keep):
         model(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
-    return seen[0].squeeze(0)
+    states = torch.split(seen[0].squeeze(0).cpu(), [len(text) - 1 for text in texts])
+    return list(map(Remembered, texts, states))
 
 
 def divergence(model: Any, texts: Sequence[Remembered]) -> torch.Tensor:

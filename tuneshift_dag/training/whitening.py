@@ -17,9 +17,8 @@ from peft.tuners.lora import Linear
 from peft.tuners.lora.bnb import Linear4bit
 from torch.nn.utils import parametrize
 
-from tuneshift_dag.training.batches import head_only_at
 from tuneshift_dag.training.processes import add_over_processes, own_share
-from tuneshift_dag.training.rehearsal import padded
+from tuneshift_dag.training.rehearsal import Remembered, padded, remembered
 
 _TEXTS = 128
 """Texts whose inputs are looked at, all in one pass."""
@@ -62,13 +61,15 @@ class Whitened(torch.nn.Module):
 
 
 @torch.no_grad()
-def whiten(model: Any, texts: Sequence[list[int]], autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+def whiten(
+    model: Any, texts: Sequence[list[int]], autocast: Callable[[], AbstractContextManager[Any]]
+) -> list[Remembered]:
     """The LoRA of every linear layer that ``texts`` (token ids, two or more of each) pass through. (That of experts
-    whose weights are one tensor stays as it is.)"""
-    ids, places = padded(texts[:_TEXTS])
+    whose weights are one tensor stays as it is.) What the model predicts in those that it has looked at."""
+    texts = texts[:_TEXTS]
+    ids, places = padded(texts)
     # A text's first token is always the same, and its inputs are many times as large as all others.
     places = places[places % ids.shape[1] > 0]
-    device = next(model.parameters()).device
     found: dict[Any, Whitened] = {}
     last: list[Any] = [None, None]
 
@@ -87,13 +88,14 @@ def whiten(model: Any, texts: Sequence[list[int]], autocast: Callable[[], Abstra
     # Some bases have dropout of their own: a training that goes on must begin as it did.
     with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
         torch.manual_seed(0)
-        with model.disable_adapter(), autocast(), head_only_at(model, torch.tensor([0])):
-            model(input_ids=ids.to(device), use_cache=False)
+        with model.disable_adapter(), autocast():
+            predicted = remembered(model, texts)
     for hook in hooks:
         hook.remove()
     for layer, whitened in found.items():
         (a,) = layer.lora_A.values()
         parametrize.register_parametrization(a, "weight", whitened)
+    return predicted
 
 
 def bake(model: torch.nn.Module) -> None:
