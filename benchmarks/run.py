@@ -20,6 +20,8 @@ BENCHMARKS = {
     "training_vs_trl": training.training_vs_trl,
     "filter": dataflow.filter_rows,
     "overhead": dataflow.overhead,
+    "scoring_vs_llamacpp": servers.scoring_vs_llamacpp,
+    "scoring_vs_vllm": servers.scoring_vs_vllm,
     "client_overhead": servers.client_overhead,
     "ray_vs_local": cluster.ray_vs_local,
     "writer_memory": cluster.writer_memory,
@@ -27,7 +29,9 @@ BENCHMARKS = {
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(BENCHMARKS)
+    # vLLM is large, and in an environment of its own.
+    usual = [name for name in BENCHMARKS if name != "scoring_vs_vllm" or servers.servers.VLLM_PYTHON]
+    names = sys.argv[1:] or usual
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     for name in names:
