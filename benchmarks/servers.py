@@ -23,13 +23,14 @@ from tuneshift_dag.resources import EngineResource
 
 CONCURRENCY = 32
 REQUESTS = 128
+ANSWERED = 64
 
 
 def scoring_vs_llamacpp() -> dict[str, Any]:
     """Both answers to each prompt, without cross scores, on as many threads: llama.cpp's server with the Q4_1 weights
     over the local engine with the same in nf4. (Their values differ by what each rounds to.)"""
     base, adapter = source_files()
-    engine = LocalEngine(base, adapter, "nf4", "auto", REQUESTS)
+    engine = LocalEngine(base, adapter, "nf4", "auto", ANSWERED)
     with _llama_cpp() as (_, _, server):
         return _anchor(server, engine)
 
@@ -51,7 +52,7 @@ def scoring_vs_vllm() -> dict[str, Any]:
     try:
         source = engines.source(replace(TRANSFER, config=config))
         # It ends a server of this process when it loads.
-        engine = LocalEngine(base, adapter, "none", "bfloat16", REQUESTS)
+        engine = LocalEngine(base, adapter, "none", "bfloat16", ANSWERED)
         assert engine.model is not None
         return {**_anchor(source, engine), "arguments": settings.extra_args}
     finally:
@@ -62,15 +63,15 @@ def _anchor(theirs: Any, ours: LocalEngine) -> dict[str, Any]:
     """How many times as long ``theirs`` takes, and the pairs that each answers in a second."""
 
     def answer(engine: Any) -> None:
-        ids = [engine.encode(prompt) for prompt in prompts(REQUESTS)]
+        ids = [engine.encode(prompt) for prompt in prompts(ANSWERED)]
         for side in SIDES:
-            assert sum(map(len, engine.generate(ids, side, GREEDY))) == REQUESTS
+            assert sum(map(len, engine.generate(ids, side, GREEDY))) == ANSWERED
 
     contestants = {"theirs": lambda: answer(theirs), "ours": lambda: answer(ours)}
     for run in contestants.values():
         run()
     times = interleaved(contestants, 3)
-    rates = {name: spread([REQUESTS / t for t in values]) for name, values in times.items()}
+    rates = {name: spread([ANSWERED / t for t in values]) for name, values in times.items()}
     return ratio(times["theirs"], times["ours"], pairs_per_second=rates)
 
 
