@@ -3,7 +3,6 @@ server engine costs on top of a server's own time."""
 
 import http.client
 import json
-import os
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -41,7 +40,7 @@ def scoring_vs_vllm() -> dict[str, Any]:
     settings = Vllm(
         command=(servers.VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server"),
         max_model_len=1024,
-        extra_args=tuple(os.environ.get("TUNESHIFT_VLLM_ARGUMENTS", "--enforce-eager").split()),
+        extra_args=("--enforce-eager",),
         concurrency=64,
     )
     models = TRANSFER.config.models.model_copy(update={"compute_dtype": "bfloat16"})
@@ -51,9 +50,8 @@ def scoring_vs_vllm() -> dict[str, Any]:
     engines = EngineResource()
     try:
         source = engines.source(replace(TRANSFER, config=config))
-        # It ends a server of this process when it loads.
         engine = LocalEngine(base, adapter, "none", "bfloat16", ANSWERED)
-        assert engine.model is not None
+        assert engine.model is not None  # loaded first: to load a model ends the server
         return {**_anchor(source, engine), "arguments": settings.extra_args}
     finally:
         engines.release()
