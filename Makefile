@@ -4,8 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Python compiles what it imports, which is a small part of what is installed: half of the installation's time.
-INSTALL := $(BIN)/pip install -q --no-compile -c constraints.txt
+INSTALL := $(BIN)/pip install -q -c constraints.txt
 SERVERS := .venv-servers
 DAGSTER_HOME ?= $(CURDIR)/.tuneshift/dagster
 export DAGSTER_HOME

@@ -63,7 +63,7 @@ def collect(batches: Iterator[list[tuple[int, Any]]]) -> list[Any]:
 
 def kill_during_batch(log: Path, number: int, killed: list[int]) -> None:
     """Kill the actor that starts on batch ``number`` (from 1), as soon as it has."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600  # of a busy machine, which starts a cluster in minutes
     while time.monotonic() < deadline:
         lines = log.read_text().splitlines() if log.exists() else []
         if len(lines) >= number:
