@@ -17,6 +17,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from tuneshift_dag import TuneshiftError
 
 T = TypeVar("T")
+Items = TypeVar("Items", bound=Sequence[Any] | torch.Tensor)
 # How long the messages of a process may wait, in seconds.
 _EVERY = 0.2
 
@@ -89,11 +90,12 @@ def is_first_process() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
-def own_share(items: Sequence[T]) -> Sequence[T]:
-    """What this process does of ``items``: all of them, or one of as many as the group has processes."""
+def own_share(items: Items) -> Items:
+    """What this process does of ``items`` (rows of a tensor): all of them, or one of as many shares as the group has
+    processes."""
     if not torch.distributed.is_initialized():
         return items
-    return items[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+    return items[torch.distributed.get_rank() :: torch.distributed.get_world_size()]  # type: ignore[return-value]
 
 
 def add_over_processes(tensors: list[torch.Tensor]) -> None:

@@ -45,7 +45,7 @@ class Whitened(torch.nn.Module):
             if width > _WIDEST:
                 p = (energy + floor).rsqrt()
             else:
-                own = rows[list(own_share(range(tokens)))]
+                own = own_share(rows)
                 moment = (own.T @ own).div_(tokens)
                 add_over_processes([moment])
                 moment.diagonal().add_(floor)
