@@ -164,7 +164,12 @@ def step_two(transfer: Transfer, found: pl.DataFrame) -> str:
     by_round = {
         column: [{"arm": f"`{arm}`", **shares(arm, column)} for arm in arms] for column in ("in_skill", "right")
     }
-    counts = found.group_by("arm", maintain_order=True).agg(pl.col("prompts").sum(), pl.col("kept").sum()).to_dicts()
+    counts = [
+        {"arm": f"`{arm}`", "prompts": prompts, "kept": kept}
+        for arm, prompts, kept in found.group_by("arm", maintain_order=True)
+        .agg(pl.col("prompts").sum(), pl.col("kept").sum())
+        .iter_rows()
+    ]
     differences = closed_loop.against_unfiltered(found, "in_skill", rounds[-1])
     told = [
         {"arm": f"`{arm}`", "minus `unfiltered`": f"{of.value:+.3f} ({of.low:+.3f} to {of.high:+.3f})"}

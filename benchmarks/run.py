@@ -30,7 +30,7 @@ BENCHMARKS = {
 
 def main() -> None:
     # vLLM is large, and in an environment of its own.
-    usual = [name for name in BENCHMARKS if name != "scoring_vs_vllm" or servers.servers.VLLM_PYTHON]
+    usual = [name for name in BENCHMARKS if name != "scoring_vs_vllm" or servers.VLLM_PYTHON]
     names = sys.argv[1:] or usual
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -23,6 +23,8 @@ from tuneshift_dag.resources import EngineResource
 CONCURRENCY = 32
 REQUESTS = 128
 ANSWERED = 64
+VLLM_PYTHON = servers.VLLM_PYTHON
+"""The Python that has vLLM; empty without one."""
 
 
 def scoring_vs_llamacpp() -> dict[str, Any]:
@@ -38,7 +40,7 @@ def scoring_vs_vllm() -> dict[str, Any]:
     """The same with vLLM, started as a user's step starts it, both in bfloat16. `TUNESHIFT_VLLM_PYTHON` names the
     Python that has it (`make test-servers` makes one)."""
     settings = Vllm(
-        command=(servers.VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server"),
+        command=(VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server"),
         max_model_len=1024,
         extra_args=("--enforce-eager",),
         concurrency=64,
