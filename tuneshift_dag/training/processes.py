@@ -1,9 +1,12 @@
 """A function in several processes of this machine that form one group, through accelerate, one for each GPU or all on
 the CPU. They find each other through a file, so nothing listens on a port that others could know."""
 
+import multiprocessing
 import os
 import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -65,9 +68,12 @@ def _arrived(inbox: Any) -> Iterator[Any]:
 
 
 def _process(rank: int, count: int, meeting_point: str, threads: int, outbox: Any, work: Any, arguments: Any) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ.update({name: str(number) for name, number in numbers.items()}, OMP_NUM_THREADS=str(threads))
+    if sys.platform == "linux":  # nobody else is to hear them, whatever the host's name leads to
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # Puts the process on its own GPU, and chooses NCCL there and Gloo on a CPU.
     PartialState(cpu=not torch.cuda.is_available(), init_method=meeting_point, rank=rank, world_size=count)
 
@@ -83,6 +89,15 @@ def _process(rank: int, count: int, meeting_point: str, threads: int, outbox: An
             outbox.send((True, result))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """A run that is killed takes its processes with it. While one waits for the others of its group, for up to half an
+    hour, it heeds none of the signals that it gets then."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def is_first_process() -> bool:
