@@ -78,12 +78,14 @@ def test_hostile_texts_come_through_unchanged_and_are_shown_as_text(
     lines = (tmp_path / "out" / "dataset.jsonl").read_text("utf-8").split("\n")[:-1]
     assert {json.loads(line)["messages"][0]["content"] for line in lines} == {prompt for prompt, _ in stored}
     card = (tmp_path / "out" / "adapter" / "README.md").read_text("utf-8")
+    assert not CONTROLS.search(card) and not CONTROLS.search((tmp_path / "out" / "README.md").read_text("utf-8"))
     listed = card.partition("Seeds:\n\n")[2].partition("\n\n## Use")[0]
     assert len(listed.split("\n")) == len(HOSTILE)
     assert not re.search(r"(?<!\\)[<`\[|*]|http:", listed)
     tables = shown_in_dagster(hostile)
     assert any("alert" in table for table in tables)
     for table in tables:
+        assert not CONTROLS.search(table), table
         assert not re.search(r"(?<!\\)[<`\[*]|http:", table), table
     for text in HOSTILE.values():
         code, out, err = tuneshift("lineage", "banking", prompt_id(text), "--down")

@@ -5,6 +5,7 @@ assets, and an `AssetObservation` of an external asset, which is how the loop re
 (Dagster 1.13). Reporting materializations instead would hide the staleness of the round (dagster issue 26162).
 """
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tuneshift_dag.assets.filtered_dataset import build_refilter_job
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import load_all
 from tuneshift_dag.home import database_file, transfers_dir
+from tuneshift_dag.reports import fenced
 from tuneshift_dag.resources import EngineResource, StoreResource
 from tuneshift_dag.resources.runs import close_dead_runs
 from tuneshift_dag.store import Store
@@ -55,9 +57,9 @@ def _broken(name: str, problem: str) -> dg.AssetSpec:
     """What stands in the group of a transfer that can't be read: it costs its own group, and no other."""
     return dg.AssetSpec(
         dg.AssetKey([name, "transfer_yaml"]),
-        group_name=name,
+        group_name=re.sub(r"[^A-Za-z0-9_]", "_", name),
         owners=OWNERS,
-        description=f"This transfer can't be read. Repair it, then reload the definitions:\n\n```\n{problem}\n```",
+        description=f"This transfer can't be read. Repair it, then reload the definitions:\n\n{fenced(problem)}",
     )
 
 

@@ -47,7 +47,8 @@ def _folder(variable: str, otherwise: Path) -> Path:
     try:
         folder = (Path(given) if given else otherwise).expanduser().resolve()
         usable = folder.is_dir() or not folder.exists()
-    except (OSError, RuntimeError) as error:  # a name that is too long; there is no such user
+        str(folder).encode()  # which DuckDB wants
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name; there is no such user; not UTF-8
         raise TuneshiftError(
             f"{variable} {given!r}: {str(error).rstrip('.')}. Name a folder, or unset the variable."
         ) from error

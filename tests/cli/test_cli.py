@@ -163,6 +163,14 @@ class TestErrors:
         assert (status, out) == (1, "")
         assert err == (f"error: There is no transfer 'bankin' in {transfer_folder.parent} (there: banking).\n")
 
+    @pytest.mark.parametrize("name", ["n" * 300, "x/" * 3000])
+    def test_a_name_that_no_folder_can_have(self, tuneshift: Run, transfer_folder: Path, name: str) -> None:
+        for words in (["report", name], ["lineage", name, "x"], ["sweep", "banking", "--truth", f"{name}.jsonl"]):
+            status, out, err = tuneshift(*words)
+            assert (status, out) == (1, "") and err.startswith("error: ") and "Traceback" not in err
+        status, _, err = tuneshift("new", name)
+        assert status == 1 and "Traceback" not in err
+
     @pytest.mark.parametrize("command", ["run", "report"])
     def test_broken_yaml(self, tuneshift: Run, transfer_folder: Path, command: str) -> None:
         (transfer_folder / "transfer.yaml").write_text("source: [")
@@ -406,6 +414,18 @@ class TestExport:
         }  # fmt: skip
         assert not (to / "adapter" / "stale.bin").exists()
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    def test_names_of_files_are_no_markup(
+        self, tuneshift: Run, done: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("out[/b]", "out[red]x", "[link=http:x]y"):
+            status, out, err = tuneshift("export", "banking", "--to", str(tmp_path / name))
+            assert status == 0, err
+            assert out.splitlines()[0] == str(tmp_path / name / "adapter")
+        done.store.path.parent.rename(tmp_path / "h[/b]")
+        monkeypatch.setenv("TUNESHIFT_HOME", str(tmp_path / "h[/b]"))
+        status, _, err = tuneshift("run", "banking")
+        assert status == 0 and f"{tmp_path / 'h[/b]'}/output/banking/" in err
 
     def test_an_error_leaves_no_half_folder(self, tuneshift: Run, done: Project, tmp_path: Path) -> None:
         (tmp_path / "file").touch()

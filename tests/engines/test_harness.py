@@ -148,6 +148,8 @@ REACHES_OUT = "{{ cycler.__init__.__globals__.os.mkdir('ran') or '' }}{{prompt}}
         ("outside", "doc_to_text: !function evil.run\n", "outside, line 1: it names the function"),
         ("tasks/other.yaml", "metric_list: [{metric: ./evil}]\n", r"metric: \./evil isn't the harness's own"),
         ("tasks/other.yaml", "metric_list: [{metric: acc, hf_evaluate: true}]\n", "hf_evaluate: true isn't"),
+        ("tasks/other.yaml", "metric_list: [{<<: {metric: ./evil}, aggregation: mean}]\n", r"metric: \./evil isn't"),
+        ("tasks/other.yaml", "metric_list: [{<<: [{metric: acc}, {hf_evaluate: true}]}]\n", "hf_evaluate: true isn't"),
     ],
 )
 def test_files_that_bring_code_are_refused_unless_that_is_allowed(

@@ -378,7 +378,7 @@ def test_a_chat_generator_sends_a_message_and_a_text_generator_the_text(serve):
     sampling = Decoding(99, temperature=1.0, top_k=0, top_p=0.9)
     for chat in (True, False):
         generator = ServedGenerator(OpenAIServer(Server(base_url=server.url), "generator.server"), "base", chat)
-        request = generator.encode(generator.render_chat("Generate more 🂡:\n1. seed"), templated=chat)
+        request = (generator.chat_ids if chat else generator.encode)("Generate more 🂡:\n1. seed")
         (response,) = collect(generator.generate([request], "base", sampling, seeds=[7]))
         assert response.text.startswith("1. Is ")
         assert (response.token_ids, math.isnan(response.sum_logprob)) == ([], True)
@@ -518,11 +518,24 @@ def test_the_api_key_is_sent_and_written_nowhere(serve, served_project, monkeypa
     assert [file for file in files if KEY.encode() in file.read_bytes()] == []
 
 
-def test_another_services_key_is_not_sent(serve, tokenizer, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+def test_what_the_environment_holds_for_another_service_is_not_sent(serve, tokenizer, monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, KEY)
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"X-Secret: {KEY}\nAuthorization: Bearer {KEY}")
+    monkeypatch.setenv("MY_KEY", "mine")
     server = serve()
-    preflight(source(server.url, tokenizer), TEXTS[:1])
-    assert all(KEY not in str(headers) for headers in server.headers)
+    preflight(source(server.url, tokenizer, api_key_env="MY_KEY"), TEXTS[:1])
+    assert server.headers and all(KEY not in str(headers) for headers in server.headers)
+    assert {headers.get("authorization") for headers in server.headers} == {"Bearer mine"}
+
+
+def test_no_proxy_is_asked_for_this_machine(serve, tokenizer, monkeypatch):
+    proxy, server = serve(), serve()
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, proxy.url.removesuffix("/v1"))
+    monkeypatch.setenv("MY_KEY", KEY)
+    preflight(source(server.url, tokenizer, api_key_env="MY_KEY"), TEXTS[:1])
+    assert server.headers and not proxy.headers
 
 
 def test_a_missing_key_is_named_by_its_variable(monkeypatch):

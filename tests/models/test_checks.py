@@ -94,6 +94,23 @@ class TestWeights:
         (model / "model.safetensors.index.json").write_text("{}")
         assert "has no weight_map" in refusal(model)
 
+    @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "chat_template.jinja"])
+    @pytest.mark.parametrize("kind", ["model", "adapter"])
+    def test_that_are_links_to_somewhere_else_are_refused(
+        self, model: Path, adapter: Path, tmp_path: Path, kind: str, name: str
+    ) -> None:
+        folder = model if kind == "model" else adapter
+        (tmp_path / "private").write_text("{}")
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(tmp_path / "private")
+        assert f"{folder / name} is a link to {tmp_path / 'private'}" in refusal(folder, kind)
+
+    def test_that_are_links_within_are_read(self, model: Path, tmp_path: Path) -> None:
+        (model / "config.json").rename(model / "settings.json")
+        (model / "config.json").symlink_to("settings.json")
+        (tmp_path / "named").symlink_to(model)
+        check(tmp_path / "named")
+
     @pytest.mark.parametrize(
         ("content", "told"), [(POINTER, "git-lfs pointer"), (b"", "is empty"), (b"PK\x03\x04", "no GGUF file")]
     )
@@ -231,6 +248,7 @@ class TestAdapters:
             ({"bias": "all"}, "bias 'all': the biases"),
             ({"bias": "lora_only"}, "stay in the base when the adapter is switched off"),
             ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication [[0, 2], [1, 3]], which changes the base"),
+            ({"alora_invocation_tokens": [5, 7]}, "alora_invocation_tokens [5, 7], so it isn't applied to"),
             ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
             ({"init_lora_weights": "PiSSA_niter_16"}, "'pissa_niter_16', which takes from the base's weights"),
             ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),

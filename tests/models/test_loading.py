@@ -1,5 +1,6 @@
 """One load, one role: a load that was used for inference must not be trained."""
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from tuneshift_dag.models.loading import (
     dtype_name,
     load_for_inference,
     load_for_training,
+    load_tokenizer,
     pack,
 )
 from tuneshift_dag.models.references import ModelFiles, resolve_model
@@ -241,7 +243,7 @@ class TestChoices:
 
     def test_without_a_gpu_nothing_is_placed(self, asked: list[dict[str, Any]]) -> None:
         model_loading._read(HERE, "sdpa", "none", torch.bfloat16, model_loading._device_map("auto"))
-        assert asked == [{"dtype": torch.bfloat16, "attn_implementation": "sdpa"}]
+        assert asked == [{"dtype": torch.bfloat16, "output_attentions": False, "attn_implementation": "sdpa"}]
 
     def test_on_gpus_it_is_spread_and_quantized_twice(self, gpus: None, asked: list[dict[str, Any]]) -> None:
         model_loading._load(self.FILES, "nf4", torch.bfloat16, "auto")
@@ -262,3 +264,15 @@ class TestChoices:
         self.full = True
         with pytest.raises(TuneshiftError, match=r"someone/base doesn't fit .* 2 GPU\(s\): 1 of .*quantization: nf4"):
             model_loading._load(self.FILES, "none", torch.bfloat16, "auto")
+
+
+def test_code_that_comes_with_a_tokenizer_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is anybody asked whether it may."""
+    folder = tiny_checkpoint("llama", tmp_path / "base")
+    settings = {"auto_map": {"AutoTokenizer": ["evil.Tok", None]}, "tokenizer_class": "Tok"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nclass Tok: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *said: "y")
+    with contextlib.suppress(TuneshiftError):  # one that needs its code can't be used; others may
+        load_tokenizer(ModelFiles("x", folder, "y"))
+    assert not (tmp_path / "ran").exists()

@@ -184,7 +184,8 @@ def test_what_a_loss_of_power_left_half_written_is_named_with_its_repair(store):
     content[middle : middle + 512] = bytes(512)
     store.file.wal.write_bytes(content)
     with pytest.raises(
-        TuneshiftError, match=r"can't be opened .* a loss of power .*: truncate -s \d+ '.*\.wal'$"
+        TuneshiftError,
+        match=r"can't be opened .* a loss of power .*: truncate -s \d+ '.*\.wal' && rm -f '.*\.wal-is-due'$",
     ) as error:
         seed_ids(store)
     assert store.file.wal.read_bytes() == content
@@ -211,6 +212,44 @@ def test_a_missing_wal_is_named_and_what_is_there_is_not_begun_anew(store, check
         seed_ids(store)
     store.path.with_name(f"{store.path.name}.wal-is-due").unlink()
     assert seed_ids(store) == []
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "an older copy"])
+def test_a_wal_that_isn_t_whole_is_named(store, damage):
+    store.replace("transfer", SEED_SET, seeds("a"))
+    older = store.file.wal.read_bytes()
+    store.replace("transfer", SEED_SET, seeds("a", "b", "c"))
+    whole = store.file.wal.read_bytes()
+    store.file.wal.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "an older copy": older}[damage])
+    for again in (store, Store(store.path)):
+        with pytest.raises(TuneshiftError, match=rf"\.wal has \d+ of {len(whole)} bytes.*Put it back.*wal-is-due"):
+            seed_ids(again)
+    store.file.wal.write_bytes(whole)
+    assert seed_ids(store) == ["a", "b", "c"]
+
+
+def test_a_wal_lies_beside_the_file_that_a_link_leads_to(store, tmp_path):
+    store.replace("transfer", SEED_SET, seeds("a"))
+    link = tmp_path / "links" / "tuneshift.duckdb"
+    link.parent.mkdir()
+    link.symlink_to(store.path)
+    linked = Store(link)
+    linked.replace("transfer", SEED_SET, seeds("a", "b"))
+    assert list(link.parent.iterdir()) == [link] and linked.file.wal == store.file.wal
+    store.file.wal.unlink()
+    with pytest.raises(TuneshiftError, match=r"\.wal is missing"):
+        seed_ids(Store(link))
+
+
+@pytest.mark.parametrize("made", ["CREATE TABLE transfers (x INT)", "CREATE VIEW transfers AS SELECT 1"])
+def test_another_programs_database_is_left_alone(tmp_path, made):
+    path = tmp_path / "tuneshift.duckdb"
+    with duckdb.connect(str(path)) as connection:
+        connection.execute(made)
+    before = path.read_bytes()
+    with pytest.raises(TuneshiftError, match=r"another program's database: it holds 'transfers'.*TUNESHIFT_HOME"):
+        Store(path).replace("transfer", SEED_SET, seeds("a"))
+    assert path.read_bytes() == before
 
 
 def test_a_wal_that_another_program_took_in_is_not_missed(store, tmp_path):

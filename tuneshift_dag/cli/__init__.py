@@ -91,7 +91,7 @@ def make_transfer(
     if scaffold.missing(answers) and sys.stdin.isatty():
         answers = scaffold.ask_for_the_rest(answers)
     made = scaffold.create(transfers_dir(), name, answers)
-    rendering.out.print(str(made.folder), soft_wrap=True, highlight=False)
+    rendering.line(str(made.folder), rendering.out)
     heldout_note = f"{len(made.heldout)} held-out pairs" if made.heldout else "no held-out file, so no evaluation"
     rendering.err.print(f"{len(made.seeds)} seeds, {heldout_note}. Next:", highlight=False)
     rendering.commands(
@@ -193,7 +193,7 @@ def sweep(
         picture.parent.mkdir(parents=True, exist_ok=True)
         picture.write_bytes(plots.precision_recall(found["pools"]))
         rendering.as_json(found) if as_json else rendering.truth(found)
-        rendering.err.print(f"Picture: {picture}", soft_wrap=True)
+        rendering.line(f"Picture: {picture}")
         return
     if off_skill:
         raise TuneshiftError("--off-skill needs --truth: a file that says which prompts are off the skill.")
@@ -219,7 +219,7 @@ def compare(transfer: TransferName, as_json: AsJsonList = False) -> None:
     rows = summary.comparison(_store(), loaded)
     rendering.as_json(rows) if as_json else rendering.comparison(rows)
     if not as_json:
-        rendering.err.print(f"Picture: {output_dir(loaded.name) / 'comparison.png'}", soft_wrap=True)
+        rendering.line(f"Picture: {output_dir(loaded.name) / 'comparison.png'}")
 
 
 @app.command()
@@ -255,9 +255,9 @@ def export(
     from tuneshift_dag.reports.export import push as upload
 
     for path in write(_store(), _load(transfer), to, merged):
-        rendering.out.print(str(path), soft_wrap=True)
+        rendering.line(str(path), rendering.out)
     if push:
-        rendering.out.print(upload(to / ("merged" if merged else "adapter"), push), soft_wrap=True)
+        rendering.line(upload(to / ("merged" if merged else "adapter"), push), rendering.out)
 
 
 @cache_app.command("stats")
@@ -338,8 +338,8 @@ def _store() -> Any:
 def _load(name: str) -> "Transfer":
     from tuneshift_dag.config.files import find_transfers, load_transfer
 
-    folder = Path(name) if (Path(name) / "transfer.yaml").is_file() else transfers_dir() / name
-    if not folder.is_dir():
+    folder = Path(name) if os.path.isfile(Path(name) / "transfer.yaml") else transfers_dir() / name
+    if not os.path.isdir(folder):  # which is no error for a name that no file could have
         known = ", ".join(f.name for f in find_transfers(transfers_dir())) or "none"
         raise TuneshiftError(f"There is no transfer {name!r} in {transfers_dir()} (there: {known}).")
     return load_transfer(folder)
@@ -375,6 +375,6 @@ def _runner(transfer: "Transfer") -> Any:
         rendering.err.print(f"[bold]{asset}[/bold]{place}", highlight=False)
 
     def tell(line: str) -> None:
-        rendering.err.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+        rendering.line(f"  {line}")
 
     return Runner(transfer, instance, on_step=announce, on_line=tell)

@@ -162,7 +162,7 @@ def _loaded(transfer: Transfer, missing: Mapping[str, str]) -> Iterator[Finding]
             yield Finding(what, None, f"{asked}: the server applies its own chat template")
         else:
             told = f"{generator.model} has a chat template"
-            yield _tried(what, lambda: engines.generator(transfer).render_chat(""), told)
+            yield _tried(what, lambda: engines.generator(transfer).chat_ids(""), told)
     if "source.base" not in missing and transfer.config.source.tuned[0] not in missing:
         what, format = f"{transfer.name} preflight", transfer.config.source_format
         try:

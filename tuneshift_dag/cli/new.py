@@ -20,7 +20,7 @@ from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer, examples, files
 from tuneshift_dag.config.examples import Rows
 from tuneshift_dag.config.schema_models import Mode
-from tuneshift_dag.models.checks import check_adapter_folder
+from tuneshift_dag.models.checks import check_adapter_folder, check_links
 from tuneshift_dag.models.references import TOKENIZER_FILES, Reference, hub_id_of, is_hub_id
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES)
@@ -90,14 +90,8 @@ def create(root: Path, name: str, given: Answers) -> Transfer:
                 _write_jsonl(made / "heldout.jsonl", pairs, heldout_rows)
             if copied:
                 (made / "adapter").mkdir()
-                # A snapshot in the hub's cache holds links into the cache's folder of the repository.
-                home = copied.parents[1] if copied.parent.name == "snapshots" else copied
+                check_links(copied, f"--adapter {given.adapter}")
                 for file in (name for name in _ADAPTER_FILES if (copied / name).is_file()):
-                    if not (copied / file).resolve().is_relative_to(home):
-                        raise TuneshiftError(
-                            f"--adapter {given.adapter}: {file} is a link to {(copied / file).resolve()}, which isn't"
-                            " copied. Put the file itself there, or give --no-copy-adapter."
-                        )
                     shutil.copyfile(copied / file, made / "adapter" / file)
             try:
                 files.load_transfer(made)
@@ -149,7 +143,7 @@ def check_name(root: Path, name: str) -> Path:
         better = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "my_skill"
         better = f"{better}_skill" if files.name_problem(better) else better
         raise TuneshiftError(f"NAME {name!r}: {problem}. Take one such as {better!r}.")
-    if (root / name).exists():
+    if os.path.lexists(root / name):
         raise TuneshiftError(f"{root / name} exists already, and nothing is overwritten. Choose another NAME.")
     for other in root.glob("*/transfer.yaml"):
         if other.parent.name.lower() == name.lower():

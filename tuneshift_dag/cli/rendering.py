@@ -4,7 +4,6 @@ Results go to `out` (standard output), progress and messages to `err` (standard 
 """
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,11 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from tuneshift_dag import visible
+
 if TYPE_CHECKING:
     from tuneshift_dag.cli.doctor import Finding
     from tuneshift_dag.reports.lineage import Prompt
-
-# What would move the cursor, change colours or titles, or turn the order of letters around.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class _Console(Console):
@@ -28,11 +26,7 @@ class _Console(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(_CONTROLS.sub(_number, segment.text), segment.style)
-
-
-def _number(control: re.Match[str]) -> str:
-    return f"\\x{ord(control[0]):02x}"
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
 out = _Console()
@@ -48,6 +42,11 @@ def as_json(found: Any) -> None:
 def message(kind: str, color: str, text: str, console: Console = err) -> None:
     """One line. A text may hold square brackets, such as a template's [/INST]."""
     console.print(f"[{color}]{kind}:[/{color}] ", end="")
+    line(text, console)
+
+
+def line(text: str, console: Console = err) -> None:
+    """As it is: names of files and models' texts may hold square brackets."""
     console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
@@ -88,7 +87,7 @@ def after_run(name: str, output: Path) -> None:
     """What to look at after a run: its pictures, and the commands that go on."""
     pictures = [f"  {file}" for file in (output / f"{name}.png" for name in _PICTURES) if file.is_file()]
     if pictures:
-        err.print("Pictures:", *pictures, sep="\n", soft_wrap=True, highlight=False)
+        line("\n".join(["Pictures:", *pictures]))
     err.print("Next:")
     commands(
         (f"tuneshift report {name}", "these figures again"),
@@ -262,5 +261,5 @@ def _and_elsewhere(line: Text, repeated: bool) -> Text:
 
 def finding(found: "Finding") -> None:
     mark = {True: "[green]ok[/green]  ", None: "[yellow]note[/yellow]", False: "[red]fix[/red] "}[found.ok]
-    out.print(f"{mark} {found.what}: ", end="")
-    out.print(found.detail, markup=False, soft_wrap=True)
+    out.print(f"{mark} ", end="")
+    out.print(f"{found.what}: {found.detail}", markup=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ def read_text(file: Path) -> str:
 
 def read_jsonl(file: Path, shape: str) -> Rows:
     """(position, row) of every line; the position is for messages, and so is ``shape``, an example of a line."""
-    if not file.is_file():
+    if not os.path.isfile(file):  # which is no error for a name that no file could have
         raise TuneshiftError(f"{file} doesn't exist. Write one line of {shape} for each example.")
     rows = []
     for number, line in enumerate(read_text(file).split("\n"), 1):
@@ -181,8 +182,8 @@ def with_system(config: TransferConfig, rows: Rows, file: Path) -> TransferConfi
             raise TuneshiftError(f"{first}: {problem} ({config.source_format.key} in {file}).") from error
         source = config.source.model_copy(update={"prompt": prompt})
         config = config.model_copy(update={"source": source, "prompt_template": None})
-    for given, format in ((config.source.prompt, config.source_format), (config.target.prompt, config.target_format)):
-        if given and "{system}" in (format.template or "") and format.system is None:
+    for format in (config.source_format, config.target_format):
+        if "{system}" in (format.template or "") and format.system is None:
             raise TuneshiftError(
                 f"{file}: {format.key}: {format.template!r} holds {{system}}, and there is no system message. Give one"
                 " in source.prompt.system, or remove {system}."

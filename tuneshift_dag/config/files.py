@@ -35,6 +35,7 @@ from tuneshift_dag.models.references import Kind, Reference, hub_id_of
 # Schemas and catalogs that there are in every database of ours (its file is tuneshift.duckdb).
 _DUCKDBS_OWN = {"cache", "main", "temp", "system", "tuneshift", "information_schema", "pg_catalog"}
 # Keys and a rule that an old transfer.yaml may have, and why they are gone.
+_LONGEST_NAME = 100
 _TAKEN_OUT = {
     "ifd": "it kept no better pairs, for more scores",
     "filter.target": "it was never shown to help",
@@ -139,6 +140,8 @@ def name_problem(name: str) -> str:
     """Why a transfer can't have this name, which is that of its schema in the database; empty if it can."""
     if not re.fullmatch(r"[A-Za-z0-9_]+", name):
         return "letters, digits and underscores only"
+    if len(name) > _LONGEST_NAME:
+        return f"{_LONGEST_NAME} characters at most"
     return f"the database has something of its own named {name!r}" if name.lower() in _DUCKDBS_OWN else ""
 
 
@@ -150,7 +153,10 @@ def is_same_base(reference: str, other: str) -> bool:
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(path.parent for path in root.glob("*/transfer.yaml"))
+    try:
+        return sorted(path.parent for path in root.glob("*/transfer.yaml"))
+    except OSError as error:
+        raise TuneshiftError(f"{root} can't be read ({error.strerror}). Correct its permissions.") from error
 
 
 def _refuse_twin(folder: Path, others: list[Path]) -> None:

@@ -119,6 +119,7 @@ class _TaskFile(_YAML):  # type: ignore[misc]
     """Reads a task file up to what the harness would run of it."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        self.flatten_mapping(node)  # `<<` brings keys of another mapping
         for key, value in node.value:
             # Those that the harness hasn't are scripts, of a folder or of the hub.
             unknown = key.value == "metric" and str(value.value) not in metric_registry

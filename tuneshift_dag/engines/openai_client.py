@@ -22,6 +22,7 @@ T = TypeVar("T")
 Work = Callable[["Requests", int], Awaitable[T]]
 # Raised by hand when a change to the requests changes what a model answers.
 _ENGINE_VERSION = "openai-1"
+_KEY = "authorization"
 # What the client sends when there is no key.
 _NO_KEY = "EMPTY"
 # Results wait at most this long to be stored: what a killed run loses.
@@ -97,13 +98,7 @@ class OpenAIServer:
                 finished.append((i, await work(requests, i)))
 
         started = time.monotonic()
-        async with openai.AsyncOpenAI(
-            api_key=self._api_key,
-            base_url=self.settings.base_url,
-            timeout=self.settings.timeout_seconds,
-            max_retries=self.settings.max_retries,
-            http_client=self.http_client(),
-        ) as client:
+        async with self._client() as client:
             requests = Requests(client, self, totals)
             workers = asyncio.gather(*(worker(requests) for _ in range(min(count, self.settings.concurrency))))
             while not workers.done():
@@ -114,9 +109,21 @@ class OpenAIServer:
                     yield batch
             workers.result()
 
-    def http_client(self) -> Any:
-        """What carries the requests, for one stream of them; None for the client's own."""
-        return None
+    def _client(self) -> openai.AsyncOpenAI:
+        """For one stream of requests. The environment's variables for OpenAI are another server's secrets."""
+        lines = os.environ.get("OPENAI_CUSTOM_HEADERS", "").splitlines()
+        headers: dict[str, Any] = {line.partition(":")[0].strip(): openai.Omit() for line in lines}
+        client = openai.AsyncOpenAI(
+            api_key=self._api_key,
+            base_url=self.settings.base_url,
+            timeout=self.settings.timeout_seconds,
+            max_retries=self.settings.max_retries,
+            default_headers=headers | {name: f"Bearer {self._api_key}" for name in headers if name.lower() == _KEY},
+            # A proxy isn't to be asked for this machine, and would be told the key.
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=False) if self.settings.is_here else None,
+        )
+        client.organization = client.project = None
+        return client
 
     def explain(self, error: openai.APIError, asked: str) -> TuneshiftError:
         """One message for what went wrong with the request that was ``asked``, with the repair, and without the API
@@ -240,8 +247,8 @@ class ServedGenerator(PromptWriter):
     def encode(self, text: str, templated: bool = False) -> list[int]:
         return list(map(ord, text))
 
-    def render_chat(self, message: str) -> str:
-        return message
+    def chat_ids(self, message: str) -> list[int]:
+        return self.encode(message)
 
     def generate(
         self, prompts: Sequence[list[int]], side: Side, decoding: Decoding, seeds: Sequence[int] | None = None

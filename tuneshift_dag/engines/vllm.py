@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import openai
 
@@ -84,10 +84,6 @@ class VllmServer(OpenAIServer):
         if self._process is None or self._process.ended() is not None:
             self._process = self._start()
         yield from super().stream(what, count, work)
-
-    def http_client(self) -> Any:
-        # A proxy of the environment isn't to be asked for this machine, and would be told the key.
-        return openai.DefaultAsyncHttpxClient(trust_env=False)
 
     def explain(self, error: openai.APIError, asked: str) -> TuneshiftError:
         broken = isinstance(error, openai.APIConnectionError | openai.InternalServerError)

@@ -45,6 +45,10 @@ _EXPONENTS = {
     "F32": ("<u4", 0x7F800000),
     "F64": ("<u8", 0x7FF0 << 48),
 }
+_CHANGES_BASE = "which changes the base also when the adapter is switched off"
+_NO_SWITCH = dict.fromkeys(("layer_replication", "kasa_config"), _CHANGES_BASE) | {
+    "alora_invocation_tokens": "so it isn't applied to what stands before them"
+}
 _WHOLE_MODEL = "merge it into its base and name the whole model as source.fine_tuned"
 
 
@@ -78,6 +82,15 @@ def check_model_folder(path: Path, key: str) -> None:
             f"{key}: {path} holds no tokenizer. Save its base's with"
             " `AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)`."
         )
+
+
+def check_links(path: Path, key: str) -> None:
+    """Of any folder: none of its files is a link to one outside, which isn't this model's. (A snapshot in the hub's
+    cache holds links into the cache's folder of the repository.)"""
+    home = path.resolve().parents[1] if path.resolve().parent.name == "snapshots" else path.resolve()
+    for file in path.iterdir():
+        if file.is_symlink() and not file.resolve().is_relative_to(home):
+            raise TuneshiftError(f"{key}: {file} is a link to {file.resolve()}, outside. Put the file itself there.")
 
 
 def check_config(file: Path, key: str) -> None:
@@ -230,7 +243,7 @@ def tensors_of(file: Path, key: str) -> tuple[int, dict[str, Any]]:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether an adapter's folder holds a tokenizer of its own."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
 
 
 def embedding_rows(folder: Path, key: str) -> int | None:
@@ -349,12 +362,9 @@ def _adapter_problem(config: dict[str, Any]) -> str:
             f"bias {bias!r}: the biases that were trained stay in the base when the adapter is switched off. Train it"
             f" with bias 'none', or {_WHOLE_MODEL}."
         )
-    for setting in ("layer_replication", "kasa_config"):
+    for setting, why in _NO_SWITCH.items():
         if config.get(setting):
-            return (
-                f"{setting} {config[setting]!r}, which changes the base also when the adapter is switched off. Train it"
-                f" without, or {_WHOLE_MODEL}."
-            )
+            return f"{setting} {config[setting]!r}, {why}. Train it without, or {_WHOLE_MODEL}."
     start = str(config.get("init_lora_weights", True)).lower()
     if start in _HARMLESS_STARTS:
         return ""

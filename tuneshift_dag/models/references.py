@@ -208,6 +208,8 @@ class Reference:
         return [p for p in path.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"] + tokenizer
 
     def _check_folder(self, path: Path) -> None:
+        if path.is_dir():
+            checks.check_links(path, self.key)
         if self.kind == "adapter":
             checks.check_adapter_folder(path, self.key)
             _once(checks.check_finite, path / "adapter_model.safetensors", self.key)
@@ -380,6 +382,7 @@ def _convert_gguf(file: Path, folder: Path, key: str) -> None:
     from tuneshift_dag.models.capabilities import read_whole
 
     how = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+    collects = gc.isenabled()
     gc.disable()  # a tokenizer is read as millions of arrays, and each collection looks at them all
     try:
         with _whole(folder) as unfinished:
@@ -392,4 +395,5 @@ def _convert_gguf(file: Path, folder: Path, key: str) -> None:
             " GGUF transformers can't read: download it again, or name the model that it was made from."
         ) from error
     finally:
-        gc.enable()
+        if collects:
+            gc.enable()

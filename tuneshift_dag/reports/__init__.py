@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tuneshift_dag import visible
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.schema import Evaluation
 from tuneshift_dag.method.statistics import DIFFERENCE, DISCORDANCE, bootstrap_share, compared, prompts_needed
@@ -112,8 +113,14 @@ def describe_filter(transfer: Transfer) -> str:
 
 def escape_markdown(text: str) -> str:
     """A prompt or response as Markdown that shows it as it is, on one line: no links, pictures, HTML or lists."""
-    line = re.sub(r"\s*[\n\r]\s*", " ⏎ ", text.strip())
+    line = visible(re.sub(r"\s*[\n\r]\s*", " ⏎ ", text.strip()))
     return re.sub(r"([\\`*_\[\]<>#|~&$@]|!(?=\[)|:(?=//)|(?<=www)\.|^[-+=]|(?<=^\d)[.)]|(?<=^\d\d)[.)])", r"\\\1", line)
+
+
+def fenced(text: str) -> str:
+    """A text as a code block of Markdown, whatever stands in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{visible(text)}\n{fence}"
 
 
 def comparison(store: Store, transfer: Transfer) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """``tuneshift export``: the adapter and the dataset, each with a card that says where it came from."""
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,13 +11,13 @@ import polars as pl
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.method.evaluation import TITLES
-from tuneshift_dag.models.capabilities import end_ids
+from tuneshift_dag.models.capabilities import end_ids, read_whole
 from tuneshift_dag.models.loading import is_quantized, load_tokenizer
 from tuneshift_dag.models.references import ModelFiles
 from tuneshift_dag.reports import (
@@ -30,6 +29,7 @@ from tuneshift_dag.reports import (
     describe_filter,
     diversity,
     escape_markdown,
+    fenced,
     report,
     scales,
 )
@@ -116,7 +116,7 @@ def merge(files: ModelFiles, adapter: Path, to: Path) -> None:
             " the 16-bit model in target.base, or serve the adapter beside this one."
         )
     tokenizer = load_tokenizer(files)
-    model = AutoModelForCausalLM.from_pretrained(files.path, dtype="auto")
+    model: Any = read_whole(files.path, dtype="auto", attn_implementation="eager")
     dtype = model.dtype
     merged = PeftModel.from_pretrained(model.float(), adapter, autocast_adapter_dtype=False).merge_and_unload()
     merged.generation_config = GenerationConfig(
@@ -159,7 +159,6 @@ def model_card(transfer: Transfer, figures: dict[str, Any]) -> str:
     ]
     seeds = "\n".join(f"- {escape_markdown(seed)}" for seed in transfer.seeds)
     format, shown = config.target_format, str(config.target_format)
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
     asked = "The model sees exactly this before its response, tokenized with the tokenizer's default special tokens:"
     if format.template is None:
         asked = "The model is asked through the base model's chat template (`apply_chat_template`):"
@@ -190,9 +189,7 @@ Seeds:
 
 {asked}
 
-{fence}
-{shown}
-{fence}
+{fenced(shown)}
 
 ## Held-out {TITLES[config.evaluation.metric]}
 

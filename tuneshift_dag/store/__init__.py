@@ -204,6 +204,7 @@ class Store:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open(read_only=False) as connection:
             connection.execute("BEGIN")
+            _refuse_foreign(connection, self.path)
             self._check_version(connection)
             for known, tables in {name: TRANSFER_TABLES, "main": MAIN_TABLES, CACHE: CACHE_TABLES}.items():
                 connection.execute(f'CREATE SCHEMA IF NOT EXISTS "{known}"')
@@ -233,6 +234,19 @@ class Store:
                 problem = f"can't be brought from schema version {version} to {SCHEMA_VERSION}, and stays as it was"
                 raise TuneshiftError(f"{self.path} {problem}: {error}") from error
         connection.execute("INSERT INTO main.tuneshift_schema VALUES (?)", [SCHEMA_VERSION])
+
+
+def _refuse_foreign(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
+    """Raise `TuneshiftError` for another program's file, into which nothing of ours belongs."""
+    names = connection.execute(
+        "SELECT table_name FROM duckdb_tables() WHERE database_name = current_database() AND schema_name = 'main'"
+        " UNION ALL SELECT view_name FROM duckdb_views() WHERE NOT internal AND database_name = current_database()"
+    ).fetchall()
+    if names and ("tuneshift_schema",) not in names:
+        raise TuneshiftError(
+            f"{path} is another program's database: it holds {names[0][0]!r}, and no store. Move it away, or set"
+            " TUNESHIFT_HOME to another folder."
+        )
 
 
 def _limit_memory(connection: duckdb.DuckDBPyConnection, at_once: float = 0) -> None:

@@ -45,8 +45,9 @@ class DatabaseFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.wal = path.with_name(f"{path.name}.wal")
-        self._wal_is_due = path.with_name(f"{path.name}.wal-is-due")
+        real = path.resolve()  # DuckDB keeps the `.wal` beside what a link leads to
+        self.wal = real.with_name(f"{real.name}.wal")
+        self._wal_is_due = real.with_name(f"{real.name}.wal-is-due")
         self._known: int | None = None
 
     @property
@@ -107,7 +108,8 @@ class DatabaseFile:
         found = re.search(r"Corrupt WAL file: entry at byte position (\d+)", error)
         if not found:
             return ""
-        repair = f"keep a copy of {self.wal.name}, and cut it there: truncate -s {found[1]} '{self.wal}'"
+        cut = f"truncate -s {found[1]} '{self.wal}' && rm -f '{self._wal_is_due}'"
+        repair = f"keep a copy of {self.wal.name}, and cut it there: {cut}"
         return f". After a loss of power this was being written then, and what was committed is before it: {repair}"
 
     @contextmanager
@@ -133,31 +135,40 @@ class DatabaseFile:
         return None, ""
 
     def note_wal(self) -> None:
-        """While this process holds the file: note of which state of it the ``.wal`` has what was written since."""
+        """While this process holds the file: note of which state of it the ``.wal`` has what was written since, and how
+        long it is."""
         if not self.wal.exists():
             self._wal_is_due.unlink(missing_ok=True)
-        elif self._noted() != (state := self._state()[1]):
-            self._wal_is_due.write_text(state)
+        else:
+            self._wal_is_due.write_text(f"{self._state()[1]} {self.wal.stat().st_size}")
 
-    def _noted(self) -> str:
+    def _noted(self) -> tuple[str, int]:
+        """What `note_wal` has noted; versions before noted no length."""
         with suppress(FileNotFoundError):
-            return self._wal_is_due.read_text()
-        return ""
+            size, time, length, *_ = [*self._wal_is_due.read_text(errors="replace").split(), "", "", "1"]
+            return f"{size} {time}", int(length) if length.isdecimal() else 1
+        return "", 0
+
+    def _wal_length(self) -> int | None:
+        with suppress(FileNotFoundError):
+            return self.wal.stat().st_size
+        return None
 
     def _check_whole(self) -> None:
         """Raise `TuneshiftError` for a file where DuckDB would begin anew, or go on without what was written last."""
         # In this order: another process may create the file, or make a checkpoint (the file first, then the `.wal`).
-        due, wal, (inode, state) = self._noted(), self.wal.exists(), self._state()
+        (due, length), wal, (inode, state) = self._noted(), self._wal_length(), self._state()
         if self._known is not None and inode != self._known:
             raise TuneshiftError(
                 f"{self.path} was deleted or replaced while it was in use. Put it back, and run again."
             )
-        if wal and not state:
+        if wal is not None and not state:
             problem = f"is missing, and {self.wal.name} beside it is there"
             raise TuneshiftError(f"{self.path} {problem}. Put it back; to begin anew, delete that one too.")
-        if state and state == due and not wal:
+        if state and state == due and (wal or 0) < length:
             self.ready.clear()  # schemas may be gone
-            problem = f"is missing, with what was written to {self.path.name} last"
+            how = "is missing" if wal is None else f"has {wal} of {length} bytes"
+            problem = f"{how}, without what was written to {self.path.name} last"
             go_on = f"to compute that again, delete {self._wal_is_due.name}"
             raise TuneshiftError(f"{self.wal} {problem}. Put it back; {go_on}.")
 
