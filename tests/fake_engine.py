@@ -61,8 +61,8 @@ class FakeEngine(Engine, Target):
     def encode(self, text: str, templated: bool = False) -> list[int]:
         return [ord(character) for character in text]
 
-    def render_chat(self, message: str) -> str:
-        return f"<user>{message}</user>"
+    def chat_ids(self, message: str) -> list[int]:
+        return self.encode(f"<user>{message}</user>")
 
     def prompt_ids(self, prompt: str, format: PromptFormat) -> list[int]:
         before, after = format.around()

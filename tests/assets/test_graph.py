@@ -164,7 +164,7 @@ class TestDefinitions:
     def test_the_refilter_job_is_one_run_for_every_round_and_leaves_nothing_out_of_date(
         self, project: Project, edit_config: Edit
     ) -> None:
-        edit_config("seed", 2)
+        edit_config("seed", 8)
         project.run()
         edit_config("filter.threshold", LOOSER)
         calls = project.models.calls()
@@ -190,6 +190,25 @@ class TestDefinitions:
         assert str(broken / "transfer.yaml") in spec.description and "rounds" in spec.description
         assert {key.path[-1] for key in graph.get_all_asset_keys() if key.path[0] == "banking"} >= set(ROUND_ASSETS)
 
+    @pytest.mark.parametrize("name", ["my-transfer", "a b", "café", "[red]x", "$x", "n" * 101])
+    def test_a_folder_whose_name_can_t_be_used_costs_no_other(
+        self, project: Project, tmp_path: Path, name: str
+    ) -> None:
+        make_transfer_folder(tmp_path, name)
+        transfers, problems = load_all(tmp_path / "transfers")
+        graph = build_definitions(transfers, project.store.path, broken=problems).resolve_asset_graph()
+        assert len(graph.get_all_asset_keys()) == 10
+        (spec,) = [graph.get(key) for key in graph.get_all_asset_keys() if key.path[0] == name]
+        assert "rename the folder" in spec.description
+
+    def test_what_stands_in_a_broken_file_is_shown_and_not_obeyed(self, project: Project, tmp_path: Path) -> None:
+        broken = make_transfer_folder(tmp_path, "broken")
+        (broken / "transfer.yaml").write_text('"x\\n```\\n\\n![p](http://evil/p.png) \\x1b[31m\\n": 1\n')
+        _, problems = load_all(tmp_path / "transfers")
+        (spec,) = build_definitions([], project.store.path, broken=problems).resolve_all_asset_specs()
+        before, fence, shown = spec.description.partition("````\n")
+        assert fence and "evil" not in before and "evil" in shown.partition("\n````")[0] and "\x1b" not in shown
+
     def test_two_transfers_live_in_one_deployment(self, project: Project, tmp_path: Path) -> None:
         other = make_transfer_folder(tmp_path, "cards")
         definitions = build_definitions([project.transfer, conftest.load_transfer(other)], project.store.path)
@@ -202,7 +221,7 @@ class TestThresholdChange:
         filters = [("filtered_dataset", "round_01"), ("filtered_dataset", "round_02")]
         after = [("threshold_report", None), ("distilled_model", None), ("evaluation", None)]
         current = "SELECT model_id FROM distilled_models WHERE current"
-        edit_config("seed", 2)  # few seeds change with the threshold; with this one round_02's do
+        edit_config("seed", 8)  # few seeds change with the threshold; with this one round_02's do
         project.run()
         source, generator = work(project.models.source), work(project.models.generator)
         seeds, model = seeds_by_round(project), project.rows(current)
@@ -258,7 +277,7 @@ class TestThresholdChange:
     def test_makes_exactly_the_rounds_stale_whose_seeds_changed(self, project: Project, edit_config: Edit) -> None:
         edit_config("rounds", 3)
         edit_config("generator.calls_per_round", 1)
-        edit_config("seed", 4)
+        edit_config("seed", 8)
         project.materialize("seed_set")
         for round_ in project.transfer.round_keys:
             assert project.materialize(*ROUND_ASSETS, round=round_).success
@@ -292,7 +311,7 @@ class TestRuleChange:
         for round_ in ran.transfer.round_keys:
             kept = ran.rows(f"{excess.format('filtered_dataset')} WHERE round = '{round_}'")
             late = ran.rows(f"{excess.format('rejected_pairs')} WHERE round = '{round_}'")
-            assert min(kept) > max(late)
+            assert min(kept) >= max(late)  # equal where an answer is
         rejected = ran.rows("SELECT count(*), count(DISTINCT (round, prompt_id)) FROM rejected_pairs")[0]
         assert rejected[0] == rejected[1] == ran.rows("SELECT count(*) FROM scored_pairs")[0][0] - 12
         assert work(ran.models.source) == work(ran.models.generator) == 0
@@ -374,7 +393,7 @@ class TestRegrow:
         """Edits in any order, and rounds lowered and raised again, leave no trace in the prompts."""
         edit_config("rounds", 3)
         edit_config("generator.near_duplicate", 0.3)  # so that rounds drop what others have
-        edit_config("seed", 2)
+        edit_config("seed", 8)
         project.run()
         edit_config("filter.threshold", LOOSER)
         edit_config("rounds", 2)

@@ -60,6 +60,27 @@ def test_a_limit_in_tokens_or_characters_counts_too(small: Path) -> None:
     assert [is_overlong(text) for text in ("我" * 20, "我" * 21)] == [False, True]
 
 
+def test_what_a_chat_template_writes_takes_room_too(small: Path) -> None:
+    template = "{{ 'x' * 40 }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    (small / "models" / "source" / "tiny-base" / "chat_template.jinja").write_text(template)
+    edit(small, {"prompt_template": None, "source": {"base": "models/source/tiny-base", "adapter": "adapter"}})
+    edit(small, {"source.prompt": "chat", "target.prompt": "{prompt}"})
+    edit(small, {"generator.server": {"base_url": "http://127.0.0.1:9/v1"}, "generator.model": "gpt"})
+    is_overlong = overlong(load_transfer(small))
+    assert [is_overlong("x" * n) for n in (72, 73)] == [False, True], "128 less 16 and 40"
+
+
+def test_where_long_texts_have_other_positions_prompts_stay_short(small: Path) -> None:
+    """LongRoPE reads all rows of a batch as its longest one."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    config = {"model_type": "phi3", "max_position_embeddings": 4096, "original_max_position_embeddings": 128}
+    file = small / "models" / "source" / "tiny-base" / "config.json"
+    file.write_text(json.dumps({**config, "rope_scaling": rope}))
+    edit(small, {"generator.server": {"base_url": "http://127.0.0.1:9/v1"}, "generator.model": "gpt"})
+    is_overlong = overlong(load_transfer(small))
+    assert [is_overlong("x" * n) for n in (109, 110)] == [False, True]
+
+
 def test_short_single_lines_have_the_limit_that_they_had(transfer_folder: Path) -> None:
     """The tokenizer of this folder can't be read: nobody needs it."""
     is_overlong = overlong(load_transfer(transfer_folder))

@@ -345,7 +345,7 @@ def test_shorter_lora_forward_equals_that_of_peft(exact: LocalEngine) -> None:
 def test_a_base_model_cannot_be_asked_in_a_chat() -> None:
     engine = LocalEngine(resolve_model(GEMMA, TRANSFER, "test"))
     with pytest.raises(TuneshiftError, match=r"no chat template.*generator\.mode to continuation"):
-        engine.render_chat("more, please")
+        engine.chat_ids("more, please")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -115,6 +115,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "arcee": {},
     "minimax": {**_LOCAL_EXPERTS, **_HEADS, "layer_types": ["linear_attention", "full_attention"], "block_size": 8},
 }  # fmt: skip
+# A model type of the above with what its loop doesn't serve.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon_alibi": ("falcon", {"alibi": True, "new_decoder_architecture": False, "multi_query": False}),
+}
 MULTIMODAL: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": {**COMMON, **_HEADS, **_SLIDING},
@@ -144,8 +148,8 @@ def tiny_tokenizer(folder: Path, chat_template: str | None = None) -> PreTrained
 def tiny_checkpoint(family: str, folder: Path) -> Path:
     """A random model of a family, with a tokenizer, saved to ``folder``."""
     torch.manual_seed(0)
-    settings = MULTIMODAL[family] if family in MULTIMODAL else {**COMMON, **FAMILIES[family]}
-    config = AutoConfig.for_model(family, **settings)
+    kind, own = VARIANTS.get(family) or (family, FAMILIES.get(family, {}))
+    config = AutoConfig.for_model(kind, **(MULTIMODAL.get(family) or {**COMMON, **own}))
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     tiny_tokenizer(folder)

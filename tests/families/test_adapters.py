@@ -120,7 +120,7 @@ def test_tokens_that_the_fine_tune_added(tmp_path: Path) -> None:
     engine = LocalEngine(
         resolve_model("base", tmp_path, "b"), resolve_adapter("adapter", tmp_path, "a"), "none", "float32"
     )
-    added = engine.encode("<3> is where?")
+    added = engine.encode("<3> is where?", templated=True)
     assert added[0] >= 256 and len(added) == len(" is where?") + 1
     assert engine.check_adapter([added, *PROMPTS]).problems == []
     tuned = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
@@ -148,4 +148,4 @@ def test_a_generator_whose_chat_template_takes_no_lone_user_is_refused(tmp_path:
     (folder / "chat_template.jinja").write_text("{{ raise_exception('A system message must come first') }}")
     engine = LocalEngine(resolve_model("base", tmp_path, "b"), None, "none", "float32")
     with pytest.raises(TuneshiftError, match=r"base: its chat template refuses .*must come first.*to continuation"):
-        engine.render_chat("more, please")
+        engine.chat_ids("more, please")

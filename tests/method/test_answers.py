@@ -70,11 +70,11 @@ def test_what_is_shown_reads_back_as_the_same_prompts(mode, format) -> None:
     for _ in range(200):
         texts = some_texts(rng)
         line = separator(texts)
-        request = generator_request(mode, "", texts, 4, str, format, line)
+        request = generator_request(mode, "", texts, 4, format, line)
         if mode == "chat":
             answer = request.removeprefix("\n\n").rpartition("\n\n")[0]  # without the sentence that asks for the format
         else:
-            answer = request.removeprefix(generator_request(mode, "", texts[:1], 4, str, format, line))
+            answer = request.removeprefix(generator_request(mode, "", texts[:1], 4, format, line))
         assert read_answer(answer, mode, format, True, 4, line) == texts[mode == "continuation" :]
 
 

@@ -7,15 +7,13 @@ from tuneshift_dag.method.asking import generator_request, labelled_request, sep
 TEXTS = ["Fix this:\n```python\nreturn x +\n```", "    return 1\n\n\tpass", "one line"]
 
 
-def test_a_chat_request_wraps_the_paper_sentence_and_the_numbered_seeds():
-    text = generator_request(
-        "chat", "Generate {count} more samples like these {seed_count}:", ["a?", "b {count}"], 20, "<{}>".format
-    )
-    assert text == "<Generate 20 more samples like these 2:\n1. a?\n2. b {count}>"
+def test_a_chat_request_is_the_papers_sentence_and_the_numbered_seeds():
+    text = generator_request("chat", "Generate {count} more samples like these {seed_count}:", ["a?", "b {count}"], 20)
+    assert text == "Generate 20 more samples like these 2:\n1. a?\n2. b {count}"
 
 
 def test_a_continuation_request_ends_with_the_next_number():
-    text = generator_request("continuation", "Messages:", ["a?", "b"], 20, "<{}>".format)
+    text = generator_request("continuation", "Messages:", ["a?", "b"], 20)
     assert text == "Messages:\n1. a?\n2. b\n3."
 
 
@@ -35,21 +33,18 @@ def test_labelled_request_without_a_response_lets_the_generator_name_one():
 
 
 def test_prompts_of_several_lines_are_shown_as_they_are() -> None:
-    def wrap(message: str) -> str:
-        return f"<{message}>"
-
-    blocks = generator_request("chat", "{count} like these {seed_count}:", TEXTS, 20, wrap, "blocks")
-    assert blocks.startswith("<20 like these 3:\n\n" + "\n---\n".join(TEXTS) + "\n\nWrite a line that holds only --- ")
-    listed = generator_request("chat", "Like these:", TEXTS, 20, wrap, "json")
+    blocks = generator_request("chat", "{count} like these {seed_count}:", TEXTS, 20, "blocks")
+    assert blocks.startswith("20 like these 3:\n\n" + "\n---\n".join(TEXTS) + "\n\nWrite a line that holds only --- ")
+    listed = generator_request("chat", "Like these:", TEXTS, 20, "json")
     begin, end = listed.index("["), listed.index("]\n\nAnswer with a JSON list")
     assert json.loads(listed[begin : end + 1]) == TEXTS
 
 
 def test_a_continuation_ends_where_the_next_prompt_begins() -> None:
-    assert generator_request("continuation", "Code:", TEXTS[1:], 9, str, "blocks") == (
+    assert generator_request("continuation", "Code:", TEXTS[1:], 9, "blocks") == (
         "Code:\n---\n    return 1\n\n\tpass\n---\none line\n---\n"
     )
-    assert generator_request("continuation", "Code:", TEXTS[1:], 9, str, "json") == (
+    assert generator_request("continuation", "Code:", TEXTS[1:], 9, "json") == (
         'Code:\n[\n "    return 1\\n\\n\\tpass",\n "one line",'
     )
 

@@ -1,5 +1,7 @@
 """How prompts become token ids, and what a response says after one, with hand-made tokenizers of each kind."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.method import PromptFormat
+from tuneshift_dag.models.capabilities import end_ids, settings_end_ids, start_ids
 from tuneshift_dag.models.prompts import continuation_ids, end_id, opening_ids, prompt_ids, response_text
 from tuneshift_dag.training.batches import tokenize_example
 
@@ -105,6 +108,11 @@ def test_a_chat_is_the_template_s_own_text(kind: str) -> None:
         ("{{ messages[0].content.missing.more }}", CHAT, ["refuses chat", "raw template"]),
         ("{% for part in messages[0].content %}{{ part.text }}{% endfor %}", CHAT, ["doesn't show the prompt 'foo'"]),
         ("{{ 1 / 0 }}", CHAT, ["division by zero", "raw template"]),
+        (
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+            PromptFormat(system="Be foo.", key="source.prompt"),
+            ["doesn't show the system message 'Be foo.'", "raw template"],
+        ),
     ],
 )
 def test_a_template_that_can_t_show_the_prompt_is_one_error(template: Any, format: Any, words: list[str]) -> None:
@@ -130,7 +138,7 @@ def test_a_response_keeps_the_space_that_it_begins_with(kind: str) -> None:
     for answer in (" foo", "foo", " foo foo", "a foo", "\nfoo", "", "."):
         example = tokenize_example(own, Q, "foo", answer)
         assert shown(own, example.prompt_ids + example.response_ids) == f"Q: foo\nA:{answer}</s>"
-        assert response_text(own, example.response_ids) == answer
+        assert response_text(own, example.response_ids[:-1]) == answer
 
 
 @pytest.mark.parametrize("kind", ["llama", "sentencepiece"])
@@ -150,13 +158,75 @@ def test_other_tokenizers_read_and_write_responses_as_ever(kind: str) -> None:
     for answer in (" foo", "foo", "  foo", "\n\nfoo", " a\n"):
         ids = own(answer, add_special_tokens=False).input_ids
         assert continuation_ids(own, answer) == ids
-        assert response_text(own, [*ids, EOS]) == own.decode(ids, skip_special_tokens=True) == answer
+        assert response_text(own, ids) == own.decode(ids) == answer
 
 
 def test_a_response_in_a_chat_ends_as_the_model_s_turn_does() -> None:
     own = tokenizer("bytes")
     assert (end_id(own, Q), end_id(own, CHAT)) == (EOS, END)
     assert end_id(tokenizer("bytes", "{{ messages[0].content }}|{{ messages[-1].content }}"), CHAT) == EOS
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[0].role != 'system' %}{{ raise_exception('Who am I?') }}{% endif %}" + CHATML,
+        {"default": "{{ messages[0].content }}", "tools": CHATML},
+    ],
+    ids=["wants a system message", "one of several"],
+)
+def test_the_end_of_a_turn_is_that_of_the_template_that_is_used(template: Any) -> None:
+    own = tokenizer("bytes", template)
+    arguments = {"chat_template": "tools"} if isinstance(template, dict) else {}
+    assert end_id(own, PromptFormat(system="Be foo.", arguments=arguments)) == END
+    assert end_ids(own) == {EOS, END}
+
+
+def test_the_end_of_a_turn_need_not_be_special_to_the_tokenizer(tmp_path: Path) -> None:
+    own = tokenizer("bytes", "{% for m in messages %}{{ m.content }}<turn_end>{% endfor %}")
+    own.add_tokens(["<turn_end>"])
+    assert end_ids(own) == {EOS, end_id(own, CHAT)} and end_id(own, CHAT) == len(own) - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_of_special_tokens_in_a_response_are_text(kind: str) -> None:
+    """What a source wrote as letters, such as HTML, holds no end for its target."""
+    own, response = tokenizer(kind, opening=["<s>"]), " <s>foo</s> foo"
+    taught = tokenize_example(own, Q, "foo", response).response_ids
+    assert [number for number in taught if number < len(SPECIAL)] == [EOS] and taught[-1] == EOS
+    assert response_text(own, taught[:-1]) == response
+
+
+def test_special_tokens_in_a_response_are_shown_by_their_names() -> None:
+    own = tokenizer("bytes")
+    called = own("<|im_start|>foo", add_special_tokens=False).input_ids
+    assert called[0] == START and response_text(own, called) == "<|im_start|>foo"
+
+
+def test_a_text_begins_with_what_stands_before_it_and_with_no_end() -> None:
+    own = tokenizer("bytes", opening=["<s>"])
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    assert own("").input_ids == [BOS, EOS] and start_ids(own) == [BOS]
+
+
+@pytest.mark.parametrize(
+    ("settings", "ends"),
+    [
+        ({"config.json": {"eos_token_id": 7}}, [7]),
+        ({"config.json": {"eos_token_id": 7}, "generation_config.json": {"eos_token_id": [1, 3]}}, [1, 3]),
+        ({"config.json": {"eos_token_id": 7}, "generation_config.json": {"do_sample": True}}, [7]),
+        ({"config.json": {"eos_token_id": True, "text_config": {"eos_token_id": 5}}}, [5]),
+        ({"config.json": {"text_config": None}}, []),
+    ],
+)
+def test_the_settings_of_generate_say_what_ends_a_response(
+    settings: dict[str, Any], ends: list[int], tmp_path: Path
+) -> None:
+    for name, content in settings.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert settings_end_ids(tmp_path) == ends
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -105,7 +105,7 @@ def test_llama_cpp_writes_prompts(llama_cpp: Server) -> None:
     generator = TRANSFER.config.generator.model_copy(update={"server": llama_cpp, "model": "smollm2", "mode": "chat"})
     config = TRANSFER.config.model_copy(update={"generator": generator})
     engine = EngineResource().generator(type(TRANSFER)(TRANSFER.folder, config, TRANSFER.seeds, []))
-    request = engine.encode(engine.render_chat("Write three questions to a bank, as a numbered list."), templated=True)
+    request = engine.chat_ids("Write three questions to a bank, as a numbered list.")
     sampling = Decoding(64, temperature=1.0, top_k=50, top_p=0.95)
     (first,), (second,) = (
         [response for batch in engine.generate([request], "base", sampling, seeds=[seed]) for _, response in batch]
@@ -164,7 +164,7 @@ def test_a_vllm_of_its_own_agrees_with_the_local_engine(local: LocalEngine, monk
         figures = check_agreement(source, local, pairs=24)
         assert figures["cross_nats_per_token"]["mean"] < MEAN_TOLERANCE
         writer = engines.generator(transfer)
-        request = writer.encode(writer.render_chat("Write three questions to a bank, as a numbered list."), True)
+        request = writer.chat_ids("Write three questions to a bank, as a numbered list.")
         [[(_, response)]] = writer.generate([request], "base", Decoding(64, temperature=1.0, top_p=0.95), seeds=[1])
         assert len(response.text) > 20
     finally:

@@ -60,14 +60,14 @@ def _ask(engine: PromptWriter, current: Step, calls: list[list[Candidate]]) -> l
     """The generator's answer to every call, sampled with a seed of its own."""
     transfer, settings = current.transfer, current.transfer.config.generator
     line = _separator(calls)
-    requests = [_request(engine, current, call, line) for call in calls]
+    requests = [_request(current, call, line) for call in calls]
     last_item = settings.seeds_per_call + settings.prompts_per_call
     stops = asking.stop_texts(settings.mode, transfer.generator_format, last_item, line)
     how = (settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
     return scoring.generate(
         engine,
         current.cache,
-        [engine.encode(request, templated=settings.mode == "chat") for request in requests],
+        list(map(engine.chat_ids if settings.mode == "chat" else engine.encode, requests)),
         "base",
         Decoding(*how, stops=stops),
         current.cost,
@@ -84,8 +84,8 @@ def _separator(calls: list[list[Candidate]]) -> str:
     return asking.separator(shown)
 
 
-def _request(engine: PromptWriter, current: Step, call: list[Candidate], line: str) -> str:
-    """What the generator sees in one call. In the first round nothing is known that could be asked for."""
+def _request(current: Step, call: list[Candidate], line: str) -> str:
+    """What the generator is asked in one call. In the first round nothing is known that could be asked for."""
     settings, format = current.transfer.config.generator, current.transfer.generator_format
     if settings.mode == "by_response":
         shown, asked = (call, None) if current.round == round_key(1) else (call[:-1], call[-1].response)
@@ -93,9 +93,7 @@ def _request(engine: PromptWriter, current: Step, call: list[Candidate], line: s
         between = line if format == "blocks" else ""
         return asking.labelled_request(settings.instruction, settings.example_template, examples, asked, between)
     prompts, count = [seed.prompt for seed in call], settings.prompts_per_call
-    return asking.generator_request(
-        settings.mode, settings.instruction, prompts, count, engine.render_chat, format, line
-    )
+    return asking.generator_request(settings.mode, settings.instruction, prompts, count, format, line)
 
 
 def _items(current: Step, answer: Response, line: str) -> list[str]:

@@ -16,6 +16,7 @@ from tuneshift_dag.config.schema_models import (
     Prompt,
     Quantization,
     Section,
+    check_template,
 )
 from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.method.evaluation import Metric
@@ -294,8 +295,8 @@ class TransferConfig(Section):
     @field_validator("prompt_template")
     @classmethod
     def _has_prompt(cls, value: str | None) -> str | None:
-        if value is not None and value.count("{prompt}") != 1:
-            raise ValueError("must contain {prompt} exactly once")
+        if value is not None:
+            check_template(value)
         return value
 
     @model_validator(mode="after")

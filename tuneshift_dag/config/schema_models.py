@@ -80,6 +80,11 @@ class Server(Section):
     max_retries: int = Field(5, ge=0)
     """Retries of a request, with growing pauses, after a time-out or a status 408, 409, 429 or 5xx."""
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it is on this machine."""
+        return _is_loopback(urlsplit(self.base_url).hostname or "")
+
     def __str__(self) -> str:
         return f"openai, {self.concurrency} requests at once, {self.base_url}"
 
@@ -322,6 +327,14 @@ class Generator(Section):
         return self
 
 
+def check_template(template: str) -> None:
+    """Raise `ValueError` for a raw template that doesn't show the prompt once, and as it is."""
+    if template.count("{prompt}") != 1:
+        raise ValueError("must be a raw template that holds {prompt} exactly once, or the word chat")
+    if "{{prompt}}" in template:
+        raise ValueError("holds {{prompt}}, which would show the prompt in braces; write {prompt}")
+
+
 class Prompt(Section):
     """How a model is asked. A text alone is a raw template, or the word `chat`."""
 
@@ -350,8 +363,9 @@ class Prompt(Section):
             if taken := sorted(_NOT_THE_TEMPLATES & set(self.arguments)):
                 raise ValueError(f"arguments {', '.join(taken)} can't be given to a chat template; remove them")
             return self
-        if self.template is None or self.template.count("{prompt}") != 1:
+        if self.template is None:
             raise ValueError("must be a raw template that holds {prompt} exactly once, or the word chat")
+        check_template(self.template)
         if self.arguments:
             raise ValueError("arguments are for format: chat; remove them")
         if self.system is not None and "{system}" not in self.template:

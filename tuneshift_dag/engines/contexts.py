@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
@@ -23,20 +23,26 @@ class Reader:
 
     @property
     def context(self) -> int | None:
-        """Tokens; None when the model has no such limit, or isn't on this machine yet."""
+        """Tokens; None when the model has no such limit, or isn't on this machine yet. Where a longer text has other
+        positions (LongRoPE) it is what the model was first made for: what a text is answered must not depend on those
+        that are read beside it."""
         from transformers import AutoConfig
 
         file = self.transfer.named(self.key).config_file()
         text = AutoConfig.from_pretrained(file.parent).get_text_config() if file else None
-        return getattr(text, "max_position_embeddings", None)
+        scaled = getattr(text, "rope_parameters", None) or {}
+        first = scaled.get("original_max_position_embeddings") if scaled.get("rope_type") == "longrope" else None
+        return first or getattr(text, "max_position_embeddings", None)
 
     def shown(self, prompt: str) -> str:
-        """What source or target see of a prompt; of a chat the messages, without the template's few tokens."""
+        """What source or target see of a prompt."""
         config = self.transfer.config
         format = config.target_format if self.key == "target.base" else config.source_format
         if format.template is not None:
             return prompt.join(format.around())
-        return "\n".join(message["content"] for message in format.messages(prompt))
+        from tuneshift_dag.models.prompts import chat_text
+
+        return chat_text(self._tokenizer(), format, prompt)
 
     def __str__(self) -> str:
         return f"{self.key} {self.transfer.reference(self.key)!r}"
@@ -46,10 +52,13 @@ class Reader:
         # A token is a byte or more, beside those around a text: of most texts nobody needs to know the tokens.
         if len(text.encode()) + _AROUND <= most:
             return 0
+        tokens = len(self._tokenizer()(text).input_ids)
+        return tokens if tokens > most else 0
+
+    def _tokenizer(self) -> Any:
         from tuneshift_dag.models.loading import load_tokenizer
 
-        tokens = len(load_tokenizer(self.transfer.named(self.key, "tokenizer").files())(text).input_ids)
-        return tokens if tokens > most else 0
+        return load_tokenizer(self.transfer.named(self.key, "tokenizer").files())
 
 
 def overlong(transfer: Transfer) -> Callable[[str], bool]:

@@ -60,7 +60,6 @@ def decode(
         model.generate(
             inputs=ids,
             attention_mask=torch.ones_like(ids),
-            # Everything else is switched off: a model's own file may ask for sampling or for penalties.
             generation_config=GenerationConfig(
                 max_new_tokens=decoding.max_new_tokens, do_sample=False, pad_token_id=0, use_cache=True
             ),

@@ -17,6 +17,7 @@ import torch
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import Linear
 from peft.tuners.lora.bnb import Linear4bit
+from transformers import GenerationConfig
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.engines import decoding as own_loop
@@ -142,6 +143,8 @@ class LocalEngine(Engine, Target):
         dtype = getattr(torch, self.compute_dtype)
         how = (self.quantization, dtype, self.device_map)
         model = load_for_inference(files, self.adapter, *how, len(self.tokenizer) if self._own_tokenizer else 0)
+        ends = {"eos_token_id": sorted(self.ends), "pad_token_id": self.tokenizer.pad_token_id}
+        model.generation_config = GenerationConfig(**ends)  # what the harness, which asks the model itself, stops at
         pack(model)
         with own_loop.contiguous_head(model):
             check_finite(model, files.reference)
@@ -171,20 +174,21 @@ class LocalEngine(Engine, Target):
         return "|".join(parts)
 
     def encode(self, text: str, templated: bool = False) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=not templated).input_ids)
+        if templated:
+            return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return self.prompt_ids(text, PromptFormat("{prompt}"))
 
-    def render_chat(self, message: str) -> str:
+    def chat_ids(self, message: str) -> list[int]:
         if not self.tokenizer.chat_template:
             raise TuneshiftError(
                 f"{self.base.reference} has no chat template: it is a base model. Set generator.mode to continuation."
             )
-        chat = [{"role": "user", "content": message}]
         try:
-            return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # a template may raise anything
+            return self.prompt_ids(message, PromptFormat())
+        except TuneshiftError as error:
             raise TuneshiftError(
-                f"{self.base.reference}: its chat template refuses a user's message ({error}). Set generator.mode to"
-                " continuation, or name another generator.model."
+                f"{self.base.reference}: its chat template refuses a user's message ({error.__cause__ or error}). Set"
+                " generator.mode to continuation, or name another generator.model."
             ) from error
 
     def prompt_ids(self, prompt: str, format: PromptFormat) -> list[int]:
@@ -343,6 +347,5 @@ def _update_norm(model: Any) -> float:
     total = 0.0
     for module in model.modules():
         for name in module.lora_A if isinstance(module, Linear | Linear4bit) else ():
-            a, b = (part[name].weight.detach().float() for part in (module.lora_A, module.lora_B))
-            total += float((b @ a).norm()) * abs(module.scaling[name])
+            total += float(module.get_delta_weight(name).float().norm())
     return total

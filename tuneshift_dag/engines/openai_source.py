@@ -300,7 +300,7 @@ class ServedSource(Scorer):
         ids, logprobs = [t for t, _ in tokens], [p for _, p in tokens]
         finished = choice.get("finish_reason") == "stop"
         eos = logprobs[-1] if finished and ids and ids[-1] in self.tokenizer.all_special_ids else None
-        text = response_text(self.tokenizer, ids)
+        text = response_text(self.tokenizer, ids, names=False)  # as servers write it
         return Response(text, ids, "stop" if finished else "length", sum(logprobs), eos)
 
     async def _score(self, requests: Requests, side: Side, prompt: list[int], response: list[int]) -> float:

@@ -68,8 +68,8 @@ class RayEngine(Engine):
     def encode(self, text: str, templated: bool = False) -> list[int]:
         return self.engine.encode(text, templated)
 
-    def render_chat(self, message: str) -> str:
-        return self.engine.render_chat(message)
+    def chat_ids(self, message: str) -> list[int]:
+        return self.engine.chat_ids(message)
 
     def prompt_ids(self, prompt: str, format: PromptFormat) -> list[int]:
         return self.engine.prompt_ids(prompt, format)

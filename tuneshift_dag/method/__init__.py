@@ -114,7 +114,8 @@ class TextModel(Protocol):
         """Changes when, and only when, something changes that can change this side's output."""
 
     def encode(self, text: str, templated: bool = False) -> list[int]:
-        """Token ids of a rendered prompt; a chat template has put its special tokens into the text."""
+        """Token ids of a text that is gone on from, after what the model's texts start with; of one that is
+        ``templated`` alone."""
 
     def check_answers(self, prompts: Sequence[list[int]]) -> list[str]:
         """Problems, each in words: what it answers isn't what the model's plain forward pass gives."""
@@ -130,8 +131,9 @@ class TextModel(Protocol):
 class PromptWriter(TextModel, Protocol):
     """Writes new prompts."""
 
-    def render_chat(self, message: str) -> str:
-        """A user message in the model's own chat template, ready for the answer."""
+    def chat_ids(self, message: str) -> list[int]:
+        """Token ids of a user's message in the model's own chat template, ready for the answer; `TuneshiftError` when
+        it has none."""
 
 
 class Scorer(TextModel, Protocol):

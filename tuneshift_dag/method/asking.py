@@ -4,7 +4,7 @@ TuneShift-KD (arXiv 2603.24518) §3 asks an instruction model to "Generate 20 mo
 A base model has no chat: it is shown the seeds as the beginning of a list, and goes on."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 Mode = Literal["chat", "continuation"]
@@ -24,18 +24,17 @@ def generator_request(
     instruction: str,
     seeds: Sequence[str],
     count: int,
-    render_chat: Callable[[str], str],
     format: Format = "list",
     line: str = "---",
 ) -> str:
-    """The text that the generator sees; ``render_chat`` wraps a message in its chat template (mode ``chat`` only), and
-    ``line`` is the `separator` of blocks."""
+    """The text that the generator is asked with, in mode ``chat`` a user's message; ``line`` is the `separator` of
+    blocks."""
     heading = instruction.replace("{count}", str(count)).replace("{seed_count}", str(len(seeds)))
     if format == "list":
         listed = "\n".join(f"{number}. {seed}" for number, seed in enumerate(seeds, 1))
         if mode == "continuation":
             return f"{heading}\n{listed}\n{len(seeds) + 1}."
-        return render_chat(f"{heading}\n{listed}")
+        return f"{heading}\n{listed}"
     if format == "json":
         listed = json.dumps(list(seeds), ensure_ascii=False, indent=1)
         begun = listed.removesuffix("\n]") + ","
@@ -46,7 +45,7 @@ def generator_request(
         wanted = f"Write a line that holds only {line} between two samples, as here, and nothing else around them."
     if mode == "continuation":
         return f"{heading}\n{begun}"
-    return render_chat(f"{heading}\n\n{listed}\n\n{wanted}")
+    return f"{heading}\n\n{listed}\n\n{wanted}"
 
 
 def labelled_request(

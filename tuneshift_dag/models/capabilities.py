@@ -67,43 +67,53 @@ def experts_bytes(model: Any) -> int:
     return sum(parameter.nbytes for parameter in model.parameters() if parameter.dim() == 3)
 
 
+def opening(tokenizer: Any) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts in front of a text."""
+    whole, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    return tuple(whole[: whole.index(plain[0])]) if plain and plain[0] in whole else ()
+
+
 def start_ids(tokenizer: Any) -> list[int]:
     """What a model's texts start with. Without such a token (GPT-2, SmolLM2) it is what ends the text before."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return list(tokenizer("").input_ids) or [start]
+    return list(opening(tokenizer)) or [start]
 
 
 def end_ids(tokenizer: Any, *folders: Path) -> frozenset[int]:
-    """Tokens that end a response: the tokenizer's, those of the models' settings, and the one that ends a turn in the
-    chat template."""
-    named = {tokenizer.eos_token_id, turn_end(tokenizer)} - {None}
+    """Tokens that end a response: the tokenizer's, those of the models' settings, and those that end a turn in its chat
+    templates."""
+    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    turns = [turn_end(tokenizer), *(turn_end(tokenizer, chat_template=name) for name in templates)]
+    named = {tokenizer.eos_token_id, *turns} - {None}
     return frozenset(named.union(*map(settings_end_ids, folders)))
 
 
 def settings_end_ids(folder: Path) -> list[int]:
-    """The end tokens that a model's ``generation_config.json`` and then its ``config.json`` name."""
-    found: list[Any] = []
+    """The end tokens that a model's ``generation_config.json`` names, or else its ``config.json``, as in `generate`."""
     for name in ("generation_config.json", "config.json"):
         file = folder / name
         settings = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        for part in (settings, settings.get("text_config") or {}):
-            ids = part.get("eos_token_id")
-            found += ids if isinstance(ids, list) else [ids]
-    return [i for i in found if isinstance(i, int)]
+        parts = [settings, settings.get("text_config") or {}]
+        named = [part.get("eos_token_id") for part in parts if isinstance(part, dict)]
+        found = [i for ids in named for i in (ids if isinstance(ids, list) else [ids])]
+        if ends := [i for i in found if isinstance(i, int) and not isinstance(i, bool)]:
+            return ends
+    return []
 
 
-def turn_end(tokenizer: Any) -> int | None:
-    """The special token that the chat template puts after what an assistant has said; None without template or one."""
-    if not tokenizer.chat_template:
-        return None
+def turn_end(tokenizer: Any, **arguments: Any) -> int | None:
+    """The token of its own that the chat template, given ``arguments``, puts after what an assistant has said; None
+    without template or one."""
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
-    try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # a template may run into anything; who chats with it is told then
-        return None
-    first = next(iter(tokenizer(text.rpartition(_SENTINEL)[2].lstrip(), add_special_tokens=False).input_ids), None)
-    token = tokenizer.added_tokens_decoder.get(first)
-    return first if token is not None and token.special else None
+    for chat in (turns, [{"role": "system", "content": "?"}, *turns]) if tokenizer.chat_template else ():
+        try:
+            text = str(tokenizer.apply_chat_template(chat, tokenize=False, **arguments))
+        except Exception:  # a template may want a system message; who chats with it is told of all else
+            continue
+        first = next(iter(tokenizer(text.rpartition(_SENTINEL)[2].lstrip(), add_special_tokens=False).input_ids), None)
+        token = tokenizer.added_tokens_decoder.get(first)
+        return first if token is not None and token.content.strip() else None
+    return None
 
 
 def linear_layers(model: Any) -> tuple[list[str], list[str]]:
@@ -151,9 +161,9 @@ def head_inputs(model: Any, positions: torch.Tensor) -> Iterator[list[torch.Tens
 
 
 def has_own_loop(model: Any) -> bool:
-    """Whether the decode loop serves a loaded model: its family is one of `OWN_LOOP`, and its head is computed as
-    `head_logits` does."""
-    if model.config.model_type not in OWN_LOOP:
+    """Whether the decode loop serves a loaded model: its family is one of `OWN_LOOP` (which ALiBi's masks don't fit),
+    and its head is computed as `head_logits` does."""
+    if model.config.model_type not in OWN_LOOP or getattr(model.config, "alibi", False):
         return False
     ids = torch.tensor([[1, 2, 3]], device=model.device)
     with torch.inference_mode():
@@ -179,7 +189,7 @@ def read_whole(folder: Path, **options: Any) -> PreTrainedModel:
         told = " ".join(str(error).split())[:300]
         raise TuneshiftError(
             f"{folder}: transformers can't load this model here ({type(error).__name__}: {told}). Compare its"
-            " config.json with that of where it is from, or name another model."
+            " config.json and generation_config.json with those of where it is from, or name another model."
         ) from error
     missing, other = sorted(found["missing_keys"]), sorted(found["mismatched_keys"])
     problem = f"there is no tensor for {len(missing)} of its weights, such as {missing[0]!r}" if missing else ""

@@ -25,7 +25,7 @@ from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.bnb import Linear4bit
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tuneshift_dag import TuneshiftError
@@ -48,7 +48,9 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
     """The model's tokenizer, with a padding token (its own, or the end-of-sequence token). One object for everyone in
     the process: reading a large vocabulary takes seconds."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(files.path)
+        tokenizer = AutoTokenizer.from_pretrained(files.path, trust_remote_code=False)
+        if isinstance(tokenizer.chat_template, str):  # an editor's byte-order mark isn't part of it
+            tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
         rows = embedding_rows(files.path, files.reference) or math.inf
         if beyond := [token for token, number in tokenizer.get_added_vocab().items() if number >= rows]:
             tokenizer = _without(tokenizer, beyond, files.path)
@@ -83,7 +85,7 @@ def _without(tokenizer: Tokenizer, tokens: list[str], folder: Path) -> Tokenizer
         named = {k: v for k, v in json.loads(settings.read_text("utf-8")).items() if v not in tokens}
         named = {k: [x for x in v if x not in tokens] if isinstance(v, list) else v for k, v in named.items()}
         settings.write_text(json.dumps(named), "utf-8")
-        return AutoTokenizer.from_pretrained(edited)
+        return AutoTokenizer.from_pretrained(edited, trust_remote_code=False)
 
 
 def _end_of_model(tokenizer: Tokenizer, files: ModelFiles) -> str:
@@ -164,7 +166,8 @@ def _attached(model: Any, files: ModelFiles, adapter: ModelFiles) -> PeftModel:
         )
     raise TuneshiftError(
         f"{adapter.path}: PEFT can't put this adapter on {files.reference}: {problem}. Check that source.base is the"
-        " very model that the adapter was trained on, and adapter_config.json as its training wrote it."
+        " very model that the adapter was trained on, and adapter_config.json as its training wrote it. Not every kind"
+        " of adapter takes weights in 4 bits: for those, set models.quantization: none."
     )
 
 
@@ -322,7 +325,8 @@ def _read(
     dtype: torch.dtype,
     placed: Placement,
 ) -> PreTrainedModel:
-    options: dict[str, Any] = {"dtype": dtype}
+    # No attention weights, whatever config.json asks for: the attention for CPUs has none.
+    options: dict[str, Any] = {"dtype": dtype, "output_attentions": False}
     if attention is not None:
         options["attn_implementation"] = attention
     if quantization not in ("none", "saved"):
@@ -334,4 +338,7 @@ def _read(
         )
     if placed is not None:
         options["device_map"] = placed
-    return read_whole(folder, **options)
+    model = read_whole(folder, **options)
+    # `generate` would take from it whatever it isn't told: penalties, beams, forced tokens.
+    model.generation_config = GenerationConfig()
+    return model

@@ -12,7 +12,7 @@ from typing import Any
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.method import PromptFormat
-from tuneshift_dag.models.capabilities import turn_end
+from tuneshift_dag.models.capabilities import opening, turn_end
 
 # Stands for a message: letters alone, which no template takes for anything else.
 _PROBE = "tuneshiftprobe"
@@ -26,8 +26,8 @@ def prompt_ids(tokenizer: Any, format: PromptFormat, prompt: str) -> list[int]:
     ids = _with_names_as_text(tokenizer, format, prompt, text) or _plain(tokenizer, text)
     if not raw:
         return ids
-    opening = _opening(tokenizer)
-    return [*opening, *dropwhile(opening.__contains__, ids)]
+    first = opening(tokenizer)
+    return [*first, *dropwhile(first.__contains__, ids)]
 
 
 def opening_ids(tokenizer: Any, format: PromptFormat) -> list[int]:
@@ -51,22 +51,29 @@ def chat_text(tokenizer: Any, format: PromptFormat, message: str) -> str:
             f"{format.key}: the chat template of {tokenizer.name_or_path} refuses {format}: {error}. Ask it{system}, or"
             f" set {format.key} to a raw template that holds {{prompt}}."
         ) from error
-    if message.strip() not in text:
-        raise TuneshiftError(
-            f"{format.key}: the chat template of {tokenizer.name_or_path} doesn't show the prompt {message!r}. Set"
-            f" {format.key} to a raw template that holds {{prompt}}."
-        )
+    for what, said in (("prompt", message), ("system message", format.system or "")):
+        if said.strip() not in text:
+            raise TuneshiftError(
+                f"{format.key}: the chat template of {tokenizer.name_or_path} doesn't show the {what} {said!r}. Set"
+                f" {format.key} to a raw template that holds it."
+            )
     return text
 
 
 def end_id(tokenizer: Any, format: PromptFormat) -> int:
-    """The token that ends a response: in a chat the special token that ends the model's turn, else the tokenizer's."""
-    turn = turn_end(tokenizer) if format.template is None else None
+    """The token that ends a response: in a chat the one that ends the model's turn, else the tokenizer's."""
+    turn = turn_end(tokenizer, **format.arguments) if format.template is None else None
     return int(tokenizer.eos_token_id if turn is None else turn)
 
 
 def continuation_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text that continues another one: without a space that the tokenizer would put before it."""
+    """Token ids of a text that continues another one: without a space that the tokenizer would put before it, and with
+    names of special tokens as text."""
+    places = [0, *_cuts(tokenizer, text), len(text)]
+    return [number for start, end in pairwise(places) for number in _continued(tokenizer, text[start:end])]
+
+
+def _continued(tokenizer: Any, text: str) -> list[int]:
     ids = _plain(tokenizer, text)
     if not _adds_space(tokenizer):
         return ids
@@ -74,17 +81,22 @@ def continuation_ids(tokenizer: Any, text: str) -> list[int]:
     return both[len(line) :] if both[: len(line)] == line else ids
 
 
-def response_text(tokenizer: Any, ids: list[int]) -> str:
-    """The text of a response as it continues its prompt, with the space that it begins with if it does."""
+def response_text(tokenizer: Any, ids: list[int], names: bool = True) -> str:
+    """The text of a response as it continues its prompt, with the space that it begins with if it does, and special
+    tokens by their ``names``, or without them."""
     before, length = _before(tokenizer)
-    return str(tokenizer.decode([*before, *ids], skip_special_tokens=True))[length:]
+    return _decoded(tokenizer, [*before, *ids], names)[length:]
 
 
 @lru_cache(maxsize=4)
 def _before(tokenizer: Any) -> tuple[tuple[int, ...], int]:
     """A text that a response may continue, and its length once decoded."""
     ids = tuple(_plain(tokenizer, "a"))
-    return ids, len(tokenizer.decode(list(ids), skip_special_tokens=True))
+    return ids, len(_decoded(tokenizer, list(ids), True))
+
+
+def _decoded(tokenizer: Any, ids: list[int], names: bool) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=not names, clean_up_tokenization_spaces=False))
 
 
 def _with_names_as_text(tokenizer: Any, format: PromptFormat, prompt: str, text: str) -> list[int]:
@@ -92,20 +104,27 @@ def _with_names_as_text(tokenizer: Any, format: PromptFormat, prompt: str, text:
 
     A special token ends a piece of text for its tokenizer. So the pieces are tokenized apart, a name as its first
     character and the rest: no tokenizer joins what it sees apart."""
-    if _first_characters(tokenizer).isdisjoint(prompt):
+    if not _cuts(tokenizer, prompt):
         return []
-    names = [name for name in _special_names(tokenizer) if name in prompt]
-    before, after = _frame(tokenizer, format) if names else ("", "")
-    if not names or not (text.startswith(before) and text.endswith(after)):
+    before, after = _frame(tokenizer, format)
+    if not (text.startswith(before) and text.endswith(after)):
         return []
-    shown = text[len(before) : len(text) - len(after)]
-    # With the longest first, of two names that begin alike the one that is there is found.
-    pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    cuts = [len(before) + name.start() + 1 for name in re.finditer(pattern, shown)]
-    ids = _plain(tokenizer, text[: cuts[0]] if cuts else text)
+    cuts = [len(before) + cut for cut in _cuts(tokenizer, text[len(before) : len(text) - len(after)])]
+    if not cuts:
+        return []
+    ids = _plain(tokenizer, text[: cuts[0]])
     for start, end in pairwise([*cuts, len(text)]):
-        ids += continuation_ids(tokenizer, text[start:end])
+        ids += _continued(tokenizer, text[start:end])
     return ids
+
+
+def _cuts(tokenizer: Any, text: str) -> list[int]:
+    """The places after the first characters of the names of special tokens in a text."""
+    if _first_characters(tokenizer).isdisjoint(text):
+        return []
+    # With the longest first, of two names that begin alike the one that is there is found.
+    names = sorted((name for name in _special_names(tokenizer) if name in text), key=len, reverse=True)
+    return [name.start() + 1 for name in re.finditer("|".join(map(re.escape, names)), text)] if names else []
 
 
 def _frame(tokenizer: Any, format: PromptFormat) -> tuple[str, str]:
@@ -117,13 +136,6 @@ def _frame(tokenizer: Any, format: PromptFormat) -> tuple[str, str]:
 
 def _plain(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-
-@lru_cache(maxsize=4)
-def _opening(tokenizer: Any) -> tuple[int, ...]:
-    """The special tokens that the tokenizer puts in front of a text."""
-    whole, plain = tokenizer("a").input_ids, _plain(tokenizer, "a")
-    return tuple(whole[: whole.index(plain[0])]) if plain and plain[0] in whole else ()
 
 
 @lru_cache(maxsize=4)

@@ -99,10 +99,9 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             return
         prompts, generator = [prompt for prompt, _ in pairs], transfer.config.generator
         if generator.server is None:
-            writer, chat = self.generator(transfer), generator.mode == "chat"
-            requests = [writer.render_chat(prompt) for prompt in prompts] if chat else prompts
+            writer = self.generator(transfer)
+            asked = list(map(writer.chat_ids if generator.mode == "chat" else writer.encode, prompts))
             if generator.model != transfer.config.target.base:  # which is tried below
-                asked = [writer.encode(request, templated=chat) for request in requests]
                 _check_answers(writer, asked, "generator.model")
         with tempfile.TemporaryDirectory() as home:
             folder = Path(home) / "adapter"
