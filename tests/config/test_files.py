@@ -116,7 +116,7 @@ def test_references_have_fingerprints_of_what_is_here(transfer_folder, edit_conf
         ("distill.gradient_accumulation", 0, ["distill.gradient_accumulation", "found 0"]),
         ("models.device_map", "cuda:0", ["models.device_map", "'cuda:0'", "'auto' or 'single'"]),
         ("evaluation.metric", "numbers", ["evaluation.metric", "'numbers'", "'exact_match' or 'numeric'"]),
-        ("prompt_template", "Query:", ["prompt_template", "'Query:'", "holds {prompt} exactly once"]),
+        ("prompt_template", "Query:", ["prompt_template", "'Query:'", "must hold {prompt} exactly once"]),
         ("prompt_template", "{prompt} {prompt}", ["prompt_template", "exactly once"]),
         ("prompt_template", "Q: {{prompt}}", ["prompt_template", "{{prompt}}", "write {prompt}"]),
         ("prompt_template", "{system}\n{prompt}", ["prompt_template", "{system}", "there is no system message"]),

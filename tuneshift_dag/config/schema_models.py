@@ -330,7 +330,7 @@ class Generator(Section):
 def check_template(template: str) -> None:
     """Raise `ValueError` for a raw template that doesn't show the prompt once, and as it is."""
     if template.count("{prompt}") != 1:
-        raise ValueError("must be a raw template that holds {prompt} exactly once, or the word chat")
+        raise ValueError("must hold {prompt} exactly once")
     if "{{prompt}}" in template:
         raise ValueError("holds {{prompt}}, which would show the prompt in braces; write {prompt}")
 
@@ -363,7 +363,7 @@ class Prompt(Section):
             if taken := sorted(_NOT_THE_TEMPLATES & set(self.arguments)):
                 raise ValueError(f"arguments {', '.join(taken)} can't be given to a chat template; remove them")
             return self
-        if self.template is None:
+        if self.template is None or self.template.count("{prompt}") != 1:
             raise ValueError("must be a raw template that holds {prompt} exactly once, or the word chat")
         check_template(self.template)
         if self.arguments:

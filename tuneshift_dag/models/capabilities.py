@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def experts_bytes(model: Any) -> int:
     return sum(parameter.nbytes for parameter in model.parameters() if parameter.dim() == 3)
 
 
+@lru_cache(maxsize=4)
 def opening(tokenizer: Any) -> tuple[int, ...]:
     """The special tokens that the tokenizer puts in front of a text."""
     whole, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
