@@ -47,7 +47,7 @@ def read_text(file: Path) -> str:
 
 def read_jsonl(file: Path, shape: str) -> Rows:
     """(position, row) of every line; the position is for messages, and so is ``shape``, an example of a line."""
-    if not os.path.isfile(file):  # which is no error for a name that no file could have
+    if not file.is_file():
         raise TuneshiftError(f"{file} doesn't exist. Write one line of {shape} for each example.")
     rows = []
     for number, line in enumerate(read_text(file).split("\n"), 1):
@@ -104,7 +104,9 @@ class Truth:
 def read_truth(file: Path, metric: Metric) -> dict[str, Truth]:
     """By prompt_id, from a JSONL or CSV file with a column `truth` (`Label`) or `response` (null, or an empty cell, off
     the skill)."""
-    if file.suffix == ".csv" and file.is_file():
+    if not os.path.isfile(file):  # which is no error for a name that no file could have
+        raise TuneshiftError(f"{file} doesn't exist. Write one line of {TRUTH_SHAPE} for each example.")
+    if file.suffix == ".csv":
         rows = [
             (at, {key: value or None for key, value in row.items()})
             for at, row in read_csv(file, ["prompt"], ["truth", "response"])

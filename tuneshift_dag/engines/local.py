@@ -347,5 +347,5 @@ def _update_norm(model: Any) -> float:
     total = 0.0
     for module in model.modules():
         for name in module.lora_A if isinstance(module, Linear | Linear4bit) else ():
-            total += float(module.get_delta_weight(name).float().norm())
+            total += float(module.get_delta_weight(name).detach().float().norm())
     return total
