@@ -18,6 +18,7 @@ from tests.conftest import Project, Run
 from tests.fake_engine import FakeEngine
 from tests.fakes import FakeModels
 from tests.method.test_format_detection import Tuned
+from tuneshift_dag.cli import rendering
 from tuneshift_dag.cli.doctor import quantized_in_use
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.config.schema_models import Prompt
@@ -416,16 +417,16 @@ class TestExport:
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
     def test_names_of_files_are_no_markup(
-        self, tuneshift: Run, done: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tuneshift: Run, done: Project, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
         for name in ("out[/b]", "out[red]x", "[link=http:x]y"):
             status, out, err = tuneshift("export", "banking", "--to", str(tmp_path / name))
             assert status == 0, err
             assert out.splitlines()[0] == str(tmp_path / name / "adapter")
-        done.store.path.parent.rename(tmp_path / "h[/b]")
-        monkeypatch.setenv("TUNESHIFT_HOME", str(tmp_path / "h[/b]"))
-        status, _, err = tuneshift("run", "banking")
-        assert status == 0 and f"{tmp_path / 'h[/b]'}/output/banking/" in err
+        (tmp_path / "h[/b]").mkdir(parents=True)
+        (tmp_path / "h[/b]" / "frontier.png").touch()
+        rendering.after_run("banking", tmp_path / "h[/b]")
+        assert f"{tmp_path / 'h[/b]' / 'frontier.png'}\n" in capfd.readouterr().err
 
     def test_an_error_leaves_no_half_folder(self, tuneshift: Run, done: Project, tmp_path: Path) -> None:
         (tmp_path / "file").touch()

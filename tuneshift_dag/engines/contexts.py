@@ -11,6 +11,8 @@ from tuneshift_dag.config.examples import HELD_OUT_SHAPE, SEED_SHAPE, read_jsonl
 Key = Literal["source.base", "target.base", "generator.model"]
 # Tokens that a tokenizer or a chat template puts around a text.
 _AROUND = 32
+# More than a chat template writes of its own; where a context leaves less, it is asked.
+_TEMPLATE = 1000
 _READERS: tuple[Key, Key] = ("source.base", "target.base")
 
 
@@ -34,12 +36,15 @@ class Reader:
         first = scaled.get("original_max_position_embeddings") if scaled.get("rope_type") == "longrope" else None
         return first or getattr(text, "max_position_embeddings", None)
 
-    def shown(self, prompt: str) -> str:
-        """What source or target see of a prompt."""
+    def shown(self, prompt: str, most: int) -> str:
+        """What source or target see of a prompt; of a chat with room to spare below ``most`` tokens its messages."""
         config = self.transfer.config
         format = config.target_format if self.key == "target.base" else config.source_format
         if format.template is not None:
             return prompt.join(format.around())
+        messages = "\n".join(message["content"] for message in format.messages(prompt))
+        if len(messages.encode()) + _TEMPLATE <= most:
+            return messages
         from tuneshift_dag.models.prompts import chat_text
 
         return chat_text(self._tokenizer(), format, prompt)
@@ -76,7 +81,7 @@ def overlong(transfer: Transfer) -> Callable[[str], bool]:
         if most_characters is not None and len(prompt) > most_characters:
             return True
         return any(reader.lacks(prompt, most) for reader, most in alone) or any(
-            reader.lacks(reader.shown(prompt), most) for reader, most in readers
+            reader.lacks(reader.shown(prompt, most), most) for reader, most in readers
         )
 
     return is_overlong
@@ -94,7 +99,8 @@ def check_examples(transfer: Transfer) -> None:
     for reader, context in _contexts(transfer, *_READERS):
         for name, shape, prompts, section, new_tokens in files:
             for number, prompt in enumerate(prompts):
-                if tokens := reader.lacks(reader.shown(prompt), context - new_tokens):
+                most = context - new_tokens
+                if tokens := reader.lacks(reader.shown(prompt, most), most):
                     at, _ = read_jsonl(transfer.folder / name, shape)[number]
                     raise TuneshiftError(
                         f"{at}: the prompt has {tokens} tokens, and the context of {reader} is {context}, which leaves"
