@@ -98,13 +98,13 @@ def check_examples(transfer: Transfer) -> None:
     )
     for reader, context in _contexts(transfer, *_READERS):
         for name, shape, prompts, section, new_tokens in files:
+            most = context - new_tokens
             for number, prompt in enumerate(prompts):
-                most = context - new_tokens
                 if tokens := reader.lacks(reader.shown(prompt, most), most):
                     at, _ = read_jsonl(transfer.folder / name, shape)[number]
                     raise TuneshiftError(
                         f"{at}: the prompt has {tokens} tokens, and the context of {reader} is {context}, which leaves"
-                        f" {context - new_tokens} beside {section}.max_new_tokens ({new_tokens}). Shorten it, lower"
+                        f" {most} beside {section}.max_new_tokens ({new_tokens}). Shorten it, lower"
                         f" {section}.max_new_tokens, or name a model with a longer context."
                     )
     longest = sorted(transfer.seeds, key=len)[-generator.seeds_per_call :]
