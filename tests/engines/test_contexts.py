@@ -60,9 +60,10 @@ def test_a_limit_in_tokens_or_characters_counts_too(small: Path) -> None:
     assert [is_overlong(text) for text in ("我" * 20, "我" * 21)] == [False, True]
 
 
-def test_what_a_chat_template_writes_takes_room_too(small: Path) -> None:
+@pytest.mark.parametrize("folder", ["models/source/tiny-base", "adapter"])
+def test_what_a_chat_template_writes_takes_room_too(small: Path, folder: str) -> None:
     template = "{{ 'x' * 40 }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    (small / "models" / "source" / "tiny-base" / "chat_template.jinja").write_text(template)
+    (small / folder / "chat_template.jinja").write_text(template)
     edit(small, {"prompt_template": None, "source": {"base": "models/source/tiny-base", "adapter": "adapter"}})
     edit(small, {"source.prompt": "chat", "target.prompt": "{prompt}"})
     edit(small, {"generator.server": {"base_url": "http://127.0.0.1:9/v1"}, "generator.model": "gpt"})

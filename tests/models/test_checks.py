@@ -337,6 +337,11 @@ class TestAdapters:
         told = re.search(r"`save_file\((.*), F\)`", found)
         assert told and list(eval(told[1], {"load_file": lambda _: {name: 0}, "F": ""})) == [A]
 
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+    def test_that_are_quantized(self, adapter: Path, dtype: torch.dtype) -> None:
+        save_file({A: torch.ones(2, 4).to(dtype), B: torch.ones(4, 2)}, adapter / "adapter_model.safetensors")
+        assert f"1 tensors, such as {A!r}, are in " in refusal(adapter, "adapter")
+
     def test_saved_in_part_by_zero_3(self, adapter: Path) -> None:
         save_file({A: torch.ones(0), B: torch.ones(4, 2)}, adapter / "adapter_model.safetensors")
         assert f"1 tensors are empty, such as {A!r}: DeepSpeed" in refusal(adapter, "adapter")

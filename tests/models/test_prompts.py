@@ -12,7 +12,14 @@ from transformers import PreTrainedTokenizerFast
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.models.capabilities import end_ids, settings_end_ids, start_ids
-from tuneshift_dag.models.prompts import continuation_ids, end_id, opening_ids, prompt_ids, response_text
+from tuneshift_dag.models.prompts import (
+    continuation_ids,
+    end_id,
+    foreign_names,
+    opening_ids,
+    prompt_ids,
+    response_text,
+)
 from tuneshift_dag.training.batches import tokenize_example
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -236,3 +243,12 @@ def test_an_opening_is_a_chat_up_to_the_users_message(kind: str) -> None:
     assert opening == whole[: len(opening)] and opening[0] == START
     assert shown(made, opening).replace(" ", "") == "<|im_start|>user\n"
     assert shown(made, whole[len(opening) :]).strip().startswith("foo")
+
+
+def test_markup_that_only_the_source_knows() -> None:
+    source, other = tokenizer("gemma"), tokenizer("gemma")
+    markup = PromptFormat("<|im_start|>{prompt}<|im_end|>\n")
+    assert foreign_names(other, source, markup) == []
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE({"a": 0}, [])), eos_token="</s>")
+    assert foreign_names(plain, source, markup) == ["<|im_end|>", "<|im_start|>"]
+    assert foreign_names(plain, source, Q) == foreign_names(plain, source, CHAT) == []

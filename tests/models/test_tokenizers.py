@@ -131,3 +131,28 @@ def test_an_end_beyond_the_vocabulary_is_passed_over(tmp_path: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 50_000}))
     with pytest.raises(TuneshiftError, match="neither its tokenizer nor"):
         load_tokenizer(ModelFiles("some/model", tmp_path, "another"))
+
+
+def test_what_an_adapter_does_not_say_its_base_says(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", eos_token="</s>")
+    adapter = ModelFiles("adapter", tmp_path / "adapter", "adapter")
+    saved(adapter.path)
+    (adapter.path / "config.json").unlink()
+    assert load_tokenizer(adapter, base).eos_token == "</s>"
+    with pytest.raises(TuneshiftError, match=r"^adapter: neither its tokenizer"):
+        load_tokenizer(adapter)
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+def test_an_adapter_may_bring_a_chat_template_alone(tmp_path: Path, file: str) -> None:
+    base = saved(tmp_path / "base", eos_token="</s>")
+    adapter = ModelFiles("adapter", tmp_path / "adapter", file)
+    adapter.path.mkdir()
+    assert load_tokenizer(adapter, base) is load_tokenizer(base), "read twice"
+    template = "{{ messages[0].content }}!"
+    written = f"\ufeff{template}" if file.endswith(".jinja") else json.dumps({"chat_template": template})
+    (adapter.path / file).write_text(written, "utf-8")
+    own = load_tokenizer(ModelFiles("adapter", adapter.path, f"{file} with a template"), base)
+    assert own.apply_chat_template([{"role": "user", "content": "yes"}], tokenize=False) == "yes!"
+    assert own("yes").input_ids == load_tokenizer(base)("yes").input_ids
+    assert load_tokenizer(base).chat_template is None

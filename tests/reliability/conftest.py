@@ -61,7 +61,9 @@ def count(name: str, must: str, cases: int, run: Callable[[int], str], jobs: int
 def _write(known: dict[str, Any]) -> None:
     KEPT.parent.mkdir(exist_ok=True)
     KEPT.write_text(json.dumps(known, indent=1))
-    TABLE.write_text(HEAD + "".join(map(_row, known.items())))
+    # Campaigns of other machines and commits keep their rows.
+    lines = [*TABLE.read_text().removeprefix(HEAD).splitlines(True), *map(_row, known.items())]
+    TABLE.write_text(HEAD + "".join({line.split(" | ")[0]: line for line in lines}.values()))
 
 
 def _wrong(campaign: dict[str, Any]) -> dict[str, str]:

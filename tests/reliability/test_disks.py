@@ -4,6 +4,7 @@ as one that met nothing. A small tmpfs stands for the disk, so this needs root."
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,17 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import make_transfer_folder
-from tests.reliability.whole_run import fake, finish, log_of, outcome, same, start
+from tests.reliability.whole_run import (
+    Undisturbed,
+    fake,
+    finish,
+    log_of,
+    make_tiny_transfer,
+    outcome,
+    same,
+    start,
+    tiny,
+)
 from tests.reliability.whole_run import refused as told
 from tuneshift_dag.store import Store
 
@@ -20,6 +31,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system"),
 ]
 FULL = int(os.environ.get("TUNESHIFT_FULL_DISKS", 12))
+FULL_WORDS = ("No space left", "disk is full", "disk I/O error", "Could not write")
 
 
 @contextmanager
@@ -51,7 +63,7 @@ def test_a_full_disk_costs_what_was_not_committed(tmp_path: Path, campaign: Call
     def fill(case: int) -> str:
         home = tmp_path / f"full{case}"
         with disk(home, int(needed * (case + 0.5) / FULL)) as remount:
-            if problem := refused(home, folder, ("No space left", "disk is full", "disk I/O error", "Could not write")):
+            if problem := refused(home, folder, FULL_WORDS):
                 return problem
             kept = scores(home)
             remount("size=1g")
@@ -62,6 +74,37 @@ def test_a_full_disk_costs_what_was_not_committed(tmp_path: Path, campaign: Call
         return ", ".join(table for table, rows in whole.items() if not same(rows, found[table]))
 
     campaign("full disk", "one message; a run after the repair ends as one in one go", FULL, fill)
+
+
+def test_a_full_disk_under_models_that_are_real(tmp_path: Path, campaign: Callable[..., None]) -> None:
+    """Home, cache and temporary files on one disk: also states of a training, the adapter, and what is noted of
+    models."""
+    folder = make_tiny_transfer(tmp_path / "tiny", **{"models.quantization": "nf4"})
+    (tmp_path / "whole").mkdir()
+    undisturbed = Undisturbed(tmp_path / "whole", folder, on_one_disk)
+    shutil.rmtree(tmp_path / "whole" / "warm")
+    needed = size_of(tmp_path / "whole")
+
+    def fill(case: int) -> str:
+        with disk(tmp_path / f"full{case}", int(needed * (case + 0.5) / FULL)) as remount:
+            home = tmp_path / f"full{case}" / "home"
+            process = start(home, folder, on_one_disk)
+            if problem := told(home, process, FULL_WORDS):
+                return problem
+            kept = scores(home)
+            remount("size=1g")
+            return "committed rows are gone" if scores(home) < kept else undisturbed.finished(home)
+
+    must = "one message; a run after the repair ends as one in one go"
+    campaign("full disk under real models, cache and temporary files", must, FULL, fill)
+
+
+def on_one_disk(patch: pytest.MonkeyPatch) -> None:
+    """A tiny real run with its temporary files beside its home."""
+    tiny(patch)
+    folder = Path(os.environ["TUNESHIFT_HOME"]).parent / "tmp"
+    folder.mkdir(exist_ok=True)
+    patch.setattr(tempfile, "tempdir", str(folder))
 
 
 @pytest.mark.parametrize("place", ["home", "cache"])

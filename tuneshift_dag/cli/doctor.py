@@ -144,6 +144,23 @@ def _prompt_format(transfer: Transfer, source: Scorer) -> Finding:
     return Finding(what, None, f"{told}. If it was trained with that, set source.prompt to it.")
 
 
+def _foreign_markup(transfer: Transfer) -> Iterator[Finding]:
+    from tuneshift_dag.models.loading import load_tokenizer
+    from tuneshift_dag.models.prompts import foreign_names
+
+    what, format = f"{transfer.name} target prompt", transfer.config.target_format
+    base, target = (transfer.named(key, "tokenizer").files() for key in ("source.base", "target.base"))
+    try:
+        source = load_tokenizer(transfer.tuned("tokenizer").files(), base)
+        names = ", ".join(foreign_names(load_tokenizer(target), source, format))
+    except TuneshiftError as error:
+        yield Finding(what, False, str(error))
+        return
+    if names:
+        told = f"{format.key} holds {names}, special to the source's tokenizer and letters to that of target.base"
+        yield Finding(what, None, f"{told}. Set target.prompt to a template in plain words, or to the target's own.")
+
+
 def _loaded(transfer: Transfer, missing: Mapping[str, str]) -> Iterator[Finding]:
     """What only loaded models can tell, of those that are here."""
     from tuneshift_dag.engines.contexts import check_examples
@@ -181,6 +198,8 @@ def _loaded(transfer: Transfer, missing: Mapping[str, str]) -> Iterator[Finding]
         what, example = f"{transfer.name} target prompt", (transfer.seeds[0], transfer.config.target_format)
         told = f"{transfer.config.target.base} has a chat template"
         yield _tried(what, lambda: engines.target(transfer).prompt_ids(*example), told)
+    if not missing.keys() & {"source.base", transfer.config.source.tuned[0], "target.base"}:
+        yield from _foreign_markup(transfer)
     if not missing.keys() & {"generator.model", "target.base"}:
         examples = [(seed, seed) for seed in transfer.seeds[:2]]
         told = "generator and target answer as a plain forward pass does, and the target trains"

@@ -91,6 +91,11 @@ class Transfer:
         """What is at a key of ``transfer.yaml``, as `reference` has it."""
         return Reference(self.reference(key), self.folder, key, kind)
 
+    def tuned(self, kind: Kind = "model") -> Reference:
+        """What holds the skill: an adapter, or a whole model as one of ``kind``."""
+        key, _ = self.config.source.tuned
+        return self.named(key, "adapter" if key == "source.adapter" else kind)
+
     def with_training(self, seed: int, epochs: int) -> "Transfer":
         """The same transfer with another seed and number of epochs, for an arm of a comparison."""
         distill = self.config.distill.model_copy(update={"epochs": epochs})

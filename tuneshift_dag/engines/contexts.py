@@ -36,8 +36,8 @@ class Reader:
         first = scaled.get("original_max_position_embeddings") if scaled.get("rope_type") == "longrope" else None
         return first or getattr(text, "max_position_embeddings", None)
 
-    def shown(self, prompt: str, most: int) -> str:
-        """What source or target see of a prompt; of a chat with room to spare below ``most`` tokens its messages."""
+    def _shown(self, prompt: str, most: int) -> str:
+        """What they see of a prompt; of a chat with room to spare below ``most`` tokens its messages."""
         config = self.transfer.config
         format = config.target_format if self.key == "target.base" else config.source_format
         if format.template is not None:
@@ -52,7 +52,11 @@ class Reader:
     def __str__(self) -> str:
         return f"{self.key} {self.transfer.reference(self.key)!r}"
 
-    def lacks(self, text: str, most: int) -> int:
+    def lacks(self, prompt: str, most: int) -> int:
+        """The tokens of what source or target see of a prompt, which are more than ``most``; else 0."""
+        return self.too_long(self._shown(prompt, most), most)
+
+    def too_long(self, text: str, most: int) -> int:
         """The tokens of a text, which are more than ``most``; else 0."""
         # A token is a byte or more, beside those around a text: of most texts nobody needs to know the tokens.
         if len(text.encode()) + _AROUND <= most:
@@ -63,7 +67,10 @@ class Reader:
     def _tokenizer(self) -> Any:
         from tuneshift_dag.models.loading import load_tokenizer
 
-        return load_tokenizer(self.transfer.named(self.key, "tokenizer").files())
+        files, tuned = self.transfer.named(self.key, "tokenizer").files(), self.transfer.tuned("tokenizer")
+        # The fine-tune's may have more tokens, and the chat template.
+        own = self.key == "source.base" and tuned.is_here
+        return load_tokenizer(tuned.files(), files) if own else load_tokenizer(files)
 
 
 def overlong(transfer: Transfer) -> Callable[[str], bool]:
@@ -80,8 +87,8 @@ def overlong(transfer: Transfer) -> Callable[[str], bool]:
     def is_overlong(prompt: str) -> bool:
         if most_characters is not None and len(prompt) > most_characters:
             return True
-        return any(reader.lacks(prompt, most) for reader, most in alone) or any(
-            reader.lacks(reader.shown(prompt, most), most) for reader, most in readers
+        return any(reader.too_long(prompt, most) for reader, most in alone) or any(
+            reader.lacks(prompt, most) for reader, most in readers
         )
 
     return is_overlong
@@ -100,7 +107,7 @@ def check_examples(transfer: Transfer) -> None:
         for name, shape, prompts, section, new_tokens in files:
             most = context - new_tokens
             for number, prompt in enumerate(prompts):
-                if tokens := reader.lacks(reader.shown(prompt, most), most):
+                if tokens := reader.lacks(prompt, most):
                     at, _ = read_jsonl(transfer.folder / name, shape)[number]
                     raise TuneshiftError(
                         f"{at}: the prompt has {tokens} tokens, and the context of {reader} is {context}, which leaves"
@@ -109,7 +116,7 @@ def check_examples(transfer: Transfer) -> None:
                     )
     longest = sorted(transfer.seeds, key=len)[-generator.seeds_per_call :]
     for reader, context in _contexts(transfer, "generator.model"):
-        if tokens := reader.lacks("\n".join(longest), context - generator.max_new_tokens):
+        if tokens := reader.too_long("\n".join(longest), context - generator.max_new_tokens):
             raise TuneshiftError(
                 f"{transfer.folder / 'transfer.yaml'}: generator.seeds_per_call: the {len(longest)} longest seeds have"
                 f" {tokens} tokens, and the context of {reader} is {context}, which leaves"

@@ -39,7 +39,6 @@ from tuneshift_dag.method import (
 )
 from tuneshift_dag.models import memory
 from tuneshift_dag.models.capabilities import check_finite, end_ids, has_own_loop, start_ids
-from tuneshift_dag.models.checks import has_tokenizer
 from tuneshift_dag.models.loading import (
     DeviceMap,
     Quantization,
@@ -99,12 +98,7 @@ class LocalEngine(Engine, Target):
     @property
     def tokenizer(self) -> Any:
         """That of the fine-tuned side, which may have learned tokens of its own; else the base's."""
-        return load_tokenizer(self._own_tokenizer or self.base)
-
-    @property
-    def _own_tokenizer(self) -> ModelFiles | None:
-        own = self.adapter is not None and has_tokenizer(self.adapter.path)
-        return self.fine_tuned or (self.adapter if own else None)
+        return load_tokenizer(self.fine_tuned or self.adapter or self.base, self.base)
 
     @property
     def model(self) -> Any:
@@ -142,7 +136,7 @@ class LocalEngine(Engine, Target):
         memory.keep_few_kernels()
         dtype = getattr(torch, self.compute_dtype)
         how = (self.quantization, dtype, self.device_map)
-        model = load_for_inference(files, self.adapter, *how, len(self.tokenizer) if self._own_tokenizer else 0)
+        model = load_for_inference(files, self.adapter, *how, len(self.tokenizer))
         ends = {"eos_token_id": sorted(self.ends), "pad_token_id": self.tokenizer.pad_token_id}
         model.generation_config = GenerationConfig(**ends)  # what the harness, which asks the model itself, stops at
         pack(model)

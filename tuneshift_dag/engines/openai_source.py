@@ -61,16 +61,14 @@ class ServedSource(Scorer):
         files: ModelFiles,
         adapter: ModelFiles,
         cross_scores: bool,
-        tokenizer: ModelFiles | None = None,
         fine_tuned_server: OpenAIServer | None = None,
     ) -> None:
-        """``files`` are the base's, and ``tokenizer`` what holds another tokenizer, if that is to be used."""
+        """``files`` are the base's."""
         self.servers: dict[Side, OpenAIServer] = {"base": server, "fine_tuned": fine_tuned_server or server}
         self.models: dict[Side, ServedModel] = {"base": base, "fine_tuned": fine_tuned}
         self.files = files
         self.adapter = adapter
         self.cross_scores = cross_scores
-        self._tokenizer = tokenizer or files
         # Requests run dry while a chunk's last responses come, which must be seldom. To take turns is seldom, too.
         self.chunk_size = WHOLE_ROUND if fine_tuned_server else max(CHUNK_SIZE, 64 * server.settings.concurrency)
 
@@ -80,7 +78,7 @@ class ServedSource(Scorer):
 
     @property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self._tokenizer)
+        return load_tokenizer(self.adapter, self.files)
 
     def fingerprint(self, side: Side) -> str:
         """What the transfer says the server runs, without its address: a run whose results are all cached needs no

@@ -24,7 +24,7 @@ from tuneshift_dag.engines.openai_client import LOG, OpenAIServer, ServedGenerat
 from tuneshift_dag.engines.openai_source import ServedSource
 from tuneshift_dag.engines.server_process import ServerProcess, stop_all
 from tuneshift_dag.models.capabilities import end_ids
-from tuneshift_dag.models.checks import adapter_config, has_tokenizer
+from tuneshift_dag.models.checks import adapter_config
 from tuneshift_dag.models.loading import load_tokenizer
 from tuneshift_dag.models.references import ModelFiles
 
@@ -148,8 +148,7 @@ def served_source(
 ) -> ServedSource:
     """The source models: with an adapter (``tuned``) on one server, with a ``whole`` fine-tuned model on two that take
     turns. Log files are in the folder ``logs``."""
-    tokenizer = tuned if whole or has_tokenizer(tuned.path) else base
-    ends = end_ids(load_tokenizer(tokenizer), base.path, *([tuned.path] if whole else []))
+    ends = end_ids(load_tokenizer(tuned, base), base.path, *([tuned.path] if whole else []))
 
     def server(**models: ModelFiles) -> VllmServer:
         log_file = logs / f"vllm-{next(iter(models))}.log"
@@ -162,7 +161,6 @@ def served_source(
         base,
         tuned,
         settings.cross_scores,
-        tokenizer,
         server(fine_tuned=tuned) if whole else None,
     )
 

@@ -246,6 +246,15 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
 
 
+def chat_template_of(folder: Path, key: str) -> str | None:
+    """The chat template in the folder of an adapter that holds no tokenizer; None without one."""
+    file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text("utf-8-sig")
+    template = read_json(settings, key).get("chat_template") if settings.is_file() else None
+    return template if isinstance(template, str) else None
+
+
 def embedding_rows(folder: Path, key: str) -> int | None:
     """How many embeddings a model's ``config.json`` says that it has; None when it, or the file, doesn't."""
     config = read_json(folder / "config.json", key) if (folder / "config.json").is_file() else {}
@@ -392,6 +401,12 @@ def _check_tensors(weights: Path, key: str) -> None:
             f" {_WRAPPERS[prefix]}, with which PEFT finds no place for them. Save the model that is inside the wrapper,"
             f" or rename them: `save_file({{k.replace({prefix!r}, ''): v for k, v in load_file(F).items()}}, F)` of"
             " safetensors.torch."
+        )
+    small = [name for name, tensor in tensors.items() if tensor["dtype"] not in _EXPONENTS]
+    if small:
+        raise TuneshiftError(
+            f"{key}: {weights}: {len(small)} tensors, such as {small[0]!r}, are in {tensors[small[0]]['dtype']}, so the"
+            " adapter is quantized, and PEFT would read them as they are. Name the adapter that it was made from."
         )
     if empty := [name for name, tensor in tensors.items() if 0 in tensor["shape"]]:
         raise TuneshiftError(

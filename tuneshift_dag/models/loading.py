@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.models import memory
 from tuneshift_dag.models.capabilities import attention_of, experts_bytes, read_whole, settings_end_ids
-from tuneshift_dag.models.checks import adapter_config, embedding_rows
+from tuneshift_dag.models.checks import adapter_config, chat_template_of, embedding_rows, has_tokenizer
 from tuneshift_dag.models.references import ModelFiles, quantized_copy
 
 Quantization = Literal["nf4", "fp4", "none"]
@@ -44,9 +44,16 @@ _LOG = logging.getLogger("tuneshift_dag")
 
 
 @lru_cache(maxsize=4)
-def load_tokenizer(files: ModelFiles) -> Tokenizer:
-    """The model's tokenizer, with a padding token (its own, or the end-of-sequence token). One object for everyone in
-    the process: reading a large vocabulary takes seconds."""
+def load_tokenizer(files: ModelFiles, base: ModelFiles | None = None) -> Tokenizer:
+    """The model's tokenizer, with a padding token (its own, or the end-of-sequence token). What ``files`` of a
+    fine-tune, such as an adapter's, lack is its ``base``'s. One object for everyone in the process: reading a large
+    vocabulary takes seconds."""
+    if base is not None and not has_tokenizer(files.path):
+        if (template := chat_template_of(files.path, files.reference)) is None:
+            return load_tokenizer(base)
+        completed: Tokenizer = load_tokenizer.__wrapped__(base)
+        completed.chat_template = template
+        return completed
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.path, trust_remote_code=False)
         if isinstance(tokenizer.chat_template, str):  # an editor's byte-order mark isn't part of it
@@ -66,7 +73,7 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
             f" is another model's. Save its own to {files.path}."
         )
     if tokenizer.eos_token_id is None:
-        tokenizer.eos_token = _end_of_model(tokenizer, files)
+        tokenizer.eos_token = _end_of_model(tokenizer, files, base)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -88,8 +95,9 @@ def _without(tokenizer: Tokenizer, tokens: list[str], folder: Path) -> Tokenizer
         return AutoTokenizer.from_pretrained(edited, trust_remote_code=False)
 
 
-def _end_of_model(tokenizer: Tokenizer, files: ModelFiles) -> str:
-    for number in settings_end_ids(files.path):
+def _end_of_model(tokenizer: Tokenizer, files: ModelFiles, base: ModelFiles | None) -> str:
+    of_base = [load_tokenizer(base).eos_token_id] if base is not None and base != files else []
+    for number in [*settings_end_ids(files.path), *of_base]:
         if (token := tokenizer.convert_ids_to_tokens(number)) is not None:
             return str(token)
     raise TuneshiftError(

@@ -60,6 +60,12 @@ def chat_text(tokenizer: Any, format: PromptFormat, message: str) -> str:
     return text
 
 
+def foreign_names(tokenizer: Any, source: Any, format: PromptFormat) -> list[str]:
+    """Names of special tokens in a raw template that the ``source``'s tokenizer knows and this one takes for text."""
+    foreign = _special_names(source) - _special_names(tokenizer)
+    return sorted(name for name in foreign if name in (format.template or ""))
+
+
 def end_id(tokenizer: Any, format: PromptFormat) -> int:
     """The token that ends a response: in a chat the one that ends the model's turn, else the tokenizer's."""
     turn = turn_end(tokenizer, **format.arguments) if format.template is None else None

@@ -50,10 +50,9 @@ class EngineResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     def source(self, transfer: Transfer) -> Scorer:
         """The source base and fine-tuned models, in this process, on a cluster or on a server."""
-        settings, (key, _) = transfer.config.engine, transfer.config.source.tuned
-        is_whole, dtype = key == "source.fine_tuned", transfer.config.models.compute_dtype
+        settings, dtype = transfer.config.engine, transfer.config.models.compute_dtype
         kind: Kind = "tokenizer" if settings.server else "model"
-        tuned = transfer.named(key, kind if is_whole else "adapter").files()
+        is_whole, tuned = transfer.config.source.adapter is None, transfer.tuned(kind).files()
         if settings.type not in ("vllm", "openai"):
             return self._engine(transfer, "source.base", tuned, whole=is_whole)
         base = transfer.named("source.base", kind).files()
