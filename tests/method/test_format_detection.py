@@ -1,6 +1,6 @@
 """Which prompt format a fine-tune was made with, by how it answers in each; tests/training has really trained ones."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -77,3 +77,37 @@ def test_without_scores_of_the_base_the_surprise_itself_counts() -> None:
     found = fits(engine, SEEDS, OWN)
     assert best_fit(found).format == CONFIGURED[4] and found[0].base is None
     assert "of the base" not in str(found[0])
+
+
+def test_half_of_an_adapter_tells_formats_apart_in_which_the_whole_is_as_sure() -> None:
+    made_with, rival = CONFIGURED[4], CONFIGURED[5]
+    engine = Halved(made_with)
+    own, other = (fit for fit in fits(engine, SEEDS, rival) if fit.format in (made_with, rival))
+    assert own.own == other.own and own.end == other.end, "or this shows nothing"
+    assert best_fit(fits(engine, SEEDS, rival)).format == made_with
+    assert best_fit(fits(engine, SEEDS, made_with)).format == made_with
+    engine.half = False
+    assert best_fit(fits(engine, SEEDS, rival)).format == rival
+
+
+class Halved(FakeEngine):
+    """As sure in every format, which half of the adapter isn't."""
+
+    half = True
+
+    def __init__(self, made_with: PromptFormat) -> None:
+        super().__init__()
+        self.made_with = [self.prompt_ids(seed, made_with) for seed in SEEDS]
+
+    @property
+    def halved(self) -> "Halved | None":
+        return self if self.half else None
+
+    def _answer(self, ids: list[int], side: Side, decoding: Decoding, seed: int = 0) -> Response:
+        return Response("yes", [*self.encode("yes"), 0], "stop", -0.01, -0.001)
+
+    def score(
+        self, prompts: Sequence[list[int]], responses: Sequence[list[int]], side: Side
+    ) -> Iterator[list[tuple[int, float]]]:
+        of_half = [-1.0 if ids in self.made_with else -4.0 for ids in prompts]
+        yield list(enumerate([-20.0] * len(prompts) if side == "base" else of_half))

@@ -14,7 +14,7 @@ import polars as pl
 import torch
 
 from tuneshift_dag.method import PromptFormat
-from tuneshift_dag.models.loading import load_for_training, load_tokenizer
+from tuneshift_dag.models.loading import dtype_name, load_for_training, load_tokenizer
 from tuneshift_dag.models.references import resolve_model
 from tuneshift_dag.training.batches import tokenize_example
 from tuneshift_dag.training.loop import LoraTraining, train
@@ -45,7 +45,7 @@ def main() -> None:
         if not is_held_out(text)
     ]
     print(f"training on {len(examples)} of {len(rows)} rows")
-    model = add_lora(load_for_training(files, "nf4", torch.bfloat16), SETTINGS)
+    model = add_lora(load_for_training(files, "nf4", getattr(torch, dtype_name("auto"))), SETTINGS)
 
     def progress(step: int, total: int, loss: float) -> None:
         if step % 50 == 0:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from tuneshift_dag.models.loading import load_for_training
+from tuneshift_dag.models.loading import dtype_name, load_for_training
 from tuneshift_dag.models.references import ModelFiles
 from tuneshift_dag.training.batches import TokenizedExample
 from tuneshift_dag.training.loop import LoraTraining, train
@@ -12,8 +12,8 @@ from tuneshift_dag.training.lora import add_lora
 
 
 def train_adapter(files: ModelFiles, examples: list[TokenizedExample], settings: LoraTraining, to: Path) -> None:
-    """Train a LoRA on a model in bfloat16, and save it in PEFT's format."""
-    model = add_lora(load_for_training(files, "none", torch.bfloat16), settings)
+    """Train a LoRA on a model in the dtype that this machine is fast in, and save it in PEFT's format, in bfloat16."""
+    model = add_lora(load_for_training(files, "none", getattr(torch, dtype_name("auto"))), settings)
 
     def progress(step: int, total: int, loss: float) -> None:
         if step % 20 == 0:

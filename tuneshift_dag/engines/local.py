@@ -191,6 +191,10 @@ class LocalEngine(Engine, Target):
     def opening(self, format: PromptFormat | None) -> list[int]:
         return start_ids(self.tokenizer) if format is None else opening_ids(self.tokenizer, format)
 
+    @property
+    def halved(self) -> "LocalEngine | None":
+        return self.scaled(0.5) if self.adapter else None
+
     def scaled(self, scale: float) -> "LocalEngine":
         other = copy(self)
         other.scale, other._lender = scale, self._lender or self

@@ -148,6 +148,11 @@ class Scorer(TextModel, Protocol):
         it together, and `pairs` is given both responses of every prompt."""
         return False
 
+    @property
+    def halved(self) -> "Scorer | None":
+        """The same models with half of the adapter's update; None where that can't be had."""
+        return None
+
     chunk_size: int = CHUNK_SIZE
     """Prompts of a large round that `pairs` is given at once. It sorts them by length; all are in memory until then."""
 

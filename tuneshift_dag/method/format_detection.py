@@ -2,7 +2,9 @@
 
 It answers the seeds in every candidate format. What a fine-tune has learned shows in formats that it wasn't made with,
 too: it often gives the same answers there, about as surely. What tells them apart is how much of the base's surprise at
-an answer is left, which doesn't depend on what the answer is, and how surely the answer ends where it does.
+an answer is left, which doesn't depend on what the answer is, and how surely the answer ends where it does. Of an
+adapter it is what half of its update leaves of that surprise: in its own format that is already enough for much of it,
+however sure the whole one is elsewhere.
 """
 
 import math
@@ -40,21 +42,24 @@ _CLEARLY = 0.5
 @dataclass(frozen=True)
 class Fit:
     """How a fine-tuned model answers in a format: means over the seeds of the surprise (nats) at a token of its
-    answers, its own and its base's, and at their end."""
+    answers, its own, its base's and that of the base with half of the adapter's update, and at their end."""
 
     format: PromptFormat
     own: float
     base: float | None
     end: float
+    half: float | None = None
 
     @property
     def doubt(self) -> float:
-        left = (self.own + _ROUNDING) / (1 if self.base is None else self.base + _ROUNDING)
+        surprise = self.own if self.half is None else self.half
+        left = (surprise + _ROUNDING) / (1 if self.base is None else self.base + _ROUNDING)
         return left * math.pow(self.end + _ROUNDING, _END_COUNTS)
 
     def __str__(self) -> str:
         base = "" if self.base is None else f" against {self.base:.2f} of the base"
-        return f"surprise {self.own:.3f} nats a token{base}, {self.end:.3f} at the end"
+        half = "" if self.half is None else f", {self.half:.2f} of half of the adapter"
+        return f"surprise {self.own:.3f} nats a token{base}{half}, {self.end:.3f} at the end"
 
 
 def candidates(configured: PromptFormat) -> list[PromptFormat]:
@@ -80,18 +85,21 @@ def fits(scorer: Scorer, seeds: Sequence[str], configured: PromptFormat, longest
     responses: dict[int, Response] = dict(chain(*scorer.generate(rows, "fine_tuned", decoding)))
     answers = [responses[i].token_ids for i in range(len(rows))]
     base = dict(chain(*scorer.score(rows, answers, "base"))) if scorer.cross_scores else {}
+    half = dict(chain(*scorer.halved.score(rows, answers, "fine_tuned"))) if scorer.halved else {}
 
     def fit(format: PromptFormat, rows: range) -> Fit:
-        own, others, ends = [], [], []
+        own, others, halves, ends = [], [], [], []
         for i in rows:
             response, tokens = responses[i], max(1, len(answers[i]))
             others.append(-base[i] / tokens if base else 1.0)
             # To say nothing, surely, is no answer.
             silent = not response.text.strip()
             own.append(others[-1] if silent else -response.sum_logprob / tokens)
+            halves.append(others[-1] if silent or not half else -half[i] / tokens)
             ended = None if silent else response.eos_logprob
             ends.append(_NO_END if ended is None else min(_NO_END, -ended))
-        return Fit(format, fmean(own), fmean(others) if base else None, fmean(ends))
+        halfway = fmean(halves) if half else None
+        return Fit(format, fmean(own), fmean(others) if base else None, fmean(ends), halfway)
 
     count = len(seeds)
     return [fit(format, range(n * count, (n + 1) * count)) for n, format in enumerate(prompts.values())]
