@@ -29,5 +29,5 @@ def test_files_are_few_and_short() -> None:
     """A file that grows past this has more than one idea in it."""
     lines = {file: len(file.read_text("utf-8").splitlines()) for file in PACKAGE.rglob("*.py")}
     assert {file.name: n for file, n in lines.items() if n > 400} == {}
-    assert len(lines) <= 81
-    assert sum(lines.values()) <= 16_010, "take something out, or raise this with the reason"
+    assert len(lines) <= 82
+    assert sum(lines.values()) <= 16_110, "take something out, or raise this with the reason"

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.training.tiny import TINY
 from tuneshift_dag import TuneshiftError
-from tuneshift_dag.models.checks import check_adapter_folder
+from tuneshift_dag.models.adapter_checks import check_adapter_folder
 from tuneshift_dag.models.loading import ADAPTER, load_for_inference
 from tuneshift_dag.models.references import ModelFiles
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from tuneshift_dag import TuneshiftError
-from tuneshift_dag.models.checks import check_adapter_folder, check_finite, tokens_without_row
+from tuneshift_dag.models.adapter_checks import check_adapter_folder
+from tuneshift_dag.models.checks import check_finite, tokens_without_row
 from tuneshift_dag.models.references import Reference
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 167832240\n"

@@ -20,7 +20,8 @@ from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer, examples, files
 from tuneshift_dag.config.examples import Rows
 from tuneshift_dag.config.schema_models import Mode
-from tuneshift_dag.models.checks import check_adapter_folder, check_links
+from tuneshift_dag.models.adapter_checks import check_adapter_folder
+from tuneshift_dag.models.checks import check_links
 from tuneshift_dag.models.references import TOKENIZER_FILES, Reference, hub_id_of, is_hub_id
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES)

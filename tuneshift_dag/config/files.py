@@ -29,7 +29,8 @@ from tuneshift_dag.config.examples import (
 from tuneshift_dag.config.schema import Evaluation, TransferConfig
 from tuneshift_dag.config.schema_models import Server
 from tuneshift_dag.method.evaluation import expected_number
-from tuneshift_dag.models.checks import adapter_config, has_tokenizer, tokens_without_row
+from tuneshift_dag.models.adapter_checks import adapter_config, has_tokenizer
+from tuneshift_dag.models.checks import tokens_without_row
 from tuneshift_dag.models.references import Kind, Reference, hub_id_of
 
 # Schemas and catalogs that there are in every database of ours (its file is tuneshift.duckdb).

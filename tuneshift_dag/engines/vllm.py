@@ -23,8 +23,8 @@ from tuneshift_dag.config.schema_models import EngineConfig, ServedModel, Server
 from tuneshift_dag.engines.openai_client import LOG, OpenAIServer, ServedGenerator, Work
 from tuneshift_dag.engines.openai_source import ServedSource
 from tuneshift_dag.engines.server_process import ServerProcess, stop_all
+from tuneshift_dag.models.adapter_checks import adapter_config
 from tuneshift_dag.models.capabilities import end_ids
-from tuneshift_dag.models.checks import adapter_config
 from tuneshift_dag.models.loading import load_tokenizer
 from tuneshift_dag.models.references import ModelFiles
 

@@ -30,8 +30,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.models import memory
+from tuneshift_dag.models.adapter_checks import adapter_config, chat_template_of, has_tokenizer
 from tuneshift_dag.models.capabilities import attention_of, experts_bytes, read_whole, settings_end_ids
-from tuneshift_dag.models.checks import adapter_config, chat_template_of, embedding_rows, has_tokenizer
+from tuneshift_dag.models.checks import embedding_rows
 from tuneshift_dag.models.references import ModelFiles, quantized_copy
 
 Quantization = Literal["nf4", "fp4", "none"]

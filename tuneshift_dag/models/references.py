@@ -28,7 +28,7 @@ from typing import Literal, NamedTuple
 import platformdirs
 
 from tuneshift_dag import TuneshiftError
-from tuneshift_dag.models import checks
+from tuneshift_dag.models import adapter_checks, checks
 
 Kind = Literal["model", "tokenizer", "adapter"]
 
@@ -211,7 +211,7 @@ class Reference:
         if path.is_dir():
             checks.check_links(path, self.key)
         if self.kind == "adapter":
-            checks.check_adapter_folder(path, self.key)
+            adapter_checks.check_adapter_folder(path, self.key)
             _once(checks.check_finite, path / "adapter_model.safetensors", self.key)
         elif self.kind == "model":
             checks.check_model_folder(path, self.key)
