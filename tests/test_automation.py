@@ -99,6 +99,16 @@ def test_it_waits_for_runs_and_backfills_of_its_own_transfer_only(mine: bool, pr
     )
     assert isinstance(tick(project), str) == mine
     project.instance.delete_run(run.run_id)
+    name = f"{busy.folder.name}_refilter"
+    run = project.instance.create_run(
+        job_name=name, run_id=None, run_config=None, status=dg.DagsterRunStatus.STARTED, tags=None,
+        root_run_id=None, parent_run_id=None, step_keys_to_execute=None, execution_plan_snapshot=None,
+        job_snapshot=None, parent_job_snapshot=None, asset_selection=None, asset_check_selection=None,
+        resolved_op_selection=None, op_selection=None, remote_job_origin=None, job_code_origin=None,
+        asset_graph=None,
+    )  # fmt: skip
+    assert isinstance(tick(project), str) == mine
+    project.instance.delete_run(run.run_id)
     backfill = PartitionBackfill(
         "abc", BulkActionStatus.REQUESTED, from_failure=False, tags={}, backfill_timestamp=0.0,
         asset_selection=[busy.key("filtered_dataset")],

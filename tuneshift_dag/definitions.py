@@ -98,7 +98,9 @@ def _reason_to_wait(transfer: Transfer, instance: dg.DagsterInstance) -> str | N
     for backfill in instance.get_backfills(limit=_RUNS_LOOKED_AT):
         if backfill.status.value in ("REQUESTED", "CANCELING") and _touches(transfer, backfill.asset_selection):
             return f"Backfill {backfill.backfill_id} is going on."
-    runs = [run for run in instance.get_runs(limit=_RUNS_LOOKED_AT) if _touches(transfer, run.asset_selection)]
+    own_job = f"{transfer.name}_refilter"
+    runs = instance.get_runs(limit=_RUNS_LOOKED_AT)
+    runs = [run for run in runs if _touches(transfer, run.asset_selection) or run.job_name == own_job]
     for run in runs:
         if not run.is_finished:
             return f"Run {run.run_id[:8]} is going on."

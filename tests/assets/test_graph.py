@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -331,7 +332,7 @@ class TestRetention:
         assert metadata["target_distilled_perplexity"].value == rows[1][1]
         figures = report(finished.store, finished.transfer)
         assert figures["retention"]["target_distilled"]["perplexity"] == rows[1][1]
-        assert f"| all | {rows[0][1]:.2f} | {rows[1][1]:.2f} |" in model_card(finished.transfer, figures)
+        assert f"| all | {rows[0][1]:.2f} | {rows[1][1]:.2f} |" in model_card(finished.transfer, figures, [])
 
     def test_the_base_is_scored_once_however_often_it_is_distilled(self, project: Project, edit_config: Edit) -> None:
         project.run()
@@ -430,12 +431,81 @@ class TestTargetWeights:
         assert len(ran.models.trained) == 1
 
 
+class TestReport:
+    def test_what_was_measured_of_the_model_before_is_not_shown(self, ran: Project, edit_config: Edit) -> None:
+        assert report(ran.store, ran.transfer)["accuracy"] and not report(ran.store, ran.transfer)["out_of_date"]
+        edit_config("distill.epochs", 9)
+        assert report(ran.store, ran.transfer)["out_of_date"] == ["distilled_model"]
+        assert ran.materialize("distilled_model").success
+        figures = report(ran.store, ran.transfer)
+        measured = ("accuracy", "retention", "retention_by_kind", "frontier", "verdicts", "tasks")
+        assert all(not figures[name] for name in measured) and figures["model"]
+        ran.run()
+        assert all(report(ran.store, ran.transfer)[name] for name in measured[:-1])
+
+    def test_figures_are_titled_as_they_were_measured(self, ran: Project, edit_config: Edit) -> None:
+        edit_config("evaluation.keeps_skill", 0.5)
+        assert report(ran.store, ran.transfer)["metric"] == "exact_match"
+
+
+class TestAnAdapterThatIsGone:
+    def test_is_trained_again(self, ran: Project) -> None:
+        (path,) = ran.rows("SELECT path FROM distilled_models WHERE current")[0]
+        shutil.rmtree(ran.store.absolute(path))
+        assert causes(ran, "distilled_model") == ["missing"]
+        assert ("distilled_model", None) in ran.run().materialized
+        assert ran.store.absolute(path).is_dir() and ran.run().materialized == []
+
+
+class TestWithoutHeldOutFile:
+    def test_a_scale_is_chosen_all_the_same(self, ran: Project, edit_config: Edit) -> None:
+        (ran.folder / "heldout.jsonl").unlink()
+        assert ("evaluation", None) not in ran.run().materialized
+        edit_config("distill.keep", 1e9)
+        assert ("evaluation", None) in ran.run().materialized
+        assert ran.rows("SELECT scale, value FROM frontier WHERE chosen") == [(1.0, None)]
+
+
+class TestWhatIsMissingAbove:
+    @pytest.mark.parametrize(
+        ("asset", "above"), [("scored_pairs", "synthetic_prompts"), ("filtered_dataset", "scored_pairs")]
+    )
+    def test_is_named(self, project: Project, asset: str, above: str) -> None:
+        assert project.materialize("seed_set").success
+        if asset == "filtered_dataset":
+            assert project.materialize("synthetic_prompts", round="round_01").success
+        result = project.materialize(asset, round="round_01")
+        (event,) = [event for event in result.all_events if event.is_step_failure]
+        assert f"round_01 has no {above}: materialize them first" in str(event.step_failure_data.user_failure_data)
+
+
 class TestExport:
     def test_says_which_filter_kept_the_pairs(self, ran: Project, edit_config: Edit, tmp_path: Path) -> None:
         edit_config("filter.threshold", LOOSER)
         export(ran.store, ran.transfer, tmp_path / "out")
         for card in ("README.md", "adapter/README.md"):
             assert f"threshold {USUAL}" in (tmp_path / "out" / card).read_text()
+
+    @pytest.mark.parametrize("key", ["target.prompt", "prompt_template", "distill.epochs"])
+    def test_of_a_model_made_with_other_settings_is_refused(
+        self, ran: Project, edit_config: Edit, tmp_path: Path, key: str
+    ) -> None:
+        edit_config(key, 9 if key == "distill.epochs" else "Other: {prompt}\n")
+        with pytest.raises(TuneshiftError, match=r"(scored_pairs|distilled_model) depends? on has changed since model"):
+            export(ran.store, ran.transfer, tmp_path / "out")
+
+    def test_the_seeds_of_its_card_are_those_that_it_grew_from(self, ran: Project, tmp_path: Path) -> None:
+        seeds = ran.folder / "seeds.jsonl"
+        seeds.write_text(seeds.read_text() + '{"prompt": "Something new?"}\n')
+        export(ran.store, ran.transfer, tmp_path / "out")
+        assert "Something new?" not in (tmp_path / "out" / "adapter" / "README.md").read_text()
+
+    def test_the_scale_of_another_model_is_not_its_own(self, ran: Project, edit_config: Edit, tmp_path: Path) -> None:
+        edit_config("distill.keep", 5.0)
+        with pytest.raises(TuneshiftError, match="the model of now isn't evaluated"):
+            export(ran.store, ran.transfer, tmp_path / "out")
+        ran.run()
+        export(ran.store, ran.transfer, tmp_path / "out")
 
     def test_of_pairs_that_are_gone_is_refused(self, ran: Project, edit_config: Edit, tmp_path: Path) -> None:
         edit_config("generator.instruction", "Others, {count} of them:")

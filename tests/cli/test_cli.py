@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,9 +25,11 @@ from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.config.schema_models import Prompt
 from tuneshift_dag.method import Decoding, PromptFormat, Response
 from tuneshift_dag.reports import describe_filter, escape_markdown
-from tuneshift_dag.reports.export import export
+from tuneshift_dag.reports import report as make_report
+from tuneshift_dag.reports.export import export, model_card
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.cache import ResponseCache
+from tuneshift_dag.store.records import Records
 
 MODELS = ["source_base", "source_fine_tuned", "target_base", "target_distilled"]
 
@@ -60,6 +63,20 @@ class TestRun:
         assert again["pairs_kept"] == figures["pairs_kept"]
         assert "Everything is up to date." in err
         assert models.calls() == calls
+
+    def test_of_fewer_rounds_than_there_are_changes_nothing(self, tuneshift: Run, done: Project) -> None:
+        status, _, err = tuneshift("run", "banking", "--rounds", "1")
+        assert status == 0 and "Everything is up to date." in err
+
+    @pytest.mark.parametrize("command", ["report", "sweep", "export"])
+    def test_the_results_of_another_folder_of_that_name_are_not_shown(
+        self, tuneshift: Run, done: Project, tmp_path: Path, command: str
+    ) -> None:
+        other = tmp_path / "other" / "banking"
+        shutil.copytree(done.folder, other)
+        more = ["--to", str(tmp_path / "out")] if command == "export" else []
+        status, _, err = tuneshift(command, str(other), *more)
+        assert status == 1 and f"the name 'banking' (in whatever case) is that of {done.folder}" in err
 
     def test_of_fewer_rounds_trains_on_those_and_goes_on_later(
         self, tuneshift: Run, models: FakeModels, transfer_folder: Path, tmp_path: Path
@@ -411,7 +428,7 @@ class TestExport:
         (to / "adapter" / "stale.bin").touch()
         assert tuneshift("export", "banking", "--to", str(to))[0] == 0
         assert {path.name for path in to.iterdir()} == {
-            "adapter", "dataset.jsonl", "dataset.parquet", "README.md", "notes.txt",
+            ".tuneshift-export", "adapter", "dataset.jsonl", "dataset.parquet", "README.md", "notes.txt",
         }  # fmt: skip
         assert not (to / "adapter" / "stale.bin").exists()
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -438,13 +455,14 @@ class TestExport:
             export(done.store, done.transfer, tmp_path / "to")
         assert {path.name for path in tmp_path.iterdir()} == {"file"}
 
-    def test_the_card_shows_prompts_and_template_as_they_are(self, done: Project, tmp_path: Path) -> None:
-        transfer = done.transfer
-        transfer.seeds[0] = "# <img src=x>"
+    def test_the_card_shows_prompts_and_template_as_they_are(
+        self, done: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Records, "changed", lambda self: [])  # or it would be refused
+        transfer, figures = done.transfer, make_report(done.store, done.transfer)
         config = transfer.config.model_copy(update={"prompt_template": "```\n{prompt}\n```"})
         object.__setattr__(transfer, "config", config)
-        export(done.store, transfer, tmp_path / "to")
-        card = (tmp_path / "to" / "adapter" / "README.md").read_text("utf-8")
+        card = model_card(transfer, figures, ["# <img src=x>"])
         assert "- \\# \\<img src=x\\>\n" in card
         assert "\n````\n```\n{prompt}\n```\n````\n" in card
         source = config.source.model_copy(update={"prompt": Prompt(format="chat", system="Sort.")})
@@ -455,6 +473,18 @@ class TestExport:
         assert "`apply_chat_template`" in card and '"content": "Sort."' in card and '"content": "{prompt}"' in card
         line = json.loads((tmp_path / "to" / "dataset.jsonl").read_text("utf-8").splitlines()[0])
         assert [message["role"] for message in line["messages"]] == ["system", "user", "assistant"]
+
+    def test_what_no_export_wrote_is_not_replaced(self, tuneshift: Run, done: Project, tmp_path: Path) -> None:
+        mine = tmp_path / "mine"
+        (mine / "merged").mkdir(parents=True)
+        assert tuneshift("export", "banking", "--to", str(mine))[0] == 0
+        assert (mine / "merged").is_dir()
+        (mine / ".tuneshift-export").unlink()
+        status, _, err = tuneshift("export", "banking", "--to", str(mine))
+        assert status == 1 and f"error: --to {mine}: adapter, dataset.jsonl, dataset.parquet, README.md there" in err
+        before = {file: file.read_bytes() for file in done.folder.rglob("*") if file.is_file()}
+        assert tuneshift("export", "banking", "--to", str(done.folder))[0] == 1
+        assert {file: file.read_bytes() for file in done.folder.rglob("*") if file.is_file()} == before
 
     def test_before_any_run_is_an_error(self, tuneshift: Run, transfer_folder: Path, tmp_path: Path) -> None:
         status, out, err = tuneshift("export", "banking", "--to", str(tmp_path / "to"))

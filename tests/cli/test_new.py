@@ -87,6 +87,9 @@ class TestCreate:
         config = new(mode=mode, instruction='Say "yes": # {x}', description="a: b # c\\").config
         assert (config.generator.mode, config.generator.instruction) == (mode, 'Say "yes": # {x}')
         assert config.description == "a: b # c\\"
+        odd = "a\x7f\x85\u2028\u2029\ufeffb\uffff🙂"
+        made = new("odd", mode=mode, instruction=odd, template=f"{odd} {{prompt}}").config
+        assert (made.generator.instruction, made.prompt_template) == (odd, f"{odd} {{prompt}}")
         assert config.generator.original_seeds_per_call > 0
 
     def test_the_base_is_the_one_that_the_adapter_names(self, new: New, given: Answers) -> None:

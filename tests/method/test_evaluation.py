@@ -57,6 +57,9 @@ def test_numbers_are_found_strictly_and_flexibly(response: str, strict: str | No
         ("about 40", None),
         ("#### ", None),
         ("1.2.3", None),
+        ("5..", None),
+        ("٣", None),
+        ("３", None),
     ],
 )
 def test_a_held_out_answer_gives_its_last_number_or_is_one(answer: str, number: str | None) -> None:

@@ -33,7 +33,7 @@ def build_assets(transfer: Transfer) -> Assets:
     ]
     if transfer.rehearses:
         assets.append(build_rehearsal_set(transfer))
-    if transfer.heldout or transfer.config.evaluation.tasks:
+    if transfer.evaluates:
         assets.append(build_evaluation(transfer))
     if transfer.config.diversity_map:
         assets.append(build_diversity_map(transfer))

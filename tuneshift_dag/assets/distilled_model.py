@@ -41,8 +41,9 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
 
             def make_current(connection: Any) -> None:
                 connection.execute("UPDATE distilled_models SET current = (model_id = ?)", [row["model_id"]])
-                described = [describe_filter(transfer), row["model_id"]]
-                connection.execute("UPDATE distilled_models SET filter = ? WHERE model_id = ?", described)
+                if "filtered_dataset" not in current.records.changed():  # else another filter has kept these pairs
+                    described = [describe_filter(transfer), row["model_id"]]
+                    connection.execute("UPDATE distilled_models SET filter = ? WHERE model_id = ?", described)
 
             current.write([], row["model_id"], make_current)
             curve = json.loads(row["curve"])

@@ -84,6 +84,10 @@ def _judge_round(
     pool: list[Candidate] = []
     observed: list[dg.AssetObservation] = []
     with step(context, store, transfer, "filtered_dataset", round_) as current:
+        if not current.records.version("scored_pairs", round_):
+            raise dg.Failure(
+                f"{round_} has no scored_pairs: materialize them first, then filtered_dataset.", allow_retries=False
+            )
         originals = seed_candidates(current)
 
         def judge_and_draw(connection: Any) -> str:

@@ -117,7 +117,7 @@ def plan(transfer: TransferName, as_json: AsJson = False) -> None:
 @app.command()
 def run(
     transfer: TransferName,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Grow at most so many rounds now, then train.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Stop after this round for now, and train.")] = None,
     regrow: Annotated[bool, typer.Option(help="Also grow rounds anew of which only the seeds changed.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -129,14 +129,16 @@ def run(
     from tuneshift_dag.config.files import refresh
     from tuneshift_dag.reports import plan as plans
     from tuneshift_dag.reports import report as make_report
-    from tuneshift_dag.store.records import to_do
+    from tuneshift_dag.store.records import Records, to_do
 
     # A hub model is looked up once, so that a run has one teacher from its first step to its last.
     loaded = refresh(_load(transfer), lambda problem: rendering.message("warning", "yellow", problem))
-    if rounds is not None:
-        loaded = loaded.with_rounds(rounds)
-    runner, store = _runner(loaded), _store()
+    store = _store()
     store.prepare(loaded.name)
+    if rounds is not None:  # what is grown stays
+        grown = len(loaded.round_keys) - len(Records(store, loaded).missing_rounds("synthetic_prompts"))
+        loaded = loaded.with_rounds(max(rounds, grown))
+    runner = _runner(loaded)
     for warning in plans.run_warnings(loaded):
         rendering.message("warning", "yellow", warning)
     pending = to_do(store, loaded, regrow)
@@ -282,14 +284,17 @@ def cache_gc(
     """
     from tuneshift_dag.cli.doctor import quantized_in_use
     from tuneshift_dag.config.files import find_transfers, load_transfer
-    from tuneshift_dag.store.cache import collect, collect_plan
+    from tuneshift_dag.store.cache import collect, collect_plan, held_back
 
     store, folders, used = _store(), find_transfers(transfers_dir()), None
     try:
         used = quantized_in_use([load_transfer(folder) for folder in folders])
     except TuneshiftError as error:
         rendering.message("note", "yellow", f"4-bit copies of weights are left alone, since one can't be read: {error}")
-    plan = collect_plan(store, [folder.name for folder in folders], used)
+    here = {folder.name for folder in folders}
+    for step in held_back(store, here):
+        rendering.message("note", "yellow", f"a step runs or has failed, so what was computed since stays. {step}")
+    plan = collect_plan(store, here | _busy(), used)
     rows = [{"kind": one.kind, "name": one.name, "bytes": one.bytes, "why": one.reason} for one in plan]
     rendering.as_json(rows) if as_json else rendering.rows("What no transfer uses", rows)
     if not plan or dry_run:
@@ -342,7 +347,9 @@ def _load(name: str) -> "Transfer":
     if not os.path.isdir(folder):  # which is no error for a name that no file could have
         known = ", ".join(f.name for f in find_transfers(transfers_dir())) or "none"
         raise TuneshiftError(f"There is no transfer {name!r} in {transfers_dir()} (there: {known}).")
-    return load_transfer(folder)
+    loaded = load_transfer(folder)
+    _store().check_claim(loaded.name, loaded.folder)
+    return loaded
 
 
 def _quiet() -> None:
@@ -353,22 +360,31 @@ def _quiet() -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
-def _runner(transfer: "Transfer") -> Any:
-    """A runner in Dagster's instance that tells each step, with its round, and how far it is."""
+def _busy() -> set[str]:
+    from tuneshift_dag.resources.runs import busy_transfers
+
+    return busy_transfers(_instance())
+
+
+def _instance() -> Any:
     folder = use_dagster_home()
     _quiet()
     import dagster as dg
 
-    from tuneshift_dag.runner import Runner
-
     try:
-        instance = dg.DagsterInstance.get()
+        return dg.DagsterInstance.get()
     except Exception as error:  # whatever the storage that dagster.yaml names raises
         told = " ".join(str(error).split())
         raise TuneshiftError(
             f"{folder / 'dagster.yaml'}: Dagster can't open its instance ({type(error).__name__}: {told}). Repair the"
             " file, or name another folder in DAGSTER_HOME."
         ) from error
+
+
+def _runner(transfer: "Transfer") -> Any:
+    """A runner in Dagster's instance that tells each step, with its round, and how far it is."""
+    instance = _instance()
+    from tuneshift_dag.runner import Runner
 
     def announce(asset: str, round_: str | None) -> None:
         place = f" {round_} of {transfer.config.rounds}" if round_ else ""

@@ -3,7 +3,6 @@
 Everything is checked before the folder appears, and the finished folder is loaded once like any other transfer.
 """
 
-import functools
 import json
 import os
 import re
@@ -76,8 +75,8 @@ def create(root: Path, name: str, given: Answers) -> Transfer:
         )
     )
     seed_rows: Rows = [(f"prompt {n}", {"prompt": seed}) for n, seed in enumerate(given.typed_seeds, 1)]
-    seed_rows = read_examples(Path(given.seeds), "--seeds") if given.seeds else seed_rows
-    heldout_rows = read_examples(Path(given.heldout), "--heldout") if given.heldout else []
+    seed_rows = read_examples(_path(given.seeds), "--seeds") if given.seeds else seed_rows
+    heldout_rows = read_examples(_path(given.heldout), "--heldout") if given.heldout else []
     seeds, heldout = examples.check_examples(seed_rows, heldout_rows)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -261,7 +260,11 @@ def _ask(question: str, check: Callable[[str], object], default: str | None = No
 
 
 def _examples(flag: Literal["--seeds", "--heldout"]) -> Callable[[str], object]:
-    return lambda value: value and read_examples(Path(value), flag)
+    def check(value: str) -> None:
+        rows = read_examples(_path(value), flag) if value else []
+        examples.check_examples(*((rows, []) if flag == "--seeds" else ([], rows)))
+
+    return check
 
 
 def _check_mode(value: str) -> None:
@@ -276,9 +279,16 @@ def _write_jsonl(file: Path, rows: list[dict[str, str]], given: Rows) -> None:
     file.write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
 
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
+
+
 def _config(answers: Answers) -> str:
-    """``transfer.yaml``. A JSON string is a YAML string, whatever is in it."""
-    text = functools.partial(json.dumps, ensure_ascii=False)
+    """``transfer.yaml``. A JSON string is a YAML string, but for what YAML takes for ends of lines, or for nothing."""
+
+    def text(value: str) -> str:
+        return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", _escaped, json.dumps(value, ensure_ascii=False))
+
     tuned = f"fine_tuned: {text(answers.fine_tuned)}" if answers.fine_tuned else f"adapter: {text(answers.adapter)}"
     raw, chat = f"\nprompt_template: {text(answers.template)}", ""
     if answers.template == "chat":

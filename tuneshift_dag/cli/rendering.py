@@ -122,6 +122,9 @@ def report(figures: dict[str, Any]) -> None:
         f"Last run: {figures['model_calls']} model calls for the dataset,"
         f" {figures['evaluation_calls']} for the evaluation; {figures['cache_hits']} answers from the cache."
     )
+    if figures["out_of_date"]:
+        told = f"{', '.join(figures['out_of_date'])}: made before transfer.yaml or its files changed."
+        message("out of date", "yellow", f"{told} `tuneshift run {figures['transfer']}` makes it anew.", out)
     for verdict in figures["verdicts"]:
         message(*(("ok", "green") if verdict["passed"] else ("look", "yellow")), verdict["words"], out)
 

@@ -63,6 +63,11 @@ class Transfer:
         return self.config.distill.retain.weight > 0
 
     @property
+    def evaluates(self) -> bool:
+        """Whether there is something to measure, or a scale of the adapter to choose."""
+        return bool(self.heldout or self.config.evaluation.tasks) or self.config.distill.keep is not None
+
+    @property
     def generator_format(self) -> Format:
         return self.config.generator.format or ("blocks" if any(map(has_lines, self.seeds)) else "list")
 

@@ -106,7 +106,7 @@ def read_truth(file: Path, metric: Metric) -> dict[str, Truth]:
     the skill)."""
     if not os.path.isfile(file):  # which is no error for a name that no file could have
         raise TuneshiftError(f"{file} doesn't exist. Write one line of {TRUTH_SHAPE} for each example.")
-    if file.suffix == ".csv":
+    if file.suffix.lower() == ".csv":
         rows = [
             (at, {key: value or None for key, value in row.items()})
             for at, row in read_csv(file, ["prompt"], ["truth", "response"])

@@ -26,7 +26,7 @@ Metric = Literal["exact_match", "numeric"]
 TITLES: dict[Metric, str] = {"exact_match": "exact match", "numeric": "numeric answers"}
 _STRICT = re.compile(r"#### (-?[0-9.,]+)")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
-_NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)")
+_NUMBER = re.compile(r"-?([0-9]+(\.[0-9]+)?|\.[0-9]+)")
 
 
 def mark(metric: Metric, response: str, expected: str) -> tuple[bool, bool | None]:

@@ -13,6 +13,7 @@ from tuneshift_dag.config.schema import Evaluation
 from tuneshift_dag.method.statistics import DIFFERENCE, DISCORDANCE, bootstrap_share, compared, prompts_needed
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.queries import of_its_rounds
+from tuneshift_dag.store.records import Records
 
 # Model calls of these assets make the dataset; those of `evaluation` measure the result.
 _DATASET_ASSETS = ("seed_set", "synthetic_prompts", "scored_pairs")
@@ -32,7 +33,10 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
     for step in steps:
         seconds[step["asset"]] = seconds.get(step["asset"], 0.0) + step["seconds"]
     trained = rows(_TRAINED)
-    retained = rows("SELECT * FROM retention")
+    records = Records(store, transfer)
+    # What was measured of a model before this one says nothing of it.
+    measured = "WHERE FALSE" if records.is_of_another_model("evaluation") else ""
+    accuracy, retained = rows(f"SELECT * FROM accuracy {measured}"), rows(f"SELECT * FROM retention {measured}")
     settings = transfer.config.evaluation
     judged = verdicts(rows("SELECT * FROM evaluations"), retained, settings, transfer.config.seed) if retained else []
     return {
@@ -46,19 +50,20 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
         "seconds": {asset: round(value, 2) for asset, value in seconds.items()},
         "seconds_total": wall,
         "model_seconds": round(sum(s["model_seconds"] for s in steps), 2),
-        "metric": transfer.config.evaluation.metric,
+        # That of the figures, which may be older than the settings.
+        "metric": "numeric" if any(row["flexible"] is not None for row in accuracy) else "exact_match",
         # Without the columns that the metric doesn't have.
         "accuracy": {
-            row.pop("model"): {column: value for column, value in row.items() if value is not None}
-            for row in rows("SELECT * FROM accuracy")
+            row.pop("model"): {column: value for column, value in row.items() if value is not None} for row in accuracy
         },
         "retention": {row.pop("model"): row for row in retained},
-        "retention_by_kind": rows("SELECT * FROM retention_by_kind ORDER BY kind, model"),
-        "frontier": rows("SELECT * FROM frontier ORDER BY scale"),
+        "retention_by_kind": rows(f"SELECT * FROM retention_by_kind {measured} ORDER BY kind, model"),
+        "frontier": rows(f"SELECT * FROM frontier {measured} ORDER BY scale"),
         "verdicts": [vars(verdict) for verdict in judged],
-        "tasks": rows(CURRENT_SCORES),
+        "tasks": [] if measured else rows(CURRENT_SCORES),
         "comparison": comparison(store, transfer),
         # Relative to the store's folder; absolute in rows of older versions.
+        "out_of_date": records.changed(),
         "model": {**trained[0], "path": str(store.path.parent / trained[0]["path"])} if trained else None,
     }
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from tuneshift_dag.reports import (
     scales,
 )
 from tuneshift_dag.store import Store
-from tuneshift_dag.store.records import content_version
+from tuneshift_dag.store.records import Records, content_version
 
 _GGUF = """
 ## Files
@@ -45,14 +45,37 @@ The adapter is merged into its base here: `AutoModelForCausalLM.from_pretrained`
 # Of a LoRA's two matrices the second one, to which its update is proportional.
 _UP = ".lora_B."
 _WRITTEN = ("adapter", "merged", "dataset.jsonl", "dataset.parquet", "README.md")
+_NOTE = ".tuneshift-export"
+"""In an exported folder: which of these an export wrote, a line each."""
 
 
 def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> list[Path]:
     """Write the adapter (PEFT), if ``merged`` also the target with the adapter merged into it, the dataset and their
-    cards; their paths. They replace those of an earlier export all together; what else is in the folder stays."""
-    figures = report(store, transfer)
+    cards; their paths. They replace those of an earlier export all together; what else is in the folder stays, and
+    `TuneshiftError` is raised where no export wrote what would be replaced, or transfer.yaml is no longer what the
+    model was made with."""
+    figures, records = report(store, transfer), Records(store, transfer)
     if figures["model"] is None or not Path(figures["model"]["path"]).is_dir():
         raise TuneshiftError(f"{transfer.name} has no distilled model yet: `tuneshift run {transfer.name}` first.")
+    # A card says what the settings are, and a merge takes the base that they name.
+    if changed := [asset for asset in records.changed() if asset in ("scored_pairs", "distilled_model")]:
+        raise TuneshiftError(
+            f"{transfer.folder}: what {' and '.join(changed)} depends on has changed since model"
+            f" {figures['model']['model_id']} was trained. `tuneshift run {transfer.name}` first, or take it back."
+        )
+    if transfer.config.distill.keep is not None and records.causes("evaluation"):
+        raise TuneshiftError(
+            f"{transfer.name}: distill.keep chooses what of the adapter is exported, and the model of now isn't"
+            f" evaluated: `tuneshift run {transfer.name}` first."
+        )
+    if transfer.config.compare is None or records.causes("comparison"):
+        figures["comparison"] = []
+    earlier = (to / _NOTE).read_text("utf-8").split() if (to / _NOTE).is_file() else []
+    written = [name for name in _WRITTEN if merged or name != "merged"]
+    if foreign := [name for name in written if name not in earlier and (to / name).exists()]:
+        raise TuneshiftError(
+            f"--to {to}: {', '.join(foreign)} there would be replaced, and no export wrote that. Name another folder."
+        )
     # The dataset of the model that is exported, not that of a filter which changed since.
     pairs = store.read(
         "SELECT p.round, p.prompt_id, p.prompt, p.fine_tuned_response AS response, p.ppl_fine_tuned, p.ppl_base"
@@ -76,7 +99,9 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
             scale = next((row["scale"] for row in figures["frontier"] if row["chosen"]), 1)
             if scale != 1:
                 scale_adapter(made / "adapter", scale)
-            card = model_card(transfer, figures)
+            card = model_card(
+                transfer, figures, store.read("SELECT prompt FROM seed_set", schema=transfer.name)["prompt"]
+            )
             (made / "adapter" / "README.md").write_text(card, "utf-8")
             if merged:
                 merge(transfer.named("target.base").files(), made / "adapter", made / "merged")
@@ -84,10 +109,11 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
             _write_chat(pairs, transfer.config.source_format, made / "dataset.jsonl")
             pairs.write_parquet(made / "dataset.parquet")
             (made / "README.md").write_text(_dataset_card(transfer, figures, pairs), "utf-8")
-            _put(made, to, Path(staging) / "old")
+            (made / _NOTE).write_text("\n".join(written), "utf-8")
+            _put(made, to, [*earlier, _NOTE], Path(staging) / "old")
     except OSError as error:
         raise TuneshiftError(f"--to {to}: {error.strerror or error}: name a folder that can be written.") from error
-    return [to / name for name in _WRITTEN if (to / name).exists()]
+    return [to / name for name in written]
 
 
 def push(folder: Path, repo: str) -> str:
@@ -137,19 +163,19 @@ def scale_adapter(folder: Path, scale: float) -> None:
     save_file({name: t * scale if _UP in name else t for name, t in tensors.items()}, file, {"format": "pt"})
 
 
-def _put(made: Path, to: Path, replaced: Path) -> None:
+def _put(made: Path, to: Path, earlier: Sequence[str], replaced: Path) -> None:
     if not to.exists():
         made.rename(to)
         return
     replaced.mkdir()
-    for name in _WRITTEN:
-        if (to / name).exists():
+    for name in (*_WRITTEN, _NOTE):
+        if name in earlier and (to / name).exists():
             (to / name).rename(replaced / name)
         if (made / name).exists():
             (made / name).rename(to / name)
 
 
-def model_card(transfer: Transfer, figures: dict[str, Any]) -> str:
+def model_card(transfer: Transfer, figures: dict[str, Any], grown_from: Iterable[str]) -> str:
     """A Hugging Face model card: source, seeds, thresholds, dataset version and accuracy."""
     config = transfer.config
     accuracy = [
@@ -157,7 +183,7 @@ def model_card(transfer: Transfer, figures: dict[str, Any]) -> str:
         | {"interval": f"{row['low']:.3f} to {row['high']:.3f}", "n": row["n"]}
         for row in by_way(figures["accuracy"])
     ]
-    seeds = "\n".join(f"- {escape_markdown(seed)}" for seed in transfer.seeds)
+    seeds = "\n".join(f"- {escape_markdown(seed)}" for seed in grown_from)
     format, shown = config.target_format, str(config.target_format)
     asked = "The model sees exactly this before its response, tokenized with the tokenizer's default special tokens:"
     if format.template is None:
@@ -191,7 +217,7 @@ Seeds:
 
 {fenced(shown)}
 
-## Held-out {TITLES[config.evaluation.metric]}
+## Held-out {TITLES[figures["metric"]]}
 
 Greedy responses, 95 % intervals (Wilson), `heldout.jsonl`.
 

@@ -171,7 +171,7 @@ def work(store: Store, transfer: Transfer) -> Work:
     if config.target_format.template is None:
         texts += texts // 2  # half of them are answers, to questions of its own
     # Source and target before, the target at every scale.
-    measured = (3 + len(SCALES)) * len(transfer.heldout) + texts_to_score() if transfer.heldout else 0
+    measured = (3 + len(SCALES)) * len(transfer.heldout) + texts_to_score() if transfer.evaluates else 0
     rows = (rounds * generator.calls_per_round, rounds * prompts, texts, examples, measured)
     characters = row["characters"] or sum(map(len, transfer.seeds)) / len(transfer.seeds)
     response = min(row["response"] or math.inf, config.response.max_new_tokens)
@@ -309,7 +309,7 @@ _SPEEDS = """
         GROUP BY asset, models, engine, batch_id
         UNION ALL
         SELECT 'distilled_model', seconds, (settings ->> 'epochs')::INTEGER
-            * round_even(pairs * (1 - (settings ->> 'validation_fraction')::DOUBLE), 0),
+            * greatest(1, round_even(pairs * (1 - (settings ->> 'validation_fraction')::DOUBLE), 0)),
             created_at, target, if(target IS NULL, NULL, 'local')
         FROM distilled_models
     )

@@ -36,6 +36,13 @@ def close_dead_runs(instance: dg.DagsterInstance) -> None:
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
 
+def busy_transfers(instance: dg.DagsterInstance) -> set[str]:
+    """Names of the transfers of which a run is going on."""
+    close_dead_runs(instance)
+    runs = instance.get_runs(dg.RunsFilter(statuses=_IN_PROGRESS))
+    return {asset.path[0] for run in runs for asset in run.asset_selection or ()}
+
+
 def wait_for_pool(instance: dg.DagsterInstance, pool: str, say: Callable[[str], None]) -> None:
     """Until the pool has room. Dagster would wait too, but with a busy core, without a word, and for ever when the
     process of the run that has it is killed meanwhile."""

@@ -65,6 +65,9 @@ class Spool:
         return (pl.DataFrame(batch) for batch in self.reader())
 
 
+_CLAIMS = "SELECT name, folder FROM main.transfers WHERE lower(name) = lower(?)"
+
+
 def now() -> datetime:
     """The time in UTC, as a TIMESTAMP of a table holds it."""
     return datetime.now(UTC).replace(tzinfo=None)
@@ -94,6 +97,19 @@ class Store:
     def absolute(self, text: str) -> Path:
         return Path(os.path.normpath(self.home / text))
 
+    def check_claim(self, name: str, folder: Path) -> None:
+        """`TuneshiftError` when the tables of ``name`` are those of a transfer in another folder, as in `claim`."""
+        self._check_claims(self.read(_CLAIMS, [name]).rows(), folder.resolve())
+
+    def _check_claims(self, claims: list[tuple[str, str]], folder: Path) -> None:
+        for other, text in claims:
+            place = self.absolute(text)
+            if (place / "transfer.yaml").is_file() and not (folder.exists() and place.samefile(folder)):
+                raise TuneshiftError(
+                    f"{folder}: in {self.path} the name {other!r} (in whatever case) is that of {place}. Rename one of"
+                    " the folders, or give one of them another TUNESHIFT_HOME."
+                )
+
     def claim(self, name: str, folder: Path) -> None:
         """Note that the tables of ``name`` are those of the transfer in ``folder``; one that was moved takes them over.
         `TuneshiftError` when another folder has the name, or one that differs only in case, which is one to DuckDB."""
@@ -101,17 +117,10 @@ class Store:
         # With the project that holds both, a folder and its claim can be moved or copied.
         near = folder.is_relative_to(self.home.parent)
         claimed = (name, Path(os.path.relpath(folder, self.home)).as_posix() if near else str(folder))
-        query = "SELECT name, folder FROM main.transfers WHERE lower(name) = lower(?)"
-        if self.read(query, [name]).rows() == [claimed]:
+        if self.read(_CLAIMS, [name]).rows() == [claimed]:
             return
         with self.transaction(CACHE) as connection:
-            for other, text in connection.execute(query, [name]).fetchall():
-                place = self.absolute(text)
-                if (place / "transfer.yaml").is_file() and not (folder.exists() and place.samefile(folder)):
-                    raise TuneshiftError(
-                        f"{folder}: in {self.path} the name {other!r} (in whatever case) is that of {place}. Rename one"
-                        " of the folders, or give one of them another TUNESHIFT_HOME."
-                    )
+            self._check_claims(connection.execute(_CLAIMS, [name]).fetchall(), folder)
             connection.execute("DELETE FROM main.transfers WHERE lower(name) = lower(?)", [name])
             connection.execute("INSERT INTO main.transfers VALUES (?, ?)", claimed)
 

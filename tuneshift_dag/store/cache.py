@@ -91,7 +91,7 @@ def collect_plan(
                 f"{schema}: its pairs were scored by an older tuneshift_dag, which didn't record what they use."
                 " Materialize its synthetic_prompts and scored_pairs once more (all from the cache), then try again."
             )
-    before = min(_first_attempt(store, schemas), now())
+    before = min(_first_attempt(store, staying), now())
     plan = []
     for table in _SIZES:
         found = _count(store, table, _unused(staying), before)
@@ -116,7 +116,7 @@ def collect(store: Store, plan: Sequence[Removable]) -> None:
     gone = _gone(store, schemas, ())
     dropped = [item.name for item in plan if item.kind == "schema" and item.name in gone]
     staying = [schema for schema in schemas if schema not in dropped]
-    first = _first_attempt(store, schemas)
+    first = _first_attempt(store, staying)
     with store.transaction(CACHE, compact=True) as connection:
         for schema in dropped:
             connection.execute(f'DROP SCHEMA "{schema}" CASCADE')
@@ -142,11 +142,24 @@ def _schemas(store: Store) -> list[str]:
 
 
 def _gone(store: Store, schemas: Sequence[str], here: Collection[str]) -> dict[str, Path]:
-    """Transfers whose folder doesn't exist any more, with that folder; not those with an open attempt."""
+    """Transfers whose folder doesn't exist any more, with that folder."""
     claims = store.read("SELECT lower(name), folder FROM main.transfers").rows()
     folders = {name: store.absolute(folder) for name, folder in claims if name not in here}
     gone = [name for name in schemas if name.lower() in folders and not folders[name.lower()].exists()]
-    return {name: folders[name.lower()] for name in gone if _first_attempt(store, [name]) == datetime.max}
+    return {name: folders[name.lower()] for name in gone}
+
+
+def held_back(store: Store, here: Collection[str]) -> list[str]:
+    """Steps of the transfers that are ``here`` that run or have failed, in words: what was computed since each began
+    stays."""
+    names = {name.lower() for name in here}
+    told = "SELECT asset, round, started_at FROM attempts ORDER BY started_at"
+    return [
+        f"{schema}: {asset}{f' of {round_}' if round_ else ''}, begun at {started:%Y-%m-%d %H:%M} UTC"
+        for schema in _schemas(store)
+        if schema.lower() in names
+        for asset, round_, started in store.read(told, schema=schema).iter_rows()
+    ]
 
 
 def _first_attempt(store: Store, schemas: Sequence[str]) -> datetime:

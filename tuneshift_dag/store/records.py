@@ -20,6 +20,7 @@ from tuneshift_dag.store.tables import ATTEMPTS, MATERIALIZATIONS
 
 ROUND_ASSETS = ("synthetic_prompts", "scored_pairs", "filtered_dataset")
 """What a round materializes, in this order."""
+_MADE = ("seed_set", *ROUND_ASSETS, "distilled_model", "evaluation")
 
 
 def place(asset: str, round_: str | None = None) -> str:
@@ -56,12 +57,27 @@ class Records:
             return []
         here = place(asset, round_)
         made = self._made.get(here)
-        if made is None:
+        if made is None or (asset == "distilled_model" and not self._adapter_is_there()):
             return ["missing"]
         causes = ["code"] if made["code_version"] != code_version(self.transfer, asset) else []
         then, present = json.loads(made["inputs"]), self.inputs(asset, round_)
         causes += [f"input {name}" for name in sorted({*then, *present}) if then.get(name) != present.get(name)]
         return [*causes, "attempt"] if here in self.attempts else causes
+
+    def _adapter_is_there(self) -> bool:
+        (found,) = self.store.read("SELECT path FROM distilled_models WHERE current", schema=self.transfer.name)
+        return all((self.store.absolute(path) / "adapter_model.safetensors").is_file() for path in found)
+
+    def changed(self) -> list[str]:
+        """The assets whose settings, files, weights or code have changed since one of their rounds was made."""
+        made = {asset: {row["code_version"] for row in self._made.values() if row["asset"] == asset} for asset in _MADE}
+        return [asset for asset, versions in made.items() if versions - {code_version(self.transfer, asset)}]
+
+    def is_of_another_model(self, asset: str) -> bool:
+        """Whether what was made last was made from another distilled model than there is now."""
+        made = self._made.get(asset)
+        then = json.loads(made["inputs"]).get("distilled_model") if made else None
+        return then not in (None, self.version("distilled_model"))
 
     def inputs(self, asset: str, round_: str | None = None) -> dict[str, str]:
         """The present version of everything that an asset is made from, by `place`; empty where nothing was made."""
@@ -131,7 +147,7 @@ def next_step(records: Records, regrow: bool) -> Due | None:
         *(["rehearsal_set"] if transfer.rehearses else []),
         "distilled_model",
     ]
-    after += ["evaluation"] if transfer.heldout or transfer.config.evaluation.tasks else []
+    after += ["evaluation"] if transfer.evaluates else []
     after += ["diversity_map"] if transfer.config.diversity_map else []
     stale = [asset for asset in after if records.causes(asset)]
     if "distilled_model" in stale:  # a new model needs it anyway

@@ -71,7 +71,7 @@ class TrainingCurve:
     longer than the limit, and ``left_out`` pairs had no room in it."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
-    epochs: list[dict[str, float]] = field(default_factory=list)
+    epochs: list[dict[str, float | None]] = field(default_factory=list)
     kept_epoch: int = 0
     response_tokens: int = 0
     seconds: float = 0.0
@@ -173,7 +173,7 @@ def train(
             loss = _backward(model, chosen, held, settings, optimizer, first=step == done + 1)
             _check_finite(loss, "loss", step, model)
             _check_finite(optimizer.step(), "norm of the gradient", step, model)
-            _check_finite(optimizer.norm(), "norm of the adapter's weights", step, model)
+            _check_finite(optimizer.norm(), _WEIGHTS, step, model)
             next_rate = float(optimizer.schedule.get_last_lr()[0])
             curve.steps.append({"step": step, "loss": loss, "learning_rate": next_rate})
             curve.response_tokens += sum(len(e.response_ids) for e in chosen)
@@ -183,12 +183,14 @@ def train(
                 checkpoint.save(lambda: {**optimizer.state(), "curve": vars(curve)})
         if len(curve.epochs) <= epoch:
             train_loss = sum(row["loss"] for row in curve.steps[first:step]) / (step - first)
-            validation_loss = evaluate_loss(model, validation, settings.batch_size)
-            if validation:
+            validation_loss = evaluate_loss(model, validation, settings.batch_size) if validation else None
+            if validation_loss is not None:
                 _check_finite(validation_loss, "loss on the pairs held back", step, model)
-            best = min((row["validation_loss"] for row in curve.epochs), default=math.inf)
+            best = min(
+                (found for row in curve.epochs if (found := row["validation_loss"]) is not None), default=math.inf
+            )
             curve.epochs.append({"epoch": epoch + 1, "train_loss": train_loss, "validation_loss": validation_loss})
-            if not validation_loss >= best:
+            if validation_loss is None or validation_loss < best:
                 curve.kept_epoch = epoch + 1
                 optimizer.keep()
     if curve.kept_epoch < len(epochs):
@@ -198,10 +200,11 @@ def train(
     return curve
 
 
+_WEIGHTS = "norm of the adapter's weights"
+
+
 def evaluate_loss(model: PeftModel, examples: Sequence[TokenizedExample], batch_size: int) -> float:
-    """Mean response-token loss (nats) without gradients; NaN for no examples."""
-    if not examples:
-        return math.nan
+    """Mean response-token loss (nats) of one example or more, without gradients."""
     # Not `model.eval()`, which would let bitsandbytes repack the weights in the middle of a training.
     dropouts = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     shares = own_share(list(chunks(sorted(examples, key=len), batch_size)))
@@ -352,10 +355,11 @@ def _gradients(
 
 def _check_finite(value: float, what: str, step: int, model: PeftModel) -> None:
     if not math.isfinite(value):
+        dtype, why = _base_dtype(model), "It has diverged: lower distill.learning_rate."
+        if step == 1 and dtype != torch.float32 and what != _WEIGHTS:
+            why = f"The base model overflows in {dtype}: set models.compute_dtype: float32."
         raise TuneshiftError(
-            f"the training stopped: at step {step} the {what} is {value}, so nothing of it was saved. At the first step"
-            f" the base model overflows in {_base_dtype(model)}: set models.compute_dtype: float32. Later it has"
-            " diverged: lower distill.learning_rate."
+            f"the training stopped: at step {step} the {what} is {value}, so nothing of it was saved. {why}"
         )
 
 
