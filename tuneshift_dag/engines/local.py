@@ -98,7 +98,8 @@ class LocalEngine(Engine, Target):
     @property
     def tokenizer(self) -> Any:
         """That of the fine-tuned side, which may have learned tokens of its own; else the base's."""
-        return load_tokenizer(self.fine_tuned or self.adapter or self.base, self.base)
+        tuned = self.fine_tuned or self.adapter
+        return load_tokenizer(tuned, self.base) if tuned else load_tokenizer(self.base)
 
     @property
     def model(self) -> Any:

@@ -97,7 +97,7 @@ def _without(tokenizer: Tokenizer, tokens: list[str], folder: Path) -> Tokenizer
 
 
 def _end_of_model(tokenizer: Tokenizer, files: ModelFiles, base: ModelFiles | None) -> str:
-    of_base = [load_tokenizer(base).eos_token_id] if base is not None and base != files else []
+    of_base = [load_tokenizer(base).eos_token_id] if base is not None else []
     for number in [*settings_end_ids(files.path), *of_base]:
         if (token := tokenizer.convert_ids_to_tokens(number)) is not None:
             return str(token)
