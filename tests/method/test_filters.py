@@ -8,7 +8,7 @@ from tuneshift_dag.method.filters import RULES as ALL_RULES
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.tables import SCORED_PAIRS
 
-RULES = ("both", "difference", "ratio", "cross_ratio")
+RULES = ("both", "difference", "ratio", "cross_ratio", "surprise_ratio")
 JUDGED = (*RULES, *KEEP_RULES)
 
 
@@ -47,7 +47,12 @@ def test_both_keeps_a_confident_fine_tuned_model_beside_an_unsure_base(store):
 
 @pytest.mark.parametrize(
     ("rule", "margin"),
-    [("difference", 4.0 - 1.25), ("ratio", 4.0 / 1.25), ("cross_ratio", 8.0 / 1.25)],
+    [
+        ("difference", 4.0 - 1.25),
+        ("ratio", 4.0 / 1.25),
+        ("cross_ratio", 8.0 / 1.25),
+        ("surprise_ratio", math.log(8.0) / math.log(1.25)),
+    ],
 )
 def test_the_other_rules_keep_what_exceeds_the_threshold(store, rule, margin):
     pair = {"ppl_fine_tuned": 1.25, "ppl_base": 4.0, "ppl_base_cross": 8.0}
@@ -69,6 +74,7 @@ def test_an_empty_response_is_dropped(store):
         ("difference", ("ppl_fine_tuned", "ppl_base")),
         ("ratio", ("ppl_fine_tuned", "ppl_base")),
         ("cross_ratio", ("ppl_fine_tuned", "ppl_base_cross")),
+        ("surprise_ratio", ("ppl_fine_tuned", "ppl_base_cross")),
         ("top_excess", ("ppl_fine_tuned", "ppl_base_cross")),
         ("balanced_confidence", ("ppl_fine_tuned",)),
         ("seed_similarity", ("seed_similarity",)),
@@ -222,3 +228,8 @@ def test_repetition_counts_characters_where_words_have_no_spaces(store):
     words = store.read(as_it_was, {"texts": [spaced]})["w"].to_list()[0]
     grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
     assert store.read(query, {"texts": [spaced]}).item() == pytest.approx(1 - len(set(grams)) / len(grams))
+
+
+def test_a_certain_response_has_a_finite_ratio_of_surprise(store):
+    certain = [{"ppl_fine_tuned": ppl, "ppl_base_cross": 8.0} for ppl in (1.0, 1 - 1e-9)]
+    assert [margin > 1e5 for _, margin in verdicts(store, "surprise_ratio", 10.0, certain)] == [True, True]

@@ -127,5 +127,5 @@ def test_a_picture_is_a_png_with_something_on_a_transparent_ground(name: str) ->
 
 
 def test_only_rules_with_a_threshold_have_a_panel() -> None:
-    assert plots.kept_by_threshold(cells(*RULES)) == plots.kept_by_threshold(cells(*RULES[:4]))
+    assert plots.kept_by_threshold(cells(*RULES)) == plots.kept_by_threshold(cells(*RULES[:5]))
     assert plots.kept_by_threshold(cells("random")) == plots.kept_by_threshold([])

@@ -16,7 +16,7 @@ from tuneshift_dag.store import Store
 from tuneshift_dag.store.tables import SCORED_PAIRS
 
 # Those with a threshold that the fake pairs have the perplexities for.
-RULES = ("both", "difference", "ratio", "cross_ratio")
+RULES = ("both", "difference", "ratio", "cross_ratio", "surprise_ratio")
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ class TestCells:
 
     def test_fall_with_the_threshold_except_for_both_which_rises_first(self, store, transfer) -> None:
         score(store, *({"ppl_fine_tuned": 1 + i / 10, "ppl_base": 2 + i / 5, "ppl_base_cross": 9} for i in range(10)))
-        for rule in ("difference", "ratio", "cross_ratio"):
+        for rule in RULES[1:]:
             counts = kept(sweep(store, transfer, [rule]))
             assert counts == sorted(counts, reverse=True)
             assert counts[0] > counts[-1]
@@ -174,7 +174,9 @@ class TestDefaultGrid:
         grid = default_grid(store, transfer, rule)
         assert grid == sorted(set(grid))
         assert 8 < len(grid) < 20
-        assert all(1 < t < 1e5 or (rule == "difference" and t > 0) for t in grid)
+        # The fine-tuned model's surprise is 1e-5 nats and more.
+        most = 1e6 if rule == "surprise_ratio" else 1e5
+        assert all(1 < t < most or (rule == "difference" and t > 0) for t in grid)
         counts = kept(sweep(store, transfer, [rule]))
         assert len(set(counts)) > 5
 

@@ -20,7 +20,7 @@ from tuneshift_dag.config.schema_models import (
 )
 from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.method.evaluation import Metric
-from tuneshift_dag.method.filters import KEEP_RULES, Rule
+from tuneshift_dag.method.filters import KEEP_RULES, MARGIN, Rule
 
 
 class Source(Section):
@@ -81,13 +81,14 @@ class Filter(Section):
 
     rule: Rule = "both"
     """`both`: PPL_f(y_f) < threshold < PPL_b(y_b). `difference`: PPL_b(y_b) - PPL_f(y_f) > threshold. `ratio`:
-    PPL_b(y_b) / PPL_f(y_f) > threshold. `cross_ratio`: PPL_b(y_f) / PPL_f(y_f) > threshold. `top_excess`: the pairs
+    PPL_b(y_b) / PPL_f(y_f) > threshold. `cross_ratio`: PPL_b(y_f) / PPL_f(y_f) > threshold. `surprise_ratio`:
+    log PPL_b(y_f) / log PPL_f(y_f) > threshold, how many times as many nats y_f takes the base. `top_excess`: the pairs
     with the largest mean of log p_f - log p_b over the tokens of y_f (TiTok, arXiv 2510.04682). `balanced_confidence`:
     the pair with the lowest PPL_f(y_f) of every distinct response, then the second of each, and so on.
     `seed_similarity`: the pairs whose prompts are most like a seed, by meaning (needs the extra `encoder`). `random`: a
     draw by hash from the pairs that pass the guards. `unfiltered`: every pair with a response, the guards off too."""
     threshold: float = Field(1.5, gt=0)
-    """The cut of the first four rules (paper: 1.5, for its only rule). Of `top_excess`, `balanced_confidence`,
+    """The cut of the first five rules (paper: 1.5, for its only rule). Of `top_excess`, `balanced_confidence`,
     `seed_similarity` and `random`, which have no default, how much is kept, and `keep` is another spelling: up
     to 1, the share of each round's pairs that pass the guards (TiTok: 0.5); above 1, the number of pairs in all rounds,
     of which every round has an equal quota, since its kept pairs seed the next round before that one exists."""
@@ -345,7 +346,7 @@ class TransferConfig(Section):
     def _rules_have_their_scores(self) -> "TransferConfig":
         arms = self.compare.arms if self.compare else ()
         for key, rule in [("filter.rule", self.filter.rule), *(("compare.arms:", arm.rule) for arm in arms)]:
-            if rule in ("cross_ratio", "top_excess") and not self.engine.cross_scores:
+            if "ppl_base_cross" in MARGIN[rule] and not self.engine.cross_scores:
                 raise ValueError(f"{key} {rule!r} needs scores that engine.cross_scores: false leaves out")
         return self
 

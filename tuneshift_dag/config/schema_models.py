@@ -215,7 +215,8 @@ class EngineConfig(Section):
     fine_tuned: ServedModel | None = Field(None, description="`openai`: the same with the adapter.")
     cross_scores: bool = True
     """`vllm`, `openai`: whether each source model also scores the other's response. The server must give
-    log-probabilities of prompt tokens, which llama.cpp's doesn't; the rules `cross_ratio` and `top_excess` need it."""
+    log-probabilities of prompt tokens, which llama.cpp's doesn't; the rules `cross_ratio`,
+    `surprise_ratio` and `top_excess` need it."""
 
     @model_validator(mode="after")
     def _complete(self) -> "EngineConfig":

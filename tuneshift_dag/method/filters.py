@@ -2,9 +2,9 @@
 
 The filter is SQL over the scored pairs, so that a new rule or threshold replays in the database without a model.
 TuneShift-KD (arXiv 2603.24518) §3 publishes one threshold (1.5) and leaves open whether it is one of each perplexity,
-of their difference or of their ratio; the first reading is the default. Its rivals are here too: the mean token excess
-of TiTok (arXiv 2510.04682), the most confident pairs of every response, the prompts most like the seeds, a random draw,
-and no filter at all."""
+of their difference or of their ratio; the first reading is the default. Its rivals are here too: the ratio of both
+models' surprise at the fine-tuned response (docs/experiments.md), the mean token excess of TiTok (arXiv 2510.04682),
+the most confident pairs of every response, the prompts most like the seeds, a random draw, and no filter at all."""
 
 import re
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ Rule = Literal[
     "difference",
     "ratio",
     "cross_ratio",
+    "surprise_ratio",
     "top_excess",
     "balanced_confidence",
     "seed_similarity",
@@ -34,6 +35,8 @@ MARGIN: dict[Rule, str] = {
     "difference": "ppl_base - ppl_fine_tuned - {t}",
     "ratio": "ppl_base / ppl_fine_tuned - {t}",
     "cross_ratio": "ppl_base_cross / ppl_fine_tuned - {t}",
+    # A certain response may have a perplexity of 1, or a hair less.
+    "surprise_ratio": "ln(ppl_base_cross) / greatest(ln(ppl_fine_tuned), 1e-6) - {t}",
     # The mean token excess in nats: how much more likely the fine-tuned model finds its response than the base does.
     "top_excess": "ln(ppl_base_cross / ppl_fine_tuned)",
     # The most confident pair of every response comes first, then the second of each; 1 / PPL orders those between.

@@ -5,7 +5,7 @@ Their rows come from `tuneshift_dag.reports.thresholds` and from the tables that
 
 import colorsys
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,14 @@ _RULE_AXIS = {
     "difference": "Threshold on PPL base − fine-tuned",
     "ratio": "Threshold on PPL base / fine-tuned",
     "cross_ratio": "Threshold on PPL base / fine-tuned,\nboth of the fine-tuned response",
+    "surprise_ratio": "Threshold on log PPL base / fine-tuned,\nboth of the fine-tuned response",
+}
+# Where they cut the base's perplexity, by the fine-tuned model's and the threshold.
+_CUT: dict[str, Callable[[Any, float], Any]] = {
+    "difference": lambda ppl, threshold: ppl + threshold,
+    "ratio": lambda ppl, threshold: ppl * threshold,
+    "cross_ratio": lambda ppl, threshold: ppl * threshold,
+    "surprise_ratio": lambda ppl, threshold: np.exp(np.minimum(np.log(ppl) * threshold, 700)),
 }
 
 
@@ -142,7 +150,7 @@ def perplexity_histograms(pairs: pl.DataFrame, rule: str, threshold: float) -> b
 
 def perplexity_scatter(pairs: pl.DataFrame, rule: str, threshold: float) -> bytes:
     """The fine-tuned model's perplexity against the base's, kept and dropped (paper, figure 4), with the cut."""
-    cross = rule in ("cross_ratio", "top_excess")
+    cross = rule in ("cross_ratio", "surprise_ratio", "top_excess")
     whose = "fine-tuned" if cross else "own"
     figure, axes = _axes("PPL of the fine-tuned model", f"PPL of the base model,\n{whose} response", (7, 4.2))
     if pairs.is_empty():
@@ -160,9 +168,9 @@ def perplexity_scatter(pairs: pl.DataFrame, rule: str, threshold: float) -> byte
     if rule == "both":
         axes.axvline(threshold, color=_TEXT, linestyle="--", label=f"cut at {threshold:g}")
         axes.axhline(threshold, color=_TEXT, linestyle="--")
-    elif rule in ("difference", "ratio", "cross_ratio"):
+    elif rule in _CUT:
         line = np.geomspace(x_low, x_high, 200)
-        cut = line + threshold if rule == "difference" else line * threshold
+        cut = _CUT[rule](line, threshold)
         axes.plot(line, cut, color=_TEXT, linestyle="--", label=f"cut at {rule.replace('_', ' ')} {threshold:g}")
     _log_axis(axes.xaxis, x_low, x_high)
     _log_axis(axes.yaxis, y_low, y_high)
