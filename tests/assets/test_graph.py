@@ -332,7 +332,7 @@ class TestRetention:
         assert metadata["target_distilled_perplexity"].value == rows[1][1]
         figures = report(finished.store, finished.transfer)
         assert figures["retention"]["target_distilled"]["perplexity"] == rows[1][1]
-        assert f"| all | {rows[0][1]:.2f} | {rows[1][1]:.2f} |" in model_card(finished.transfer, figures, [])
+        assert f"| all | {rows[0][1]:.2f} | {rows[1][1]:.2f} |" in model_card(finished.transfer, figures)
 
     def test_the_base_is_scored_once_however_often_it_is_distilled(self, project: Project, edit_config: Edit) -> None:
         project.run()

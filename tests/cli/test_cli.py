@@ -64,7 +64,11 @@ class TestRun:
         assert "Everything is up to date." in err
         assert models.calls() == calls
 
-    def test_of_fewer_rounds_than_there_are_changes_nothing(self, tuneshift: Run, done: Project) -> None:
+    def test_of_fewer_rounds_than_there_are_changes_nothing(
+        self, tuneshift: Run, ran: Project, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TUNESHIFT_HOME", str(ran.store.path.parent))
+        monkeypatch.setenv("TUNESHIFT_TRANSFERS", str(ran.folder.parent))
         status, _, err = tuneshift("run", "banking", "--rounds", "1")
         assert status == 0 and "Everything is up to date." in err
 
@@ -462,7 +466,7 @@ class TestExport:
         transfer, figures = done.transfer, make_report(done.store, done.transfer)
         config = transfer.config.model_copy(update={"prompt_template": "```\n{prompt}\n```"})
         object.__setattr__(transfer, "config", config)
-        card = model_card(transfer, figures, ["# <img src=x>"])
+        card = model_card(transfer, {**figures, "seeds": ["# <img src=x>"]})
         assert "- \\# \\<img src=x\\>\n" in card
         assert "\n````\n```\n{prompt}\n```\n````\n" in card
         source = config.source.model_copy(update={"prompt": Prompt(format="chat", system="Sort.")})

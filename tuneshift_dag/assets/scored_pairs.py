@@ -52,12 +52,12 @@ def build_scored_pairs(transfer: Transfer) -> dg.AssetsDefinition:
 def _score_round(current: Step, engine: Scorer) -> Iterator[pl.DataFrame]:
     """Rows of a round in order of their prompt_id, chunk by chunk: memory doesn't grow with the prompts."""
     transfer = current.transfer
-    if not current.records.version("synthetic_prompts", current.round):
+    decoding = Decoding(transfer.config.response.max_new_tokens, stops=transfer.stops)
+    total = current.read("SELECT count(*) FROM synthetic_prompts WHERE round = ?", [current.round]).item()
+    if not total and not current.records.version("synthetic_prompts", current.round):
         raise dg.Failure(
             f"{current.round} has no synthetic_prompts: materialize them first, then scored_pairs.", allow_retries=False
         )
-    decoding = Decoding(transfer.config.response.max_new_tokens, stops=transfer.stops)
-    total = current.read("SELECT count(*) FROM synthetic_prompts WHERE round = ?", [current.round]).item()
     if not total:
         return
     similarity = _seed_similarity(current)

@@ -42,6 +42,8 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
     return {
         "transfer": name,
         **rows(_COUNTS.format(**tables))[0],
+        # Those that the prompts grew from.
+        "seeds": [row["prompt"] for row in rows("SELECT prompt FROM seed_set")],
         "filter": transfer.config.filter.model_dump(),
         "by_round": rows(_BY_ROUND.format(**tables)),
         "model_calls": sum(s["model_calls"] for s in steps if s["asset"] in _DATASET_ASSETS),

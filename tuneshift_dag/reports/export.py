@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +99,7 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
             scale = next((row["scale"] for row in figures["frontier"] if row["chosen"]), 1)
             if scale != 1:
                 scale_adapter(made / "adapter", scale)
-            card = model_card(
-                transfer, figures, store.read("SELECT prompt FROM seed_set", schema=transfer.name)["prompt"]
-            )
+            card = model_card(transfer, figures)
             (made / "adapter" / "README.md").write_text(card, "utf-8")
             if merged:
                 merge(transfer.named("target.base").files(), made / "adapter", made / "merged")
@@ -175,7 +173,7 @@ def _put(made: Path, to: Path, earlier: Sequence[str], replaced: Path) -> None:
             (made / name).rename(to / name)
 
 
-def model_card(transfer: Transfer, figures: dict[str, Any], grown_from: Iterable[str]) -> str:
+def model_card(transfer: Transfer, figures: dict[str, Any]) -> str:
     """A Hugging Face model card: source, seeds, thresholds, dataset version and accuracy."""
     config = transfer.config
     accuracy = [
@@ -183,7 +181,7 @@ def model_card(transfer: Transfer, figures: dict[str, Any], grown_from: Iterable
         | {"interval": f"{row['low']:.3f} to {row['high']:.3f}", "n": row["n"]}
         for row in by_way(figures["accuracy"])
     ]
-    seeds = "\n".join(f"- {escape_markdown(seed)}" for seed in grown_from)
+    seeds = "\n".join(f"- {escape_markdown(seed)}" for seed in figures["seeds"])
     format, shown = config.target_format, str(config.target_format)
     asked = "The model sees exactly this before its response, tokenized with the tokenizer's default special tokens:"
     if format.template is None:
