@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from tuneshift_dag.config.schema import Evaluation
-from tuneshift_dag.method.filters import RULES
+from tuneshift_dag.method.filters import MARGIN, RULES, Rule
 from tuneshift_dag.reports import by_way
 
 _TEXT = "#7d8590"
@@ -148,9 +148,9 @@ def perplexity_histograms(pairs: pl.DataFrame, rule: str, threshold: float) -> b
     return _png(figure)
 
 
-def perplexity_scatter(pairs: pl.DataFrame, rule: str, threshold: float) -> bytes:
+def perplexity_scatter(pairs: pl.DataFrame, rule: Rule, threshold: float) -> bytes:
     """The fine-tuned model's perplexity against the base's, kept and dropped (paper, figure 4), with the cut."""
-    cross = rule in ("cross_ratio", "surprise_ratio", "top_excess")
+    cross = "ppl_base_cross" in MARGIN[rule]
     whose = "fine-tuned" if cross else "own"
     figure, axes = _axes("PPL of the fine-tuned model", f"PPL of the base model,\n{whose} response", (7, 4.2))
     if pairs.is_empty():
