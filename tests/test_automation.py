@@ -11,6 +11,7 @@ from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from tests.conftest import Project, make_transfer_folder
 from tests.fake_engine import FakeEngine
 from tuneshift_dag.config.files import load_transfer
+from tuneshift_dag.resources.runs import busy_transfers
 
 Edit = Callable[[str, Any], None]
 Step = tuple[list[str], str | None]
@@ -108,6 +109,7 @@ def test_it_waits_for_runs_and_backfills_of_its_own_transfer_only(mine: bool, pr
         asset_graph=None,
     )  # fmt: skip
     assert isinstance(tick(project), str) == mine
+    assert busy_transfers(project.instance) == {busy.folder.name}
     project.instance.delete_run(run.run_id)
     backfill = PartitionBackfill(
         "abc", BulkActionStatus.REQUESTED, from_failure=False, tags={}, backfill_timestamp=0.0,

@@ -6,7 +6,7 @@ assets, and an `AssetObservation` of an external asset, which is how the loop re
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -19,7 +19,7 @@ from tuneshift_dag.config.files import load_all
 from tuneshift_dag.home import database_file, transfers_dir
 from tuneshift_dag.reports import fenced
 from tuneshift_dag.resources import EngineResource, StoreResource
-from tuneshift_dag.resources.runs import close_dead_runs
+from tuneshift_dag.resources.runs import close_dead_runs, transfers_of
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.records import Records, next_step
 
@@ -96,11 +96,10 @@ def build_automation(transfer: Transfer, database: Path) -> dg.SensorDefinition:
 def _reason_to_wait(transfer: Transfer, instance: dg.DagsterInstance) -> str | None:
     """A run or backfill of this transfer that is going on, or a last run that didn't succeed."""
     for backfill in instance.get_backfills(limit=_RUNS_LOOKED_AT):
-        if backfill.status.value in ("REQUESTED", "CANCELING") and _touches(transfer, backfill.asset_selection):
+        ours = any(asset.path[0] == transfer.name for asset in backfill.asset_selection or ())
+        if ours and backfill.status.value in ("REQUESTED", "CANCELING"):
             return f"Backfill {backfill.backfill_id} is going on."
-    own_job = f"{transfer.name}_refilter"
-    runs = instance.get_runs(limit=_RUNS_LOOKED_AT)
-    runs = [run for run in runs if _touches(transfer, run.asset_selection) or run.job_name == own_job]
+    runs = [run for run in instance.get_runs(limit=_RUNS_LOOKED_AT) if transfer.name in transfers_of(run)]
     for run in runs:
         if not run.is_finished:
             return f"Run {run.run_id[:8]} is going on."
@@ -110,7 +109,3 @@ def _reason_to_wait(transfer: Transfer, instance: dg.DagsterInstance) -> str | N
             " yourself, and the automation goes on."
         )
     return None
-
-
-def _touches(transfer: Transfer, assets: Collection[dg.AssetKey] | None) -> bool:
-    return any(asset.path[0] == transfer.name for asset in assets or ())

@@ -476,7 +476,8 @@ class TestWhatIsMissingAbove:
             assert project.materialize("synthetic_prompts", round="round_01").success
         result = project.materialize(asset, round="round_01")
         (event,) = [event for event in result.all_events if event.is_step_failure]
-        assert f"round_01 has no {above}: materialize them first" in str(event.step_failure_data.user_failure_data)
+        told = str(event.step_failure_data.user_failure_data)
+        assert f"There is no {above} of round_01: materialize that first, then {asset} of round_01." in told
 
 
 class TestExport:
@@ -553,11 +554,11 @@ class TestErrors:
         edit_config("rounds", 3)
         project.materialize("seed_set")
         project.materialize(*ROUND_ASSETS, round="round_01")
-        assert "filtered_dataset has no round_02, round_03:" in failure(project.materialize("distilled_model"))
+        assert "no filtered_dataset of round_02, round_03:" in failure(project.materialize("distilled_model"))
         assert project.models.trained == []
 
     def test_an_evaluation_without_a_model_says_so(self, project: Project) -> None:
-        assert "materialize distilled_model first" in failure(project.materialize("evaluation"))
+        assert "no distilled_model: materialize that first" in failure(project.materialize("evaluation"))
 
     def test_a_filter_that_keeps_nothing_names_the_threshold_and_loses_no_scores(
         self, project: Project, edit_config: Edit

@@ -97,7 +97,8 @@ def test_an_expected_response_says_whether_the_fine_tuned_one_is_right(store, tr
     rows = [("Prompt 0?", "yes"), ("Prompt 1?", "yes"), ("Prompt 2?", None)]
     write_jsonl(tmp_path / "t.jsonl", [{"prompt": prompt, "response": response} for prompt, response in rows])
     (tmp_path / "t.csv").write_text("response,prompt\n" + "".join(f"{r or ''},{p}\n" for p, r in rows))
-    for name in ("t.jsonl", "t.csv"):
+    (tmp_path / "T.CSV").write_bytes((tmp_path / "t.csv").read_bytes())
+    for name in ("t.jsonl", "t.csv", "T.CSV"):
         (pool,) = sweep_truth(store, transfer, tmp_path / name, ["both"])["pools"]
         assert (pool["right"], pool["wrong"], pool["off"]) == (1, 1, 1)
 

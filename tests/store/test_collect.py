@@ -325,6 +325,14 @@ def test_a_failed_step_of_a_transfer_that_is_gone_holds_nothing_back(left: Store
     assert not (left.home / "output" / NAME / "models" / "m1").is_dir()
 
 
+def test_a_transfer_whose_step_began_after_the_list_stays(left: Store) -> None:
+    plan = list(removable(left, None).values())
+    begun(left)
+    collect(left, plan)
+    assert cached(left) == ["of_banking", "of_other"]
+    assert (left.home / "output" / NAME / "models" / "m1").is_dir()
+
+
 def test_tables_that_no_folder_has_claimed_stay(store: Store) -> None:
     store.prepare(NAME)
     assert removable(store, None) == {}

@@ -148,6 +148,12 @@ class Step:
     def read(self, query: str, parameters: Sequence[Any] | dict[str, Any] = ()) -> pl.DataFrame:
         return self.store.read(query, parameters, self.transfer.name)
 
+    def lacks(self, asset: str) -> dg.Failure:
+        """What ends a step that Dagster ran although what it reads was never materialized."""
+        of_round = f" of {self.round}" if self.round else ""
+        problem = f"There is no {asset}{of_round}: materialize that first, then {self.asset}{of_round}."
+        return dg.Failure(problem, allow_retries=False)
+
     def progress(self, what: str) -> Callable[[int, int], None]:
         """A callback (done, total): a bar in a terminal, else at most one line in ten seconds."""
         started, tokens_before = time.monotonic(), self.cost.tokens

@@ -74,10 +74,7 @@ def build_distilled_model(transfer: Transfer) -> dg.AssetsDefinition:
 def _kept_pairs(current: Step) -> pl.DataFrame:
     missing = current.records.missing_rounds("filtered_dataset")
     if missing:  # Dagster runs an unpartitioned asset also when partitions above it don't exist yet
-        raise dg.Failure(
-            f"filtered_dataset has no {', '.join(missing)}: materialize these rounds first, then distilled_model.",
-            allow_retries=False,
-        )
+        raise current.lacks(f"filtered_dataset of {', '.join(missing)}")
     pairs = current.read(KEPT_PAIRS, [current.transfer.round_keys[-1]])
     if pairs.is_empty():
         raise dg.Failure("filtered_dataset is empty in every round: there is nothing to train on.")
@@ -139,7 +136,7 @@ def _train(
     if transfer.rehearses:
         texts = current.read("SELECT token_ids FROM rehearsal_set")["token_ids"].to_list()
         if not texts:
-            raise dg.Failure("There is no rehearsal_set: materialize it first, then this again.", allow_retries=False)
+            raise current.lacks("rehearsal_set")
     folder = output_dir(transfer.name) / "models" / model_id
     progress = current.progress("training steps")
 

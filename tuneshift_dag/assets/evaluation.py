@@ -101,7 +101,7 @@ def _distilled(current: Step, engines: EngineResource) -> Target:
     take memory.)"""
     distilled = current.read("SELECT path FROM distilled_models WHERE current")
     if distilled.is_empty():
-        raise dg.Failure("There is no distilled model: materialize distilled_model first.", allow_retries=False)
+        raise current.lacks("distilled_model")
     return engines.target(current.transfer, current.store.absolute(distilled["path"][0]))
 
 

@@ -11,6 +11,7 @@ from tuneshift_dag.config.versions import code_version
 from tuneshift_dag.method.filters import KEEP_RULES
 from tuneshift_dag.method.seed_sampling import Candidate
 from tuneshift_dag.resources import StoreResource
+from tuneshift_dag.resources.runs import refilter_job
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.queries import verdicts
 from tuneshift_dag.store.tables import FILTERED_DATASET, REJECTED_PAIRS
@@ -69,7 +70,7 @@ def build_refilter_job(transfer: Transfer) -> dg.JobDefinition:
             )
 
     @dg.job(
-        name=f"{transfer.name}_refilter",
+        name=refilter_job(transfer.name),
         description="After a change of the filter: judges the scored pairs of every round again. No model is loaded.",
     )
     def refilter() -> None:
@@ -85,9 +86,7 @@ def _judge_round(
     observed: list[dg.AssetObservation] = []
     with step(context, store, transfer, "filtered_dataset", round_) as current:
         if not current.records.version("scored_pairs", round_):
-            raise dg.Failure(
-                f"{round_} has no scored_pairs: materialize them first, then filtered_dataset.", allow_retries=False
-            )
+            raise current.lacks("scored_pairs")
         originals = seed_candidates(current)
 
         def judge_and_draw(connection: Any) -> str:

@@ -55,9 +55,7 @@ def _score_round(current: Step, engine: Scorer) -> Iterator[pl.DataFrame]:
     decoding = Decoding(transfer.config.response.max_new_tokens, stops=transfer.stops)
     total = current.read("SELECT count(*) FROM synthetic_prompts WHERE round = ?", [current.round]).item()
     if not total and not current.records.version("synthetic_prompts", current.round):
-        raise dg.Failure(
-            f"{current.round} has no synthetic_prompts: materialize them first, then scored_pairs.", allow_retries=False
-        )
+        raise current.lacks("synthetic_prompts")
     if not total:
         return
     similarity = _seed_similarity(current)

@@ -15,6 +15,7 @@ import psutil
 PROCESS_TAG = "tuneshift/process"
 # In a container that was started again, a killed process had this one's id.
 _OWN_ID = uuid.uuid4().hex
+_REFILTER = "_refilter"
 # Seconds between two looks whether a pool has room.
 _EVERY = 1.0
 _IN_PROGRESS = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
@@ -40,7 +41,18 @@ def busy_transfers(instance: dg.DagsterInstance) -> set[str]:
     """Names of the transfers of which a run is going on."""
     close_dead_runs(instance)
     runs = instance.get_runs(dg.RunsFilter(statuses=_IN_PROGRESS))
-    return {asset.path[0] for run in runs for asset in run.asset_selection or ()}
+    return {name for run in runs for name in transfers_of(run)}
+
+
+def refilter_job(transfer: str) -> str:
+    """The name of a transfer's refilter job."""
+    return f"{transfer}{_REFILTER}"
+
+
+def transfers_of(run: dg.DagsterRun) -> set[str]:
+    """Names of the transfers that a run materializes something of. The refilter job selects no assets."""
+    selected = {asset.path[0] for asset in run.asset_selection or ()}
+    return selected | ({run.job_name.removesuffix(_REFILTER)} if run.job_name.endswith(_REFILTER) else set())
 
 
 def wait_for_pool(instance: dg.DagsterInstance, pool: str, say: Callable[[str], None]) -> None:

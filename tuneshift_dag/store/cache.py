@@ -73,7 +73,7 @@ class Removable:
     bytes: int  # on disk; of what is in the database: before DuckDB compresses it
     reason: str
     path: Path | None = None
-    before: datetime = datetime.max  # of responses and scores: only those that were added before (UTC)
+    before: datetime = datetime.max  # (UTC) only responses and scores added, or a schema last used, before this
 
 
 def collect_plan(
@@ -102,7 +102,7 @@ def collect_plan(
         plan += _left_over(store, schema)
     for schema, folder in gone.items():
         reason, output = f"its folder {folder} is gone", store.home / "output" / schema
-        plan.append(Removable("schema", schema, _schema_bytes(store, schema), reason))
+        plan.append(Removable("schema", schema, _schema_bytes(store, schema), reason, before=now()))
         if output.is_dir():
             plan.append(Removable("output", schema, _bytes(output), reason, output))
     if quantized_in_use is not None:
@@ -114,7 +114,13 @@ def collect(store: Store, plan: Sequence[Removable]) -> None:
     """Remove what `collect_plan` found, but for what a step has come to use or to need since."""
     schemas = _schemas(store)
     gone = _gone(store, schemas, ())
-    dropped = [item.name for item in plan if item.kind == "schema" and item.name in gone]
+    dropped = [
+        item.name
+        for item in plan
+        if item.kind == "schema"
+        and item.name in gone
+        and store.read("SELECT 1 FROM attempts WHERE started_at >= ?", [item.before], item.name).is_empty()
+    ]
     staying = [schema for schema in schemas if schema not in dropped]
     first = _first_attempt(store, staying)
     with store.transaction(CACHE, compact=True) as connection:
