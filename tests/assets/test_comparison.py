@@ -22,7 +22,7 @@ def compared(project: Project, edit_config, quick_encoder) -> Project:
     return project
 
 
-def test_trains_every_arm_on_as_many_pairs_and_goes_on_after_a_failure(compared: Project, capsys) -> None:
+def test_trains_every_arm_on_as_many_pairs_and_goes_on_after_a_failure(compared: Project, edit_config, capsys) -> None:
     current = compared.rows("SELECT model_id FROM distilled_models WHERE current")
     models = compared.models
 
@@ -75,6 +75,8 @@ def test_trains_every_arm_on_as_many_pairs_and_goes_on_after_a_failure(compared:
     assert compared.runner().compare().materialized == []
     assert models.calls() == calls
     assert compared.run().materialized == [], "`tuneshift run` trains no arm"
+    edit_config("compare.seeds", 4)
+    assert report(compared.store, compared.transfer)["comparison"] == [], "one of other settings"
 
 
 @pytest.mark.parametrize(("pairs", "named"), [(10, "oracle"), (5000, "compare.pairs 5000")])

@@ -37,6 +37,7 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
     # What was measured of a model before this one says nothing of it.
     measured = "WHERE FALSE" if records.is_of_another_model("evaluation") else ""
     accuracy, retained = rows(f"SELECT * FROM accuracy {measured}"), rows(f"SELECT * FROM retention {measured}")
+    compared_now = transfer.config.compare is not None and not records.causes("comparison")
     settings = transfer.config.evaluation
     judged = verdicts(rows("SELECT * FROM evaluations"), retained, settings, transfer.config.seed) if retained else []
     return {
@@ -63,7 +64,7 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
         "frontier": rows(f"SELECT * FROM frontier {measured} ORDER BY scale"),
         "verdicts": [vars(verdict) for verdict in judged],
         "tasks": [] if measured else rows(CURRENT_SCORES),
-        "comparison": comparison(store, transfer),
+        "comparison": comparison(store, transfer) if compared_now else [],
         # Relative to the store's folder; absolute in rows of older versions.
         "out_of_date": records.changed(),
         "model": {**trained[0], "path": str(store.path.parent / trained[0]["path"])} if trained else None,

@@ -68,8 +68,6 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
             f"{transfer.name}: distill.keep chooses what of the adapter is exported, and the model of now isn't"
             f" evaluated: `tuneshift run {transfer.name}` first."
         )
-    if transfer.config.compare is None or records.causes("comparison"):
-        figures["comparison"] = []
     earlier = (to / _NOTE).read_text("utf-8").split() if (to / _NOTE).is_file() else []
     written = [name for name in _WRITTEN if merged or name != "merged"]
     if foreign := [name for name in written if name not in earlier and (to / name).exists()]:
