@@ -6,6 +6,7 @@ ones, so its pairs are scored, cached and replayed by the same code as any, and 
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,10 @@ def make_transfer(transfers: Path, tokens: int) -> Transfer:
     return load_transfer(folder)
 
 
-def score(store: Store, transfer: Transfer) -> None:
-    """Have both source models answer the pool and score it, unless that is done; a killed run loses one batch."""
-    texts = [row["prompt"] for name in ("truth", "near") for row in read(transfer.folder / f"{name}.jsonl")]
+def score(store: Store, transfer: Transfer, files: Sequence[str] = ("truth", "near")) -> None:
+    """Have both source models answer the prompts of these truth files and score them, unless that is done; a killed run
+    loses one batch."""
+    texts = [row["prompt"] for name in files for row in read(transfer.folder / f"{name}.jsonl")]
     prompts = {prompt_id(text): text for text in texts}
     by_rule = {"round": ROUND, "proposal_id": "by rule"}
     rows = SYNTHETIC_PROMPTS.frame(
@@ -97,18 +99,20 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def sweep(store: Store, transfer: Transfer, truth: str = "truth", guards: bool = True) -> list[dict[str, Any]]:
-    """What `sweep_truth` finds in the whole pool and in those of `SHARES`. Without ``guards`` no answer is dropped for
-    being cut off, repetitive or a refusal, so that a rule has to do it."""
-    if not guards:
-        config = transfer.config
-        off = {"allow_truncated": True, "max_repetition": 1.0, "refusals": ()}
-        rule = config.filter.model_copy(update=off)
-        transfer = replace(transfer, config=config.model_copy(update={"filter": rule}))
+    """What `sweep_truth` finds in the whole pool and in those of `SHARES`."""
+    transfer = transfer if guards else without_guards(transfer)
     shares = () if truth == "near" else SHARES
     pools: list[dict[str, Any]] = sweep_truth(store, transfer, transfer.folder / f"{truth}.jsonl", off_skill=shares)[
         "pools"
     ]
     return pools
+
+
+def without_guards(transfer: Transfer) -> Transfer:
+    """No answer is dropped for being cut off, repetitive or a refusal, so that a rule has to do it."""
+    off = {"allow_truncated": True, "max_repetition": 1.0, "refusals": ()}
+    rule = transfer.config.filter.model_copy(update=off)
+    return replace(transfer, config=transfer.config.model_copy(update={"filter": rule}))
 
 
 def pairs(store: Store, transfer: Transfer, rule: str) -> pl.DataFrame:

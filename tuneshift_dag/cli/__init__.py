@@ -284,6 +284,7 @@ def cache_gc(
     """
     from tuneshift_dag.cli.doctor import quantized_in_use
     from tuneshift_dag.config.files import find_transfers, load_transfer
+    from tuneshift_dag.resources.runs import busy_transfers
     from tuneshift_dag.store.cache import collect, collect_plan, held_back
 
     store, folders, used = _store(), find_transfers(transfers_dir()), None
@@ -294,7 +295,7 @@ def cache_gc(
     here = {folder.name for folder in folders}
     for step in held_back(store, here):
         rendering.message("note", "yellow", f"a step runs or has failed, so what was computed since stays. {step}")
-    plan = collect_plan(store, here | _busy(), used)
+    plan = collect_plan(store, here | busy_transfers(_instance()), used)
     rows = [{"kind": one.kind, "name": one.name, "bytes": one.bytes, "why": one.reason} for one in plan]
     rendering.as_json(rows) if as_json else rendering.rows("What no transfer uses", rows)
     if not plan or dry_run:
@@ -358,12 +359,6 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-
-
-def _busy() -> set[str]:
-    from tuneshift_dag.resources.runs import busy_transfers
-
-    return busy_transfers(_instance())
 
 
 def _instance() -> Any:
