@@ -42,14 +42,15 @@ it fills first; a killed one goes on. Nothing here is edited by hand. What was t
 [experiments.md](experiments.md).
 
 The claim of the paper, taken apart: (a) among mixed prompts the filter picks those that carry the skill; (b) it steers
-the loop, since what is kept seeds the next round. The end says what is missing.
+the loop, since what is kept seeds the next round. And of answers that are all in the skill: (c) it keeps the right
+ones. The end says what is missing.
 """
 
 NOT_RUN = """## What was not run
 
 {loop}
 - Step three, the open loop on the pools of step two.
-- One source adapter: one training seed of one skill. The intervals are for new prompts, not for new adapters.
+- One source adapter for each of the two skills: the intervals are for new prompts or new loops, not for new adapters.
 - GSM8K itself, and training on the source's token distributions.
 - Nothing here was run on a GPU or on a model above 135 million parameters.
 """

@@ -32,6 +32,20 @@ def instance() -> Iterator[dg.DagsterInstance]:
         yield instance
 
 
+def test_a_traceback_of_another_process_is_no_part_of_the_message(project: Project) -> None:
+    """As `torch.multiprocessing` puts it into what it raises."""
+    told = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n    g()\nValueError: no room\n'
+
+    def fail(number: int) -> None:
+        raise RuntimeError(f"\n\n-- Process 0 terminated with the following error:\n{told}")
+
+    project.models.generator.on_batch = fail
+    with pytest.raises(TuneshiftError) as error:
+        project.run()
+    assert "terminated with the following error:\nValueError: no room (not a fault" in str(error.value)
+    assert "Traceback" not in str(error.value)
+
+
 class TestCloseDeadRuns:
     def test_fails_the_run_of_a_dead_process_and_frees_its_pool_slot(self, instance: dg.DagsterInstance) -> None:
         run = started_run(instance, f"{socket.gethostname()}-{dead_pid()}-a")

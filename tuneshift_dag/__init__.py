@@ -7,8 +7,19 @@ __version__ = "0.1.0"
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+# The head of a traceback and its indented lines, each perhaps behind what a logger puts before it.
+_FRAMES = re.compile(
+    r"^.*Traceback \(most recent call last\):.*(?:\n|\Z)(?:(?:\S.*?\] )?[ \t]{2,}.*(?:\n|\Z))*", re.MULTILINE
+)
+
+
 class TuneshiftError(Exception):
     """A problem in the user's input or environment: its text names the file, the key, the value and the repair."""
+
+
+def without_frames(text: str) -> str:
+    """What a process said, and of each traceback in it only the error that it ends with."""
+    return _FRAMES.sub("", text)
 
 
 def visible(text: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import dagster as dg
 from sqlalchemy.exc import DBAPIError
 
-from tuneshift_dag import TuneshiftError
+from tuneshift_dag import TuneshiftError, without_frames
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.definitions import build_definitions
 from tuneshift_dag.home import database_file
@@ -172,7 +172,8 @@ def _explain(result: dg.ExecuteInProcessResult, round_: str | None) -> str:
         error = error.cause
     if error and error.cls_name == "DagsterExecutionInterruptedError":
         raise KeyboardInterrupt  # Dagster makes a failed step of it
-    message = (failure and failure.description) or (error.message.strip() if error else "unknown error")
+    message = (failure and failure.description) or (error.message if error else "unknown error")
+    message = without_frames(message).strip()
     if error and error.cls_name in ("OSError", "PermissionError", "OperationalError"):
         message += _DISK
     elif not failure and error and error.cls_name not in told:

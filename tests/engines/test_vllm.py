@@ -332,6 +332,18 @@ def test_a_server_that_does_not_end_by_itself_is_killed(tmp_path: Path, monkeypa
     assert server.ended() == 137
 
 
+@pytest.mark.parametrize("before", ["", "(EngineCore pid=7) ERROR 11-29 12:00:00 [core.py:708] "])
+def test_of_a_traceback_the_error_is_quoted(tmp_path: Path, before: str) -> None:
+    """Also where the server was killed in the middle of a second one."""
+    told = ["Traceback (most recent call last):", '  File "core.py", line 7, in run', "    load()", "OSError: no room"]
+    lines = ["INFO hello", *(before + line for line in [*told, *told[:2]])]
+    server = ServerProcess(
+        [sys.executable, "-c", f"print({chr(10).join(lines)!r}, end='')"], os.environ, tmp_path / "log"
+    )
+    assert server.ended(20) == 0
+    assert server.last_lines() == f"INFO hello\n{before}OSError: no room"
+
+
 def test_the_server_of_a_step_ends_with_it_also_when_it_fails(
     engines: EngineResource, transfer_folder: Path, edit_config: Edit, monkeypatch: pytest.MonkeyPatch
 ) -> None:

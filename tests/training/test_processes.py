@@ -102,6 +102,23 @@ def test_a_failure_of_one_ends_all() -> None:
         in_processes(2, second_fails, on_message=print)
 
 
+def second_refuses(send: Any) -> None:
+    if torch.distributed.get_rank() == 1:
+        raise TuneshiftError("the loss is nan: lower it")
+    torch.distributed.barrier()
+
+
+def both_refuse(send: Any) -> None:
+    raise TuneshiftError("the loss is nan: lower it")
+
+
+@pytest.mark.parametrize("work", [second_refuses, both_refuse])
+def test_what_one_refuses_is_said_alone(work: Any) -> None:
+    with pytest.raises(TuneshiftError) as error:
+        in_processes(2, work, on_message=print)
+    assert str(error.value) == "the loss is nan: lower it"
+
+
 def second_is_killed(send: Any) -> None:
     if torch.distributed.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)

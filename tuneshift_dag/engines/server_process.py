@@ -47,9 +47,13 @@ class ServerProcess:
         return None
 
     def last_lines(self, count: int = 12) -> str:
+        """Of a traceback only the error that it ends with; the log has the rest."""
+        from tuneshift_dag import without_frames
+
         with self.log.open("rb") as file:
             file.seek(self._begin)
-            return "\n".join(file.read().decode(errors="replace").strip().splitlines()[-count:])
+            said = without_frames(file.read().decode(errors="replace"))
+        return "\n".join(said.strip().splitlines()[-count:])
 
     def stop(self) -> None:
         """Returns when it has ended, and its memory is free."""

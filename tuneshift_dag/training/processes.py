@@ -29,10 +29,11 @@ def in_processes(count: int, work: Callable[..., T], *arguments: Any, on_message
     """Run ``work(send, *arguments)``, a function of a module, in ``count`` new processes; return what the first one
     returns. ``on_message`` is called here with the arguments with which the first one calls ``send``. When one fails,
     the others are ended and `torch.multiprocessing.ProcessRaisedException` is raised with its traceback;
-    `TuneshiftError` when one was killed."""
+    `TuneshiftError` when one was killed, and what any of them raised if it was that."""
     # A pipe and no queue: it ends with the process that writes to it, also in the middle of a message.
     inbox, outbox = torch.multiprocessing.get_context("spawn").Pipe(duplex=False)
     results: list[T] = []
+    refused: list[str] = []
     with tempfile.TemporaryDirectory() as folder, inbox:
         meeting_point = (Path(folder) / "group").as_uri()
         threads = max(1, torch.get_num_threads() // count)
@@ -43,12 +44,15 @@ def in_processes(count: int, work: Callable[..., T], *arguments: Any, on_message
         try:
             while not ended:
                 ended = running.join(timeout=_EVERY)
-                for is_result, content in _arrived(inbox):
-                    if is_result:
-                        results.append(content)
-                    else:
+                for kind, content in _arrived(inbox):
+                    if kind == "message":
                         on_message(*content)
+                    else:
+                        (results if kind == "result" else refused).append(content)
         except (ProcessExitedException, ProcessRaisedException) as error:
+            refused += [content for kind, content in _arrived(inbox) if kind == "refused"]
+            if refused:
+                raise TuneshiftError(refused[0]) from error
             # One that was killed may show as the lost connection of another.
             if not any(process.exitcode == -signal.SIGKILL for process in running.processes):
                 raise
@@ -79,14 +83,16 @@ def _process(rank: int, count: int, meeting_point: str, threads: int, outbox: An
 
     def send(*message: Any) -> None:
         if rank == 0:
-            outbox.send((False, message))
+            outbox.send(("message", message))
 
-    if rank:
-        outbox.close()
     try:
         result = work(send, *arguments)
         if rank == 0:
-            outbox.send((True, result))
+            outbox.send(("result", result))
+    except TuneshiftError as error:
+        # Of any process: which of them is seen to fail first is chance.
+        outbox.send(("refused", str(error)))
+        raise
     finally:
         torch.distributed.destroy_process_group()
 
