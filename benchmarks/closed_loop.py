@@ -24,6 +24,7 @@ from tuneshift_dag.method.statistics import Interval, Mean, holm
 from tuneshift_dag.reports.truth import sweep_truth
 from tuneshift_dag.runner import Runner
 from tuneshift_dag.store import Store
+from tuneshift_dag.store.queries import of_its_rounds
 
 NAME = "loop_meeting_slots"
 SEEDS, ROUNDS, CALLS = 5, 3, 60
@@ -61,7 +62,8 @@ def drift(store: Store, transfer: Transfer) -> pl.DataFrame:
     that of a prompt in the skill, and right."""
     rows = []
     for (arm, seed), loop in transfer.loops.items():
-        prompts = store.read("SELECT round, prompt FROM synthetic_prompts", schema=loop.name)
+        own_rounds = of_its_rounds(loop, "synthetic_prompts")
+        prompts = store.read(f"SELECT round, prompt FROM {own_rounds}", schema=loop.name)
         kept = dict(store.read("SELECT prompt, response FROM filtered_dataset", schema=loop.name).iter_rows())
         for round_, own in prompts.sort("round").group_by("round", maintain_order=True):
             codes = {prompt: read_request(prompt) for prompt in own["prompt"]}

@@ -241,9 +241,14 @@ def step_two(transfer: Transfer, found: pl.DataFrame, trained: list[dict[str, An
         .iter_rows()
     ]
     differences = closed_loop.against_unfiltered(found, "in_skill")
+    kept = closed_loop.against_unfiltered(found, "right")
     told = [
-        {"arm": f"`{arm}`", "minus `unfiltered`": reports.interval(of.value, of.low, of.high, "+")}
-        for arm, of in differences.items()
+        {"arm": f"`{arm}`"}
+        | {
+            name: reports.interval(of[arm].value, of[arm].low, of[arm].high, "+")
+            for name, of in (("prompts in the skill", differences), ("kept pairs in it and right", kept))
+        }
+        for arm in differences
     ]
     clear = [arm for arm, of in differences.items() if not of.low <= 0 <= of.high]
     tested = [row for row in trained if row["vs_unfiltered"] is not None]
@@ -278,12 +283,12 @@ Share of each round's kept pairs whose prompt is in the skill and whose code is 
 Over all rounds and seeds:
 
 {table(counts)}
-Share in the skill, the mean of the rounds after the first, which what the arm kept has seeded; paired by loop seed,
-95 % for new loop seeds, corrected over the arms (Holm). The measure was chosen after a look at three other loop seeds,
-which aren't counted.
+Minus `unfiltered`: both shares, the mean of the rounds after the first, which what the arm kept has seeded; paired by
+loop seed, 95 % for new loop seeds, corrected over the arms (Holm). The measure was chosen after a look at three other
+loop seeds, which aren't counted.
 
 {table(told)}
-{_clear(clear)}
+Of the prompts: {_clear(clear)}
 
 ### The targets
 
@@ -292,14 +297,14 @@ the fewest kept), and nothing is rehearsed. Accuracy is on the {len(transfer.hel
 intervals of `tuneshift compare`; general text is its perplexity as a multiple of the base's.
 
 {table(targets)}
-{_clear(apart)}
+Of the targets: {_clear(apart)}
 """
 
 
 def _clear(arms: Sequence[str]) -> str:
     if not arms:
-        return "No arm differs from `unfiltered` by an interval that excludes zero."
-    return f"Clear of zero against `unfiltered`: {', '.join(f'`{arm}`' for arm in arms)}."
+        return "no arm differs from `unfiltered` by an interval that excludes zero."
+    return f"clear of zero against `unfiltered`: {', '.join(f'`{arm}`' for arm in arms)}."
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

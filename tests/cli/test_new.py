@@ -91,8 +91,7 @@ class TestCreate:
         made = new("odd", mode=mode, instruction=odd, template=f"{odd} {{prompt}}").config
         assert (made.generator.instruction, made.prompt_template) == (odd, f"{odd} {{prompt}}")
         assert config.generator.original_seeds_per_call > 0
-        closed = mode == "by_response"
-        assert (config.filter.rule, config.filter.threshold) == (("surprise_ratio", 40) if closed else ("both", 1.5))
+        assert (config.filter.rule, config.filter.threshold) == ("both", 1.3 if mode == "by_response" else 1.5)
 
     def test_the_base_is_the_one_that_the_adapter_names(self, new: New, given: Answers) -> None:
         _edit_adapter(base_model_name_or_path="org/named-base")

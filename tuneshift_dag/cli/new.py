@@ -19,7 +19,6 @@ from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer, examples, files
 from tuneshift_dag.config.examples import Rows
 from tuneshift_dag.config.schema_models import Mode
-from tuneshift_dag.method.filters import Rule
 from tuneshift_dag.models.adapter_checks import check_adapter_folder
 from tuneshift_dag.models.checks import check_links
 from tuneshift_dag.models.references import TOKENIZER_FILES, Reference, hub_id_of, is_hub_id
@@ -294,7 +293,7 @@ def _config(answers: Answers) -> str:
     raw, chat = f"\nprompt_template: {text(answers.template)}", ""
     if answers.template == "chat":
         raw, chat = " `chat` is the model's own chat template.", "\n  prompt: chat"
-    rule, threshold = _CLOSED if answers.mode == "by_response" else _OPEN
+    threshold = _CLOSED if answers.mode == "by_response" else _OPEN
     return f"""\
 # Every key and its default: docs/reference.md. A key that isn't here has its default.
 description: {text(answers.description or f"From {answers.base} to {answers.target}.")}
@@ -313,7 +312,7 @@ generator:
 response:
   max_new_tokens: 64      # longer answers are cut off and not used
 filter:
-  rule: {rule:<18} # filter.rule in docs/reference.md says what each compares
+  rule: both
   threshold: {threshold:<13} # after a run, `tuneshift sweep` shows what others keep
 rounds: 4                 # at most; fewer when target_pairs are reached
 target_pairs: 1000
@@ -326,9 +325,8 @@ evaluation:
 """
 
 
-# The rule and threshold for answers of a fixed set (docs/evidence.md), and the paper's.
-_CLOSED: tuple[Rule, float] = ("surprise_ratio", 40.0)
-_OPEN: tuple[Rule, float] = ("both", 1.5)
+# Thresholds: what did best for answers of a fixed set (docs/evidence.md), and the paper's.
+_CLOSED, _OPEN = 1.3, 1.5
 _INSTRUCTION: dict[Mode, str] = {
     "chat": "Generate {count} more samples like these {seed_count}:",
     "continuation": "Different requests of one kind:",
