@@ -22,7 +22,7 @@ from tuneshift_dag.store.records import ROUND_ASSETS
 pytestmark = pytest.mark.ui
 
 ROUNDS = ["round_01", "round_02"]
-WHOLE_ASSETS = ["seed_set", "threshold_report", "rehearsal_set", "distilled_model", "evaluation"]
+WHOLE_ASSETS = ["seed_set", "threshold_report", "distilled_model", "evaluation"]
 THRESHOLD = 1.3
 CALLS = 24
 Place = tuple[str, str | None]
@@ -66,7 +66,7 @@ class Deployment:
             lambda: next(
                 (b for b in self._backfills(number) if b.status.value.startswith(("COMPLETED", "FAIL"))), None
             ),
-            300,
+            600,
             f"backfill {number} doesn't end",
         )
         filters = dg.RunsFilter(tags={"dagster/backfill": latest.backfill_id})
