@@ -5,7 +5,6 @@ The transfer is `meeting_slots_chat` with `compare.loop`, and no seed of the use
 kept is all that keeps the generator on the skill. Nothing is rehearsed in the trainings: that takes most of their time.
 """
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +16,10 @@ import polars as pl
 import yaml
 
 from benchmarks.off_skill import read_request
-from benchmarks.skill_pools import PACKAGED, without_guards
+from benchmarks.skill_pools import PACKAGED, without_guards, write
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import load_transfer
-from tuneshift_dag.method.statistics import Interval, Mean, holm
+from tuneshift_dag.method.statistics import Interval, holm, over_runs
 from tuneshift_dag.reports.truth import sweep_truth
 from tuneshift_dag.runner import Runner
 from tuneshift_dag.store import Store
@@ -83,8 +82,7 @@ def drifted(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
         if arm == "unfiltered":
             prompts = store.read("SELECT DISTINCT prompt FROM synthetic_prompts ORDER BY 1", schema=loop.name)["prompt"]
             file = loop.folder / f"truth_{seed}.jsonl"
-            lines = (json.dumps({"prompt": prompt, "response": read_request(prompt)}) + "\n" for prompt in prompts)
-            file.write_text("".join(lines), "utf-8")
+            write(file, [{"prompt": prompt, "response": read_request(prompt)} for prompt in prompts])
             config = loop.config.model_copy(update={"filter": transfer.config.filter})
             pools += sweep_truth(store, without_guards(replace(loop, config=config)), file)["pools"]
     return pools
@@ -99,7 +97,5 @@ def against_unfiltered(found: pl.DataFrame, column: str) -> dict[str, Interval]:
     means = {}
     for arm, own in values.items():
         if arm != "unfiltered":
-            differences = own - values["unfiltered"]
-            count = len(differences)
-            means[str(arm)] = Mean(float(differences.mean()), float(differences.var(ddof=1)) / count, count - 1)
+            means[str(arm)] = over_runs((own - values["unfiltered"])[:, None])
     return holm(means)

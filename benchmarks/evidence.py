@@ -10,11 +10,11 @@ import argparse
 import io
 import os
 import platform
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 
@@ -22,7 +22,7 @@ from benchmarks import closed_loop, off_skill, skill_pools, worked_answers
 from tuneshift_dag import reports
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.home import database_file
-from tuneshift_dag.method.statistics import Mean
+from tuneshift_dag.method.statistics import over_runs
 from tuneshift_dag.reports import escape_markdown, plots
 from tuneshift_dag.reports.truth import sweep_truth
 from tuneshift_dag.store import Store
@@ -202,7 +202,7 @@ def drifted(pools: Pools) -> str:
     rows = []
     for rules in zip(*(pool["rules"] for pool in pools), strict=True):
         values = [row["auc"] for row in rules]
-        of = Mean(statistics.mean(values), statistics.variance(values) / len(values), len(values) - 1).interval()
+        of = over_runs(np.array(values)[:, None]).interval()
         by_seed = ", ".join(f"{value:.2f}" for value in values)
         row = {"rule": f"`{rules[0]['rule']}`", "AUC by loop seed": by_seed}
         rows.append(row | {"mean": reports.interval(of.value, of.low, of.high)})

@@ -59,8 +59,7 @@ def make_transfer(transfers: Path, tokens: int) -> Transfer:
         "near": [*codes, *({"prompt": prompt, "response": None} for prompt in off_skill.near(NEAR))],
     }
     for name, rows in files.items():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
+        write(folder / f"{name}.jsonl", rows)
     return load_transfer(folder)
 
 
@@ -92,6 +91,10 @@ def score(store: Store, transfer: Transfer, files: Sequence[str] = ("truth", "ne
             partition_key=ROUND,
             run_config={"loggers": {"console": {"config": {"log_level": "ERROR"}}}},
         )
+
+
+def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
 def read(file: Path) -> list[dict[str, Any]]:

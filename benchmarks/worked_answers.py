@@ -4,7 +4,6 @@ SmolLM2-135M-Instruct learns from some hundreds of them to write its steps and t
 the answers of GSM8K do; then it answers others, of which it gets many wrong. `skill_pools` scores those, once.
 """
 
-import json
 import random
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.skill_pools import score, without_guards
+from benchmarks.skill_pools import score, without_guards, write
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.method import PromptFormat
@@ -101,9 +100,8 @@ def make_transfer(transfers: Path) -> Transfer:
     taught = problems(TRAINING, 0)
     pool = {text: answer for text, answer in problems(POOL + 100, 1).items() if text not in taught}
     rows = [{"prompt": text, "response": answer.strip()} for text, answer in list(pool.items())[:POOL]]
-    (folder / "truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    seeds = [{"prompt": text} for text in list(taught)[:5]]
-    (folder / "seeds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in seeds), "utf-8")
+    write(folder / "truth.jsonl", rows)
+    write(folder / "seeds.jsonl", [{"prompt": text} for text in list(taught)[:5]])
     if not (folder / "adapter" / "adapter_config.json").is_file():
         files = resolve_model(settings["source"]["base"], folder, "source.base")
         tokenizer, format = load_tokenizer(files), PromptFormat(settings["prompt_template"])
