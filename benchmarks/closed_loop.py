@@ -1,11 +1,12 @@
 """Does the filter steer the loop, and make a better target? Rounds that each arm grows by itself, with the truth of
 each prompt by rule, and targets trained on what each has kept.
 
-The transfer is `meeting_slots_chat` with `compare.loop`, and no seed of the user's in a later round, so that what is
-kept is all that keeps the generator on the skill. Nothing is rehearsed in the trainings: that takes most of their time.
+The transfer is a packaged one with `compare.loop`, and no seed of the user's in a later round, so that what is kept is
+all that keeps the generator on the skill. Nothing is rehearsed in the trainings: that takes most of their time.
 """
 
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import polars as pl
 import yaml
 
 from benchmarks.off_skill import read_request
-from benchmarks.skill_pools import PACKAGED, without_guards, write
+from benchmarks.skill_pools import PACKAGED, read, without_guards, write
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.method.statistics import Interval, holm, over_runs
@@ -25,28 +26,40 @@ from tuneshift_dag.runner import Runner
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.queries import of_its_rounds
 
-NAME = "loop_meeting_slots"
 SEEDS, ROUNDS, CALLS = 5, 3, 60
+RIVALS: dict[str, float] = {"surprise_ratio": 40.0, "seed_similarity": 0.5}
 FIRST_SEED = 100
 """The measures were chosen after a look at loops with seeds 0 to 2, which are therefore not counted."""
+Judge = Callable[[Sequence[str]], Sequence[str | None]]
+"""The right answer of each prompt; None for one off the skill."""
 
 
-def make_transfer(transfers: Path) -> Transfer:
-    folder = transfers / NAME
+def make_transfer(
+    transfers: Path,
+    packaged: Path = PACKAGED,
+    calls: int = CALLS,
+    rivals: Mapping[str, float] = RIVALS,
+    epochs: int = 4,
+    pairs: int | None = None,
+    every: int = 1,
+) -> Transfer:
+    """A packaged transfer whose arms grow their own rounds, each of ``calls`` generator calls: `both`, and rules with
+    their thresholds. Targets are trained on ``pairs``, or on as many as the arm with the fewest has, and measured on
+    one held-out prompt in ``every``."""
+    folder = transfers / f"loop_{packaged.name}"
     folder.mkdir(parents=True, exist_ok=True)
-    settings = yaml.safe_load((PACKAGED / "transfer.yaml").read_text("utf-8"))
-    settings["description"] = f"{PACKAGED.name}, each filter with rounds of its own."
-    settings["source"]["adapter"] = str(PACKAGED / "adapter")
-    settings["generator"] |= {"calls_per_round": CALLS, "original_seeds_per_call": 0}
-    settings["models"] = {"batch_size": 64, "workers": 1}
-    rivals = [("surprise_ratio", 40.0), ("seed_similarity", 0.5)]
-    arms = ["both", *({"rule": rule, "threshold": threshold} for rule, threshold in rivals)]
-    settings["compare"] = {"arms": arms, "loop": True, "seeds": SEEDS}
-    settings["distill"]["retain"] = 0
+    settings = yaml.safe_load((packaged / "transfer.yaml").read_text("utf-8"))
+    settings["description"] = f"{packaged.name}, each filter with rounds of its own."
+    settings["source"]["adapter"] = str(packaged / "adapter")
+    settings["generator"] |= {"calls_per_round": calls, "original_seeds_per_call": 0}
+    arms = ["both", *({"rule": rule, "threshold": threshold} for rule, threshold in rivals.items())]
+    settings["compare"] = {"arms": arms, "loop": True, "seeds": SEEDS, "pairs": pairs}
+    settings["distill"] |= {"retain": 0, "epochs": epochs}
+    settings["distill"].pop("keep", None)
     settings |= {"rounds": ROUNDS, "seed": FIRST_SEED, "diversity_map": False}
     (folder / "transfer.yaml").write_text(yaml.safe_dump(settings), "utf-8")
-    for name in ("seeds.jsonl", "heldout.jsonl"):
-        shutil.copy(PACKAGED / name, folder)
+    shutil.copy(packaged / "seeds.jsonl", folder)
+    write(folder / "heldout.jsonl", read(packaged / "heldout.jsonl")[::every])
     return load_transfer(folder)
 
 
@@ -56,7 +69,12 @@ def compare(transfer: Transfer) -> None:
         Runner(transfer, instance, on_line=lambda line: print(line, flush=True)).compare()
 
 
-def drift(store: Store, transfer: Transfer) -> pl.DataFrame:
+def read_requests(prompts: Sequence[str]) -> list[str | None]:
+    """The `Judge` of requests for a calendar."""
+    return [read_request(prompt) for prompt in prompts]
+
+
+def drift(store: Store, transfer: Transfer, judge: Judge = read_requests) -> pl.DataFrame:
     """By arm, seed and round: prompts, the share of them in the skill, and the share of the pairs kept whose answer is
     that of a prompt in the skill, and right."""
     rows = []
@@ -65,7 +83,7 @@ def drift(store: Store, transfer: Transfer) -> pl.DataFrame:
         prompts = store.read(f"SELECT round, prompt FROM {own_rounds}", schema=loop.name)
         kept = dict(store.read("SELECT prompt, response FROM filtered_dataset", schema=loop.name).iter_rows())
         for round_, own in prompts.sort("round").group_by("round", maintain_order=True):
-            codes = {prompt: read_request(prompt) for prompt in own["prompt"]}
+            codes = dict(zip(own["prompt"], judge(own["prompt"].to_list()), strict=True))
             right = [codes[prompt] == kept[prompt].strip() for prompt in codes if prompt in kept]
             rows.append(
                 {"arm": arm, "seed": seed, "round": round_[0], "prompts": len(codes), "kept": len(right)}

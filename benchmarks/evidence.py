@@ -53,13 +53,15 @@ NOT_RUN = """## What was not run
 - One source adapter for each of the two skills: the intervals are for new prompts or new loops, not for new adapters.
 - GSM8K itself, and training on the source's token distributions.
 - Nothing here was run on a GPU or on a model above 135 million parameters.
+
+The loop of another transfer, whose base knows nothing, is in [evidence_banking.md](evidence_banking.md).
 """
 
 
 NOT_LOOPED = """- Step one on a pool that the generator drifted into by itself: the pools above are written by rule.
 - Step two, the closed loop: `compare.loop` is tested with fake models alone. Nothing here says
   that the filter makes a better target."""
-LOOPED = "- Step two on a second transfer: `banking_intents` wasn't looped."
+LOOPED = "- More than five loop seeds."
 
 
 def main() -> None:
@@ -218,16 +220,42 @@ read by rule; see there. Means have 95 % intervals for new loop seeds.
 
 def step_two(transfer: Transfer, found: pl.DataFrame, trained: list[dict[str, Any]]) -> str:
     """The section on what the loop drifts to under each filter, and on the targets of what each has kept."""
-    config = transfer.config
-    rounds = transfer.round_keys
+    others = {"general": off_skill.general(skill_pools.GENERAL), "near": off_skill.near(skill_pools.NEAR)}
+    misread = " and ".join(
+        f"{sum(off_skill.read_request(text) is not None for text in texts)} of {len(texts)} {name}"
+        for name, texts in others.items()
+    )
+    chosen = "The measure was chosen after a look at three other\nloop seeds, which aren't counted."
+    return f"""## Step two: does the filter steer the loop?
+
+{rounds_of(transfer)} Whether a prompt is
+in the skill is read by rule (`read_request` in `transfers/meeting_slots/slot_requests.py`: it names an event and a day
+or time, and is no question). It reads the code of every one of the {len(transfer.heldout)} held-out requests, and takes
+{misread} questions of step one for requests.
+
+{drift_tables(found, "code is right")}
+{differences(found, "kept pairs in it and right", chosen)}
+### The targets
+
+{targets(transfer, trained)}"""
+
+
+def rounds_of(transfer: Transfer) -> str:
+    """Sentences that say what the arms of a closed loop do."""
+    rounds, calls = transfer.config.rounds, transfer.config.generator.calls_per_round
+    loops = len({seed for _, seed in transfer.loops})
+    return f"""Each arm of `compare.loop` grows {rounds} rounds of {calls} generator calls from the
+same five seeds, {loops} times with other random choices. What it keeps is all that seeds its next round
+(`generator.original_seeds_per_call: 0`; the packaged transfer shows all five seeds in every call)."""
+
+
+def drift_tables(found: pl.DataFrame, right: str) -> str:
+    """What `closed_loop.drift` found, by arm and round; ``right`` says what makes a kept pair right."""
 
     def shares(arm: str, column: str) -> dict[str, str]:
         return {
-            round_: ", ".join(
-                "-" if value is None else f"{value:.2f}"
-                for value in found.filter((pl.col("arm") == arm) & (pl.col("round") == round_)).sort("seed")[column]
-            )
-            for round_ in rounds
+            round_: ", ".join("-" if value is None else f"{value:.2f}" for value in own.sort("seed")[column])
+            for (round_,), own in found.filter(pl.col("arm") == arm).group_by("round", maintain_order=True)
         }
 
     arms = found["arm"].unique(maintain_order=True)
@@ -240,63 +268,54 @@ def step_two(transfer: Transfer, found: pl.DataFrame, trained: list[dict[str, An
         .agg(pl.col("prompts").sum(), pl.col("kept").sum())
         .iter_rows()
     ]
-    differences = closed_loop.against_unfiltered(found, "in_skill")
+    return f"""Share of each round's prompts that are in the skill, one figure for each loop seed:
+
+{table(by_round["in_skill"])}
+Share of each round's kept pairs whose prompt is in the skill and whose {right}:
+
+{table(by_round["right"])}
+Over all rounds and seeds:
+
+{table(counts)}"""
+
+
+def differences(found: pl.DataFrame, right: str, chosen: str) -> str:
+    """Each arm of a closed loop minus `unfiltered`; ``chosen`` says how the measure was."""
+    prompts = closed_loop.against_unfiltered(found, "in_skill")
     kept = closed_loop.against_unfiltered(found, "right")
     told = [
         {"arm": f"`{arm}`"}
         | {
             name: reports.interval(of[arm].value, of[arm].low, of[arm].high, "+")
-            for name, of in (("prompts in the skill", differences), ("kept pairs in it and right", kept))
+            for name, of in (("prompts in the skill", prompts), (right, kept))
         }
-        for arm in differences
+        for arm in prompts
     ]
-    clear = [arm for arm, of in differences.items() if not of.low <= 0 <= of.high]
+    clear = [arm for arm, of in prompts.items() if not of.low <= 0 <= of.high]
+    return f"""Minus `unfiltered`: both shares, the mean of the rounds after the first, which what the arm kept has
+seeded; paired by loop seed, 95 % for new loop seeds, corrected over the arms (Holm). {chosen}
+
+{table(told)}
+Of the prompts: {_clear(clear)}
+"""
+
+
+def targets(transfer: Transfer, trained: list[dict[str, Any]]) -> str:
+    """The models that a comparison trained, and which of them differ from that of no filter."""
     tested = [row for row in trained if row["vs_unfiltered"] is not None]
     apart = [row["arm"] for row in tested if not row["vs_unfiltered_low"] <= 0 <= row["vs_unfiltered_high"]]
     general = {row["arm"]: row["general_text"] for row in trained}
-    targets = [
+    rows = [
         {name: value for name, value in row.items() if name != "as random"}
         | {"general text": "-" if general[row["arm"]] is None else f"{general[row['arm']]:.3f} times"}
         for row in reports.arms(trained)
     ]
-    seeds = len({seed for _, seed in transfer.loops})
-    others = {"general": off_skill.general(skill_pools.GENERAL), "near": off_skill.near(skill_pools.NEAR)}
-    misread = " and ".join(
-        f"{sum(off_skill.read_request(text) is not None for text in texts)} of {len(texts)} {name}"
-        for name, texts in others.items()
-    )
-    return f"""## Step two: does the filter steer the loop?
+    pairs = max(row["pairs"] or 0 for row in trained)
+    return f"""Each arm's pairs of each seed train a target, as many pairs for every arm ({pairs}), and nothing is
+rehearsed. Accuracy is on the {len(transfer.heldout)} held-out prompts, with the intervals of `tuneshift compare`;
+general text is its perplexity as a multiple of the base's.
 
-Each arm of `compare.loop` grows {config.rounds} rounds of {config.generator.calls_per_round} generator calls from the
-same five seeds, {seeds} times with other random choices. What it keeps is all that seeds its next round
-(`generator.original_seeds_per_call: 0`; the packaged transfer shows all five seeds in every call). Whether a prompt is
-in the skill is read by rule (`read_request` in `transfers/meeting_slots/slot_requests.py`: it names an event and a day
-or time, and is no question). It reads the code of every one of the {len(transfer.heldout)} held-out requests, and takes
-{misread} questions of step one for requests.
-
-Share of each round's prompts that are in the skill, one figure for each loop seed:
-
-{table(by_round["in_skill"])}
-Share of each round's kept pairs whose prompt is in the skill and whose code is right:
-
-{table(by_round["right"])}
-Over all rounds and seeds:
-
-{table(counts)}
-Minus `unfiltered`: both shares, the mean of the rounds after the first, which what the arm kept has seeded; paired by
-loop seed, 95 % for new loop seeds, corrected over the arms (Holm). The measure was chosen after a look at three other
-loop seeds, which aren't counted.
-
-{table(told)}
-Of the prompts: {_clear(clear)}
-
-### The targets
-
-Each arm's pairs of each loop seed train a target, as many pairs for every arm ({trained[0]["pairs"]}: what the arm with
-the fewest kept), and nothing is rehearsed. Accuracy is on the {len(transfer.heldout)} held-out requests, with the
-intervals of `tuneshift compare`; general text is its perplexity as a multiple of the base's.
-
-{table(targets)}
+{table(rows)}
 Of the targets: {_clear(apart)}
 """
 

@@ -46,7 +46,6 @@ def make_transfer(transfers: Path, tokens: int) -> Transfer:
     settings["description"] = f"Prompts in and off the skill of {PACKAGED.name}, by rule."
     settings["source"]["adapter"] = str(PACKAGED / "adapter")
     settings["response"] = {"max_new_tokens": tokens}
-    settings["models"] = {"batch_size": 64, "workers": 1}
     settings |= {"rounds": 1, "diversity_map": False}
     (folder / "transfer.yaml").write_text(yaml.safe_dump(settings), "utf-8")
     shutil.copy(PACKAGED / "seeds.jsonl", folder)

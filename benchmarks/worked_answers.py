@@ -92,10 +92,10 @@ def make_transfer(transfers: Path) -> Transfer:
     packaged = yaml.safe_load((TRANSFERS / "meeting_slots_chat" / "transfer.yaml").read_text("utf-8"))
     settings["description"] = "Sums in words, by rule."
     settings["source"] = {"base": packaged["source"]["base"], "adapter": "adapter"}
-    settings |= {name: packaged[name] for name in ("target", "generator", "distill")}
+    settings |= {name: packaged[name] for name in ("target", "generator", "models", "distill")}
     settings["target"].pop("prompt")
-    settings |= {"models": {"batch_size": 64, "workers": 1}, "response": {"max_new_tokens": 64}}
-    settings |= {"rounds": 1, "evaluation": {"metric": "numeric"}, "diversity_map": False}
+    settings |= {"rounds": 1, "response": {"max_new_tokens": 64}}
+    settings |= {"evaluation": {"metric": "numeric"}, "diversity_map": False}
     (folder / "transfer.yaml").write_text(yaml.safe_dump(settings), "utf-8")
     taught = problems(TRAINING, 0)
     pool = {text: answer for text, answer in problems(POOL + 100, 1).items() if text not in taught}
