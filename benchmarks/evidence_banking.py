@@ -112,6 +112,8 @@ right for {judge.right:.0%} of the development queries: a rough measure, equally
 {differences(found, "kept pairs in it, with its intent", "The measure is that of evidence.md.")}
 ### The targets
 
+They are measured on one query in {EVERY} of the held-out file.
+
 {targets(loop, reports.comparison(store, loop))}"""
 
 

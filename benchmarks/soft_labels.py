@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,16 @@ from tuneshift_dag.config import Transfer
 from tuneshift_dag.method import Decoding
 from tuneshift_dag.method.evaluation import mark
 from tuneshift_dag.models.loading import dtype_name, load_for_training, load_tokenizer
-from tuneshift_dag.models.prompts import continuation_ids, end_id, prompt_ids, response_text
+from tuneshift_dag.models.prompts import continuation_ids, end_id, response_text
 from tuneshift_dag.resources import EngineResource
 from tuneshift_dag.training.batches import (
     TokenizedExample,
     balanced_epochs,
+    chunks,
     collate,
     head_only_at,
     length_bucketed_batches,
+    tokenize_example,
 )
 from tuneshift_dag.training.loop import LoraTraining, cosine_with_warmup
 from tuneshift_dag.training.lora import add_lora
@@ -68,14 +71,8 @@ def ask_source(transfer: Transfer, pairs: Sequence[tuple[str, str]], batch_size:
     engine, told = EngineResource().source(transfer), list[Told]()
     format, tokenizer = transfer.config.source_format, engine.tokenizer
     with engine.side("fine_tuned") as model, torch.inference_mode():
-        for start in range(0, len(pairs), batch_size):
-            examples = [
-                TokenizedExample(
-                    prompt_ids(tokenizer, format, prompt),
-                    [*continuation_ids(tokenizer, response), end_id(tokenizer, format)],
-                )
-                for prompt, response in pairs[start : start + batch_size]
-            ]
+        for some in chunks(pairs, batch_size):
+            examples = [tokenize_example(tokenizer, format, *pair) for pair in some]
             batch = collate(examples)
             with head_only_at(model, batch.predicts):
                 logits = model(input_ids=batch.ids, use_cache=False).logits.squeeze(0).float()
@@ -156,12 +153,13 @@ def make_examples(
     same = Vocabulary(source, target, (end_id(source, config.source_format), end_id(target, config.target_format)))
     examples, alike, elsewhere = list[Labelled](), list[bool](), list[float]()
     for (prompt, response), said in zip(pairs, told, strict=True):
-        ids = [*continuation_ids(target, response), end_id(target, config.target_format)]
+        plain = tokenize_example(target, config.target_format, prompt, response)
+        ids = plain.response_ids
         ends = (token_ends(source, said.ids), token_ends(target, ids))
         labels = [(place, token, 1.0) for place, token in enumerate(ids)]
         if temperature is not None:
             labels = label(said, ids, ends, same, temperature)
-        examples.append(Labelled(prompt_ids(target, config.target_format, prompt), ids, tuple(labels)))
+        examples.append(Labelled(plain.prompt_ids, ids, tuple(labels)))
         for left, right in pieces(*ends):
             alike += [left.stop - left.start == right.stop - right.start == 1] * (right.stop - right.start)
         elsewhere.append(sum(p for place, token, p in labels if token != ids[place]) / len(ids))
@@ -216,7 +214,7 @@ def accuracy(transfer: Transfer, adapter: Path) -> list[bool]:
     engine, settings = EngineResource().target(transfer, adapter), transfer.config.evaluation
     asked = [engine.prompt_ids(prompt, transfer.config.target_format) for prompt, _ in transfer.heldout]
     decoding = Decoding(settings.max_new_tokens, stops=transfer.stops)
-    found = {place: said for batch in engine.generate(asked, "fine_tuned", decoding) for place, said in batch}
+    found = dict(chain.from_iterable(engine.generate(asked, "fine_tuned", decoding)))
     EngineResource().release()
     return [
         mark(settings.metric, found[place].text, expected)[0] for place, (_, expected) in enumerate(transfer.heldout)
