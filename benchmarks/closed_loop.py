@@ -66,7 +66,20 @@ def make_transfer(
 def compare(transfer: Transfer) -> None:
     """Run the rounds and the trainings of every arm that aren't there yet."""
     with dg.DagsterInstance.ephemeral() as instance:
-        Runner(transfer, instance, on_line=lambda line: print(line, flush=True)).compare()
+        _runner(transfer, instance).compare()
+
+
+def grow(transfer: Transfer, arm: str) -> None:
+    """Run the rounds of one arm that aren't there yet."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        for (name, _), loop in transfer.loops.items():
+            if name == arm:
+                print(f"rounds of {loop.loop}", flush=True)
+                _runner(loop, instance).grow()
+
+
+def _runner(transfer: Transfer, instance: dg.DagsterInstance) -> Runner:
+    return Runner(transfer, instance, on_line=lambda line: print(line, flush=True))
 
 
 def read_requests(prompts: Sequence[str]) -> list[str | None]:
@@ -93,16 +106,21 @@ def drift(store: Store, transfer: Transfer, judge: Judge = read_requests) -> pl.
     return pl.DataFrame(rows)
 
 
+def prompts(store: Store, transfer: Transfer, arm: str) -> list[tuple[Transfer, list[str]]]:
+    """By loop seed: the loop of this arm, and the prompts of its rounds."""
+    query = "SELECT DISTINCT prompt FROM synthetic_prompts ORDER BY 1"
+    loops = [loop for (name, _), loop in transfer.loops.items() if name == arm]
+    return [(loop, store.read(query, schema=loop.name)["prompt"].to_list()) for loop in loops]
+
+
 def drifted(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
     """What `sweep_truth` finds, without guards, in the rounds of the arm `unfiltered`: a pool for each loop seed."""
     pools = []
-    for (arm, seed), loop in transfer.loops.items():
-        if arm == "unfiltered":
-            prompts = store.read("SELECT DISTINCT prompt FROM synthetic_prompts ORDER BY 1", schema=loop.name)["prompt"]
-            file = loop.folder / f"truth_{seed}.jsonl"
-            write(file, [{"prompt": prompt, "response": read_request(prompt)} for prompt in prompts])
-            config = loop.config.model_copy(update={"filter": transfer.config.filter})
-            pools += sweep_truth(store, without_guards(replace(loop, config=config)), file)["pools"]
+    for loop, own in prompts(store, transfer, "unfiltered"):
+        file = loop.folder / f"truth_{loop.config.seed}.jsonl"
+        write(file, [{"prompt": prompt, "response": read_request(prompt)} for prompt in own])
+        config = loop.config.model_copy(update={"filter": transfer.config.filter})
+        pools += sweep_truth(store, without_guards(replace(loop, config=config)), file)["pools"]
     return pools
 
 

@@ -1,6 +1,6 @@
 """Writes ``docs/evidence.md`` and its pictures from a store of its own, which it fills first where it must.
 
-    python -m benchmarks.evidence [--home .tuneshift/evidence] [--no-loop]
+    python -m benchmarks.evidence [--home .tuneshift/evidence] [--only one two three labels worked]
 
 What was scored stays in the store: a killed run goes on where it was, and a second one takes seconds and writes the
 same page. Sentences that say what came out are written from the figures.
@@ -10,26 +10,24 @@ import argparse
 import io
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 
-from benchmarks import closed_loop, off_skill, skill_pools, worked_answers
+from benchmarks import closed_loop, evidence_loops, open_loop, skill_pools, soft_labels, worked_answers
+from benchmarks.pages import DOCS, picture, table, took, write_page
 from tuneshift_dag import reports
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.home import database_file
-from tuneshift_dag.method.statistics import over_runs
 from tuneshift_dag.reports import escape_markdown, plots
 from tuneshift_dag.reports.truth import sweep_truth
 from tuneshift_dag.store import Store
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "evidence.md"
-IMAGES = PAGE.with_name("images")
+PAGE = DOCS / "evidence.md"
+HOME = DOCS.parent / ".tuneshift" / "evidence"
 BAR = 0.9
 """AUC that the best rule is to reach in the pool with as many prompts off the skill as in it."""
 EXAMPLES = 5
@@ -48,53 +46,91 @@ ones. The end says what is missing.
 
 NOT_RUN = """## What was not run
 
-{loop}
-- Step three, the open loop on the pools of step two.
+- More than five loop seeds.
 - One source adapter for each of the two skills: the intervals are for new prompts or new loops, not for new adapters.
-- GSM8K itself, and training on the source's token distributions.
-- Nothing here was run on a GPU or on a model above 135 million parameters.
+- GSM8K itself.
+- Nothing here was run on a GPU or on a model above 270 million parameters.
 
 The loop of another transfer, whose base knows nothing, is in [evidence_banking.md](evidence_banking.md).
 """
 
 
-NOT_LOOPED = """- Step one on a pool that the generator drifted into by itself: the pools above are written by rule.
-- Step two, the closed loop: `compare.loop` is tested with fake models alone. Nothing here says
-  that the filter makes a better target."""
-LOOPED = "- More than five loop seeds."
-
-
 def main() -> None:
+    titles = {
+        "one": "Step one: does a rule find the skill?",
+        "two": "Step two: does the filter steer the loop?",
+        "three": "Step three: which of the same pairs?",
+        "labels": "The source's token distributions as labels",
+        "worked": "Worked answers: does a rule keep the right ones?",
+    }
+    sections = {"one": step_one, "two": step_two, "three": step_three, "labels": labels, "worked": worked}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--home", type=Path, default=ROOT / ".tuneshift" / "evidence", help="Folder of the store.")
-    parser.add_argument("--no-loop", action="store_true", help="Grow and train nothing: leave step two as it is.")
+    parser.add_argument(
+        "--home", type=Path, default=DOCS.parent / ".tuneshift" / "evidence", help="Its store's folder."
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=titles, default=list(titles), help="Leave other sections as they are."
+    )
     arguments = parser.parse_args()
     home = arguments.home.resolve()
     os.environ["TUNESHIFT_HOME"] = str(home)
     store = Store(database_file())
-    transfers = {tokens: skill_pools.make_transfer(home / "transfers", tokens) for tokens in skill_pools.LENGTHS}
-    for transfer in transfers.values():
-        skill_pools.score(store, transfer)
-    loop = closed_loop.make_transfer(home / "transfers")
-    if not arguments.no_loop:
-        closed_loop.compare(loop)
-    store.prepare(loop.name)
-    trained = reports.comparison(store, loop)
-    second = []
-    if trained:
-        second = [drifted(closed_loop.drifted(store, loop)), step_two(loop, closed_loop.drift(store, loop), trained)]
-    sums = worked_answers.make_transfer(home / "transfers")
-    arithmetic = [
-        worked(worked_answers.sweep(store, sums)),
-        one_threshold(store, transfers[skill_pools.LENGTHS[0]], sums),
-    ]
-    missing = NOT_RUN.format(loop=LOOPED if trained else NOT_LOOPED)
-    PAGE.write_text("\n".join([HEAD, *step_one(store, transfers), *second, *arithmetic, missing]), "utf-8")
+    for name in arguments.only:
+        written = {titles[name]: sections[name](store, home / "transfers")}
+        write_page(PAGE, list(titles.values()), written, HEAD, NOT_RUN)
     print(PAGE)
 
 
-def step_one(store: Store, transfers: dict[int, Transfer]) -> Iterable[str]:
-    """The section on which prompts and answers the rules keep."""
+def step_one(store: Store, folder: Path) -> str:
+    """Which prompts and answers the rules keep."""
+    transfers = {tokens: skill_pools.make_transfer(folder, tokens) for tokens in skill_pools.LENGTHS}
+    for transfer in transfers.values():
+        skill_pools.score(store, transfer)
+    return "\n".join([*_rules_and_shares(store, transfers), took(store, list(transfers.values()))])
+
+
+def step_two(store: Store, folder: Path) -> str:
+    """What the loop drifts to under each filter, and the targets of what each has kept."""
+    loop = closed_loop.make_transfer(folder)
+    closed_loop.compare(loop)
+    text = evidence_loops.steered(loop, closed_loop.drift(store, loop), reports.comparison(store, loop))
+    return f"{text}\n{took(store, [loop, *loop.loops.values()])}"
+
+
+def step_three(store: Store, folder: Path) -> str:
+    """What each rule makes of the pairs that loops without a filter came to."""
+    loop = closed_loop.make_transfer(folder)
+    transfer = open_loop.make_transfer(store, loop)
+    closed_loop.compare(transfer)
+    found = evidence_loops.drifted(closed_loop.drifted(store, loop))
+    grown = [own for own, _ in closed_loop.prompts(store, loop, "unfiltered")]
+    return f"""{found}
+### The targets
+
+All loop seeds' pairs together, guards on; `both` and `surprise_ratio` keep what passes their threshold, and
+`seed_similarity` ranks.
+
+{evidence_loops.targets(transfer, reports.comparison(store, transfer))}
+{took(store, [transfer, *grown])}"""
+
+
+def labels(store: Store, folder: Path) -> str:
+    """Whether the source's token distributions teach a target more than its text."""
+    transfer = open_loop.make_transfer(store, closed_loop.make_transfer(folder))
+    pairs = soft_labels.kept(store, transfer, soft_labels.PAIRS)
+    return evidence_loops.labels(transfer, len(pairs), soft_labels.compare(transfer, pairs, folder.parent))
+
+
+def worked(store: Store, folder: Path) -> str:
+    """Whether the rules keep the right ones of answers that are worked out in steps."""
+    sums = worked_answers.make_transfer(folder)
+    found = _right_sums(worked_answers.sweep(store, sums))
+    slots = skill_pools.make_transfer(folder, skill_pools.LENGTHS[0])
+    skill_pools.score(store, slots)
+    return f"{found}\n{_one_threshold(store, slots, sums)}\n{took(store, [sums])}"
+
+
+def _rules_and_shares(store: Store, transfers: dict[int, Transfer]) -> Iterable[str]:
     short, long = skill_pools.LENGTHS
     packaged = skill_pools.sweep(store, transfers[short])
     guarded = skill_pools.sweep(store, transfers[long])
@@ -108,7 +144,6 @@ def step_one(store: Store, transfers: dict[int, Transfer]) -> Iterable[str]:
         f"up to {long}, guards off": bare[half],
     }
 
-    yield "## Step one: does a rule find the skill?\n"
     yield (
         f"{skill_pools.IN_SKILL} requests of `meeting_slots_chat` with their codes and {skill_pools.GENERAL} questions"
         " off the skill, all written by rule (`benchmarks/off_skill.py`) and none of them trained on, are answered by"
@@ -159,14 +194,11 @@ def step_one(store: Store, transfers: dict[int, Transfer]) -> Iterable[str]:
     )
 
 
-def worked(pool: dict[str, Any]) -> str:
-    """The section on answers that are worked out in steps."""
+def _right_sums(pool: dict[str, Any]) -> str:
     best = _best(pool)["rule"]
     shown = [cell for cell in pool["cells"] if cell["rule"] in ("both", best)]
     right = pool["right"] / (pool["right"] + pool["wrong"])
-    return f"""## Worked answers: does a rule keep the right ones?
-
-SmolLM2-135M-Instruct is taught {worked_answers.TRAINING} sums in words with their steps
+    return f"""SmolLM2-135M-Instruct is taught {worked_answers.TRAINING} sums in words with their steps
 (`benchmarks/worked_answers.py`, asked as in `transfers/gsm8k_llama`), and answers {pool["right"] + pool["wrong"]}
 others, of which it gets {right:.0%} right. All are in the skill, so a rule can only tell right from wrong. Guards off;
 prompts by rule and not by a generator.
@@ -177,7 +209,7 @@ What `both`{"" if best == "both" else f" and the best rule, `{best}`,"} keeps:
 {table([{name: value for name, value in _cell(cell).items() if name != "off"} for cell in shown])}"""
 
 
-def one_threshold(store: Store, slots: Transfer, sums: Transfer) -> str:
+def _one_threshold(store: Store, slots: Transfer, sums: Transfer) -> str:
     """What one threshold of a rule does on both pools, with the guards of the product."""
     tried = {"both": [1.1, 1.3, 1.5], "surprise_ratio": [20.0, 40.0, 60.0]}
     rows = []
@@ -199,156 +231,18 @@ Precision and recall of right answers, with the guards on: of the codes of step 
 {table(rows)}"""
 
 
-def drifted(pools: Pools) -> str:
-    """The end of step one: the AUC of each rule on what loops without a filter came to."""
-    rows = []
-    for rules in zip(*(pool["rules"] for pool in pools), strict=True):
-        values = [row["auc"] for row in rules]
-        of = over_runs(np.array(values)[:, None]).interval()
-        by_seed = ", ".join(f"{value:.2f}" for value in values)
-        row = {"rule": f"`{rules[0]['rule']}`", "AUC by loop seed": by_seed}
-        rows.append(row | {"mean": reports.interval(of.value, of.low, of.high)})
-    sizes = [{name: sum(pool[name] for pool in pools) for name in ("right", "wrong", "off")}]
-    return f"""### A pool that the generator drifted into by itself
-
-The pairs of the arm `unfiltered` of step two, guards off. Whether a prompt is in the skill, and which code is right, is
-read by rule; see there. Means have 95 % intervals for new loop seeds.
-
-{table(sizes)}
-{table(rows)}"""
-
-
-def step_two(transfer: Transfer, found: pl.DataFrame, trained: list[dict[str, Any]]) -> str:
-    """The section on what the loop drifts to under each filter, and on the targets of what each has kept."""
-    others = {"general": off_skill.general(skill_pools.GENERAL), "near": off_skill.near(skill_pools.NEAR)}
-    misread = " and ".join(
-        f"{sum(off_skill.read_request(text) is not None for text in texts)} of {len(texts)} {name}"
-        for name, texts in others.items()
-    )
-    chosen = "The measure was chosen after a look at three other\nloop seeds, which aren't counted."
-    return f"""## Step two: does the filter steer the loop?
-
-{rounds_of(transfer)} Whether a prompt is
-in the skill is read by rule (`read_request` in `transfers/meeting_slots/slot_requests.py`: it names an event and a day
-or time, and is no question). It reads the code of every one of the {len(transfer.heldout)} held-out requests, and takes
-{misread} questions of step one for requests.
-
-{drift_tables(found, "code is right")}
-{differences(found, "kept pairs in it and right", chosen)}
-### The targets
-
-{targets(transfer, trained)}"""
-
-
-def rounds_of(transfer: Transfer) -> str:
-    """Sentences that say what the arms of a closed loop do."""
-    rounds, calls = transfer.config.rounds, transfer.config.generator.calls_per_round
-    loops = len({seed for _, seed in transfer.loops})
-    return f"""Each arm of `compare.loop` grows {rounds} rounds of {calls} generator calls from the
-same five seeds, {loops} times with other random choices. What it keeps is all that seeds its next round
-(`generator.original_seeds_per_call: 0`; the packaged transfer shows all five seeds in every call)."""
-
-
-def drift_tables(found: pl.DataFrame, right: str) -> str:
-    """What `closed_loop.drift` found, by arm and round; ``right`` says what makes a kept pair right."""
-
-    def shares(arm: str, column: str) -> dict[str, str]:
-        return {
-            round_: ", ".join("-" if value is None else f"{value:.2f}" for value in own.sort("seed")[column])
-            for (round_,), own in found.filter(pl.col("arm") == arm).group_by("round", maintain_order=True)
-        }
-
-    arms = found["arm"].unique(maintain_order=True)
-    by_round = {
-        column: [{"arm": f"`{arm}`", **shares(arm, column)} for arm in arms] for column in ("in_skill", "right")
-    }
-    counts = [
-        {"arm": f"`{arm}`", "prompts": prompts, "kept": kept}
-        for arm, prompts, kept in found.group_by("arm", maintain_order=True)
-        .agg(pl.col("prompts").sum(), pl.col("kept").sum())
-        .iter_rows()
-    ]
-    return f"""Share of each round's prompts that are in the skill, one figure for each loop seed:
-
-{table(by_round["in_skill"])}
-Share of each round's kept pairs whose prompt is in the skill and whose {right}:
-
-{table(by_round["right"])}
-Over all rounds and seeds:
-
-{table(counts)}"""
-
-
-def differences(found: pl.DataFrame, right: str, chosen: str) -> str:
-    """Each arm of a closed loop minus `unfiltered`; ``chosen`` says how the measure was."""
-    prompts = closed_loop.against_unfiltered(found, "in_skill")
-    kept = closed_loop.against_unfiltered(found, "right")
-    told = [
-        {"arm": f"`{arm}`"}
-        | {
-            name: reports.interval(of[arm].value, of[arm].low, of[arm].high, "+")
-            for name, of in (("prompts in the skill", prompts), (right, kept))
-        }
-        for arm in prompts
-    ]
-    clear = [arm for arm, of in prompts.items() if not of.low <= 0 <= of.high]
-    return f"""Minus `unfiltered`: both shares, the mean of the rounds after the first, which what the arm kept has
-seeded; paired by loop seed, 95 % for new loop seeds, corrected over the arms (Holm). {chosen}
-
-{table(told)}
-Of the prompts: {_clear(clear)}
-"""
-
-
-def targets(transfer: Transfer, trained: list[dict[str, Any]]) -> str:
-    """The models that a comparison trained, and which of them differ from that of no filter."""
-    tested = [row for row in trained if row["vs_unfiltered"] is not None]
-    apart = [row["arm"] for row in tested if not row["vs_unfiltered_low"] <= 0 <= row["vs_unfiltered_high"]]
-    general = {row["arm"]: row["general_text"] for row in trained}
-    rows = [
-        {name: value for name, value in row.items() if name != "as random"}
-        | {"general text": "-" if general[row["arm"]] is None else f"{general[row['arm']]:.3f} times"}
-        for row in reports.arms(trained)
-    ]
-    pairs = max(row["pairs"] or 0 for row in trained)
-    return f"""Each arm's pairs of each seed train a target, as many pairs for every arm ({pairs}), and nothing is
-rehearsed. Accuracy is on the {len(transfer.heldout)} held-out prompts, with the intervals of `tuneshift compare`;
-general text is its perplexity as a multiple of the base's.
-
-{table(rows)}
-Of the targets: {_clear(apart)}
-"""
-
-
-def _clear(arms: Sequence[str]) -> str:
-    if not arms:
-        return "no arm differs from `unfiltered` by an interval that excludes zero."
-    return f"clear of zero against `unfiltered`: {', '.join(f'`{arm}`' for arm in arms)}."
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [f"| {' | '.join(rows[0])} |", "|" + " --- |" * len(rows[0])]
-    lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def picture(name: str, png: bytes, alt: str) -> str:
-    (IMAGES / f"{name}.png").write_bytes(png)
-    return f"![{alt}](images/{name}.png)\n\n"
-
-
 def _counts(store: Store, transfer: Transfer) -> dict[str, Any]:
     found = skill_pools.pairs(store, transfer, "unfiltered")
     counts = dict(found.group_by("kind").len().iter_rows())
     steps = store.read("SELECT max(finished_at)::DATE::VARCHAR FROM steps", schema=transfer.name).item()
-    took = skill_pools.seconds(store, transfer)
+    seconds = skill_pools.seconds(store, transfer)
     return {
         "longest answer": f"{transfer.config.response.max_new_tokens} tokens",
         **{f"in skill, {kind}": counts.get(kind, 0) for kind in ("right", "wrong")},
         "off the skill": counts.get("general", 0),
         "near it": counts.get("near", 0),
         "cut off": f"{(found['fine_tuned_finish'] == 'length').mean():.0%}",
-        "scored": f"{steps}, {took:.0f} s on {platform.machine()}" if took else steps,
+        "scored": f"{steps}, {seconds:.0f} s on {platform.machine()}" if seconds else steps,
     }
 
 

@@ -1,8 +1,7 @@
 """Writes ``docs/evidence_banking.md`` from a store of its own, which it fills first where it must: the closed loop on a
-transfer whose base knows nothing of the skill and, with ``--labels``, targets that learn the source's token
-distributions.
+transfer whose base knows nothing of the skill.
 
-    python -m benchmarks.evidence_banking [--home .tuneshift/evidence_banking] [--labels]
+    python -m benchmarks.evidence_banking [--home .tuneshift/evidence_banking]
 
 A killed run goes on where it was, and a second one takes seconds and writes the same page.
 """
@@ -14,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 
-from benchmarks import closed_loop, off_skill, skill_pools, soft_labels
-from benchmarks.evidence import ROOT, differences, drift_tables, rounds_of, table, targets
+from benchmarks import closed_loop, off_skill, skill_pools
+from benchmarks.evidence_loops import differences, drift_tables, rounds_of, targets
+from benchmarks.pages import DOCS, write_page
 from tuneshift_dag import reports
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.home import database_file
-from tuneshift_dag.method.statistics import over_runs, share_over_runs
 from tuneshift_dag.models import encoder
 from tuneshift_dag.store import Store
 
-PAGE = ROOT / "docs" / "evidence_banking.md"
+ROOT = DOCS.parent
+PAGE = DOCS / "evidence_banking.md"
 PACKAGED = ROOT / "transfers" / "banking_intents"
 CALLS, EPOCHS, EVERY = 100, 3, 2
-LOOP_PAIRS, LABELLED_PAIRS = 64, 160
+PAIRS = 64
 KNOWN = 0.05
 """Share of queries that are known to be in the skill and are allowed to be read as off it."""
 
@@ -45,7 +44,6 @@ loop here is to drop prompts that the source is unsure of.
 
 NOT_RUN = """## What was not run
 
-- Training on the source's token distributions: `python -m benchmarks.evidence_banking --labels`.
 - Rules other than `both`, and more pairs for each target.
 """
 
@@ -79,16 +77,13 @@ def main() -> None:
     parser.add_argument(
         "--home", type=Path, default=ROOT / ".tuneshift" / "evidence_banking", help="Its store's folder."
     )
-    parser.add_argument("--labels", action="store_true", help="Train on the source's token distributions, too.")
     arguments = parser.parse_args()
     home = arguments.home.resolve()
     os.environ["TUNESHIFT_HOME"] = str(home)
     store = Store(database_file())
-    loop = closed_loop.make_transfer(home / "transfers", PACKAGED, CALLS, {}, EPOCHS, LOOP_PAIRS, EVERY)
+    loop = closed_loop.make_transfer(home / "transfers", PACKAGED, CALLS, {}, EPOCHS, PAIRS, EVERY)
     closed_loop.compare(loop)
-    sections = [HEAD, looped(store, loop, NearestQuery())]
-    sections.append(labels(loop, soft_labels.compare(loop, kept(store, loop), home)) if arguments.labels else NOT_RUN)
-    PAGE.write_text("\n".join(sections), "utf-8")
+    write_page(PAGE, ["The loop"], {"The loop": looped(store, loop, NearestQuery())}, HEAD, NOT_RUN)
     print(PAGE)
 
 
@@ -97,9 +92,7 @@ def looped(store: Store, loop: Transfer, judge: NearestQuery) -> str:
     found = closed_loop.drift(store, loop, judge)
     general = off_skill.general(skill_pools.GENERAL)
     misread = sum(intent is not None for intent in judge(general))
-    return f"""## The loop
-
-{rounds_of(loop)} Other rules
+    return f"""{rounds_of(loop)} Other rules
 than `both` were left out, for time.
 
 No rule reads these prompts, so a sentence encoder does (all-MiniLM-L6-v2). A prompt is in the skill when it is as near
@@ -115,44 +108,6 @@ right for {judge.right:.0%} of the development queries: a rough measure, equally
 They are measured on one query in {EVERY} of the held-out file.
 
 {targets(loop, reports.comparison(store, loop))}"""
-
-
-def kept(store: Store, loop: Transfer) -> pl.DataFrame:
-    """`LABELLED_PAIRS` of what `both` kept in all its loops: those of the lowest prompt ids, which are hashes."""
-    own = [of for (arm, _), of in loop.loops.items() if arm == "both"]
-    columns = "prompt_id, prompt, response"
-    pairs = pl.concat([store.read(f"SELECT {columns} FROM filtered_dataset", schema=of.name) for of in own])
-    return pairs.unique("prompt_id").sort("prompt_id").head(LABELLED_PAIRS)
-
-
-def labels(loop: Transfer, found: dict[str, dict[str, Any]]) -> str:
-    """The section on the source's distributions as labels."""
-    marks = {name: np.array(own["marks"], np.float64) for name, own in found.items()}
-    apart = over_runs(marks["distribution"] - marks["text"]).interval()
-    told = {"distribution": reports.interval(apart.value, apart.low, apart.high, "+")}
-    rows = []
-    for name, own in marks.items():
-        share = share_over_runs(own)
-        row = {"labels": name, "runs": len(own), "accuracy": reports.interval(share.value, share.low, share.high)}
-        rows.append(row | {"minus text": told.get(name, "-"), "mass elsewhere": f"{found[name]['elsewhere']:.3f}"})
-    verdict = (
-        "The interval favours the distributions."
-        if apart.low > 0
-        else "The interval doesn't favour the distributions, so the product trains on text alone."
-    )
-    config = loop.config.distill
-    return f"""## The source's token distributions as labels
-
-{LABELLED_PAIRS} pairs that `both` kept, {len(marks["text"])} training seeds, the same training twice
-(`benchmarks/soft_labels.py`; {config.epochs} epochs, learning rate {config.learning_rate:g}): on the response's text,
-and on the probabilities that the source gives to its {soft_labels.TOP} likeliest tokens at each place. Both
-tokenizations are cut into the shortest pieces with the same bytes; {found["text"]["alike"]:.0%} of the target's tokens
-are such a piece by themselves. "Mass elsewhere" is what the labels leave to other tokens than the text's, mean over
-tokens. Accuracy is on the {len(loop.heldout)} held-out queries; intervals are for new training seeds and new queries.
-
-{table(rows)}
-{verdict}
-"""
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import torch
 
 from tuneshift_dag.config import Transfer
@@ -25,6 +24,8 @@ from tuneshift_dag.method.evaluation import mark
 from tuneshift_dag.models.loading import dtype_name, load_for_training, load_tokenizer
 from tuneshift_dag.models.prompts import continuation_ids, end_id, response_text
 from tuneshift_dag.resources import EngineResource
+from tuneshift_dag.store import Store
+from tuneshift_dag.store.queries import verdicts
 from tuneshift_dag.training.batches import (
     TokenizedExample,
     balanced_epochs,
@@ -39,6 +40,7 @@ from tuneshift_dag.training.lora import add_lora
 
 TOP = 16
 """Tokens of the source at each place; with the greedy answers of a fine-tune they hold nearly all of its mass."""
+PAIRS, SEEDS = 96, 3
 TEMPERATURES = {"text": None, "distribution": 1.0}
 """The rival ways to teach: the text alone, or the source's probabilities at a temperature."""
 
@@ -221,12 +223,19 @@ def accuracy(transfer: Transfer, adapter: Path) -> list[bool]:
     ]
 
 
-def compare(transfer: Transfer, pairs: pl.DataFrame, home: Path, seeds: int = 3) -> dict[str, dict[str, Any]]:
+def kept(store: Store, transfer: Transfer, count: int) -> list[tuple[str, str]]:
+    """As many of the pairs that the transfer's filter keeps: those of the lowest prompt ids, which are hashes."""
+    verdict = verdicts(transfer, transfer.config.filter.rule)
+    columns = "prompt, fine_tuned_response"
+    query = f"SELECT {columns} FROM ({verdict}) WHERE reason IS NULL ORDER BY prompt_id LIMIT {count}"
+    return list(store.read(query, schema=transfer.name).iter_rows())
+
+
+def compare(transfer: Transfer, texts: Sequence[tuple[str, str]], home: Path) -> dict[str, dict[str, Any]]:
     """By way to teach: the marks of each seed's target, and the figures of `make_examples`; what is there stays."""
-    texts = list(pairs.select("prompt", "response").iter_rows())
     found: dict[str, dict[str, Any]] = {}
     told: list[Told] = []
-    for seed in range(seeds):
+    for seed in range(SEEDS):
         for name, temperature in TEMPERATURES.items():
             folder = home / "soft_labels" / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
             file = folder / "marks.json"

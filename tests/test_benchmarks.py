@@ -1,9 +1,11 @@
 """The parts of benchmarks whose mistakes would look like results."""
 
 import math
+from pathlib import Path
 
 import pytest
 
+from benchmarks.pages import write_page
 from benchmarks.soft_labels import Told, label, pieces
 
 
@@ -56,3 +58,15 @@ def test_a_higher_temperature_flattens():
     (_, _, sharp), _ = label(source, [11], ([1], [1]), Same({1: 11, 2: 12}), 1.0)
     (_, _, flat), _ = label(source, [11], ([1], [1]), Same({1: 11, 2: 12}), 2.0)
     assert sharp == pytest.approx(0.8) and flat == pytest.approx(2 / 3)
+
+
+def test_a_section_that_is_not_written_now_stays_as_it_is(tmp_path: Path) -> None:
+    page, titles = tmp_path / "page.md", ["One: a", "Two", "Three"]
+    write_page(page, titles, {"Three": "third\n\n### Under it\n\n7"}, "# Head\n", "## The end\n\nold\n")
+    assert page.read_text() == "# Head\n\n## Three\n\nthird\n\n### Under it\n\n7\n\n## The end\n\nold\n"
+    write_page(page, titles, {"One: a": "first\n"}, "# New head\n", "## The end\n\nnew\n")
+    kept = "## Three\n\nthird\n\n### Under it\n\n7\n"
+    assert page.read_text() == f"# New head\n\n## One: a\n\nfirst\n\n{kept}\n## The end\n\nnew\n"
+    before = page.read_bytes()
+    write_page(page, titles, {"One: a": "first\n"}, "# New head\n", "## The end\n\nnew\n")
+    assert page.read_bytes() == before
