@@ -9,6 +9,7 @@ import yaml
 from benchmarks import closed_loop, skill_pools
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import load_transfer
+from tuneshift_dag.method.filters import RANKING_RULES
 from tuneshift_dag.store import Store
 
 PAIRS = 64
@@ -23,7 +24,9 @@ def make_transfer(store: Store, loop: Transfer) -> Transfer:
     folder.mkdir(parents=True, exist_ok=True)
     settings = yaml.safe_load((loop.folder / "transfer.yaml").read_text("utf-8"))
     settings["description"] = "Prompts that loops without a filter came to, for every filter to choose from."
-    settings["compare"] |= {"loop": False, "pairs": PAIRS}
+    # A rule that ranks takes its best pairs, as many as are wanted.
+    arms = [arm.rule if arm.rule in RANKING_RULES else arm.model_dump() for arm in loop.config.compare.arms]
+    settings["compare"] |= {"arms": arms, "loop": False, "pairs": PAIRS}
     settings["rounds"] = 1
     (folder / "transfer.yaml").write_text(yaml.safe_dump(settings), "utf-8")
     for name in ("seeds.jsonl", "heldout.jsonl"):

@@ -41,8 +41,8 @@ from tuneshift_dag.training.lora import add_lora
 TOP = 16
 """Tokens of the source at each place; with the greedy answers of a fine-tune they hold nearly all of its mass."""
 PAIRS, SEEDS = 96, 3
-TEMPERATURES = {"text": None, "distribution": 1.0}
-"""The rival ways to teach: the text alone, or the source's probabilities at a temperature."""
+LABELS = ("text", "distribution")
+"""The rival ways to teach: the text alone, or the source's probabilities."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,10 @@ class Labelled(TokenizedExample):
 
 @dataclass(frozen=True)
 class Told:
-    """What the source says of one response: its tokens, and at each the logits of the most probable ones, and the log
-    of the sum of exp of all of them."""
+    """What the source says of one response: its tokens, and at each the log-probabilities of the likeliest."""
 
     ids: list[int]
-    logits: list[dict[int, float]]
-    totals: list[float]
-
-    def log_probabilities(self, place: int, temperature: float) -> dict[int, float]:
-        """At a temperature the sum is over the most probable tokens alone."""
-        warm = {token: logit / temperature for token, logit in self.logits[place].items()}
-        total = self.totals[place] if temperature == 1 else math.log(sum(map(math.exp, warm.values())))
-        return {token: logit - total for token, logit in warm.items()}
+    likeliest: list[dict[int, float]]
 
 
 def ask_source(transfer: Transfer, pairs: Sequence[tuple[str, str]], batch_size: int = 32) -> list[Told]:
@@ -78,14 +70,13 @@ def ask_source(transfer: Transfer, pairs: Sequence[tuple[str, str]], batch_size:
             batch = collate(examples)
             with head_only_at(model, batch.predicts):
                 logits = model(input_ids=batch.ids, use_cache=False).logits.squeeze(0).float()
-            best, first = logits.topk(TOP, dim=1), 0
+            best, first = logits.log_softmax(1).topk(TOP, dim=1), 0
             likeliest = [
                 dict(zip(*row, strict=True)) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
             ]
-            totals = logits.logsumexp(1).tolist()
             for example in examples:
                 own = slice(first, first := first + len(example.response_ids))
-                told.append(Told(example.response_ids, likeliest[own], totals[own]))
+                told.append(Told(example.response_ids, likeliest[own]))
     EngineResource().release()
     return told
 
@@ -123,13 +114,12 @@ class Vocabulary:
 
 
 def label(
-    told: Told, ids: list[int], ends: tuple[list[int], list[int]], same: Vocabulary, temperature: float
+    told: Told, ids: list[int], ends: tuple[list[int], list[int]], same: Vocabulary
 ) -> list[tuple[int, int, float]]:
     """Labels of the target's response ``ids``: (place, token, probability)."""
     labels = []
     for of_source, of_target in pieces(*ends):
-        says = [told.log_probabilities(place, temperature) for place in range(of_source.start, of_source.stop)]
-        written = told.ids[of_source]
+        says, written = told.likeliest[of_source], told.ids[of_source]
         own = math.exp(sum(at.get(token, -math.inf) for at, token in zip(says, written, strict=True)))
         others = {
             token: math.exp(value)
@@ -145,10 +135,10 @@ def label(
 
 
 def make_examples(
-    transfer: Transfer, pairs: Sequence[tuple[str, str]], told: Sequence[Told], temperature: float | None
+    transfer: Transfer, pairs: Sequence[tuple[str, str]], told: Sequence[Told], labels: str
 ) -> tuple[list[Labelled], dict[str, float]]:
-    """The target's examples; and the share of its response tokens that are a piece by themselves on both sides, and the
-    mean probability that the labels leave to other tokens than the text's."""
+    """The target's examples, with one of `LABELS`; and the share of its response tokens that are a piece by themselves on
+    both sides, and the mean probability that the labels leave to other tokens than the text's."""
     config = transfer.config
     source = load_tokenizer(transfer.named("source.base").files())
     target = load_tokenizer(transfer.named("target.base").files())
@@ -158,13 +148,13 @@ def make_examples(
         plain = tokenize_example(target, config.target_format, prompt, response)
         ids = plain.response_ids
         ends = (token_ends(source, said.ids), token_ends(target, ids))
-        labels = [(place, token, 1.0) for place, token in enumerate(ids)]
-        if temperature is not None:
-            labels = label(said, ids, ends, same, temperature)
-        examples.append(Labelled(plain.prompt_ids, ids, tuple(labels)))
+        own = [(place, token, 1.0) for place, token in enumerate(ids)]
+        if labels == "distribution":
+            own = label(said, ids, ends, same)
+        examples.append(Labelled(plain.prompt_ids, ids, tuple(own)))
         for left, right in pieces(*ends):
             alike += [left.stop - left.start == right.stop - right.start == 1] * (right.stop - right.start)
-        elsewhere.append(sum(p for place, token, p in labels if token != ids[place]) / len(ids))
+        elsewhere.append(sum(p for place, token, p in own if token != ids[place]) / len(ids))
     return examples, {"alike": sum(alike) / len(alike), "elsewhere": sum(elsewhere) / len(elsewhere)}
 
 
@@ -236,16 +226,16 @@ def compare(transfer: Transfer, texts: Sequence[tuple[str, str]], home: Path) ->
     found: dict[str, dict[str, Any]] = {}
     told: list[Told] = []
     for seed in range(SEEDS):
-        for name, temperature in TEMPERATURES.items():
-            folder = home / "soft_labels" / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
+        for name in LABELS:
+            folder = home / "soft_labels" / f"{name}_{seed}"
             file = folder / "marks.json"
             if not file.is_file():
                 told = told or ask_source(transfer, texts)
-                examples, figures = make_examples(transfer, texts, told, temperature)
+                examples, figures = make_examples(transfer, texts, told, name)
                 print(f"{name}, seed {seed}: {figures}", flush=True)
                 train(transfer, examples, seed, folder)
                 file.write_text(json.dumps({"marks": accuracy(transfer, folder), **figures}), "utf-8")
-            kept = json.loads(file.read_text("utf-8"))
-            own = found.setdefault(name, {"marks": [], "alike": kept["alike"], "elsewhere": kept["elsewhere"]})
-            own["marks"].append(kept["marks"])
+            run = json.loads(file.read_text("utf-8"))
+            own = found.setdefault(name, {"marks": [], "alike": run["alike"], "elsewhere": run["elsewhere"]})
+            own["marks"].append(run["marks"])
     return found

@@ -18,8 +18,7 @@ def test_two_tokenizations_are_cut_where_both_have_an_end():
 
 def told(ids: list[int], rows: list[dict[int, float]]) -> Told:
     """What a source says that has these probabilities; what is missing to one is of tokens that aren't told."""
-    logits = [{token: math.log(p) for token, p in row.items()} for row in rows]
-    return Told(ids, logits, [0.0] * len(rows))
+    return Told(ids, [{token: math.log(p) for token, p in row.items()} for row in rows])
 
 
 class Same(dict[int, int]):
@@ -31,7 +30,7 @@ def test_labels_are_the_sources_probabilities_of_what_both_vocabularies_have():
     # Token 3 of the source has no equal, so its 0.2 is left out and the rest scaled to one.
     source = told([1, 9], [{1: 0.6, 2: 0.2, 3: 0.2}, {9: 0.9, 8: 0.1}])
     ends = ([4, 5], [4, 5])
-    found = label(source, [11, 19], ends, Same({1: 11, 2: 12, 8: 18, 9: 19}), 1.0)
+    found = label(source, [11, 19], ends, Same({1: 11, 2: 12, 8: 18, 9: 19}))
     assert [(place, token) for place, token, _ in found] == [(0, 11), (0, 12), (1, 19), (1, 18)]
     assert [p for *_, p in found] == pytest.approx([0.75, 0.25, 0.9, 0.1])
 
@@ -39,25 +38,18 @@ def test_labels_are_the_sources_probabilities_of_what_both_vocabularies_have():
 def test_a_piece_of_several_tokens_has_the_probability_of_them_all():
     # The source writes in two tokens what is one of the target: 0.5 * 0.8, against 0.4 of another token.
     source = told([1, 2, 9], [{1: 0.5, 3: 0.4}, {2: 0.8, 4: 0.2}, {9: 1.0}])
-    found = label(source, [11, 19], ([2, 4, 5], [4, 5]), Same({3: 13, 4: 14, 9: 19}), 1.0)
+    found = label(source, [11, 19], ([2, 4, 5], [4, 5]), Same({3: 13, 4: 14, 9: 19}))
     assert [(place, token) for place, token, _ in found] == [(0, 11), (0, 13), (1, 19)]
     assert [p for *_, p in found] == pytest.approx([0.5, 0.5, 1.0])
     # And the other way round every token of the piece has its share.
     source = told([1, 9], [{1: 0.6, 3: 0.4}, {9: 1.0}])
-    found = label(source, [11, 12, 19], ([4, 5], [2, 4, 5]), Same({3: 13, 9: 19}), 1.0)
+    found = label(source, [11, 12, 19], ([4, 5], [2, 4, 5]), Same({3: 13, 9: 19}))
     assert found == [
         (0, 11, pytest.approx(0.6)),
         (1, 12, pytest.approx(0.6)),
         (0, 13, pytest.approx(0.4)),
         (2, 19, 1.0),
     ]
-
-
-def test_a_higher_temperature_flattens():
-    source = told([1], [{1: 0.8, 2: 0.2}])
-    (_, _, sharp), _ = label(source, [11], ([1], [1]), Same({1: 11, 2: 12}), 1.0)
-    (_, _, flat), _ = label(source, [11], ([1], [1]), Same({1: 11, 2: 12}), 2.0)
-    assert sharp == pytest.approx(0.8) and flat == pytest.approx(2 / 3)
 
 
 def test_a_section_that_is_not_written_now_stays_as_it_is(tmp_path: Path) -> None:
