@@ -136,7 +136,7 @@ def _rules_and_shares(store: Store, transfers: dict[int, Transfer]) -> Iterable[
     guarded = skill_pools.sweep(store, transfers[long])
     bare = skill_pools.sweep(store, transfers[long], guards=False)
     skill = skill_pools.sweep(store, transfers[long], "skill", guards=False)
-    (near,) = skill_pools.sweep(store, transfers[long], "near", guards=False)
+    _, near = skill_pools.sweep(store, transfers[long], "near", guards=False)
     half = 1 + skill_pools.SHARES.index(0.5)  # the first is the whole pool
     columns = {
         f"answers up to {short} tokens, guards on (as packaged)": packaged[half],

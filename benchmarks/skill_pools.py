@@ -101,9 +101,10 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def sweep(store: Store, transfer: Transfer, truth: str = "truth", guards: bool = True) -> list[dict[str, Any]]:
-    """What `sweep_truth` finds in the whole pool and in those of `SHARES`."""
+    """What `sweep_truth` finds in the whole pool and in those of `SHARES`; of the near prompts in the pool of all of
+    them."""
     transfer = transfer if guards else without_guards(transfer)
-    shares = () if truth == "near" else SHARES
+    shares = (NEAR / (IN_SKILL + NEAR),) if truth == "near" else SHARES
     pools: list[dict[str, Any]] = sweep_truth(store, transfer, transfer.folder / f"{truth}.jsonl", off_skill=shares)[
         "pools"
     ]

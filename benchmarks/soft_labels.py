@@ -137,8 +137,8 @@ def label(
 def make_examples(
     transfer: Transfer, pairs: Sequence[tuple[str, str]], told: Sequence[Told], labels: str
 ) -> tuple[list[Labelled], dict[str, float]]:
-    """The target's examples, with one of `LABELS`; and the share of its response tokens that are a piece by themselves on
-    both sides, and the mean probability that the labels leave to other tokens than the text's."""
+    """The target's examples, with one of `LABELS`; and the share of its response tokens that are a piece by themselves
+    on both sides, and the mean probability that the labels leave to other tokens than the text's."""
     config = transfer.config
     source = load_tokenizer(transfer.named("source.base").files())
     target = load_tokenizer(transfer.named("target.base").files())

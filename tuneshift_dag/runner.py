@@ -20,7 +20,7 @@ from tuneshift_dag.home import database_file
 from tuneshift_dag.resources import BATCH_TAG, EngineResource
 from tuneshift_dag.resources.runs import PROCESS_TAG, close_dead_runs, process_tag, wait_for_pool
 from tuneshift_dag.store import Store, now
-from tuneshift_dag.store.records import Due, Records, next_step
+from tuneshift_dag.store.records import Due, Records, next_step, place
 from tuneshift_dag.store.tables import RUNS
 from tuneshift_dag.training import check_training
 
@@ -99,6 +99,7 @@ class Runner:
             )
         self.store.claim(self.transfer.name, self.transfer.folder)
         close_dead_runs(self.instance)
+        self._check_compared()
         # Seed by seed, so that one that is ended has as much of every arm.
         for loop in self.transfer.loops.values():
             self.lines.on_line(f"rounds of {loop.loop}")
@@ -106,6 +107,21 @@ class Runner:
         if Records(self.store, self.transfer).causes("comparison"):
             self._materialize(["comparison"], None)
         return self.result
+
+    def _check_compared(self) -> None:
+        """Before hours of work: the pairs that arms choose from, where `compare.loop` grows none, and the texts that
+        their trainings are held to."""
+        records, transfer = Records(self.store, self.transfer), self.transfer
+        read: list[tuple[str, str | None]] = [("rehearsal_set", None)] if transfer.rehearses else []
+        if not transfer.loops:
+            # Rounds that there aren't yet have no pairs to choose from.
+            missing = records.missing_rounds("scored_pairs")
+            read += [("scored_pairs", round_) for round_ in transfer.round_keys if round_ not in missing]
+        if stale := [place(*of) for of in read if records.causes(*of)]:
+            raise TuneshiftError(
+                f"{transfer.name}: {', '.join(stale)} of today's settings and files aren't there yet:"
+                f" `tuneshift run {transfer.name}` first, then compare."
+            )
 
     def grow(self) -> RunResult:
         """Bring the rounds up to date, also those of which only the seeds changed, and nothing after them."""

@@ -101,6 +101,38 @@ def test_similarity_to_the_seeds_is_an_arm_like_the_others(project: Project, edi
     assert frozenset(prompt for (prompt,) in ranked[:4]) in trained
 
 
+def test_a_filter_that_ranks_is_compared_by_what_it_keeps(ran: Project, edit_config, quick_encoder) -> None:
+    edit_config("filter", {"rule": "top_excess", "threshold": 0.25})
+    edit_config("compare", {"seeds": 2, "epochs": 1})
+    ran.runner().compare()
+    pairs = dict(ran.rows("SELECT arm, pairs FROM comparison WHERE pairs > 0"))
+    usable = ran.rows("SELECT count(DISTINCT prompt_id) FROM scored_pairs WHERE fine_tuned_finish = 'stop'")[0][0]
+    assert set(pairs.values()) == {round(usable / 4)}
+    edit_config("filter", {"rule": "unfiltered"})
+    edit_config("compare", {"arms": ["seed_similarity"], "seeds": 2, "epochs": 1})
+    ran.run()
+    with pytest.raises(TuneshiftError, match=r"'seed_similarity' ranks pairs, and all \d+ .* compare.pairs .*fewer"):
+        ran.runner().compare()
+
+
+def test_what_is_out_of_date_is_not_compared(ran: Project, edit_config, quick_encoder) -> None:
+    edit_config("compare", {"seeds": 2, "epochs": 1, "pairs": 4})
+    for key, value, stale in (
+        ("response.max_new_tokens", 13, "scored_pairs/round_01"),
+        ("distill.retain.texts", 4, "rehearsal_set"),
+    ):
+        edit_config(key, value)
+        with pytest.raises(TuneshiftError, match=rf"{stale}.* of today's settings .*`tuneshift run banking` first"):
+            ran.runner().compare()
+        result = ran.materialize("distilled_model")
+        assert result.success == (stale != "rehearsal_set"), "not on texts of other settings"
+        ran.run()
+    edit_config("filter.threshold", 2.0)
+    trained = len(ran.models.trained)
+    assert ran.runner().compare().materialized == [("comparison", None)], "it judges all scored pairs itself"
+    assert len(ran.models.trained) > trained
+
+
 @pytest.fixture
 def looped(ran: Project, edit_config, quick_encoder) -> Project:
     arms = ["both", {"rule": "seed_similarity", "threshold": 0.25}]
@@ -161,6 +193,12 @@ def test_a_loop_makes_the_comparison_out_of_date_when_its_rounds_change(looped: 
     edit_config("generator.instruction", "Write {count} others like these {seed_count}:")
     assert ("comparison", None) in looped.runner().compare().materialized
     assert looped.rows("SELECT inputs FROM materializations WHERE asset = 'comparison'") != [before]
+
+
+def test_an_arm_that_keeps_nothing_is_named(looped: Project, edit_config) -> None:
+    edit_config("compare", {"arms": [{"rule": "ratio", "threshold": 500}], "loop": True, "seeds": 2})
+    with pytest.raises(TuneshiftError, match=r"lower the threshold of ratio in compare.arms \(now 500\)"):
+        looped.runner().compare()
 
 
 def test_a_loop_that_wasn_t_run_is_named(looped: Project) -> None:

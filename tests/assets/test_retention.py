@@ -8,12 +8,13 @@ import pytest
 
 from tests.conftest import Project
 from tests.fake_engine import FakeEngine
+from tuneshift_dag import TuneshiftError
 from tuneshift_dag.assets.retention import chosen_scale
 from tuneshift_dag.config.schema import Evaluation
 from tuneshift_dag.method import Side
 from tuneshift_dag.method.evaluation import SCALES, general_texts
 from tuneshift_dag.reports import report, verdicts
-from tuneshift_dag.reports.export import model_card
+from tuneshift_dag.reports.export import export, model_card
 
 
 class Forgetful(FakeEngine):
@@ -68,6 +69,30 @@ def test_distill_keep_chooses_a_scale_and_trains_nothing(forgetful: Project, edi
     assert [row[0] for row in frontier(forgetful) if row[3]] == [0.6]
     ratio = forgetful.rows("SELECT perplexity FROM retention ORDER BY model DESC")
     assert ratio[0][0] / ratio[1][0] == pytest.approx(1.062, abs=1e-3), "of the scale that is exported"
+
+
+def test_what_distill_keep_chose_is_not_exported_without_it(
+    forgetful: Project, edit_config, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales: list[float] = []
+    monkeypatch.setattr("tuneshift_dag.reports.export.scale_adapter", lambda folder, scale: scales.append(scale))
+    edit_config("distill.keep", 1.07)
+    forgetful.run()
+    export(forgetful.store, forgetful.transfer, tmp_path / "part")
+    assert scales == [0.6]
+    edit_config("distill.keep", None)
+    with pytest.raises(TuneshiftError, match=r"distill.keep chooses .*`tuneshift run banking` first"):
+        export(forgetful.store, forgetful.transfer, tmp_path / "refused")
+    held_out = (forgetful.folder / "heldout.jsonl").read_bytes()
+    (forgetful.folder / "heldout.jsonl").unlink()
+    found = report(forgetful.store, forgetful.transfer)
+    assert (found["accuracy"], found["frontier"]) == ({}, []), "nothing is measured any more"
+    assert found["out_of_date"] == ["synthetic_prompts"], "which the file's prompts were kept out of"
+    export(forgetful.store, forgetful.transfer, tmp_path / "whole")
+    (forgetful.folder / "heldout.jsonl").write_bytes(held_out)
+    forgetful.run()
+    export(forgetful.store, forgetful.transfer, tmp_path / "whole")
+    assert scales == [0.6], "the whole adapter, both times"
 
 
 def test_both_verdicts_are_asset_checks_that_warn(forgetful: Project) -> None:

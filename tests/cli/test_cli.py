@@ -95,6 +95,8 @@ class TestRun:
         drawn = ("perplexity_scatter", "kept_by_threshold", "training_curve", "accuracy", "frontier")
         assert shown == [str(output / f"{name}.png") for name in drawn] and all(Path(path).is_file() for path in shown)
         assert all(f"tuneshift {command} banking" in err for command in ("report", "sweep", "export"))
+        assert "out of date" not in tuneshift("report", "banking")[1], "nothing changed"
+        assert tuneshift("export", "banking", "--to", str(tmp_path / "first"))[0] == 0
 
         status, out, err = tuneshift("run", "banking", "--json")
         assert status == 0

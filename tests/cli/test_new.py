@@ -144,8 +144,9 @@ class TestRefusals:
             ({"seeds": "twice.txt"}, ["twice.txt:3", "is the prompt of twice.txt:1 again"]),
             ({"seeds": "wrong.csv"}, ["wrong.csv", "'prompt'", "'question'"]),
             ({"heldout": "leak.csv"}, ["leak.csv:2", "'where is it'", "also a seed"]),
-            ({"heldout": "short.csv"}, ["short.csv:3", "'response' must be a non-empty string"]),
+            ({"heldout": "short.csv"}, ["short.csv:3", "fewer cells than the first line", "comma"]),
             ({"seeds": "commas.csv"}, ["commas.csv:2", "more cells than the first line", "quotation marks"]),
+            ({"seeds": "bare.csv"}, ["bare.csv is empty", "below its columns"]),
             ({"seeds": "open.csv"}, ["open.csv:", "unexpected end of data", "Close the quotation mark"]),
             ({"seeds": "two.csv"}, ["two.csv", "columns ['prompt'] once", "['prompt', 'prompt']"]),
             ({"heldout": "twice.txt"}, ["--heldout", "must be a .jsonl or .csv file"]),
@@ -159,6 +160,7 @@ class TestRefusals:
         self, new: New, tmp_path: Path, changes: dict[str, str], words: list[str]
     ) -> None:
         Path("empty.txt").write_text("\n")
+        Path("bare.csv").write_text("prompt\n")
         Path("twice.txt").write_text("one\n\nOne.\n")
         Path("wrong.csv").write_text("question\nWhy?\n")
         Path("leak.csv").write_text("prompt,response\nwhere is it,here\n")

@@ -66,7 +66,7 @@ def test_the_same_transfer_with_fewer_rounds_and_another_training(transfer_folde
     edit_config("rounds", 4)
     transfer = load_transfer(transfer_folder)
     assert transfer.with_rounds(2).round_keys == ["round_01", "round_02"]
-    assert transfer.with_rounds(9).config == transfer.config
+    assert transfer.with_rounds(9).round_keys == transfer.round_keys
     variant = transfer.with_training(7, 1)
     assert (variant.config.seed, variant.config.distill.epochs) == (7, 1)
     assert (variant.seeds, variant.fingerprints) == (transfer.seeds, transfer.fingerprints)
@@ -373,8 +373,20 @@ def test_rules_that_rank_take_a_threshold_where_each_arm_has_rounds_of_its_own(t
     assert {run: loops["random", run].config.seed for run in (0, 1)} == {0: 0, 1: 1}
     assert len({loop.name for loop in loops.values()}) == len(loops) == 10
     assert all(re.fullmatch(r"banking__\w+", loop.name) for loop in loops.values())
-    edit_config("compare", {"arms": [{"rule": "top_excess", "threshold": 1.5}], "loop": True})
-    with pytest.raises(TuneshiftError, match=r"threshold 1.5 is impossible for rule 'top_excess'"):
+    for threshold, problem in (
+        (1.5, "1.5 is impossible for rule 'top_excess'"),
+        (2, "top_excess: 2 leaves some of the 3"),
+    ):
+        edit_config("compare", {"arms": [{"rule": "top_excess", "threshold": threshold}], "loop": True})
+        edit_config("rounds", 3)
+        with pytest.raises(TuneshiftError, match=problem):
+            load_transfer(transfer_folder)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_not_every_library_takes_is_refused(transfer_folder, edit_config, seed: int) -> None:
+    edit_config("seed", seed)
+    with pytest.raises(TuneshiftError, match=rf"transfer.yaml.*seed.*{seed}"):
         load_transfer(transfer_folder)
 
 

@@ -72,6 +72,11 @@ def test_a_held_out_answer_gives_its_last_number_or_is_one(answer: str, number: 
         ("Question: {prompt}\nAnswer:", "\nQuestion:"),
         ("Think.\n\n### Problem\n{prompt}\n### Solution\n", "\n### Problem"),
         ("{prompt}\nAnswer:", ""),
+        # What begins a number's line, too, needs what tells them apart.
+        ("### {prompt}\n", "\n### "),
+        ("##\n{prompt}\n", "\n##\n"),
+        ("#{prompt}", ""),
+        ("#### {prompt}\n", ""),
     ],
 )
 def test_a_response_is_over_where_the_template_would_open_anew(template: str, stop: str) -> None:

@@ -109,6 +109,9 @@ def test_equal_models_differ_by_nothing_and_the_untrained_are_not_compared() -> 
     assert "vs_random" not in rows["random"] and rows["base"].keys() == {"value", "low", "high"}
     alone = compared({"random": one, "top": other}, ["random", "top"])
     assert rows["top"] == alone["top"], "the same model twice adds nothing to what is known of runs, and is no test"
+    rows = compared({"both": np.ones_like(one), "random": one, "unfiltered": one}, ["both", "random", "unfiltered"])
+    assert rows["both"]["vs_random_low"] > 0, "a finding, and no test is left"
+    assert [rows["unfiltered"][f"vs_random{end}"] for end in ("", "_low", "_high")] == [0, 0, 0]
 
 
 def test_prompts_that_a_difference_needs() -> None:

@@ -1,4 +1,5 @@
 import io
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -6,6 +7,7 @@ import polars as pl
 import pytest
 from matplotlib.image import imread
 
+from tuneshift_dag.config.schema import Evaluation
 from tuneshift_dag.method.filters import RULES
 from tuneshift_dag.reports import plots
 
@@ -129,3 +131,10 @@ def test_a_picture_is_a_png_with_something_on_a_transparent_ground(name: str) ->
 def test_only_rules_with_a_threshold_have_a_panel() -> None:
     assert plots.kept_by_threshold(cells(*RULES)) == plots.kept_by_threshold(cells(*RULES[:5]))
     assert plots.kept_by_threshold(cells("random")) == plots.kept_by_threshold([])
+
+
+def test_a_scale_that_ruins_general_text_is_left_out_of_the_frontier() -> None:
+    row = {"scale": 0.4, "value": 0.5, "low": 0.4, "high": 0.6, "ratio": 1.01, "chosen": True}
+    rows = [row, {**row, "scale": 1.0, "ratio": math.inf, "chosen": False}]
+    assert plots.frontier(rows, Evaluation()) == plots.frontier([row], Evaluation())
+    assert plots.frontier(rows[1:], Evaluation()).startswith(b"\x89PNG")

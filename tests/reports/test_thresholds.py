@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -114,6 +115,16 @@ class TestCells:
             assert kept(cells) == [count] * len(RULES)
             assert [cell["kept_share"] for cell in cells] == [count / 5] * len(RULES)
 
+    def test_of_rules_whose_scores_are_left_out_are_none(self, store, transfer) -> None:
+        score(store, {"ppl_base_cross": None})
+        without = {"engine": transfer.config.engine.model_copy(update={"cross_scores": False}), "compare": None}
+        transfer = replace(transfer, config=transfer.config.model_copy(update=without))
+        assert {cell["rule"] for cell in sweep(store, transfer)} == {
+            "both", "difference", "ratio", "balanced_confidence", "random", "unfiltered",
+        }  # fmt: skip
+        with pytest.raises(TuneshiftError, match=r"cross_ratio needs scores .*engine.cross_scores: false"):
+            sweep(store, transfer, ["cross_ratio"])
+
     def test_of_a_rule_that_keeps_so_many_are_so_many(self, store, transfer) -> None:
         """Of round_01 ten pairs pass the guards and of round_02 four; transfer.yaml has two rounds."""
         more = [{"round": "round_02"}] * 4
@@ -124,6 +135,8 @@ class TestCells:
                 {"round_01": 5, "round_02": 2}, {"round_01": 10, "round_02": 4}, {"round_01": 3, "round_02": 3},
             ]  # fmt: skip
             assert (cells[0]["mean_margin"] is None) == (rule == "random")
+            (cell,) = sweep(store, transfer.with_rounds(1), [rule], [6])
+            assert cell["by_round"] == {"round_01": 3}, "the rounds that follow have their part"
         (cell,) = sweep(store, transfer, ["unfiltered"])
         assert (cell["threshold"], cell["pairs_kept"]) == (1.0, 15)
 

@@ -115,6 +115,7 @@ def test_an_expected_response_says_whether_the_fine_tuned_one_is_right(store, tr
         ("t.jsonl", '{"prompt": "A?", "truth": "off"}\n{"prompt": "a?", "truth": "off"}', ["t.jsonl:2", "t.jsonl:1"]),
         ("t.jsonl", '{"prompt": "A?", "truth": "off"}', ["t.jsonl", "none of its 1 prompts", "banking"]),
         ("t.csv", "prompt,truth\nA?,\n", ["t.csv:2", "'truth'", "None"]),
+        ("t.csv", "prompt,response\nA?,x\nB?\n", ["t.csv:3", "fewer cells", "comma"]),
         ("t.csv", "question,truth\nA?,off\n", ["t.csv", "'prompt'", "'question'"]),
         ("absent.csv", None, ["absent.csv doesn't exist", "'truth'".replace("'", '"')]),
     ],
@@ -167,3 +168,24 @@ def test_the_command_prints_pools_beside_one_another_and_what_it_could_not_judge
     assert picture.is_file() and "precision_recall.png" in err
     status, _, err = tuneshift("sweep", "banking", "--off-skill", "0.5")
     assert status == 1 and "--off-skill needs --truth" in err
+
+
+def test_a_rule_that_ranks_judges_all_pairs_also_those_without_a_truth(store, transfer, tmp_path) -> None:
+    """Of six pairs the three with the highest perplexity of the base are kept; only two of them are labelled."""
+    score(store, *({"ppl_base_cross": 9.0 - i} for i in range(6)))
+    labels = {0: "right", 2: "wrong", 4: "right", 5: "off"}
+    write_jsonl(tmp_path / "t.jsonl", [{"prompt": f"Prompt {i}?", "truth": truth} for i, truth in labels.items()])
+    whole, drawn = sweep_truth(store, transfer, tmp_path / "t.jsonl", ["top_excess"], [0.5], [0.25])["pools"]
+    assert [(cell["right"], cell["wrong"], cell["off"]) for cell in whole["cells"]] == [(1, 1, 0)]
+    assert sum(whole[label] for label in ("right", "wrong", "off")) == 4
+    assert [cell["kept"] for cell in drawn["cells"]] == [2], "a pool that is drawn is judged by itself"
+
+
+def test_a_share_of_which_there_is_no_pair_is_refused(store, transfer, tmp_path) -> None:
+    score(store, {}, {})
+    rows = [{"prompt": "Prompt 0?", "truth": "right"}, {"prompt": "Prompt 1?", "truth": "off"}]
+    write_jsonl(tmp_path / "t.jsonl", rows)
+    assert len(sweep_truth(store, transfer, tmp_path / "t.jsonl", ["both"], off_skill=[0.5])["pools"]) == 2
+    for share in (0.25, 0.9):
+        with pytest.raises(TuneshiftError, match="can't be drawn"):
+            sweep_truth(store, transfer, tmp_path / "t.jsonl", ["both"], off_skill=[share])

@@ -14,7 +14,7 @@ from tuneshift_dag import TuneshiftError
 from tuneshift_dag.method import Response
 from tuneshift_dag.models.references import cache_dir
 from tuneshift_dag.store import Store
-from tuneshift_dag.store.cache import Removable, ResponseCache, collect, collect_plan, stats
+from tuneshift_dag.store.cache import Removable, ResponseCache, collect, collect_plan, held_back, stats
 from tuneshift_dag.store.tables import ATTEMPTS, CACHE, CACHE_REFERENCES, COMPARISON, DISTILLED_MODELS, SCORED_PAIRS
 
 NAME = "banking"
@@ -152,6 +152,14 @@ def test_entries_of_older_versions_count_as_old(claimed: Store, folder: Path) ->
     begun(claimed, ago=60)
     collect(claimed, list(removable(claimed, folder).values()))
     assert cached(claimed) == []
+
+
+def test_every_step_that_holds_something_back_is_told(claimed: Store) -> None:
+    claimed.prepare(f"{NAME}__both_0")  # rounds of an arm of a comparison
+    begun(claimed, f"{NAME}__both_0")
+    assert [step.partition(",")[0] for step in held_back(claimed, [NAME])] == [
+        "banking__both_0: scored_pairs of round_02"
+    ]
 
 
 def test_gc_refuses_when_it_does_not_know_what_is_used(claimed: Store, folder: Path) -> None:

@@ -149,9 +149,10 @@ class Step:
         return self.store.read(query, parameters, self.transfer.name)
 
     def lacks(self, asset: str) -> dg.Failure:
-        """What ends a step that Dagster ran although what it reads was never materialized."""
+        """What ends a step that Dagster ran although what it reads was never materialized, or is of other models."""
         of_round = f" of {self.round}" if self.round else ""
-        problem = f"There is no {asset}{of_round}: materialize that first, then {self.asset}{of_round}."
+        problem = f"There is no {asset}{of_round}" + (" of today's settings" if self.records.version(asset) else "")
+        problem += f": materialize that first, then {self.asset}{of_round}."
         return dg.Failure(problem, allow_retries=False)
 
     def progress(self, what: str) -> Callable[[int, int], None]:

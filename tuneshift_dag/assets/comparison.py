@@ -113,11 +113,15 @@ def build_comparison(transfer: Transfer) -> dg.AssetsDefinition:
 def _candidates(store: Store, transfer: Transfer) -> Datasets:
     """What each arm can draw from, the same in every run, with the margin where it is a rank. An arm that has nothing
     is a failure."""
+    compare, settings = transfer.config.compare, transfer.config.filter
+    assert compare is not None
     found: Datasets = {}
     for arm in transfer.config.arms:
         # Without a rank an arm is drawn from by hash.
         margin = "max(margin)" if arm.rule in RANKING_RULES else "NULL::DOUBLE"
-        own = 1.0 if arm.rule in (*KEEP_RULES, "unfiltered") else transfer.config.filter.threshold
+        # A rule that ranks has its best of all pairs, or by default of as many as the filter keeps by it.
+        ranks_all = arm.rule in (*KEEP_RULES, "unfiltered") and (compare.pairs is not None or arm.rule != settings.rule)
+        own = 1.0 if ranks_all else settings.threshold
         # Over all rounds at once: nothing is seeded by them.
         verdict = verdicts(transfer, arm.rule, arm.threshold or own, by_round=False)
         pairs = store.read(
@@ -171,10 +175,18 @@ def _with_oracle(transfer: Transfer, found: Datasets) -> Datasets:
 
 
 def _common_size(transfer: Transfer, wanted: int | None, candidates: Datasets) -> int:
-    """Pairs of every arm. One that has fewer than are wanted is a failure."""
+    """Pairs of every arm. One that has fewer than are wanted is a failure, and a ranking of which all are taken."""
     arm, fewest = min(((name, _fewest(pools)) for name, pools in candidates.items()), key=lambda each: each[1])
     if wanted is None or wanted <= fewest:
-        return wanted or fewest
+        size, all_pairs = wanted or fewest, _fewest(candidates["random"])
+        ranked = [each.name for each in transfer.config.arms if each.rule in RANKING_RULES and not transfer.loops]
+        if ranked and size == all_pairs:
+            raise dg.Failure(
+                f"The arm {ranked[0]!r} ranks pairs, and all {size} of them would be taken, as of random: set"
+                f" compare.pairs in {transfer.folder / 'transfer.yaml'} to fewer.",
+                allow_retries=False,
+            )
+        return size
     raise dg.Failure(
         f"The arm {arm!r} has {fewest} pairs, fewer than compare.pairs {wanted} in"
         f" {transfer.folder / 'transfer.yaml'}: lower compare.pairs to at most {fewest}, or loosen the arm.",

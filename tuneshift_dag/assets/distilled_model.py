@@ -135,7 +135,7 @@ def _train(
     texts = []
     if transfer.rehearses:
         texts = current.read("SELECT token_ids FROM rehearsal_set")["token_ids"].to_list()
-        if not texts:
+        if not texts or "code" in current.records.causes("rehearsal_set"):  # of another tokenizer, perhaps
             raise current.lacks("rehearsal_set")
     folder = output_dir(transfer.name) / "models" / model_id
     progress = current.progress("training steps")

@@ -8,7 +8,6 @@ from tuneshift_dag.assets.common import Context, definition, example_rows, key, 
 from tuneshift_dag.assets.seed_set import seed_candidates, write_seeds
 from tuneshift_dag.config import Transfer, round_number
 from tuneshift_dag.config.versions import code_version
-from tuneshift_dag.method.filters import KEEP_RULES
 from tuneshift_dag.method.seed_sampling import Candidate
 from tuneshift_dag.resources import StoreResource
 from tuneshift_dag.resources.runs import refilter_job
@@ -153,12 +152,13 @@ def _nothing_kept(transfer: Transfer, round_: str, reasons: dict[str, int], drop
     """What stopped the loop, and what to change: by the commonest of the ``reasons`` that scored pairs were dropped
     for, or else of those that list items were ``dropped`` for before scoring."""
     config = transfer.config
-    kind = "share" if config.filter.rule in KEEP_RULES else "threshold"
+    key = f"the threshold of {config.filter.rule} in compare.arms" if transfer.loop else "filter.threshold"
+    threshold = f"{key} (now {config.filter.threshold:g})"
     repairs = {
         "truncated_response": f"raise response.max_new_tokens (now {config.response.max_new_tokens})",
-        "fine_tuned_not_confident": f"raise filter.threshold (now {config.filter.threshold:g})",
-        "base_already_confident": f"lower filter.threshold (now {config.filter.threshold:g})",
-        "below_threshold": f"lower filter.threshold (now {config.filter.threshold:g})",
+        "fine_tuned_not_confident": f"raise {threshold}",
+        "base_already_confident": f"lower {threshold}",
+        "below_threshold": f"lower {threshold}",
         "repetitive_response": f"raise filter.max_repetition (now {config.filter.max_repetition:g})",
         "overlong": _longer_prompts(transfer),
         "duplicate": f"raise generator.temperature (now {config.generator.temperature:g}): it repeats itself",
@@ -166,7 +166,7 @@ def _nothing_kept(transfer: Transfer, round_: str, reasons: dict[str, int], drop
         "seed": f"raise generator.temperature (now {config.generator.temperature:g}): it repeats the seeds",
         "held_out": "write seeds that are further from heldout.jsonl: it writes the held-out prompts",
     }
-    other = f"change the {kind} of filter.rule" if reasons else "change generator.mode or generator.instruction"
+    other = f"change {threshold}" if reasons else "change generator.mode or generator.instruction"
     counts = reasons or dropped
     commonest = max(counts, key=lambda reason: counts[reason], default="")
     if reasons:

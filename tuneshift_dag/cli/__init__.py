@@ -382,7 +382,7 @@ def _runner(transfer: "Transfer") -> Any:
     from tuneshift_dag.runner import Runner
 
     def announce(asset: str, round_: str | None) -> None:
-        place = f" {round_} of {transfer.config.rounds}" if round_ else ""
+        place = f" {round_} of {len(transfer.round_keys)}" if round_ else ""
         rendering.err.print(f"[bold]{asset}[/bold]{place}", highlight=False)
 
     def tell(line: str) -> None:

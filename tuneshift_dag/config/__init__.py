@@ -24,6 +24,7 @@ class Transfer:
         heldout: (prompt, response) pairs of ``heldout.jsonl``; may be empty.
         labelled: pairs of ``compare.labelled``; may be empty.
         loop: names the arm of a comparison whose rounds these are; see `loops`.
+        most_rounds: how many of the rounds there are for now; see `with_rounds`.
         fingerprints: of the models and the adapter, by key of ``transfer.yaml`` such as ``"source.base"``, as they
             were when the folder was read. A generator on a server of others has none.
     """
@@ -35,6 +36,7 @@ class Transfer:
     labelled: Sequence[tuple[str, str]] = ()
     fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
     loop: str = ""
+    most_rounds: int | None = None
 
     @property
     def name(self) -> str:
@@ -43,7 +45,7 @@ class Transfer:
     @property
     def round_keys(self) -> list[str]:
         """Partition keys: ``round_01``, ``round_02``, ..."""
-        return [round_key(number) for number in range(1, self.config.rounds + 1)]
+        return [round_key(number) for number in range(1, (self.most_rounds or self.config.rounds) + 1)]
 
     @property
     def guards(self) -> Guards:
@@ -131,8 +133,9 @@ class Transfer:
         return replace(self, config=self.config.model_copy(update={"distill": distill, "models": models}))
 
     def with_rounds(self, most: int) -> "Transfer":
-        """The same transfer with at most this many rounds (1 or more)."""
-        return replace(self, config=self.config.model_copy(update={"rounds": min(most, self.config.rounds)}))
+        """The same transfer with at most this many rounds (1 or more). A number of pairs to keep is still shared by all
+        that transfer.yaml asks for, so that those which follow change nothing."""
+        return replace(self, most_rounds=min(most, self.config.rounds))
 
 
 def has_lines(text: str) -> bool:

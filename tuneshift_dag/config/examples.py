@@ -80,7 +80,14 @@ def read_csv(file: Path, columns: Sequence[str], optional: Sequence[str] = ()) -
                     f"{file}:{reader.line_num}: it has more cells than the first line names columns. Put a text that"
                     " holds a comma into quotation marks."
                 )
+            if None in row.values():
+                raise TuneshiftError(
+                    f"{file}:{reader.line_num}: it has fewer cells than the first line names columns. End it with a"
+                    " comma for each cell that is empty."
+                )
             rows.append((f"{file}:{reader.line_num}", {column: row[column] for column in wanted}))
+        if not rows:
+            raise TuneshiftError(f"{file} is empty. Write a row below its columns, or delete an optional file.")
         return rows
     except csv.Error as error:
         raise TuneshiftError(

@@ -20,7 +20,7 @@ from tuneshift_dag.config.schema_models import (
 )
 from tuneshift_dag.method import PromptFormat
 from tuneshift_dag.method.evaluation import Metric
-from tuneshift_dag.method.filters import KEEP_RULES, MARGIN, Rule
+from tuneshift_dag.method.filters import KEEP_RULES, Rule, needs_cross_scores
 
 
 class Source(Section):
@@ -209,7 +209,8 @@ class Arm(Section):
     """One filter in a comparison; written as a rule's name alone, or with its own threshold."""
 
     rule: Rule = Field(description="A filter rule.")
-    threshold: float | None = Field(None, description="Its cut; without one, that of `filter`.")
+    threshold: float | None = None
+    """Its cut; without one, that of `filter`. With `compare.pairs` a rule that ranks takes so many of all pairs."""
 
     @model_validator(mode="before")
     @classmethod
@@ -291,7 +292,7 @@ class TransferConfig(Section):
     """Without this section there is no `comparison`; `compare: {}` takes the defaults."""
     diversity_map: bool = True
     """Draw the prompts on a map of meaning: some seconds on the CPU, with the extra `encoder`."""
-    seed: int = Field(0, description="Seed of every random choice.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random choice.")
 
     @field_validator("prompt_template")
     @classmethod
@@ -317,10 +318,13 @@ class TransferConfig(Section):
         if number > self.target_pairs:
             most = f"target_pairs {self.target_pairs}"
             raise ValueError(f"filter.threshold {number:g} can't be reached: rounds stop at {most}; raise it")
+        self._check_number("filter.threshold", number)
+        return self
+
+    def _check_number(self, key: str, number: float) -> None:
         if 1 < number < self.rounds:
             without = f"some of the {self.rounds} rounds without a pair to seed the next"
-            raise ValueError(f"filter.threshold {number:g} leaves {without}; use at least one for each round")
-        return self
+            raise ValueError(f"{key} {number:g} leaves {without}; use at least one for each round")
 
     @model_validator(mode="after")
     def _arms_are_possible(self) -> "TransferConfig":
@@ -332,6 +336,8 @@ class TransferConfig(Section):
                     raise ValueError(f"compare.arms: {arm.rule!r} takes compare.pairs and no threshold; remove it")
             elif arm.threshold is not None:
                 check_threshold(arm.rule, arm.threshold)
+                if arm.rule in KEEP_RULES:
+                    self._check_number(f"compare.arms: the threshold of {arm.rule}:", arm.threshold)
             elif arm.rule not in (*KEEP_RULES, self.filter.rule):
                 raise ValueError(
                     f"compare.arms: {arm.rule!r} needs a threshold, since filter.rule is {self.filter.rule!r}: write"
@@ -346,7 +352,7 @@ class TransferConfig(Section):
     def _rules_have_their_scores(self) -> "TransferConfig":
         arms = self.compare.arms if self.compare else ()
         for key, rule in [("filter.rule", self.filter.rule), *(("compare.arms:", arm.rule) for arm in arms)]:
-            if "ppl_base_cross" in MARGIN[rule] and not self.engine.cross_scores:
+            if needs_cross_scores(rule) and not self.engine.cross_scores:
                 raise ValueError(f"{key} {rule!r} needs scores that engine.cross_scores: false leaves out")
         return self
 

@@ -110,7 +110,7 @@ def code_version(transfer: Transfer, asset: str) -> str:
         format = transfer.config.target_format
         used["texts"] = [transfer.config.distill.retain.texts, format.arguments if format.template is None else None]
     code = (uses.code, _training_code(transfer.config) if "distill" in uses.sections else 0)
-    rounds = transfer.config.rounds if any(of == "all" for _, of in INPUTS[asset]) else None
+    rounds = len(transfer.round_keys) if any(of == "all" for _, of in INPUTS[asset]) else None
     return _hash([code, used, [_read(transfer, name) for name in uses.others], rounds])[:16]
 
 

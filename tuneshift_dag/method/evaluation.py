@@ -58,8 +58,11 @@ def expected_number(answer: str) -> str | None:
 def next_question(template: str) -> str:
     """Where a response is over because the model asks itself the next question: a line that opens as the template does.
     Else the last number would be that of another question; the harness stops at ``Question:``."""
-    opening = template.split("{prompt}")[0].rstrip().rsplit("\n", 1)[-1]
-    return f"\n{opening}" if opening else ""
+    before = template.split("{prompt}")[0]
+    opening = before.rstrip().rsplit("\n", 1)[-1]
+    if "#### ".startswith(opening):  # then what follows it must tell it from the line of a number
+        opening += before[len(before.rstrip()) :][:1]
+    return "" if "#### ".startswith(opening) else f"\n{opening}"
 
 
 def _normalize(text: str) -> str:

@@ -60,6 +60,11 @@ class Guards:
     refusals: tuple[str, ...] = ()
 
 
+def needs_cross_scores(rule: Rule) -> bool:
+    """Whether it reads PPL_b(y_f), what the base thinks of the fine-tuned response."""
+    return "ppl_base_cross" in MARGIN[rule]
+
+
 def verdict_sql(
     rule: Rule,
     guards: Guards,

@@ -142,10 +142,10 @@ def holm(means: Mapping[str, Mean]) -> dict[str, Interval]:
     """Each mean with its interval at the level at which Holm's procedure tests it (Scandinavian Journal of Statistics
     6, 1979): the clearest of m at 0.05 / m, the next at 0.05 / (m - 1) if that was found, and so on. The intervals that
     exclude zero are its findings: in 95 % of all experiments none of them is false, however many arms there are."""
-    # A model that is the reference itself can't differ from it, so it is no test.
-    found, left = {}, max(1, sum(mean.variance > 0 or mean.value != 0 for mean in means.values()))
+    # A model that is the reference itself can't differ from it, so it is no test, and comes last.
+    found, left = dict[str, Interval](), sum(mean.variance > 0 or mean.value != 0 for mean in means.values())
     for name, mean in sorted(means.items(), key=lambda item: item[1].p_value()):
-        found[name] = mean.interval(0.05 / left)
+        found[name] = mean.interval(0.05 / max(1, left))
         left -= not found[name].low <= 0 <= found[name].high
     return found
 

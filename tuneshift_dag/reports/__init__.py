@@ -34,8 +34,9 @@ def report(store: Store, transfer: Transfer) -> dict[str, Any]:
         seconds[step["asset"]] = seconds.get(step["asset"], 0.0) + step["seconds"]
     trained = rows(_TRAINED)
     records = Records(store, transfer)
-    # What was measured of a model before this one says nothing of it.
-    measured = "WHERE FALSE" if records.is_of_another_model("evaluation") else ""
+    # What was measured of a model before this one says nothing of it, nor does a file that is gone.
+    past = records.is_of_another_model("evaluation") or not transfer.evaluates
+    measured = "WHERE FALSE" if past else ""
     accuracy, retained = rows(f"SELECT * FROM accuracy {measured}"), rows(f"SELECT * FROM retention {measured}")
     compared_now = transfer.config.compare is not None and not records.causes("comparison")
     settings = transfer.config.evaluation

@@ -63,10 +63,12 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
             f"{transfer.folder}: what {' and '.join(changed)} depends on has changed since model"
             f" {figures['model']['model_id']} was trained. `tuneshift run {transfer.name}` first, or take it back."
         )
-    if transfer.config.distill.keep is not None and records.causes("evaluation"):
+    # Chosen by ``distill.keep``; there is none before an evaluation.
+    scale = next((row["scale"] for row in figures["frontier"] if row["chosen"]), 1)
+    if (transfer.config.distill.keep is not None or scale != 1) and records.causes("evaluation"):
         raise TuneshiftError(
             f"{transfer.name}: distill.keep chooses what of the adapter is exported, and the model of now isn't"
-            f" evaluated: `tuneshift run {transfer.name}` first."
+            f" evaluated with that of now: `tuneshift run {transfer.name}` first."
         )
     earlier = (to / _NOTE).read_text("utf-8").split() if (to / _NOTE).is_file() else []
     written = [name for name in _WRITTEN if merged or name != "merged"]
@@ -93,8 +95,6 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
         with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as staging:
             made = Path(staging) / "new"
             shutil.copytree(figures["model"]["path"], made / "adapter")
-            # Chosen by ``distill.keep``; there is none before an evaluation.
-            scale = next((row["scale"] for row in figures["frontier"] if row["chosen"]), 1)
             if scale != 1:
                 scale_adapter(made / "adapter", scale)
             card = model_card(transfer, figures)

@@ -7,6 +7,7 @@ generator call, a pair, a training example or a held-out answer.
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -163,8 +164,8 @@ def work(store: Store, transfer: Transfer) -> Work:
     prompts = max(1, round(generator.calls_per_round * min(per_call, generator.prompts_per_call)))
     share = row["kept"] / row["scored"] if row["scored"] else 1.0
     # A round that passes target_pairs is finished, and the last. What share is kept, only a run can tell.
-    enough = math.ceil(config.target_pairs / max(1, prompts * share)) if row["scored"] else config.rounds
-    rounds = min(config.rounds, enough)
+    enough = math.ceil(config.target_pairs / max(1, prompts * share)) if row["scored"] else sys.maxsize
+    rounds = min(len(transfer.round_keys), enough)
     pairs = min(round(rounds * prompts * share), config.target_pairs + prompts)
     examples = max(1, round(pairs * (1 - config.distill.validation_fraction))) * config.distill.epochs
     texts = config.distill.retain.texts if transfer.rehearses else 0

@@ -5,6 +5,7 @@ Their rows come from `tuneshift_dag.reports.thresholds` and from the tables that
 
 import colorsys
 import io
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -85,6 +86,7 @@ def accuracy_bars(rows: Sequence[dict[str, Any]]) -> bytes:
 def frontier(rows: Sequence[dict[str, Any]], settings: Evaluation) -> bytes:
     """The table ``frontier``: held-out accuracy against what general text costs, for each scale of the adapter."""
     figure, axes = _axes("Perplexity of general text, as a multiple of the base's", "Held-out accuracy")
+    rows = [row for row in rows if math.isfinite(row["ratio"])]
     ratios = [row["ratio"] for row in rows]
     values = [row["value"] or 0.0 for row in rows]
     axes.plot(ratios, values, color=_COLORS[0], alpha=0.5)
@@ -95,7 +97,7 @@ def frontier(rows: Sequence[dict[str, Any]], settings: Evaluation) -> bytes:
         axes.plot(ratio, value, "D" if row["chosen"] else "o", color=color, markersize=8)
         axes.annotate(f"{row['scale']:g}", (ratio, value), (6, 6), textcoords="offset points", color=_TEXT)
     axes.axvline(settings.keeps_general_text, color=_TEXT, linestyle="--")
-    low, high = _span(min(1.0, *ratios), max(settings.keeps_general_text, *ratios))
+    low, high = _span(min([1.0, *ratios]), max([settings.keeps_general_text, *ratios]))
     _log_axis(axes.xaxis, low, high)
     axes.set_ylim(0, 1.05)
     axes.set_title("Scale of the adapter; the diamond is what is exported", color=_TEXT, fontsize=10)

@@ -15,7 +15,7 @@ import polars as pl
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.schema import check_threshold
-from tuneshift_dag.method.filters import GUARD_REASONS, KEEP_RULES, MARGIN, RULES, Rule
+from tuneshift_dag.method.filters import GUARD_REASONS, KEEP_RULES, MARGIN, RULES, Rule, needs_cross_scores
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.queries import of_its_rounds, verdicts
 
@@ -55,6 +55,14 @@ def thresholds_of(
                 f" {transfer.folder / 'transfer.yaml'}, then `tuneshift run {transfer.name}`."
             )
         wanted = [rule for rule in wanted if rule != "seed_similarity"]
+    if not transfer.config.engine.cross_scores:
+        crossed = [rule for rule in wanted if needs_cross_scores(rule)]
+        if rules and crossed:
+            raise TuneshiftError(
+                f"{crossed[0]} needs scores that aren't there: remove engine.cross_scores: false from"
+                f" {transfer.folder / 'transfer.yaml'}, then `tuneshift run {transfer.name}`."
+            )
+        wanted = [rule for rule in wanted if rule not in crossed]
     for rule in wanted:
         _check(rule, grid)
     return {rule: sorted(set(grid)) or default_grid(store, transfer, rule) for rule in wanted}

@@ -54,13 +54,15 @@ def sweep_truth(
             f" Label prompts of the table scored_pairs; if there are none yet: tuneshift run {transfer.name}"
         )
     pairs = pl.DataFrame(known).sort("rank", "round")
-    pools = [pairs, *(_drawn(pairs, share) for share in off_skill)]
     grids = thresholds_of(store, transfer, rules, grid)
     return {
         "transfer": transfer.name,
         "pairs_without_truth": len(scored) - len(pairs),
         "prompts_not_scored": len(truths.keys() - set(scored["prompt_id"])),
-        "pools": [_pool(store, transfer, grids, pool) for pool in pools],
+        "pools": [
+            _pool(store, transfer, grids, pairs, "LEFT"),
+            *(_pool(store, transfer, grids, _drawn(pairs, share), "INNER") for share in off_skill),
+        ],
     }
 
 
@@ -71,7 +73,7 @@ def _drawn(pairs: pl.DataFrame, share: float) -> pl.DataFrame:
     size = 0.0
     if 0 <= share < 1:
         size = min(len(inside) / (1 - share), len(outside) / share if share else float("inf"))
-    if size < 1:
+    if size < 1 or (share and not (round(size * (1 - share)) and round(size * share))):
         raise TuneshiftError(
             f"--off-skill {share:g} can't be drawn: give a share from 0 to below 1, for which there are pairs. Of the"
             f" scored pairs with a truth {len(inside)} are in the skill and {len(outside)} off it."
@@ -79,14 +81,18 @@ def _drawn(pairs: pl.DataFrame, share: float) -> pl.DataFrame:
     return pl.concat([inside.head(round(size * (1 - share))), outside.head(round(size * share))])
 
 
-def _pool(store: Store, transfer: Transfer, grids: dict[Rule, list[float]], pairs: pl.DataFrame) -> dict[str, Any]:
+def _pool(
+    store: Store, transfer: Transfer, grids: dict[Rule, list[float]], pairs: pl.DataFrame, join: str
+) -> dict[str, Any]:
+    """``join`` LEFT: the rules judge all scored pairs, as the filter does, also those that no truth is known of; INNER:
+    these alone."""
     counts = {label: int((pairs["truth"] == label).sum()) for label in _LABELS}
     settings = transfer.config.filter
     cells: list[dict[str, Any]] = []
     found: list[dict[str, Any]] = []
     for rule, thresholds in grids.items():
         query = "SELECT threshold, truth, count(*) FROM judged WHERE reason IS NULL GROUP BY ALL"
-        rows = _judged(store, transfer, pairs, rule, thresholds, query)
+        rows = _judged(store, transfer, pairs, join, rule, thresholds, query)
         kept = {(threshold, truth): number for threshold, truth, number in rows.iter_rows()}
         for threshold in thresholds:
             right, wrong, off = (kept.get((threshold, label), 0) for label in _LABELS)
@@ -100,7 +106,7 @@ def _pool(store: Store, transfer: Transfer, grids: dict[Rule, list[float]], pair
         cut = settings.threshold if rule == settings.rule else PAPER_THRESHOLD
         score = f"CASE WHEN reason IN {GUARD_REASONS} THEN '-inf'::DOUBLE ELSE coalesce(margin, 0) END"
         query = f"SELECT truth, {score} FROM judged"
-        right_ones, scores = (column.to_numpy() for column in _judged(store, transfer, pairs, rule, [cut], query))
+        right_ones, scores = (column.to_numpy() for column in _judged(store, transfer, pairs, join, rule, [cut], query))
         right_ones = right_ones == "right"
         value = auc(scores[right_ones], scores[~right_ones]) if 0 < right_ones.sum() < len(scores) else None
         at = cut if rule == "both" else None
@@ -119,7 +125,7 @@ def _share(name: str, part: int, whole: int) -> dict[str, float | None]:
 
 
 def _judged(
-    store: Store, transfer: Transfer, pairs: pl.DataFrame, rule: Rule, thresholds: list[float], query: str
+    store: Store, transfer: Transfer, pairs: pl.DataFrame, join: str, rule: Rule, thresholds: list[float], query: str
 ) -> pl.DataFrame:
     """The rows of a query over ``judged``: the pairs with their truth and, for each threshold, the rule's verdict."""
     return store.read(
@@ -128,11 +134,12 @@ def _judged(
             SELECT unnest($round::VARCHAR[]) AS round, unnest($prompt_id::VARCHAR[]) AS prompt_id,
                 unnest($truth::VARCHAR[]) AS truth
         ),
-        pool AS (SELECT * FROM scored_pairs JOIN known USING (round, prompt_id)),
+        pool AS (SELECT * FROM {of_its_rounds(transfer, "scored_pairs")} {join} JOIN known USING (round, prompt_id)),
         grid AS (SELECT unnest($thresholds::DOUBLE[]) AS threshold),
         judged AS (
             SELECT threshold, truth, reason, margin
             FROM grid, LATERAL ({verdicts(transfer, rule, "grid.threshold", pairs="pool")})
+            WHERE truth IS NOT NULL
         )
         {query}
         """,

@@ -156,14 +156,15 @@ def _gone(store: Store, schemas: Sequence[str], here: Collection[str]) -> dict[s
 
 
 def held_back(store: Store, here: Collection[str]) -> list[str]:
-    """Steps of the transfers that are ``here`` that run or have failed, in words: what was computed since each began
-    stays."""
-    names = {name.lower() for name in here}
+    """Steps that run or have failed, in words: what was computed since each began stays. Not of transfers whose folder
+    is gone, unless they are ``here``."""
+    schemas = _schemas(store)
+    gone = _gone(store, schemas, {name.lower() for name in here})
     told = "SELECT asset, round, started_at FROM attempts ORDER BY started_at"
     return [
         f"{schema}: {asset}{f' of {round_}' if round_ else ''}, begun at {started:%Y-%m-%d %H:%M} UTC"
-        for schema in _schemas(store)
-        if schema.lower() in names
+        for schema in schemas
+        if schema not in gone
         for asset, round_, started in store.read(told, schema=schema).iter_rows()
     ]
 

@@ -69,9 +69,17 @@ class Records:
         return all((self.store.absolute(path) / "adapter_model.safetensors").is_file() for path in found)
 
     def changed(self) -> list[str]:
-        """The assets whose settings, files, weights or code have changed since one of their rounds was made."""
+        """The assets whose settings, files, weights or code have changed since one of their rounds was made. Those that
+        were made of the first rounds alone (`tuneshift run --rounds`) haven't changed."""
         made = {asset: {row["code_version"] for row in self._made.values() if row["asset"] == asset} for asset in _MADE}
-        return [asset for asset, versions in made.items() if versions - {code_version(self.transfer, asset)}]
+        return [asset for asset, versions in made.items() if self._others(asset, versions)]
+
+    def _others(self, asset: str, versions: set[str]) -> set[str]:
+        for rounds in range(self.transfer.config.rounds, 0, -1):
+            if not versions or (asset == "evaluation" and not self.transfer.evaluates):
+                return set()
+            versions = versions - {code_version(self.transfer.with_rounds(rounds), asset)}
+        return versions
 
     def is_of_another_model(self, asset: str) -> bool:
         """Whether what was made last was made from another distilled model than there is now."""
