@@ -36,8 +36,8 @@ Pools = list[dict[str, Any]]
 HEAD = """# Evidence: where the filter matters
 
 Written by `python -m benchmarks.evidence` from a store of its own (`--home`, by default `.tuneshift/evidence`), which
-it fills first; a killed one goes on. Nothing here is edited by hand. What was tried on the way is in
-[experiments.md](experiments.md).
+it fills first; a killed one goes on, and `--only` writes some of the sections. Nothing here is edited by hand. What was
+tried on the way is in [experiments.md](experiments.md).
 
 The claim of the paper, taken apart: (a) among mixed prompts the filter picks those that carry the skill; (b) it steers
 the loop, since what is kept seeds the next round. And of answers that are all in the skill: (c) it keeps the right
