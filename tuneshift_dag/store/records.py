@@ -71,15 +71,13 @@ class Records:
     def changed(self) -> list[str]:
         """The assets whose settings, files, weights or code have changed since one of their rounds was made. Those that
         were made of the first rounds alone (`tuneshift run --rounds`) haven't changed."""
-        made = {asset: {row["code_version"] for row in self._made.values() if row["asset"] == asset} for asset in _MADE}
-        return [asset for asset, versions in made.items() if self._others(asset, versions)]
-
-    def _others(self, asset: str, versions: set[str]) -> set[str]:
+        kinds = [asset for asset in _MADE if asset != "evaluation" or self.transfer.evaluates]
+        made = {asset: {row["code_version"] for row in self._made.values() if row["asset"] == asset} for asset in kinds}
         for rounds in range(self.transfer.config.rounds, 0, -1):
-            if not versions or (asset == "evaluation" and not self.transfer.evaluates):
-                return set()
-            versions = versions - {code_version(self.transfer.with_rounds(rounds), asset)}
-        return versions
+            made = {asset: versions for asset, versions in made.items() if versions}
+            for asset, versions in made.items():
+                versions.discard(code_version(self.transfer.with_rounds(rounds), asset))
+        return [asset for asset, versions in made.items() if versions]
 
     def is_of_another_model(self, asset: str) -> bool:
         """Whether what was made last was made from another distilled model than there is now."""
