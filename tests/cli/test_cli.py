@@ -492,6 +492,20 @@ class TestExport:
         assert tuneshift("export", "banking", "--to", str(done.folder))[0] == 1
         assert {file: file.read_bytes() for file in done.folder.rglob("*") if file.is_file()} == before
 
+    def test_a_model_without_weights_is_none(self, tuneshift: Run, done: Project, tmp_path: Path) -> None:
+        (path,) = done.rows("SELECT path FROM distilled_models WHERE current")[0]
+        weights = done.store.absolute(path) / "adapter_model.safetensors"
+        weights.rename(tmp_path / "weights")
+        status, _, err = tuneshift("export", "banking", "--to", str(tmp_path / "to"))
+        (tmp_path / "weights").rename(weights)
+        assert status == 1 and "no distilled model yet" in err and not (tmp_path / "to").exists()
+
+    def test_names_that_no_folder_can_have_are_one_message(self, tuneshift: Run, done: Project, tmp_path: Path) -> None:
+        status, _, err = tuneshift("export", "banking", "--to", str(tmp_path / ("x" * 300)))
+        assert (status, len(err.splitlines())) == (1, 1) and "name a folder that can be written" in err
+        status, _, err = tuneshift("lineage", "banking", "caf\udce9")
+        assert (status, err) == (1, "error: The argument 'caf\\udce9' is no text in UTF-8.\n")
+
     def test_before_any_run_is_an_error(self, tuneshift: Run, transfer_folder: Path, tmp_path: Path) -> None:
         status, out, err = tuneshift("export", "banking", "--to", str(tmp_path / "to"))
         assert (status, out) == (1, "")

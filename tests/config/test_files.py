@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -608,3 +609,43 @@ def _is_imported(module: str, code: str, *arguments: str) -> bool:
     script = f"import sys\nfrom pathlib import Path\n{code}\nprint({module!r} in sys.modules)"
     output = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
     return output.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("rounds", True, "rounds true is no number"),
+        ("distill.keep", True, "keep true is no number"),
+        ("distill.learning_rate", False, "learning_rate false is no number"),
+        ("distill.learning_rate", math.inf, "learning_rate"),
+        ("models.workers", True, "workers true is no number"),
+        ("generator.calls_per_round", 10**30, "calls_per_round"),
+        ("evaluation.bootstrap_samples", 10**13, "bootstrap_samples"),
+    ],
+)
+def test_what_is_no_number_or_too_large_a_one_is_refused(transfer_folder, edit_config, key, value, words) -> None:
+    edit_config(key, value)
+    with pytest.raises(TuneshiftError, match=words):
+        load_transfer(transfer_folder)
+
+
+def test_keys_may_be_merged_and_given_anew_but_not_twice(transfer_folder) -> None:
+    file = transfer_folder / "transfer.yaml"
+    text = file.read_text()
+    file.write_text(f"{text}models: &m {{<<: &a {{workers: 1}}, workers: 2}}\n")
+    assert load_transfer(transfer_folder).config.models.workers == 2
+    body = "{<<: &b {x: 1}, x: 2}"
+    server = "server: {base_url: 'http://127.0.0.1:1'}"
+    engine = f"engine: {{type: openai, {server}, base: {{model: b, extra_body: &c {body}}},"
+    file.write_text(f"{text}{engine} fine_tuned: {{model: f, extra_body: {{<<: *c}}}}}}\n")
+    assert load_transfer(transfer_folder).config.engine.fine_tuned.extra_body == {"x": 2}
+    file.write_text(f"{text}models: {{workers: 1, workers: 2}}\n")
+    with pytest.raises(TuneshiftError, match="'workers' is there twice"):
+        load_transfer(transfer_folder)
+
+
+def test_a_link_to_a_transfer_beside_it_is_that_one(transfer_folder) -> None:
+    (transfer_folder.parent / "linked").symlink_to(transfer_folder.name)
+    transfers, broken = load_all(transfer_folder.parent)
+    assert ([transfer.name for transfer in transfers], broken) == (["banking"], {})
+    assert load_transfer(transfer_folder.parent / "linked").name == "banking"

@@ -171,6 +171,15 @@ def test_the_question_that_a_model_asks_itself_ends_its_responses_everywhere(
     assert numeric == {"seed_set", "scored_pairs", "evaluation", "comparison"}
 
 
+def test_a_held_out_label_is_nothing_to_the_prompts(transfer_folder: Path) -> None:
+    def held_out(prompt: str, response: str) -> Callable[[], None]:
+        return lambda: write_jsonl(transfer_folder / "heldout.jsonl", [{"prompt": prompt, "response": response}])
+
+    held_out("1 + 1?", "2")()
+    assert "synthetic_prompts" not in changed(transfer_folder, held_out("1 + 1?", "3"))
+    assert "synthetic_prompts" in changed(transfer_folder, held_out("1 + 2?", "3"))
+
+
 def test_keep_and_threshold_are_one_setting(transfer_folder: Path, edit_config: Edit) -> None:
     edit_config("filter", {"rule": "random", "keep": 0.5})
     respelled = {"rule": "random", "threshold": 0.5}

@@ -199,3 +199,19 @@ def test_what_ends_a_template_ends_the_prompt() -> None:
 )
 def test_blank_lines_around_a_prompt_go_and_indentation_stays(text, expected) -> None:
     assert trimmed(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        (
+            "Samples:\n\n---\n**1.** Where is my card?\n\n**2.** Why?\n\n***\n* * *\n_ _ _",
+            ["Where is my card?", "Why?"],
+        ),
+        ("-5 degrees is cold\n3.5 miles is far\n12:30 is noon\n- 5 apples\n1. 3.5 miles", ["5 apples", "3.5 miles"]),
+        ("**Where** is it?\n1.First\n-second\n*third", ["First", "second", "third"]),
+        ("1. \u200b\n2. seen\u200b", ["", "seen"]),
+    ],
+)
+def test_parse_list_takes_no_rules_numbers_or_bold_text_for_items(text: str, items: list[str]) -> None:
+    assert parse_list(text, "chat", finished=True) == items

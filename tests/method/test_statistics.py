@@ -161,6 +161,14 @@ def test_the_interval_of_an_auc_holds_the_true_one_in_95_percent_and_of_a_perfec
     assert (perfect.value, perfect.high) == (1, 1) and perfect.low == pytest.approx(0.839, abs=1e-3)
 
 
+def test_many_resamples_are_those_of_one_call_in_little_memory() -> None:
+    ours, theirs = ([i % 3 > 0 for i in range(40)], [i % 4 > 0 for i in range(40)])
+    found = bootstrap_share(ours, theirs, 2500, 7)
+    drawn = np.random.default_rng(7).multinomial(40, np.full(40, 1 / 40), 2500)
+    shares = drawn @ np.array(ours, float) / (drawn @ np.array(theirs, float))
+    assert found is not None and [found.low, found.high] == pytest.approx(list(np.percentile(shares, [2.5, 97.5])))
+
+
 def test_a_share_is_of_the_other_model_s_accuracy_and_its_interval_is_paired():
     theirs = [True] * 80 + [False] * 20
     same = bootstrap_share(theirs, theirs, samples=2000, seed=0)

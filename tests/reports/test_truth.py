@@ -117,6 +117,7 @@ def test_an_expected_response_says_whether_the_fine_tuned_one_is_right(store, tr
         ("t.csv", "prompt,truth\nA?,\n", ["t.csv:2", "'truth'", "None"]),
         ("t.csv", "prompt,response\nA?,x\nB?\n", ["t.csv:3", "fewer cells", "comma"]),
         ("t.csv", "question,truth\nA?,off\n", ["t.csv", "'prompt'", "'question'"]),
+        (".", None, ["is no file", "'truth'".replace("'", '"')]),
         ("absent.csv", None, ["absent.csv doesn't exist", "'truth'".replace("'", '"')]),
     ],
 )

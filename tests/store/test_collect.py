@@ -344,3 +344,9 @@ def test_a_transfer_whose_step_began_after_the_list_stays(left: Store) -> None:
 def test_tables_that_no_folder_has_claimed_stay(store: Store) -> None:
     store.prepare(NAME)
     assert removable(store, None) == {}
+
+
+def test_a_claim_whose_place_is_missing_too_is_no_proof(claimed: Store, folder: Path) -> None:
+    """As after the home was moved alone, to which claims are relative."""
+    folder.parent.rename(folder.parent.with_name("elsewhere"))
+    assert not [item for item in collect_plan(claimed, []) if item.kind in ("schema", "output")]

@@ -151,7 +151,7 @@ def run(
         rendering.err.print("Everything is up to date.")
     if result.kept_rounds:
         rendering.err.print(
-            f"Kept the prompts of {', '.join(result.kept_rounds)}, whose seeds changed with the filter;"
+            f"Kept the prompts of {', '.join(result.kept_rounds)}, whose seeds have changed since;"
             " run again with --regrow to grow them anew."
         )
     figures = make_report(store, loaded)
@@ -256,7 +256,7 @@ def export(
     from tuneshift_dag.reports.export import export as write
     from tuneshift_dag.reports.export import push as upload
 
-    for path in write(_store(), _load(transfer), to, merged):
+    for path in write(_store(), _load(transfer), Path(os.path.expanduser(to)), merged):
         rendering.line(str(path), rendering.out)
     if push:
         rendering.line(upload(to / ("merged" if merged else "adapter"), push), rendering.out)
@@ -329,6 +329,9 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # of a terminal that can't show every letter
     try:
+        for argument in sys.argv:
+            if any("\ud800" <= letter <= "\udfff" for letter in argument):
+                raise TuneshiftError(f"The argument {argument!a} is no text in UTF-8.")
         app()
     except TuneshiftError as error:
         rendering.message("error", "red", str(error))

@@ -112,7 +112,8 @@ def read_truth(file: Path, metric: Metric) -> dict[str, Truth]:
     """By prompt_id, from a JSONL or CSV file with a column `truth` (`Label`) or `response` (null, or an empty cell, off
     the skill)."""
     if not os.path.isfile(file):  # which is no error for a name that no file could have
-        raise TuneshiftError(f"{file} doesn't exist. Write one line of {TRUTH_SHAPE} for each example.")
+        missing = "is no file" if os.path.exists(file) else "doesn't exist"
+        raise TuneshiftError(f"{file} {missing}. Write one line of {TRUTH_SHAPE} for each example.")
     if file.suffix.lower() == ".csv":
         rows = [
             (at, {key: value or None for key, value in row.items()})

@@ -155,7 +155,10 @@ def is_same_base(reference: str, other: str) -> bool:
 
 def _folders(root: Path) -> list[Path]:
     try:
-        return sorted(path.parent for path in root.glob("*/transfer.yaml"))
+        found = sorted(path.parent for path in root.glob("*/transfer.yaml"))
+        # A link to another one here is that one.
+        own = {folder.resolve() for folder in found if not folder.is_symlink()}
+        return [folder for folder in found if not (folder.is_symlink() and folder.resolve() in own)]
     except OSError as error:
         raise TuneshiftError(f"{root} can't be read ({error.strerror}). Correct its permissions.") from error
 
@@ -192,14 +195,20 @@ def _with_fingerprints(transfer: Transfer) -> Transfer:
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is there twice, of which the last one would count, and half a character."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._checked: set[int] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
         seen = set()
-        for key, _ in node.value:
+        # Only as it was written: what has been merged into it may have the same keys.
+        for key, _ in () if id(node) in self._checked else node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 problem = f"the key {key.value!r} is there twice; keep one of them"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
+        self._checked.add(id(node))
+        super().flatten_mapping(node)
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         value = super().construct_scalar(node)

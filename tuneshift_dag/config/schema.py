@@ -252,7 +252,8 @@ class Evaluation(Section):
     as lm-evaluation-harness does for GSM8K, in two ways that are both reported: strict (after `#### `) and flexible
     (the last number)."""
     max_new_tokens: int = Field(32, ge=1, description="Longest answer, in tokens.")
-    bootstrap_samples: int = Field(2000, ge=100, description="Resamples behind the interval of the skill kept.")
+    bootstrap_samples: int = Field(2000, ge=100, le=1_000_000)
+    """Resamples behind the interval of the skill kept."""
     tasks: tuple[str, ...] = Field((), exclude_if=lambda value: not value)
     """Tasks of lm-evaluation-harness to measure the target on before and after, such as `[gsm8k, mbpp, bbh]`; needs the
     extra `lm-eval`."""

@@ -5,7 +5,7 @@ Every key says what it means, its unit and where its default comes from. The oth
 
 import ipaddress
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -36,7 +36,17 @@ _NOT_THE_TEMPLATES = {
 class Section(BaseModel):
     """A mapping of ``transfer.yaml``: unknown keys are refused, and nothing is changed after it is read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, data: Any) -> Any:
+        for name, value in data.items() if isinstance(data, dict) else ():
+            kinds = {type(None), cls.model_fields[name].annotation} if name in cls.model_fields else set()
+            kinds |= {kind for annotation in kinds for kind in get_args(annotation)}
+            if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+                raise ValueError(f"{name} {str(value).lower()} is no number; write one")
+        return data
 
 
 class Models(Section):
@@ -280,7 +290,7 @@ class Generator(Section):
     """How prompts are listed: `list`, a numbered list of single lines; for prompts of several lines `blocks`, with
     lines of dashes between them, or `json`, a JSON list of strings. By default `blocks` when a seed has several lines,
     else `list`."""
-    calls_per_round: int = Field(16, ge=1, description="Generator calls in one round.")
+    calls_per_round: int = Field(16, ge=1, le=1_000_000, description="Generator calls in one round.")
     prompts_per_call: int = Field(20, ge=1, le=200, description="Prompts asked for in one call (paper: 20).")
     seeds_per_call: int = Field(5, ge=1, description="Example prompts shown in one call (paper: 5).")
     original_seeds_per_call: int = Field(0, ge=0)

@@ -58,7 +58,7 @@ class _Uses(NamedTuple):
 
 _USES = {
     "seed_set": _Uses(("generator", "seed", "response", *_SOURCE), ("seeds",), code=3),
-    "synthetic_prompts": _Uses(("generator", "models", "seed"), ("heldout",), code=2),
+    "synthetic_prompts": _Uses(("generator", "models", "seed"), ("heldout_prompts",), code=2),
     "scored_pairs": _Uses(("response", "seed_similarity", *_SOURCE)),
     "filtered_dataset": _Uses(("filter", "target_pairs", "seed", *_DRAWS), code=3),
     "threshold_report": _Uses(("filter",)),
@@ -141,6 +141,8 @@ def _read(transfer: Transfer, name: str) -> Any:
         return [transfer.config.distill.keep, settings.keeps_skill, settings.keeps_general_text]
     if name == "encoder":
         return encoder.missing_packages() is None  # installing it makes out of date what was made without
+    if name == "heldout_prompts":
+        return [prompt for prompt, _ in transfer.heldout]
     return list(getattr(transfer, name))
 
 

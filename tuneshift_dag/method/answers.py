@@ -10,7 +10,9 @@ from typing import Any
 
 from tuneshift_dag.method.asking import Format, Mode
 
-_ITEM = re.compile(r"^\s*(?:\d+\s*[.):]|[-*•])\s*(.*)$")
+# No item: a number with a fraction, a time, a negative number, a line of dashes or stars, bold text.
+_ITEM = re.compile(r"^\s*(?:(?:\*\*)?\d+\s*[.):](?!\d)(?:\*\*)?|[-•](?![-\d])|\*(?!\s*\*))\s*(.*)$")
+_INVISIBLE = " \t\u200b\u200c\u200d\u2060\ufeff"
 _NUMBERED = re.compile(r"\s*(?:#+\s*|\*\*)?(\d{1,4})\s*[.):](?:\*\*)?(?:\s+(.*)|)$")
 # A fence may stand behind the number of an item; what opens with backticks has none behind them.
 _FENCE = re.compile(r"\s*(?:\d+\s*[.):]\s+)?(?:(`{3,})[^`]*|(~{3,}).*)$")
@@ -51,7 +53,7 @@ def parse_list(text: str, mode: Mode, finished: bool) -> list[str]:
     if not finished:
         lines = lines[:-1]
     items = [match.group(1) for line in lines if (match := _ITEM.match(line))]
-    return [_unquote(item.strip()) for item in items]
+    return [_unquote(item.strip().strip(_INVISIBLE)) for item in items]
 
 
 def parse_labelled(text: str, template: str, asked: bool, finished: bool, line: str = "") -> list[str]:

@@ -200,8 +200,10 @@ def bootstrap_share(ours: Sequence[bool], theirs: Sequence[bool], samples: int, 
     if not any(theirs):
         return None
     pairs = np.array([ours, theirs], np.float64)
-    drawn = np.random.default_rng(seed).multinomial(len(ours), np.full(len(ours), 1 / len(ours)), samples)
-    of_ours, of_theirs = pairs @ drawn.T
+    rng, even = np.random.default_rng(seed), np.full(len(ours), 1 / len(ours))
+    # Some at a time, for memory; the draws are those of one call.
+    parts = [pairs @ rng.multinomial(len(ours), even, min(1000, samples - at)).T for at in range(0, samples, 1000)]
+    of_ours, of_theirs = np.concatenate(parts, axis=1)
     shares = of_ours[of_theirs > 0] / of_theirs[of_theirs > 0]
     low, high = np.percentile(shares, [2.5, 97.5])
     return Interval(float(pairs[0].sum() / pairs[1].sum()), float(low), float(high))

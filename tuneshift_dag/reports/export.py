@@ -1,6 +1,7 @@
 """``tuneshift export``: the adapter and the dataset, each with a card that says where it came from."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -55,7 +56,7 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
     `TuneshiftError` is raised where no export wrote what would be replaced, or transfer.yaml is no longer what the
     model was made with."""
     figures, records = report(store, transfer), Records(store, transfer)
-    if figures["model"] is None or not Path(figures["model"]["path"]).is_dir():
+    if figures["model"] is None or not records.adapter_is_there():
         raise TuneshiftError(f"{transfer.name} has no distilled model yet: `tuneshift run {transfer.name}` first.")
     # A card says what the settings are, and a merge takes the base that they name.
     if changed := [asset for asset in records.changed() if asset in ("scored_pairs", "distilled_model")]:
@@ -70,9 +71,10 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
             f"{transfer.name}: distill.keep chooses what of the adapter is exported, and the model of now isn't"
             f" evaluated with that of now: `tuneshift run {transfer.name}` first."
         )
-    earlier = (to / _NOTE).read_text("utf-8").split() if (to / _NOTE).is_file() else []
+    # Not asked of the path itself, which fails for a name that no file could have.
+    earlier = (to / _NOTE).read_text("utf-8").split() if os.path.isfile(to / _NOTE) else []
     written = [name for name in _WRITTEN if merged or name != "merged"]
-    if foreign := [name for name in written if name not in earlier and (to / name).exists()]:
+    if foreign := [name for name in written if name not in earlier and os.path.exists(to / name)]:
         raise TuneshiftError(
             f"--to {to}: {', '.join(foreign)} there would be replaced, and no export wrote that. Name another folder."
         )
@@ -92,7 +94,8 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
         )
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as staging:
+        # A folder that is there may be on a disk of its own, where what is made must be to replace what was.
+        with tempfile.TemporaryDirectory(prefix=".tuneshift-", dir=to if to.is_dir() else to.parent) as staging:
             made = Path(staging) / "new"
             shutil.copytree(figures["model"]["path"], made / "adapter")
             if scale != 1:

@@ -148,11 +148,12 @@ def _schemas(store: Store) -> list[str]:
 
 
 def _gone(store: Store, schemas: Sequence[str], here: Collection[str]) -> dict[str, Path]:
-    """Transfers whose folder doesn't exist any more, with that folder."""
+    """Transfers whose folder doesn't exist any more, with that folder. Where the one that held it is missing, too, the
+    store or a disk may have been moved, and nothing is known."""
     claims = store.read("SELECT lower(name), folder FROM main.transfers").rows()
     folders = {name: store.absolute(folder) for name, folder in claims if name not in here}
-    gone = [name for name in schemas if name.lower() in folders and not folders[name.lower()].exists()]
-    return {name: folders[name.lower()] for name in gone}
+    of = {name: folders[name.lower()] for name in schemas if name.lower() in folders}
+    return {name: folder for name, folder in of.items() if folder.parent.is_dir() and not folder.exists()}
 
 
 def held_back(store: Store, here: Collection[str]) -> list[str]:

@@ -57,14 +57,15 @@ class Records:
             return []
         here = place(asset, round_)
         made = self._made.get(here)
-        if made is None or (asset == "distilled_model" and not self._adapter_is_there()):
+        if made is None or (asset == "distilled_model" and not self.adapter_is_there()):
             return ["missing"]
         causes = ["code"] if made["code_version"] != code_version(self.transfer, asset) else []
         then, present = json.loads(made["inputs"]), self.inputs(asset, round_)
         causes += [f"input {name}" for name in sorted({*then, *present}) if then.get(name) != present.get(name)]
         return [*causes, "attempt"] if here in self.attempts else causes
 
-    def _adapter_is_there(self) -> bool:
+    def adapter_is_there(self) -> bool:
+        """Whether the weights of the distilled model, if there is one, are still on the disk."""
         (found,) = self.store.read("SELECT path FROM distilled_models WHERE current", schema=self.transfer.name)
         return all((self.store.absolute(path) / "adapter_model.safetensors").is_file() for path in found)
 
