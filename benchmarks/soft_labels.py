@@ -40,7 +40,7 @@ from tuneshift_dag.training.lora import add_lora
 
 TOP = 16
 """Tokens of the source at each place; with the greedy answers of a fine-tune they hold nearly all of its mass."""
-PAIRS, SEEDS = 96, 3
+PAIRS, SEEDS = 96, 5
 LABELS = ("text", "distribution")
 """The rival ways to teach: the text alone, or the source's probabilities."""
 
