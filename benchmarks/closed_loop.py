@@ -106,6 +106,12 @@ def drift(store: Store, transfer: Transfer, judge: Judge = read_requests) -> pl.
     return pl.DataFrame(rows)
 
 
+def write_truth(file: Path, prompts: Sequence[str]) -> None:
+    """The file of `sweep_truth` that says of requests for a calendar what is right."""
+    truth = zip(prompts, read_requests(prompts), strict=True)
+    write(file, [{"prompt": prompt, "response": code} for prompt, code in truth])
+
+
 def prompts(store: Store, transfer: Transfer, arm: str) -> list[tuple[Transfer, list[str]]]:
     """By loop seed: the loop of this arm, and the prompts of its rounds."""
     query = "SELECT DISTINCT prompt FROM synthetic_prompts ORDER BY 1"
@@ -118,7 +124,7 @@ def drifted(store: Store, transfer: Transfer) -> list[dict[str, Any]]:
     pools = []
     for loop, own in prompts(store, transfer, "unfiltered"):
         file = loop.folder / f"truth_{loop.config.seed}.jsonl"
-        write(file, [{"prompt": prompt, "response": read_request(prompt)} for prompt in own])
+        write_truth(file, own)
         config = loop.config.model_copy(update={"filter": transfer.config.filter})
         pools += sweep_truth(store, without_guards(replace(loop, config=config)), file)["pools"]
     return pools

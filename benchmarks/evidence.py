@@ -65,9 +65,7 @@ def main() -> None:
     }
     sections = {"one": step_one, "two": step_two, "three": step_three, "labels": labels, "worked": worked}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--home", type=Path, default=DOCS.parent / ".tuneshift" / "evidence", help="Its store's folder."
-    )
+    parser.add_argument("--home", type=Path, default=HOME, help="Folder of its store.")
     parser.add_argument(
         "--only", nargs="+", choices=titles, default=list(titles), help="Leave other sections as they are."
     )

@@ -32,9 +32,7 @@ def make_transfer(store: Store, loop: Transfer) -> Transfer:
     for name in ("seeds.jsonl", "heldout.jsonl"):
         (folder / name).write_bytes((loop.folder / name).read_bytes())
     prompts = sorted({prompt for _, own in closed_loop.prompts(store, loop, "unfiltered") for prompt in own})
-    codes = closed_loop.read_requests(prompts)
-    truth = [{"prompt": prompt, "response": code} for prompt, code in zip(prompts, codes, strict=True)]
-    skill_pools.write(folder / "truth.jsonl", truth)
+    closed_loop.write_truth(folder / "truth.jsonl", prompts)
     transfer = load_transfer(folder)
     skill_pools.score(store, transfer, ["truth"])
     return transfer

@@ -18,7 +18,7 @@ def write_page(page: Path, titles: Sequence[str], written: Mapping[str, str], he
     come before and after the sections."""
     before = page.read_text("utf-8") if page.is_file() else ""
     parts = re.split(r"(?m)^## (.+)\n", before)
-    found = dict(zip(parts[1::2], parts[2::2], strict=True)) | {title: f"\n{text}\n" for title, text in written.items()}
+    found = dict(zip(parts[1::2], parts[2::2], strict=True)) | dict(written)
     sections = [f"## {title}\n\n{found[title].strip()}\n" for title in titles if title in found]
     page.write_text("\n".join([head, *sections, end]), "utf-8")
 

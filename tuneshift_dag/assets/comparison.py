@@ -179,8 +179,8 @@ def _common_size(transfer: Transfer, wanted: int | None, candidates: Datasets) -
     arm, fewest = min(((name, _fewest(pools)) for name, pools in candidates.items()), key=lambda each: each[1])
     if wanted is None or wanted <= fewest:
         size, all_pairs = wanted or fewest, _fewest(candidates["random"])
-        ranked = [each.name for each in transfer.config.arms if each.rule in RANKING_RULES and not transfer.loops]
-        if ranked and size == all_pairs:
+        ranked = [each.name for each in transfer.config.arms if each.rule in RANKING_RULES]
+        if ranked and size == all_pairs and not transfer.loops:
             raise dg.Failure(
                 f"The arm {ranked[0]!r} ranks pairs, and all {size} of them would be taken, as of random: set"
                 f" compare.pairs in {transfer.folder / 'transfer.yaml'} to fewer.",

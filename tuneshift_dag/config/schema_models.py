@@ -42,8 +42,8 @@ class Section(BaseModel):
     @classmethod
     def _yes_is_no_number(cls, data: Any) -> Any:
         for name, value in data.items() if isinstance(data, dict) else ():
-            kinds = {type(None), cls.model_fields[name].annotation} if name in cls.model_fields else set()
-            kinds |= {kind for annotation in kinds for kind in get_args(annotation)}
+            annotation = cls.model_fields[name].annotation if name in cls.model_fields else None
+            kinds = {annotation, *get_args(annotation)}
             if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
                 raise ValueError(f"{name} {str(value).lower()} is no number; write one")
         return data

@@ -69,7 +69,7 @@ def export(store: Store, transfer: Transfer, to: Path, merged: bool = False) -> 
     if (transfer.config.distill.keep is not None or scale != 1) and records.causes("evaluation"):
         raise TuneshiftError(
             f"{transfer.name}: distill.keep chooses what of the adapter is exported, and the model of now isn't"
-            f" evaluated with that of now: `tuneshift run {transfer.name}` first."
+            f" evaluated with today's settings: `tuneshift run {transfer.name}` first."
         )
     # Not asked of the path itself, which fails for a name that no file could have.
     earlier = (to / _NOTE).read_text("utf-8").split() if os.path.isfile(to / _NOTE) else []
