@@ -177,19 +177,21 @@ def memory() -> dict[str, Any]:
     """Peak resident memory above imports over the model's footprint, at batch 32 and 128 new tokens.
 
     Each case runs in a process of its own. The headline is that of keys and values in 8 bits, with which
-    `scoring_vs_naive` and `scoring_vs_batched` are measured too (`int8`); `auto` is the default setting's.
+    `scoring_vs_naive` and `scoring_vs_batched` are measured too (`int8`); `auto` is the default setting's. `workers` is
+    that of two processes side by side, each with a batch of its own.
     """
     ours: dict[str, list[dict[str, float]]] = {"int8": [], "auto": []}
     for _ in range(REPETITIONS):
         for dtype, measured in ours.items():
             measured.append(_measure("ours", dtype))
-    stock, two = _measure("stock"), _measure("two_models")
+    stock, two, workers = _measure("stock"), _measure("two_models"), _measure("ours", "int8", "2")
     return {
         **spread([one["ratio"] for one in ours["int8"]]),
         "repetitions": REPETITIONS,
         "kv_cache_dtype": "int8",
         "auto": spread([one["ratio"] for one in ours["auto"]]),
         "ours": ours,
+        "workers": workers,
         "stock_peft_generate": stock,
         "two_models_bytes_over_ours": two["footprint"] / ours["auto"][0]["footprint"],
     }

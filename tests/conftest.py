@@ -6,6 +6,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Read when torch is: the suite runs a worker on each core, and two threads on one small model wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray's workers have a low priority, and would wait for the tests beside them.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import json
 import shutil

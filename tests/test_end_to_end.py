@@ -28,13 +28,14 @@ def test_a_small_transfer_of_the_packaged_models(tmp_path: Path) -> None:
     folder = tmp_path / "transfers" / "banking_intents"
     shutil.copytree(PACKAGED, folder)
     heldout = (folder / "heldout.jsonl").read_text().splitlines()
-    (folder / "heldout.jsonl").write_text("\n".join(heldout[::24]) + "\n")
+    (folder / "heldout.jsonl").write_text("\n".join(heldout[::32]) + "\n")
     edit(
         folder,
         {
             "generator.calls_per_round": 12,
             "distill.epochs": 1,
             "distill.retain": {"texts": 12},
+            "evaluation.max_new_tokens": 12,
             "models.workers": 1,  # the other core has tests of its own to run
             "rounds": 2,
             "diversity_map": False,
@@ -58,21 +59,6 @@ def test_a_small_transfer_of_the_packaged_models(tmp_path: Path) -> None:
     assert Runner(load_transfer(folder), instance).run().materialized == []
     assert report(store, load_transfer(folder))["model_calls"] == 0
 
-    # A threshold that keeps fewer pairs: no model but the new target is asked.
-    margins = store.read("SELECT ppl_fine_tuned FROM filtered_dataset ORDER BY 1", schema="banking_intents")
-    edit(folder, {"filter.threshold": max(1.001, float(margins["ppl_fine_tuned"].max()) - 1e-6)})
-    changed = Runner(load_transfer(folder), instance).run()
-    assert {asset for asset, _ in changed.materialized} <= {
-        "filtered_dataset",
-        "threshold_report",
-        "distilled_model",
-        "evaluation",
-    }
-    second = report(store, load_transfer(folder))
-    assert second["model_calls"] == 0
-    # As many may be kept: the cut is on the base's perplexity too, and lets in what it kept out before.
-    assert second["model"]["model_id"] != first["model"]["model_id"]
-
     check_export(store, folder, tmp_path / "out")
 
 
@@ -81,16 +67,16 @@ def check_export(store: Store, folder: Path, out: Path) -> None:
     transfer = load_transfer(folder)
     export(store, transfer, out, merged=True)
     files = resolve_model(transfer.config.target.base, folder, "target.base")
-    base = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, out / "adapter")
     ids = AutoTokenizer.from_pretrained(files.path)("Customer query: hello\nIntent:", return_tensors="pt").input_ids
     with torch.inference_mode():
         tuned = model(ids).logits
         with model.disable_adapter():
             plain = model(ids).logits
-        merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.bfloat16)(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)(ids).logits
     assert (tuned - plain).abs().max() > 0
-    # To what bfloat16 rounds: the weights' sum here, the layer's there.
+    # To what bfloat16, in which the sum of both weights is saved, rounds.
     assert (merged - tuned).abs().mean() < 0.1 * (tuned - plain).abs().mean()
     assert "convert_hf_to_gguf.py" in (out / "merged" / "README.md").read_text()
     rows = pl.read_parquet(out / "dataset.parquet")

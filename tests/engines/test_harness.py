@@ -1,5 +1,6 @@
 """lm-evaluation-harness on the packaged model: tasks and data of this machine, and no network."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -103,10 +104,15 @@ def test_the_version_follows_settings_and_data(tasks: Path, edit_config) -> None
     assert version() != before
 
 
-def test_an_unknown_task_is_named_with_its_neighbours(tasks: Path, edit_config) -> None:
+def test_an_unknown_task_is_named_with_its_neighbours(
+    tasks: Path, edit_config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tuneshift_dag.cli.doctor import examine
+    from tuneshift_dag.engines import harness
     from tuneshift_dag.engines.harness import Harness
 
+    # It reads the harness's thousands of task files, which takes seconds.
+    monkeypatch.setattr(harness, "_manager", functools.cache(harness._manager))
     edit_config("evaluation.tasks", ["write_intents"])
     with pytest.raises(TuneshiftError) as error:
         Harness(load_transfer(tasks.parent))

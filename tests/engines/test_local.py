@@ -47,11 +47,6 @@ def gemma() -> LocalEngine:
     return LocalEngine(resolve_model(GEMMA, TRANSFER, "test"), None, "nf4", "float32", 32)
 
 
-@pytest.fixture(scope="module")
-def half() -> LocalEngine:
-    return smollm2("bfloat16")
-
-
 def reference_logprob(engine: LocalEngine, side: str, prompt: list[int], response: list[int]) -> float:
     return math.fsum(reference_logprobs(engine, side, prompt, response))
 
@@ -83,7 +78,8 @@ def test_own_logprob_is_that_of_a_second_pass(
         assert response.sum_logprob == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
-def test_half_precision_perplexity_is_close_to_a_second_pass(half: LocalEngine) -> None:
+def test_half_precision_perplexity_is_close_to_a_second_pass() -> None:
+    half = smollm2("bfloat16")
     ids, responses = generate(half, "fine_tuned", GREEDY)
     for prompt, response in zip(ids, responses, strict=True):
         n = len(response.token_ids)
@@ -201,8 +197,8 @@ def test_without_a_prompt_a_response_follows_what_starts_a_text(exact: LocalEngi
         assert found[i] == pytest.approx(reference_logprob(exact, "base", start, response), abs=1e-2)
 
 
-def test_packaged_adapter_passes_the_preflight(half: LocalEngine) -> None:
-    check = half.check_adapter([half.encode(p) for p in PROMPTS])
+def test_packaged_adapter_passes_the_preflight(exact: LocalEngine) -> None:
+    check = exact.check_adapter([exact.encode(p) for p in PROMPTS])
     assert check.problems == []
     assert check.delta_norm > 0
     assert check.largest_logit_difference > 1

@@ -76,9 +76,9 @@ def kill_during_batch(log: Path, number: int, killed: list[int]) -> None:
 def test_a_killed_actor_costs_its_batch_and_the_results_are_the_local_engines(tmp_path: Path) -> None:
     # In one thread and in the same batches the local engine does exactly the same work.
     threads = torch.get_num_threads()
-    local = smollm2("bfloat16", batch_size=2)
+    local = smollm2("float32", batch_size=2)
     ids = [local.encode(f"Customer query: {query}\nIntent:") for query in QUERIES]
-    watched = WatchedEngine(local.base, local.adapter, "nf4", "bfloat16", 2)
+    watched = WatchedEngine(local.base, local.adapter, "nf4", "float32", 2)
     watched.log = tmp_path / "log"
     killed: list[int] = []
     killer = threading.Thread(target=kill_during_batch, args=(watched.log, 3, killed))
@@ -101,7 +101,7 @@ def test_a_killed_actor_costs_its_batch_and_the_results_are_the_local_engines(tm
     for ours, theirs in zip(found, expected, strict=True):
         for a, b in ((ours.base, theirs.base), (ours.fine_tuned, theirs.fine_tuned)):
             assert (a.text, a.token_ids, a.finish_reason) == (b.text, b.token_ids, b.finish_reason)
-        assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-2, abs=1e-2)
+        assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-4, abs=1e-4)
 
 
 def numbers(pair: Pair) -> list[float]:

@@ -39,12 +39,14 @@ from huggingface_hub import hf_hub_download
 from tuneshift_dag.config import files, versions
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.models.references import Reference, resolve_model
-from tuneshift_dag.reports.export import push
 here = pathlib.Path(sys.argv[1])
 known = lambda name, kind='model': Reference(name, here, 'source.base', kind).fingerprint()
 renew = lambda name, kind='model': Reference(name, here, 'source.base', kind).refresh()
 model = lambda name: resolve_model(name, here, 'source.base')
 weights = lambda name: next(iter(load_file(model(name).path / 'model.safetensors')))
+def push(*given):  # takes seconds to import
+    from tuneshift_dag.reports.export import push
+    return push(*given)
 names = lambda files: sorted(file.name for file in files.path.iterdir())
 for line in sys.stdin:
     try:

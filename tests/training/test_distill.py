@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from tests.conftest import Project
 from tuneshift_dag import TuneshiftError
@@ -85,27 +84,21 @@ def test_each_base_has_a_training_state_of_its_own(tmp_path: Path) -> None:
     assert all(re.fullmatch(r"\.id-[0-9a-f]{16}\.checkpoint", file.name) for file in files)
 
 
-@pytest.fixture
-def transfer() -> Transfer:
-    packaged = load_transfer(Path(__file__).parents[2] / "transfers" / "banking_intents")
-    return with_distill(packaged, epochs=1, batch_size=4, balance="none")
-
-
 def with_distill(transfer: Transfer, **settings: Any) -> Transfer:
+    """In this process alone: others would take seconds to begin."""
     distill = transfer.config.distill.model_copy(update=settings)
-    config = transfer.config.model_copy(update={"distill": distill})
+    models = transfer.config.models.model_copy(update={"workers": 1})
+    config = transfer.config.model_copy(update={"distill": distill, "models": models})
     return Transfer(transfer.folder, config, transfer.seeds, transfer.heldout)
 
 
-@pytest.fixture
-def pairs(transfer: Transfer) -> list[tuple[str, str]]:
-    return [(prompt, f" {response}") for prompt, response in transfer.heldout[:8]]
-
-
-def test_a_small_training_has_the_memory_for_itself_and_counts_every_response_token(
-    transfer: Transfer, pairs: list[tuple[str, str]], tmp_path: Path
-) -> None:
-    models = EngineResource()
+def test_a_training_has_the_memory_for_itself_and_too_long_a_one_is_seen_in_general_text(tmp_path: Path) -> None:
+    packaged = load_transfer(Path(__file__).parents[2] / "transfers" / "banking_intents")
+    transfer = with_distill(
+        packaged, epochs=8, batch_size=4, balance="none", learning_rate=3e-3, retain=Retain(weight=0)
+    )
+    pairs = [(prompt, f" {response}") for prompt, response in transfer.heldout[:4]]
+    models, texts = EngineResource(), [kind[0] for kind in general_texts().values()]
     source = models.source(transfer)
     assert isinstance(source, LocalEngine)
     model = weakref.ref(source.model)
@@ -116,22 +109,12 @@ def test_a_small_training_has_the_memory_for_itself_and_counts_every_response_to
         assert model() is None, "the source models have the memory"
         losses.append(loss)
 
-    curve = models.distill(transfer, pairs, None, tmp_path / "adapter", on_step)
+    curve = models.distill(transfer, pairs, [], tmp_path / "adapter", on_step)
     tokenizer: Any = load_tokenizer(resolve_model(transfer.config.target.base, transfer.folder, "target.base"))
     ids = [tokenizer(response, add_special_tokens=False).input_ids for _, response in pairs]
-    assert curve.response_tokens == sum(len(tokens) + 1 for tokens in ids), "with the end of each"
-    assert len(losses) == 2 and all(map(math.isfinite, losses))
-    trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert any(weight.abs().max() > 0 for name, weight in trained.items() if "lora_B" in name)
+    assert curve.response_tokens == 8 * sum(len(tokens) + 1 for tokens in ids), "with the end of each"
+    assert len(losses) == 8 and all(map(math.isfinite, losses))
     assert list(tmp_path.glob(".adapter-*")) == [], "neither a state to go on from nor half an adapter is left"
-
-
-def test_an_overtrained_target_is_worse_at_general_text_and_its_base_is_not(
-    transfer: Transfer, pairs: list[tuple[str, str]], tmp_path: Path
-) -> None:
-    models, texts = EngineResource(), [kind[0] for kind in general_texts().values()]
-    overtrained = with_distill(transfer, epochs=10, learning_rate=3e-3, retain=Retain(weight=0))
-    models.distill(overtrained, pairs[:4], [], tmp_path / "adapter", lambda *step: None)
 
     def measured(engine: LocalEngine, side: Side) -> Retention:
         tokens = [engine.encode(text, templated=True) for text in texts]

