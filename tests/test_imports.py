@@ -30,4 +30,4 @@ def test_files_are_few_and_short() -> None:
     lines = {file: len(file.read_text("utf-8").splitlines()) for file in PACKAGE.rglob("*.py")}
     assert {file.name: n for file, n in lines.items() if n > 400} == {}
     assert len(lines) <= 82
-    assert sum(lines.values()) <= 16_374, "take something out, or raise this with the reason"
+    assert sum(lines.values()) <= 16_371, "take something out, or raise this with the reason"

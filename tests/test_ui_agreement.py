@@ -97,15 +97,15 @@ def other_weights(project: Project) -> None:
 # takes seconds to load the definitions. Changes before one run make different things out of date, so that none of them
 # can hide what the UI doesn't see of another.
 CHANGES: list[tuple[str, Change, set[str], bool]] = [
-    ("threshold, the same pairs", setting("filter.threshold", 1.6), {*FILTERS, "threshold_report"}, True),
-    ("threshold, other pairs", setting("filter.threshold", 1.08), {*FILTERS, "threshold_report"}, True),
+    ("threshold, the same pairs", setting("filter.threshold", 1.6), {*FILTERS, "threshold_report"}, False),
+    ("training", setting("distill.rank", 8), {"distilled_model"}, True),
+    ("threshold, other pairs", setting("filter.threshold", 1.08), {*FILTERS, "threshold_report"}, False),
     (
         "held-out file",
         lambda p: write_jsonl(p.folder / "heldout.jsonl", [{"prompt": "Is it late?", "response": "intent_2"}]),
         {*PROMPTS, "evaluation"},
-        False,
+        True,
     ),
-    ("training", setting("distill.rank", 8), {"distilled_model"}, True),
     ("adapter", another_adapter, {"seed_set", *SCORES, "evaluation"}, False),
     ("template", another_template, {"distilled_model"}, True),
     ("weights", other_weights, {"seed_set", *PROMPTS, *SCORES, "rehearsal_set", "distilled_model", "evaluation"}, True),

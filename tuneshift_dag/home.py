@@ -1,4 +1,4 @@
-"""Where a project's files are: transfers, the database, Dagster's instance and outputs."""
+"""Where files are: a project's transfers, database, Dagster instance and outputs, and the cache of converted models."""
 
 import errno
 import os
@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import platformdirs
 
 from tuneshift_dag import TuneshiftError
 
@@ -31,6 +33,11 @@ def output_dir(transfer: str) -> Path:
     return home_dir() / "output" / transfer
 
 
+def cache_dir() -> Path:
+    """Folder of converted models, for all projects: ``$TUNESHIFT_CACHE`` or the user's cache folder."""
+    return _folder("TUNESHIFT_CACHE", Path(platformdirs.user_cache_dir("tuneshift_dag")))
+
+
 def use_dagster_home() -> Path:
     """Set this project's Dagster instance up, and ``DAGSTER_HOME`` to it (Dagster wants an absolute path) unless the
     user has named another; `TuneshiftError` when it is no folder or can't be written."""
@@ -49,9 +56,8 @@ def _folder(variable: str, otherwise: Path) -> Path:
         usable = folder.is_dir() or not folder.exists()
         str(folder).encode()  # which DuckDB wants
     except (OSError, RuntimeError, ValueError) as error:  # too long a name; there is no such user; not UTF-8
-        raise TuneshiftError(
-            f"{variable} {given!r}: {str(error).rstrip('.')}. Name a folder, or unset the variable."
-        ) from error
+        repair = "Name a folder, or unset the variable." if given else "Set it to a folder."
+        raise TuneshiftError(f"{variable} {given!r}: {str(error).rstrip('.')}. {repair}") from error
     if not usable:
         raise TuneshiftError(f"{variable}: {folder} is no folder. Name one, or unset the variable.")
     return folder

@@ -23,6 +23,7 @@ from tuneshift_dag.cli import rendering
 from tuneshift_dag.cli.doctor import quantized_in_use
 from tuneshift_dag.config.files import load_transfer
 from tuneshift_dag.config.schema_models import Prompt
+from tuneshift_dag.home import cache_dir
 from tuneshift_dag.method import Decoding, PromptFormat, Response
 from tuneshift_dag.reports import describe_filter, escape_markdown
 from tuneshift_dag.reports import report as make_report
@@ -248,11 +249,13 @@ class TestHomes:
         self, tuneshift: Run, transfer_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         monkeypatch.setenv("TUNESHIFT_HOME", "~/ts")
+        monkeypatch.setenv("TUNESHIFT_CACHE", "~/models")
         _, out, _ = tuneshift("doctor", "--no-models")
+        assert cache_dir() == tmp_path / "user" / "models" and cache_dir().is_dir()
         assert f"database: {tmp_path / 'user' / 'ts' / 'tuneshift.duckdb'}\n" in out
         assert list((tmp_path / "work").iterdir()) == []
 
-    @pytest.mark.parametrize("variable", ["DAGSTER_HOME", "TUNESHIFT_HOME"])
+    @pytest.mark.parametrize("variable", ["DAGSTER_HOME", "TUNESHIFT_HOME", "TUNESHIFT_CACHE"])
     def test_that_are_a_file_are_one_line(
         self, tuneshift: Run, transfer_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
     ) -> None:
@@ -268,6 +271,7 @@ class TestHomes:
         ("command", "variable"),
         [
             ("run", "DAGSTER_HOME"),
+            ("run", "TUNESHIFT_CACHE"),
             *itertools.product(["run", "report", "doctor"], ["TUNESHIFT_HOME", "TUNESHIFT_TRANSFERS"]),
         ],
     )

@@ -11,8 +11,8 @@ import pytest
 from tests.conftest import Project
 from tests.scoring_process import score
 from tuneshift_dag import TuneshiftError
+from tuneshift_dag.home import cache_dir
 from tuneshift_dag.method import Response
-from tuneshift_dag.models.references import cache_dir
 from tuneshift_dag.store import Store
 from tuneshift_dag.store.cache import Removable, ResponseCache, collect, collect_plan, held_back, stats
 from tuneshift_dag.store.tables import ATTEMPTS, CACHE, CACHE_REFERENCES, COMPARISON, DISTILLED_MODELS, SCORED_PAIRS

@@ -25,9 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import platformdirs
-
 from tuneshift_dag import TuneshiftError
+from tuneshift_dag.home import cache_dir
 from tuneshift_dag.models import adapter_checks, checks
 
 Kind = Literal["model", "tokenizer", "adapter"]
@@ -272,14 +271,6 @@ def resolve_model(reference: str, folder: Path, key: str) -> ModelFiles:
 
 def resolve_adapter(reference: str, folder: Path, key: str) -> ModelFiles:
     return Reference(reference, folder, key, "adapter").files()
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: ``$TUNESHIFT_CACHE`` or the user's cache directory."""
-    folder = Path(os.environ.get("TUNESHIFT_CACHE") or platformdirs.user_cache_dir("tuneshift_dag"))
-    if folder.parts[0] == "~":  # a user without an entry and without HOME, as in a container
-        raise TuneshiftError("HOME isn't set, and this user has none: set TUNESHIFT_CACHE to a folder for the cache.")
-    return folder
 
 
 def quantized_dir() -> Path:

@@ -13,10 +13,10 @@ from tuneshift_dag.config import Transfer
 from tuneshift_dag.config.schema_models import Vllm
 from tuneshift_dag.config.versions import chain_version
 from tuneshift_dag.engines.server_process import stop_all
-from tuneshift_dag.home import output_dir
+from tuneshift_dag.home import cache_dir, output_dir
 from tuneshift_dag.method import Engine, PromptWriter, Scorer, Target, TextModel
 from tuneshift_dag.models.memory import release_unused
-from tuneshift_dag.models.references import Kind, ModelFiles, cache_dir, resolve_adapter
+from tuneshift_dag.models.references import Kind, ModelFiles, resolve_adapter
 from tuneshift_dag.store import Store
 
 if TYPE_CHECKING:
