@@ -188,7 +188,6 @@ def test_with_a_loop_every_arm_grows_rounds_of_its_own_and_goes_on_after_a_failu
 def test_a_loop_makes_the_comparison_out_of_date_when_its_rounds_change(looped: Project, edit_config) -> None:
     edit_config("compare.arms", ["both"])
     edit_config("rounds", 1)
-    edit_config("compare.seeds", 1)
     looped.runner().compare()
     (before,) = looped.rows("SELECT inputs FROM materializations WHERE asset = 'comparison'")
     edit_config("generator.instruction", "Write {count} others like these {seed_count}:")
