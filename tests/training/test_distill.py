@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.conftest import Project
 from tuneshift_dag import TuneshiftError
@@ -114,6 +115,8 @@ def test_a_training_has_the_memory_for_itself_and_too_long_a_one_is_seen_in_gene
     ids = [tokenizer(response, add_special_tokens=False).input_ids for _, response in pairs]
     assert curve.response_tokens == 8 * sum(len(tokens) + 1 for tokens in ids), "with the end of each"
     assert len(losses) == 8 and all(map(math.isfinite, losses))
+    trained = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(weight.abs().max() > 0 for name, weight in trained.items() if "lora_B" in name)
     assert list(tmp_path.glob(".adapter-*")) == [], "neither a state to go on from nor half an adapter is left"
 
     def measured(engine: LocalEngine, side: Side) -> Retention:
